@@ -1,0 +1,116 @@
+"""Checkpoints: one file, written whole or not at all, read without executing anything in it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+FORMAT, VERSION = "ppo_fast checkpoint", 1
+
+
+def save(payload: dict[str, Any], path: Path) -> None:
+    """Write ``payload`` (tensors, numbers, strings, lists, dicts) to ``path`` atomically: the file
+    is complete under its name, or the name is as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save({"format": FORMAT, "version": VERSION, **payload}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read what ``save`` wrote. Nothing in the file is executed (``weights_only``).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated, not a ppo_fast checkpoint, or of a newer version.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: no file {path}")
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen types for files it cannot read
+        raise ValueError(
+            f"checkpoint: {path} cannot be read; it is truncated, damaged, or not a checkpoint "
+            f"({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from error
+    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+        raise ValueError(f"checkpoint: {path} was not written by ppo_fast")
+    if payload["version"] > VERSION:
+        raise ValueError(
+            f"checkpoint: {path} has format version {payload['version']}, this ppo_fast reads up "
+            f"to {VERSION}; update it"
+        )
+    return payload
+
+
+def identity(model: nn.Module) -> dict[str, Any]:
+    """What kind of model this is: its class and the shape of every weight."""
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    return {"class": type(model).__name__, "shapes": shapes}
+
+
+def check_identity(name: str, saved: dict[str, Any], model: nn.Module, path: Path) -> None:
+    """Raise ValueError where a checkpoint's model is not the trainer's."""
+    own = identity(model)
+    if saved["class"] != own["class"]:
+        raise ValueError(
+            f"checkpoint: {path} holds a {name} of class {saved['class']}, the trainer's is "
+            f"{own['class']}"
+        )
+    for weight in sorted(saved["shapes"].keys() | own["shapes"].keys()):
+        theirs, ours = saved["shapes"].get(weight), own["shapes"].get(weight)
+        if theirs != ours:
+            raise ValueError(
+                f"checkpoint: {path} is of another {name}: {weight} has shape {theirs} there and "
+                f"{ours} in the trainer's"
+            )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short hash of a sample of every weight, to tell whether two models are the same."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        sample = tensor.detach().flatten()[:: max(tensor.numel() // 64, 1)]
+        digest.update(sample.to("cpu", torch.float64).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def random_states() -> dict[str, Any]:
+    """The states of torch's, numpy's and Python's generators."""
+    # the legacy generator: users' reward functions may draw from it
+    state: Any = np.random.get_state(legacy=True)  # noqa: NPY002
+    kind, keys, position, has_gauss, cached = state
+    version, internal, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "python": [version, list(internal), gauss],
+    }
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Undo what ``random_states`` recorded. CUDA states are restored where as many devices are."""
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    kind, keys, position, has_gauss, cached = states["numpy"]
+    keys = keys.numpy().astype(np.uint32)
+    np.random.set_state((kind, keys, position, has_gauss, cached))  # noqa: NPY002
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))

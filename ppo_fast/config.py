@@ -1,0 +1,161 @@
+"""PPOConfig: every number of the algorithm, with what its default rests on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal
+
+Critic = Literal["model", "head", "baseline"]
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Settings of a PPO run. ``PPOConfig()`` has what the field found to work for language models;
+    ``PPOConfig.spec()`` has the numbers and forms of the classic trainer interface that a bare
+    ``PPOTrainer(...)`` uses. Values out of range raise ValueError.
+    """
+
+    learning_rate: float = 1e-5
+    """AdamW step size of the policy. 1e-6 to 1e-5 for all weights of a model of 1B parameters and
+    up, 1e-5 to 1e-4 for the top layers of a small one."""
+    value_learning_rate: float | None = None
+    """AdamW step size of the value function; None: the policy's."""
+    clip_epsilon: float = 0.2
+    """Ratios are clipped to [1 - clip_epsilon, 1 + clip_epsilon] (Schulman et al. 2017)."""
+    clip_epsilon_high: float | None = None
+    """Upper clip range where it differs from the lower one ("clip-higher"); None: the same."""
+    dual_clip: float | None = None
+    """For negative advantages, the bound c > 1 on how much a token can cost (Ye et al. 2020)."""
+    value_clip: float | None = 0.2
+    """New values stay within this of the old ones; None: not clipped."""
+    kl_penalty: float = 0.05
+    """Coefficient of the KL to the reference. The same number holds the policy far more firmly in
+    the reward than in the loss, since advantages are whitened: 0.4 against 41 nats in one toy."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """"reward": subtracted from each token's reward (InstructGPT; unbiased). "loss": a term of the
+    loss (biased low in practice, never delays the score)."""
+    kl_estimator: Literal["k1", "abs", "k2", "k3", "k1+k2"] | None = None
+    """Per-token KL estimate; None: k1 in the reward, k1+k2 (k1's value, k2's gradient) in the
+    loss."""
+    gamma: float = 1.0
+    """Discount a token. 1: a response's score counts in full for its first token."""
+    gae_lambda: float = 0.95
+    """GAE's lambda: 1 has no bias, lower trusts the value function more. critic="baseline" has no
+    value of later states to trust and uses 1."""
+    value_loss_coef: float = 0.5
+    """Weight of the value loss."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus. Language models start with ample entropy: 0."""
+    max_grad_norm: float = 1.0
+    """Gradients of the policy and of the value function are each clipped to this norm."""
+    num_epochs: int = 4
+    """Passes over each batch of experience."""
+    num_minibatches: int = 1
+    """Optimizer steps an epoch. One was found best by the TL;DR reproduction studies."""
+    microbatch_tokens: int = 16384
+    """Most tokens (padding included) in one forward-backward pass. Bounds memory; the result does
+    not depend on it."""
+    forward_batch_tokens: int = 32768
+    """The same for passes without gradients."""
+    whiten_advantages: bool = True
+    """Advantages of a batch to mean 0, variance 1 over its valid tokens."""
+    aggregation: Literal["token-mean", "seq-mean-token-mean"] = "token-mean"
+    """"token-mean": every token of a batch counts the same; "seq-mean-token-mean": every
+    response does."""
+    critic: Critic | None = None
+    """Who estimates values: "model" (the value_model), "head" (a linear head on the policy's last
+    hidden state), "baseline" (the mean of the other sequences of the batch, no value function).
+    None: "model" when a value_model is given, else "baseline"."""
+    num_layers_unfrozen: int | None = None
+    """Train only this many top layers (with the final norm and an untied LM head); the layers
+    below are one frozen trunk, its activations computed once a step. None: train everything."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_eps: float = 1e-5
+    """1e-5, as in the original PPO code, keeps rarely touched weights from large steps."""
+    weight_decay: float = 0.0
+    max_length: int = 150
+    """Most tokens a response."""
+    temperature: float = 1.0
+    """Divides logits when sampling and in every log-prob."""
+    top_k: int = 0
+    """Sample from the k likeliest tokens; 0: from all. Truncation biases the update: see
+    sampling_logprobs."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that hold this much probability; 1: from all."""
+    seed: int = 0
+    """Seed of everything random: prompt order, minibatches, and, with a sequence's number and a
+    token's position, each draw."""
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "temperature", "adam_eps"):
+            self._check(name, self._finite(name) and getattr(self, name) > 0, "a number above 0")
+        for name in ("kl_penalty", "value_loss_coef", "weight_decay"):
+            self._check(name, self._finite(name) and getattr(self, name) >= 0, "a number >= 0")
+        self._check("entropy_coef", self._finite("entropy_coef"), "a finite number")
+        # inf switches gradient clipping off
+        self._check("max_grad_norm", self.max_grad_norm > 0, "a number above 0 (inf: no clipping)")
+        for name in ("value_learning_rate", "clip_epsilon_high", "value_clip"):
+            ok = getattr(self, name) is None or (self._finite(name) and getattr(self, name) > 0)
+            self._check(name, ok, "a number above 0, or None")
+        self._check("clip_epsilon", 0 < self.clip_epsilon < 1, "a number in (0, 1)")
+        self._check("dual_clip", self.dual_clip is None or self.dual_clip > 1, "above 1, or None")
+        for name in ("gamma", "gae_lambda"):
+            self._check(name, 0 <= getattr(self, name) <= 1, "a number in [0, 1]")
+        self._check("top_p", 0 < self.top_p <= 1, "a number in (0, 1]")
+        counts = ("num_epochs", "num_minibatches", "microbatch_tokens", "forward_batch_tokens")
+        for name in (*counts, "max_length"):
+            self._check(name, self._whole(name) and getattr(self, name) >= 1, "a whole number >= 1")
+        self._check("top_k", self._whole("top_k") and self.top_k >= 0, "a whole number >= 0")
+        self._check("seed", self._whole("seed") and 0 <= self.seed < 2**31, "in [0, 2**31)")
+        k = self.num_layers_unfrozen
+        self._check("num_layers_unfrozen", k is None or k >= 1, "a whole number >= 1, or None")
+        self._check_choice("kl_in", ("reward", "loss"))
+        self._check_choice("kl_estimator", (None, "k1", "abs", "k2", "k3", "k1+k2"))
+        self._check_choice("aggregation", ("token-mean", "seq-mean-token-mean"))
+        self._check_choice("critic", (None, "model", "head", "baseline"))
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise ValueError(
+                'kl_estimator="k1" with kl_in="loss": the expected gradient of k1 is zero; '
+                'use "k1+k2" (the same value, k2\'s gradient) or kl_in="reward"'
+            )
+
+    @classmethod
+    def spec(cls) -> PPOConfig:
+        """The numbers and forms of the classic interface: gamma 0.99, KL 0.1 in the loss, values
+        not clipped, AdamW's usual epsilon."""
+        return cls(gamma=0.99, kl_penalty=0.1, kl_in="loss", value_clip=None, adam_eps=1e-8)
+
+    @property
+    def clip(self) -> tuple[float, float]:
+        """(low, high) clip ranges."""
+        return self.clip_epsilon, self.clip_epsilon_high or self.clip_epsilon
+
+    def estimator(self) -> Literal["k1", "abs", "k2", "k3", "k1+k2"]:
+        """The KL estimator, with None resolved by ``kl_in``."""
+        return self.kl_estimator or ("k1" if self.kl_in == "reward" else "k1+k2")
+
+    def _check(self, name: str, ok: bool, expected: str) -> None:
+        if not ok:
+            raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
+
+    def _check_choice(self, name: str, choices: tuple[str | None, ...]) -> None:
+        self._check(name, getattr(self, name) in choices, f"one of {choices}")
+
+    def _finite(self, name: str) -> bool:
+        value = getattr(self, name)
+        return isinstance(value, (int, float)) and math.isfinite(value)
+
+    def _whole(self, name: str) -> bool:
+        value = getattr(self, name)
+        return isinstance(value, int) and not isinstance(value, bool)
+
+
+def differences(config: PPOConfig) -> dict[str, object]:
+    """The fields in which ``config`` differs from ``PPOConfig()``."""
+    default = PPOConfig()
+    return {
+        f.name: getattr(config, f.name)
+        for f in fields(config)
+        if getattr(config, f.name) != getattr(default, f.name)
+    }

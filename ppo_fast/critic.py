@@ -1,0 +1,111 @@
+"""Critics: who estimates the value of the state before each response token."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ppo_fast.tokens import Tokens, make_tokens
+from ppo_fast.user_modules import call_on_rows
+
+
+class Critic(Protocol):
+    """A value function. ``reads_states``: it is a head on the policy's states and is trained in
+    the policy's backward pass; otherwise it runs on the tokens, in a pass of its own."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The weights."""
+        ...
+
+    @property
+    def reads_states(self) -> bool: ...
+
+    def values(self, tokens: Tokens, states: Tensor | None = None) -> Tensor:
+        """Values [B, T], 0 beyond a response; ``states`` [B, T, D] for a head."""
+        ...
+
+
+class ValueHead(nn.Module):
+    """A linear head on the policy's last hidden state: [..., D] -> [...] float32.
+
+    It starts at 0, so that the first advantages are those of the rewards alone.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.linear(states.to(self.linear.weight.dtype)).squeeze(-1)
+
+
+class HeadCritic:
+    """Values from a head on the policy's states."""
+
+    reads_states = True
+
+    def __init__(self, module: ValueHead) -> None:
+        self.module = module
+
+    def values(self, tokens: Tokens, states: Tensor | None = None) -> Tensor:
+        if states is None:
+            raise ValueError("a value head needs the policy's states")
+        return self.module(states).masked_fill(~tokens.response_mask, 0.0)
+
+
+class ModelCritic:
+    """Values from a module ``forward(input_ids, attention_mask)``.
+
+    A module that gives one value a sequence is called on the prompt alone: a value that has read
+    the response leaks the outcome into the baseline of every token.
+    """
+
+    reads_states = False
+
+    def __init__(self, module: nn.Module, *, budget: int) -> None:
+        self.module, self.budget = module, budget
+        self.per_token = self._gives_a_value_a_token()
+        if not self.per_token:
+            warnings.warn(
+                f"value_model {type(module).__name__} gives one value a sequence: it is called on "
+                "the prompt alone and that value is the baseline of every token. A value a token "
+                "[B, L], as ppo_fast.ValueModel gives, learns faster.",
+                stacklevel=3,
+            )
+
+    def values(self, tokens: Tokens, states: Tensor | None = None) -> Tensor:
+        if self.per_token:
+            return tokens.at_response(self._call(tokens.sequences()))
+        pairs = zip(tokens.sequences(), tokens.prompt_lengths.tolist(), strict=True)
+        value = torch.stack(self._call([row[:p] for row, p in pairs]))
+        return torch.where(tokens.response_mask, value[:, None], 0.0)
+
+    def _call(self, rows: list[Tensor]) -> list[Tensor]:
+        outputs = call_on_rows(self.module, rows, budget=self.budget, what="value_model")
+        if any((out.dim() == 1) != self.per_token for out in outputs):
+            raise ValueError("value_model: returned a value a token on one call and not on another")
+        return outputs
+
+    @torch.no_grad()
+    def _gives_a_value_a_token(self) -> bool:
+        device = next(self.module.parameters()).device
+        probe = make_tokens([[0, 0], [0, 0]], [[0], [0]], 0, device)
+        rows = call_on_rows(self.module, probe.sequences(), budget=self.budget, what="value_model")
+        return rows[0].dim() == 1
+
+
+def batch_baseline(token_rewards: Tensor) -> Tensor:
+    """The mean total reward of the other sequences: [B, T] -> [B, T]; 0 for a batch of one.
+
+    Leave-one-out as in RLOO (Ahmadian et al. 2024, eq. 8), over the batch instead of samples of
+    one prompt.
+    """
+    totals = token_rewards.sum(dim=1)
+    others = (totals.sum() - totals) / max(len(totals) - 1, 1)
+    return others[:, None].expand_as(token_rewards) * (len(totals) > 1)

@@ -1,0 +1,176 @@
+"""Rollout -> Experience: reference log-probs, values, token rewards, advantages, returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ppo_fast.config import PPOConfig
+from ppo_fast.critic import Critic, batch_baseline
+from ppo_fast.language_model import LanguageModel
+from ppo_fast.ops import gae, kl_estimate, whiten
+from ppo_fast.rollout import Rollout
+from ppo_fast.tokens import Tokens, batches_by_tokens
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What the update reads. Legend: B sequences, P prompt and T response tokens, D hidden size.
+    Everything [B, T] is float32 and 0 beyond a response.
+
+    tokens: the ids and their masks.
+    temperature: divides logits in every log-prob.
+    old_logprobs, ref_logprobs: [B, T], of the policy that sampled and of the reference.
+    values: [B, T], of the state before each token, by the old value function.
+    scores: [B], one a sequence, before KL.
+    rewards: [B, T]: the score on the last token, less the KL penalty where it is in the reward.
+    advantages: [B, T], as the update uses them (whitened where the config says so).
+    returns: [B, T], the value function's targets, from unwhitened advantages.
+    trunk: [B, P + T, D], the frozen trunk's activations; None without a trunk.
+    metrics: plain numbers for the log.
+    """
+
+    tokens: Tokens
+    temperature: float
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    scores: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    returns: Tensor
+    trunk: Tensor | None
+    metrics: dict[str, float]
+
+
+@torch.no_grad()
+def make_experience(
+    rollout: Rollout,
+    scores: Tensor,
+    *,
+    policy: LanguageModel,
+    reference: LanguageModel,
+    critic: Critic | None,
+    config: PPOConfig,
+) -> Experience:
+    """Score a rollout token by token.
+
+    Args:
+        rollout: what was sampled.
+        scores: [B] float32, one a sequence.
+        policy: as it was when it sampled.
+        reference: the frozen model that the KL is measured to.
+        critic: the value function; None: the batch's mean of the other sequences.
+        config: KL, gamma, lambda, whitening.
+    """
+    tokens, mask = rollout.tokens, rollout.tokens.response_mask
+    temperature, budget = rollout.sampling.temperature, config.forward_batch_tokens
+    trunk = trunk_states(policy, tokens, budget) if policy.lower else None
+
+    def logprobs(model: LanguageModel, part: Tokens, below: Tensor | None) -> Tensor:
+        return model.logprobs(model.forward(part, below), part, temperature=temperature).logprobs
+
+    ref = in_batches(lambda *a: logprobs(reference, *a), tokens, trunk, budget)
+    # a truncated sampler or half precision: what was drawn is not what the update will compute
+    exact = not rollout.sampling.truncates and rollout_is_float32(policy)
+    old = (
+        rollout.logprobs
+        if exact
+        else in_batches(lambda *a: logprobs(policy, *a), tokens, trunk, budget)
+    )
+    rewards = token_rewards(scores, old, ref, tokens, config)
+    if critic is None:
+        values = batch_baseline(rewards).masked_fill(~mask, 0.0)
+    elif critic.reads_states:
+        values = in_batches(
+            lambda part, below: critic.values(part, policy.forward(part, below).states),
+            tokens,
+            trunk,
+            budget,
+        )
+    else:
+        values = in_batches(lambda part, _: critic.values(part), tokens, None, budget)
+    # a baseline says nothing of later states: lambda 1 never bootstraps from it
+    lam = 1.0 if critic is None else config.gae_lambda
+    advantages, returns = gae(rewards, values.float(), mask=mask, gamma=config.gamma, lam=lam)
+    metrics = experience_metrics(rollout, scores, old, ref, advantages)
+    if config.whiten_advantages:
+        advantages = whiten(advantages, mask=mask)
+    return Experience(
+        tokens, temperature, old, ref, values.float(), scores, rewards, advantages, returns, trunk,
+        metrics,
+    )  # fmt: skip
+
+
+def token_rewards(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, tokens: Tokens, config: PPOConfig
+) -> Tensor:
+    """[B, T]: the sequence's score on its last token and, with ``kl_in="reward"``, minus
+    ``kl_penalty`` times the KL estimate on every token (Ouyang et al. 2022, eq. 2)."""
+    rewards = torch.zeros_like(logprobs)
+    if config.kl_in == "reward" and config.kl_penalty > 0:
+        kl = kl_estimate(
+            logprobs, ref_logprobs, mask=tokens.response_mask, estimator=config.estimator()
+        )
+        rewards = -config.kl_penalty * kl
+    last = (tokens.response_lengths - 1).to(tokens.device)
+    return rewards.scatter_add(1, last[:, None], scores.to(rewards)[:, None])
+
+
+def trunk_states(policy: LanguageModel, tokens: Tokens, budget: int) -> Tensor:
+    """[B, P + T, D]: the frozen trunk's activations of every token."""
+    trunk: Tensor | None = None
+    for rows in batches_by_tokens(tokens.lengths, budget):
+        states = policy.trunk(tokens.select(rows))
+        if trunk is None:
+            trunk = states.new_zeros(*tokens.input_ids.shape, states.shape[-1])
+        trunk[rows.to(tokens.device), tokens.window(rows)] = states
+    assert trunk is not None
+    return trunk
+
+
+def in_batches(
+    compute: Callable[[Tokens, Tensor | None], Tensor],
+    tokens: Tokens,
+    trunk: Tensor | None,
+    budget: int,
+) -> Tensor:
+    """``compute`` on batches of at most ``budget`` tokens, put together as [B, T] float32."""
+    out = torch.zeros(tokens.response_ids.shape, device=tokens.device)
+    for rows in batches_by_tokens(tokens.lengths, budget):
+        part = compute(tokens.select(rows), select_trunk(trunk, tokens, rows))
+        out[rows.to(tokens.device), : part.shape[1]] = part.float()
+    return out
+
+
+def select_trunk(trunk: Tensor | None, tokens: Tokens, rows: Tensor) -> Tensor | None:
+    """The trunk's activations for ``tokens.select(rows)``."""
+    return None if trunk is None else trunk[rows.to(trunk.device), tokens.window(rows)]
+
+
+def rollout_is_float32(policy: LanguageModel) -> bool:
+    """Whether decoding and the update compute in float32, hence agree to rounding."""
+    return next(policy.model.parameters()).dtype in (torch.float32, torch.float64)
+
+
+def experience_metrics(
+    rollout: Rollout, scores: Tensor, old: Tensor, ref: Tensor, advantages: Tensor
+) -> dict[str, float]:
+    """What the log says of a batch before the update: means over valid tokens or sequences."""
+    lengths = rollout.tokens.response_lengths
+    count = float(lengths.sum())
+    kl = float((old - ref).sum())
+    return {
+        "mean_reward": float(scores.mean()),
+        "reward_std": float(scores.std(correction=0)),
+        "kl_divergence": kl / count,
+        "kl_sequence": kl / len(lengths),
+        # tokens are drawn from softmax(x / t): minus their mean log-prob estimates its entropy
+        "entropy": -float(rollout.sampling_logprobs.sum()) / count,
+        "mean_advantage": float(advantages.sum()) / count,
+        "response_length": count / len(lengths),
+        "finished_fraction": float(rollout.finished.float().mean()),
+    }

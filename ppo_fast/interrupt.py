@@ -1,0 +1,35 @@
+"""Ctrl-C that lets the step in hand finish."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+@contextmanager
+def finish_step_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Within the block the first Ctrl-C is noted (the yielded function then says True) and the
+    second raises KeyboardInterrupt at once. Outside the main thread, where Python allows no signal
+    handlers, nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    count = 0
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal count
+        count += 1
+        if count > 1:
+            raise KeyboardInterrupt
+        message = "\nCtrl-C: finishing this step; again to stop at once (this step is then lost)"
+        print(message, file=sys.stderr, flush=True)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: count > 0
+    finally:
+        signal.signal(signal.SIGINT, before)

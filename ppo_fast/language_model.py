@@ -1,0 +1,318 @@
+"""How the trainer reads a causal language model: states, then log-probs, and decoding steps.
+
+Two paths give the same numbers. The fused one asks the body for hidden states and makes log-probs
+with ``linear_logprobs``, at response positions only; the ordinary one asks the model for logits. A
+head that is not ``hidden @ weight.T`` in the model's own way (scaled, wrapped, hooked) shows in a
+comparison of both at construction, and means the ordinary path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ppo_fast.ops import (
+    TokenLogprobs,
+    few_row_linear,
+    linear_logprobs,
+    logprobs_from_logits,
+)
+from ppo_fast.tokens import Tokens
+
+# Largest difference between the two paths, relative to the largest logit, that rounding explains.
+HEAD_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
+HALF_TOLERANCE = 3e-2
+
+
+class Forward(NamedTuple):
+    """What one pass over Tokens gives: the state before each response token [B, T, D] (None where
+    the model's body cannot be told from its head) and, on the ordinary path only, logits
+    [B, T, V]."""
+
+    states: Tensor | None
+    logits: Tensor | None
+
+
+class LanguageModel:
+    """A transformers causal language model, read at response positions.
+
+    Args:
+        model: the model. It is not changed.
+        num_layers_unfrozen: the layers above the trunk, whose activations ``trunk`` computes and
+            ``forward`` can start from; None: there is no trunk.
+
+    Attributes:
+        fused: whether log-probs come from hidden states and the LM head.
+        reason: why (not).
+
+    Raises:
+        ValueError: ``num_layers_unfrozen`` is not below the number of layers, or the model cannot
+            be split there.
+    """
+
+    def __init__(self, model: nn.Module, *, num_layers_unfrozen: int | None = None) -> None:
+        self.model = model
+        self.body: nn.Module | None = getattr(model, "base_model", None)
+        if self.body is model:
+            self.body = None
+        self.head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
+        config: Any = model.config
+        text_config = config.get_text_config()
+        self.logit_scale = float(getattr(text_config, "logit_scale", None) or 1.0)
+        self.softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
+        self.lower: list[nn.Module] = []
+        if num_layers_unfrozen is not None:
+            self.lower = lower_layers(self.body, num_layers_unfrozen)
+        reason = self._fused_fails()
+        self.fused = reason is None
+        self.reason = reason or "the body's states times the LM head equal the model's logits"
+        if self.lower and (reason := self._split_fails()):
+            raise ValueError(
+                f"num_layers_unfrozen: {type(model).__name__} cannot be split into a trunk and a "
+                f"top ({reason}); use num_layers_unfrozen=None"
+            )
+
+    def forward(self, tokens: Tokens, trunk: Tensor | None = None) -> Forward:
+        """One pass over prompts and responses, from the tokens or from the trunk's states
+        [B, P + T, D]. Gradients flow where the caller enabled them."""
+        states, logits = self._run(tokens, trunk)
+        # the state before response token t is that of the token before it
+        before = slice(tokens.prompt_ids.shape[1] - 1, tokens.input_ids.shape[1] - 1)
+        return Forward(
+            None if states is None else states[:, before],
+            None if logits is None else logits[:, before],
+        )
+
+    def logprobs(
+        self, forward: Forward, tokens: Tokens, *, temperature: float, entropy: bool = False
+    ) -> TokenLogprobs:
+        """Log-probs (and entropies) [B, T] of the response tokens, 0 beyond a response."""
+        labels, mask = tokens.response_ids, tokens.response_mask
+        if forward.logits is not None:
+            return logprobs_from_logits(
+                forward.logits, labels, mask=mask, temperature=temperature, entropy=entropy
+            )
+        assert forward.states is not None
+        weight, bias = self._head_weights()
+        return linear_logprobs(
+            forward.states,
+            weight,
+            labels,
+            bias=bias,
+            mask=mask,
+            temperature=temperature,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+            entropy=entropy,
+        )
+
+    @torch.no_grad()
+    def trunk(self, tokens: Tokens) -> Tensor:
+        """[B, P + T, D]: what enters the first unfrozen layer."""
+        assert self.body is not None
+        top = layer_list(self.body)[len(self.lower)]
+        with _stopping_before(top) as reached:
+            try:
+                self.body(**self._inputs(tokens), use_cache=False)
+            except _Reached:
+                return reached[0]
+        raise RuntimeError("the first unfrozen layer was never reached")
+
+    @torch.no_grad()
+    def step(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        """A decoding step: new tokens [B, n] at positions [B, n], after those in ``cache`` (which
+        grows); ``mask`` [B, all so far]. Returns the float32 logits [B, V] of the next token."""
+        arguments = {
+            "input_ids": input_ids,
+            "attention_mask": mask,
+            "position_ids": positions,
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        if not self.fused:
+            return self.model(**arguments, logits_to_keep=1).logits[:, -1].float()
+        assert self.body is not None
+        state = self.body(**arguments).last_hidden_state[:, -1]
+        weight, bias = self._head_weights()
+        return self._shape(few_row_linear(state, weight, bias).float())
+
+    def _shape(self, logits: Tensor) -> Tensor:
+        logits = logits * self.logit_scale if self.logit_scale != 1.0 else logits
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+    def _head_weights(self) -> tuple[Tensor, Tensor | None]:
+        assert isinstance(self.head, nn.Linear)
+        return self.head.weight, self.head.bias
+
+    def _inputs(self, tokens: Tokens) -> dict[str, Tensor]:
+        return {
+            "input_ids": tokens.input_ids,
+            "attention_mask": tokens.attention_mask,
+            "position_ids": tokens.position_ids,
+        }
+
+    def _run(self, tokens: Tokens, trunk: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """States [B, P + T, D] and, on the ordinary path, logits [B, P + T, V]."""
+        arguments = self._inputs(tokens)
+        if trunk is not None:
+            arguments["inputs_embeds"] = trunk
+            del arguments["input_ids"]
+        with _starting_from(trunk, self.lower):
+            if self.fused:
+                assert self.body is not None
+                return self.body(**arguments, use_cache=False).last_hidden_state, None
+            if self.body is None:
+                return None, self.model(**arguments, use_cache=False).logits
+            with _output_of(self.body) as output:
+                logits = self.model(**arguments, use_cache=False).logits
+            return output[0].last_hidden_state, logits
+
+    def _probe(self) -> Tokens:
+        """A few tokens, one row padded, to compare paths on."""
+        device = next(self.model.parameters()).device
+        vocabulary = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        ids = (torch.arange(10, device=device).reshape(2, 5) * 7 + 1) % vocabulary
+        return Tokens(ids[:, :3], torch.tensor([3, 2]), ids[:, 3:], torch.tensor([2, 2]))
+
+    @torch.no_grad()
+    def _fused_fails(self) -> str | None:
+        """Why the fused path cannot be used; None when it gives the model's own logits."""
+        if self.body is None:
+            return f"{type(self.model).__name__} has no base_model"
+        # a subclass may compute something else: 4-bit layers and LoRA's are such
+        if type(self.head) is not nn.Linear:
+            return f"the LM head is a {type(self.head).__name__}, not a torch.nn.Linear"
+        if self.head._forward_hooks or self.head._forward_pre_hooks:
+            return "the LM head has hooks"
+        probe = self._probe()
+        inputs = self._inputs(probe)
+        expected = self.model(**inputs, use_cache=False).logits.float()
+        states = getattr(self.body(**inputs, use_cache=False), "last_hidden_state", None)
+        if states is None:
+            self.body = None  # a wrapper's base_model (peft's) is the whole model
+            return f"the base_model of {type(self.model).__name__} returns no last_hidden_state"
+        found = self._shape(nn.functional.linear(states, *self._head_weights()).float())
+        real = probe.attention_mask.bool()
+        error = (found - expected)[real].abs().max() / expected[real].abs().max()
+        tolerance = HEAD_TOLERANCE.get(self.head.weight.dtype, HALF_TOLERANCE)
+        if not error <= tolerance:
+            return f"the body's states times the LM head differ from the logits by {error:.1e}"
+        return None
+
+    @torch.no_grad()
+    def _split_fails(self) -> str | None:
+        """Why the model cannot start from its trunk; None when top(trunk(x)) is the model."""
+        probe = self._probe()
+        try:
+            whole, split = self._run(probe, None)[0], self._run(probe, self.trunk(probe))[0]
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            return f"{type(error).__name__}: {error}"
+        assert whole is not None
+        assert split is not None
+        real = probe.attention_mask.bool()
+        difference = (whole - split)[real].abs().max()
+        return None if difference == 0 else f"its states differ by {difference:.1e}"
+
+
+def layer_list(body: nn.Module | None) -> nn.ModuleList:
+    """The body's transformer layers.
+
+    Raises:
+        ValueError: no module list has as many entries as the configuration names layers.
+    """
+    config = getattr(body, "config", None)
+    count = config.get_text_config().num_hidden_layers if config is not None else None
+    for child in body.modules() if body is not None else ():
+        if isinstance(child, nn.ModuleList) and len(child) == count:
+            return child
+    raise ValueError(
+        f"num_layers_unfrozen: found no list of {count} layers in {type(body).__name__}; "
+        "use num_layers_unfrozen=None"
+    )
+
+
+def lower_layers(body: nn.Module | None, num_layers_unfrozen: int) -> list[nn.Module]:
+    """The layers of the trunk: all but the last ``num_layers_unfrozen``."""
+    layers = list(layer_list(body))
+    if not 0 < num_layers_unfrozen < len(layers):
+        raise ValueError(
+            f"num_layers_unfrozen: got {num_layers_unfrozen}, expected 1 to {len(layers) - 1} "
+            f"(the model has {len(layers)} layers), or None to train them all"
+        )
+    return layers[: len(layers) - num_layers_unfrozen]
+
+
+def freeze_trunk(model: nn.Module, num_layers_unfrozen: int) -> None:
+    """Freeze all of a causal LM but its top layers, its final norm and an untied LM head."""
+    body = getattr(model, "base_model", None)
+    lower_layers(body, num_layers_unfrozen)  # refuses a bad count before anything is changed
+    layers = layer_list(body)
+    trained = list(layers[-num_layers_unfrozen:])
+    # what comes after the layers in the body, by order of definition: the final norm
+    children = list(body.children())  # type: ignore[union-attr]
+    where = next((i for i, child in enumerate(children) if child is layers), None)
+    if where is not None:
+        trained += children[where + 1 :]
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    if head is not None and head.weight is not embedding.weight:
+        trained.append(head)
+    model.requires_grad_(False)
+    for module in trained:
+        module.requires_grad_(True)
+
+
+class _Reached(Exception):
+    """The layer that a partial pass runs up to."""
+
+
+@contextmanager
+def _stopping_before(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """The next pass ends where ``layer`` would begin; its input lands in the list."""
+    reached: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        reached.append(args[0] if args else kwargs["hidden_states"])
+        raise _Reached
+
+    handle = layer.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        yield reached
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _starting_from(trunk: Tensor | None, lower: list[nn.Module]) -> Iterator[None]:
+    """The lower layers hand on the trunk's states instead of computing them: masks, rotary tables
+    and the final norm stay the model's own. Without ``trunk`` nothing changes."""
+    if trunk is None:
+        yield
+        return
+    own = [layer.__dict__.get("forward") for layer in lower]  # an accelerate hook, if any
+    for layer in lower:
+        layer.forward = lambda *args, **kwargs: trunk
+    try:
+        yield
+    finally:
+        for layer, forward in zip(lower, own, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
+
+
+@contextmanager
+def _output_of(module: nn.Module) -> Iterator[list[Any]]:
+    """What ``module`` returns during the block."""
+    output: list[Any] = []
+    handle = module.register_forward_hook(lambda _, __, result: output.append(result))
+    try:
+        yield output
+    finally:
+        handle.remove()

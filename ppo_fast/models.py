@@ -1,0 +1,101 @@
+"""ValueModel and RewardModel: a language model's body with a small head, and what makes modules
+fit for PPO (dropout off)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ppo_fast.tokens import position_ids
+
+
+def _body(base_model: nn.Module) -> nn.Module:
+    """A causal LM's body; a bare body stays itself. Its last hidden state is what the spec's
+    ``output_hidden_states=True`` reads last, without keeping the others or making logits."""
+    return getattr(base_model, "base_model", base_model)
+
+
+def _head(hidden_size: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(hidden_size, 256), nn.ReLU(), nn.Dropout(0.1), nn.Linear(256, 1))
+
+
+def _check_hidden_size(base_model: nn.Module, hidden_size: int) -> None:
+    config = getattr(base_model, "config", None)
+    actual = None if config is None else config.get_text_config().hidden_size
+    if actual is not None and hidden_size != actual:
+        raise ValueError(
+            f"hidden_size: got {hidden_size}, but {type(base_model).__name__} has {actual}; "
+            f"pass hidden_size={actual}"
+        )
+
+
+class ValueModel(nn.Module):
+    """A value for every token: a language model's last hidden states through a small head.
+
+    The value at a token estimates the return from the state that ends with it. Padding may stand on
+    either side.
+
+    Args:
+        base_model: a transformers causal LM (its LM head is not used) or a bare body.
+        hidden_size: D, the width of its states.
+    """
+
+    def __init__(self, base_model: nn.Module, hidden_size: int = 768) -> None:
+        super().__init__()
+        _check_hidden_size(base_model, hidden_size)
+        self.base_model = base_model
+        self.value_head = _head(hidden_size)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """input_ids [B, L] int64, attention_mask [B, L] (default: all ones) -> values [B, L]."""
+        states, _ = _states(self.base_model, input_ids, attention_mask)
+        return self.value_head(states).squeeze(-1)
+
+
+class RewardModel(nn.Module):
+    """A score for every sequence, read at its last real token. Padding may stand on either side.
+
+    Args:
+        base_model: a transformers causal LM (its LM head is not used) or a bare body.
+        hidden_size: D, the width of its states.
+    """
+
+    def __init__(self, base_model: nn.Module, hidden_size: int = 768) -> None:
+        super().__init__()
+        _check_hidden_size(base_model, hidden_size)
+        self.base_model = base_model
+        self.reward_head = _head(hidden_size)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """input_ids [B, L] int64, attention_mask [B, L] (default: all ones) -> scores [B]."""
+        states, mask = _states(self.base_model, input_ids, attention_mask)
+        places = torch.arange(mask.shape[1], device=mask.device)
+        last = (mask.bool() * places).argmax(dim=1)
+        return self.reward_head(states[torch.arange(len(last)), last]).squeeze(-1)
+
+
+def _states(
+    base_model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    output = _body(base_model)(
+        input_ids=input_ids,
+        attention_mask=mask,
+        position_ids=position_ids(mask),
+        use_cache=False,
+    )
+    return output.last_hidden_state, mask
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability of ``model`` to 0, whatever its train/eval mode.
+
+    A log-prob under dropout is a random number; the ratio of two of them says nothing.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            # transformers' attention modules keep probabilities as plain floats
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)

@@ -1,0 +1,31 @@
+"""The mathematics of PPO for language models, each op usable alone in any trainer.
+
+Legend everywhere: B sequences, P prompt tokens, T response tokens, V vocabulary, D hidden size.
+"""
+
+from ppo_fast.ops.few_row_linear import few_row_linear
+from ppo_fast.ops.gae import GAE, gae
+from ppo_fast.ops.kl_estimate import kl_estimate
+from ppo_fast.ops.linear_logprobs import linear_logprobs
+from ppo_fast.ops.logprobs import TokenLogprobs, logprobs_from_logits
+from ppo_fast.ops.ppo_loss import PPOLoss, ppo_loss
+from ppo_fast.ops.sample_tokens import Sampled, sample_tokens
+from ppo_fast.ops.value_loss import ValueLoss, value_loss
+from ppo_fast.ops.whiten import whiten
+
+__all__ = [
+    "GAE",
+    "PPOLoss",
+    "Sampled",
+    "TokenLogprobs",
+    "ValueLoss",
+    "few_row_linear",
+    "gae",
+    "kl_estimate",
+    "linear_logprobs",
+    "logprobs_from_logits",
+    "ppo_loss",
+    "sample_tokens",
+    "value_loss",
+    "whiten",
+]

@@ -1,0 +1,91 @@
+"""Which implementation an op runs on, and why.
+
+``impl="auto"`` picks by device: the Triton kernel for CUDA tensors, the C++ kernel for CPU tensors,
+and the reference where an op has no kernel for the device. An explicit ``impl=`` (the environment
+variable ``PPO_FAST_IMPL`` counts as one) never falls back: it raises, saying what is missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import cache
+from typing import Literal, NamedTuple
+
+import torch
+
+Impl = Literal["auto", "reference", "cpp", "triton"]
+
+# Every op has a reference; these are the compiled implementations that exist beside it.
+COMPILED: dict[str, tuple[Impl, ...]] = {
+    "logprobs_from_logits": (),
+    "linear_logprobs": (),
+    "gae": ("cpp",),
+    "kl_estimate": (),
+    "ppo_loss": (),
+    "value_loss": (),
+    "whiten": (),
+    "sample_tokens": (),
+    "few_row_linear": (),
+}
+
+
+class Choice(NamedTuple):
+    """An implementation and the reason that it was chosen."""
+
+    impl: Impl
+    reason: str
+
+
+@cache
+def missing(impl: Impl) -> str | None:
+    """Why ``impl`` cannot run in this installation; None when it can."""
+    if impl == "cpp":
+        try:
+            importlib.import_module("ppo_fast._C")
+        except ImportError as error:
+            return f"the compiled extension ppo_fast._C is not there ({error}); `pip install .`"
+    if impl == "triton":
+        try:
+            importlib.import_module("triton")
+        except ImportError as error:
+            return f"triton cannot be imported ({error})"
+    return None
+
+
+@torch.compiler.assume_constant_result  # torch.compile takes the answer and traces nothing of it
+def choose(op: str, impl: Impl, device: torch.device) -> Choice:
+    """The implementation that ``op`` uses for tensors on ``device``.
+
+    Raises ValueError for an unknown ``impl``, NotImplementedError for one that ``op`` does not
+    have, RuntimeError for one that cannot run here.
+    """
+    source = f'impl="{impl}"'
+    if impl == "auto" and (named := os.environ.get("PPO_FAST_IMPL")):
+        source, impl = f"PPO_FAST_IMPL={named}", named  # type: ignore[assignment]
+    if impl not in ("auto", "reference", "cpp", "triton"):
+        raise ValueError(f"{source}: expected auto, reference, cpp or triton")
+    if impl == "auto":
+        return _choose_by_device(op, device)
+    if impl == "reference":
+        return Choice("reference", source)
+    if impl not in COMPILED[op]:
+        have = ", ".join(("reference", *COMPILED[op]))
+        raise NotImplementedError(f"{source}: {op} has no such implementation; it has {have}")
+    if reason := missing(impl):
+        raise RuntimeError(f"{source}: {reason}; or use impl='reference'")
+    wanted = "cpu" if impl == "cpp" else "cuda"
+    if device.type != wanted:
+        raise RuntimeError(f"{source}: {op} got tensors on {device}, expected {wanted}")
+    return Choice(impl, source)
+
+
+def _choose_by_device(op: str, device: torch.device) -> Choice:
+    compiled: Impl | None = {"cpu": "cpp", "cuda": "triton"}.get(device.type)  # type: ignore[assignment]
+    if compiled is None:
+        return Choice("reference", f"no kernels for {device.type}")
+    if compiled not in COMPILED[op]:
+        return Choice("reference", f"no {compiled} kernel yet")
+    if reason := missing(compiled):
+        return Choice("reference", reason)
+    return Choice(compiled, f"fastest on {device.type}")

@@ -1,0 +1,55 @@
+"""``few_row_linear``: validation and dispatch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ppo_fast.ops.dispatch import Impl, choose
+from ppo_fast.ops.few_row_linear import reference
+from ppo_fast.ops.validation import check_floating, check_same_device
+
+
+def few_row_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl = "auto"
+) -> Tensor:
+    """``F.linear`` for the few rows of a decoding step: ``y = x W^T + bias``.
+
+    On the CPU it is computed as ``(W x^T)^T``. Asked for ``x W^T`` with few rows, the BLAS first
+    copies the whole weight into another layout, at every call; the transposed product reads it as
+    it lies. Other devices use ``F.linear``. Differentiable. The bits of a row depend on how many
+    rows come with it, as with any product of the BLAS.
+
+    The result is contiguous. The product itself has its rows interleaved, and turning them costs
+    less than one pass of a consumer over the wrong layout: TIMINGS
+
+    Args:
+        x: [..., D], float32, float64, bfloat16 or float16.
+        weight: [V, D], the dtype of x.
+        bias: [V] or None.
+        impl: "auto", "reference", or a compiled implementation (ppo_fast.ops.dispatch).
+
+    Returns:
+        [..., V], contiguous, of the dtype of x.
+
+    Raises:
+        TypeError: operands that are not floating point, or of different dtypes.
+        ValueError: shapes or devices that do not fit.
+    """
+    check_floating("x", x)
+    if weight.ndim != 2:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected [V, D]")
+    if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x: got shape {tuple(x.shape)}, expected [..., {weight.shape[1]}] "
+            f"to fit weight {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
+    for name, operand in (("weight", weight), ("bias", bias)):
+        if operand is None:
+            continue
+        check_same_device(name, operand, x.device)
+        if operand.dtype != x.dtype:
+            raise TypeError(f"{name}: got {operand.dtype}, expected {x.dtype}, the dtype of x")
+    choose("few_row_linear", impl, x.device)
+    return reference.few_row_linear(x, weight, bias)

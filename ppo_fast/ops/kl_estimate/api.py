@@ -1,0 +1,55 @@
+"""kl_estimate: per-token estimates of the KL divergence between two policies."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from ppo_fast.ops.checks import check_choice, check_tokens
+from ppo_fast.ops.dispatch import Impl, choose
+from ppo_fast.ops.kl_estimate import reference
+
+KLEstimator = Literal["k1", "abs", "k2", "k3", "k1+k2"]
+
+
+def kl_estimate(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    *,
+    mask: Tensor | None = None,
+    estimator: KLEstimator = "k1",
+    impl: Impl = "auto",
+) -> Tensor:
+    """Estimate KL(policy || reference) at every token from the log-probs of the sampled tokens.
+
+    With d = logprobs - ref_logprobs, the tokens being drawn from the policy:
+
+        k1     d                     unbiased value; the expected gradient of its sample is zero
+        abs    |d|
+        k2     d^2 / 2               biased value; the gradient of the true KL in expectation
+        k3     exp(-d) - 1 + d       unbiased value, never negative
+        k1+k2  value of k1, gradient of k2
+
+    Source: Schulman, "Approximating KL Divergence" (2020), http://joschu.net/blog/kl-approx.html.
+    Differentiable in both log-probs, under "k1+k2" in ``logprobs`` alone (``ref_logprobs`` is a
+    constant there); the gradient of |d| at 0 is 0. exp(-d) is not clamped: k3 is inf beyond 88 nats
+    in float32.
+
+    Args:
+        logprobs: [B, T] (B sequences, T response tokens), any float dtype: of the policy.
+        ref_logprobs: [B, T]: of the reference policy.
+        mask: bool [B, T], True at valid tokens; elsewhere the estimate and both gradients are
+            exactly 0, whatever stands there. Default: all valid.
+        estimator: one of the names above. Default: "k1".
+        impl: see ppo_fast.ops.dispatch.
+
+    Returns [B, T], float64 where ``logprobs`` is float64, else float32.
+    Raises TypeError for a wrong dtype; ValueError for differing shapes or devices and an unknown
+    estimator; and what ``dispatch.choose`` raises.
+    """
+    op = "kl_estimate"
+    check_tokens(op, {"logprobs": logprobs, "ref_logprobs": ref_logprobs}, mask)
+    check_choice(op, "estimator", estimator, get_args(KLEstimator))
+    choose(op, impl, logprobs.device)
+    return reference.kl_estimate(logprobs, ref_logprobs, mask=mask, estimator=estimator)

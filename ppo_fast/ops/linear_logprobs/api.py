@@ -1,0 +1,120 @@
+"""``linear_logprobs``: validation and dispatch."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from ppo_fast.ops.dispatch import Impl, choose
+from ppo_fast.ops.linear_logprobs import reference
+from ppo_fast.ops.logprobs import TokenLogprobs
+from ppo_fast.ops.validation import (
+    check_floating,
+    check_int64,
+    check_labels_in_range,
+    check_mask,
+    check_same_device,
+    check_temperature,
+)
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    entropy: bool = True,
+    logits_budget_bytes: int = 2**28,
+    impl: Impl = "auto",
+) -> TokenLogprobs:
+    """``logprobs_from_logits`` of an LM head's logits, from the hidden states and its weight.
+
+    With h a hidden state, s the logit_scale and c the softcap, the logits are::
+
+        z = s * (W h + bias),   x = c * tanh(z / c)   (x = z without a softcap)
+
+    in this order and both before the temperature, so that x is what transformers returns as
+    ``logits``: Cohere scales (``config.logit_scale``; Granite by 1 / ``config.logits_scaling``),
+    Gemma 2 caps (``config.final_logit_softcapping``). Log-probs and entropy follow from x / t as
+    in ``logprobs_from_logits``, with its gradient dL/dx; then, with dz = s * (1 - (x/c)^2) * dL/dx::
+
+        dh = W^T dz,   dW = sum over tokens of dz h^T,   dbias = sum over tokens of dz
+
+    Args:
+        hidden: [..., D], float32, float64, bfloat16 or float16.
+        weight: [V, D], of the same or another of these dtypes. Logits are float32 whatever the
+            operands' dtype, also under autocast (float64 if an operand is).
+        labels: [...] int64, token ids from 0 to V - 1; anything where mask is False.
+        bias: [V] or None.
+        mask: [...] bool, True at tokens that count. Elsewhere outputs and gradients are exactly 0,
+            whatever hidden holds there. None: all count.
+        temperature: divides the logits; above 0.
+        logit_scale: factor of the logits.
+        softcap: bound of the logits; above 0, or None for no bound.
+        entropy: whether to compute the entropy.
+        logits_budget_bytes: memory for logits, at least 0. Tiled implementations keep tiles within
+            it for the backward and recompute the rest. The reference ignores it: it makes the whole
+            [..., V].
+        impl: "auto", "reference", or a compiled implementation (ppo_fast.ops.dispatch).
+
+    Returns:
+        TokenLogprobs of [...] float32 tensors (float64 if an operand is).
+
+    Raises:
+        TypeError: operands that are not floating point, labels not int64, a mask not bool.
+        ValueError: shapes or devices that do not fit, a number out of its range, an unmasked label
+            outside [0, V) (checked on CPU tensors, see ``logprobs_from_logits``).
+    """
+    _check_head(hidden, weight, bias)
+    check_int64("labels", labels, hidden.shape[:-1], hidden.device)
+    check_mask(mask, labels.shape, hidden.device)
+    check_temperature(temperature)
+    _check_numbers(logit_scale, softcap, logits_budget_bytes)
+    check_labels_in_range(labels, weight.shape[0], mask)
+    choose("linear_logprobs", impl, hidden.device)
+    return reference.linear_logprobs(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        mask=mask,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        entropy=entropy,
+    )
+
+
+def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_floating("hidden", hidden)
+    check_floating("weight", weight)
+    if weight.ndim != 2 or weight.shape[0] == 0:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected [V, D] with V >= 1")
+    vocab_size, hidden_size = weight.shape
+    if hidden.ndim == 0 or hidden.shape[-1] != hidden_size:
+        raise ValueError(
+            f"hidden: got shape {tuple(hidden.shape)}, expected [..., {hidden_size}] "
+            f"to fit weight {tuple(weight.shape)}"
+        )
+    check_same_device("weight", weight, hidden.device)
+    if bias is None:
+        return
+    check_floating("bias", bias)
+    if bias.shape != (vocab_size,):
+        raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({vocab_size},)")
+    check_same_device("bias", bias, hidden.device)
+
+
+def _check_numbers(logit_scale: float, softcap: float | None, logits_budget_bytes: int) -> None:
+    if not -math.inf < logit_scale < math.inf:
+        raise ValueError(f"logit_scale: got {logit_scale}, expected a finite number")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap: got {softcap}, expected a finite number above 0, or None")
+    if logits_budget_bytes < 0:
+        raise ValueError(f"logits_budget_bytes: got {logits_budget_bytes}, expected 0 or more")

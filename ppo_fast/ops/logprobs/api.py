@@ -1,0 +1,87 @@
+"""``logprobs_from_logits``: validation and dispatch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ppo_fast.ops.dispatch import Impl, choose
+from ppo_fast.ops.logprobs import reference
+from ppo_fast.ops.validation import (
+    check_floating,
+    check_int64,
+    check_labels_in_range,
+    check_mask,
+    check_temperature,
+)
+
+
+class TokenLogprobs(NamedTuple):
+    """Two numbers a token.
+
+    logprobs: [...], log-prob of the label.
+    entropy: [...], entropy in nats of the distribution that the label came from; None when it was
+        not asked for.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor | None
+
+
+def logprobs_from_logits(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    entropy: bool = True,
+    impl: Impl = "auto",
+) -> TokenLogprobs:
+    """Log-prob of each label, and entropy of the distribution, under softmax(logits / temperature).
+
+    With x a row of logits, y its label, t the temperature::
+
+        l = x_y / t - log sum_j exp(x_j / t)
+        H = -sum_j p_j log p_j,   p = softmax(x / t)
+
+    Both are differentiable with respect to the logits. With a = dL/dl and b = dL/dH::
+
+        dL/dx_j = (1/t) * [ a * (1[j = y] - p_j)  -  b * p_j * (log p_j + H) ]
+
+    (differentiate the two lines above; d log p_j / dx_k = (1[j = k] - p_k) / t.)
+
+    Args:
+        logits: [..., V], float32, float64, bfloat16 or float16, any strides. Half precision is
+            converted before the softmax. A logit of -inf has p = 0: it adds nothing to H, and its
+            gradient is 0 (unless it is the label: then l = -inf, and the formula gives a / t).
+            An unmasked row that holds NaN or +inf, or nothing but -inf, gives NaN.
+        labels: [...] int64, token ids from 0 to V - 1; anything where mask is False, -100 say.
+        mask: [...] bool, True at tokens that count. Elsewhere both outputs and the gradient are
+            exactly 0, whatever the logits hold there. None: all count.
+        temperature: divides the logits; above 0.
+        entropy: whether to compute H.
+        impl: "auto", "reference", or a compiled implementation (ppo_fast.ops.dispatch).
+
+    Returns:
+        TokenLogprobs of [...] float32 tensors (float64 for float64 logits).
+
+    Raises:
+        TypeError: logits that are not floating point, labels not int64, a mask not bool.
+        ValueError: shapes or devices that do not fit, a temperature outside (0, inf), an unmasked
+            label outside [0, V). The last is checked on CPU tensors; on CUDA the check would wait
+            for the device, and such a label trips PyTorch's device-side assertion instead.
+    """
+    check_floating("logits", logits)
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected [..., V] with V >= 1")
+    check_int64("labels", labels, logits.shape[:-1], logits.device)
+    check_mask(mask, labels.shape, logits.device)
+    check_temperature(temperature)
+    check_labels_in_range(labels, logits.shape[-1], mask)
+    choose("logprobs_from_logits", impl, logits.device)
+    return TokenLogprobs(
+        *reference.logprobs_from_logits(
+            logits, labels, mask=mask, temperature=temperature, entropy=entropy
+        )
+    )

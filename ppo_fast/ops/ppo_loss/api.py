@@ -1,0 +1,166 @@
+"""ppo_loss: the clipped policy objective with its KL term and entropy bonus."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+from torch import Tensor
+
+from ppo_fast.ops.checks import check_choice, check_normalizer, check_number, check_tokens
+from ppo_fast.ops.dispatch import Impl, choose
+from ppo_fast.ops.kl_estimate import KLEstimator
+from ppo_fast.ops.ppo_loss import reference
+
+Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
+
+
+class PPOLoss(NamedTuple):
+    """The loss, and what it measured on the way."""
+
+    loss: Tensor
+    """0-dim, float32 (float64 for float64 log-probs)."""
+    metrics: Tensor
+    """[K] float32, detached: layout stats.PPO_STATS, read by stats.ppo_metrics."""
+
+
+def ppo_loss(
+    logprobs: Tensor,
+    *,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    entropy: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    clip: tuple[float, float] = (0.2, 0.2),
+    dual_clip: float | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: KLEstimator = "k1+k2",
+    entropy_coef: float = 0.0,
+    aggregation: Aggregation = "token-mean",
+    normalizer: float | Tensor | None = None,
+    impl: Impl = "auto",
+) -> PPOLoss:
+    """The loss of a policy update on sampled tokens, to be minimised.
+
+    Per valid token, with r = exp(logprobs - old_logprobs), A the advantage, (low, high) = clip:
+
+        policy = -min(r A, clamp(r, 1 - low, 1 + high) A)             Schulman et al. 2017, eq. 7
+        policy = -max(min(r A, clamp(r, 1 - low, 1 + high) A), c A)   for A < 0 with c = dual_clip;
+                                                                      Ye et al. 2020, eq. 5
+        loss   = policy + kl_coef * KL(policy || reference) - entropy_coef * entropy
+
+    (https://arxiv.org/abs/1707.06347, https://arxiv.org/abs/1912.09729; the KL estimators are those
+    of kl_estimate.) Clipping is decided on log r, against log(1 + high), log(1 - low) and log(c);
+    a token exactly on a bound is not clipped. The gradient per token is
+
+        d/dlogprobs = [not clipped] (-r A) + kl_coef dKL/dlogprobs        d/dentropy = -entropy_coef
+
+    and exactly 0 at a clipped token without KL, however extreme r is. Without ``dual_clip`` the
+    policy term is unbounded for A < 0 and overflows to inf at log r > 88 in float32.
+
+    The terms of the tokens are aggregated as
+
+        "token-mean"            sum over tokens / normalizer = the valid tokens of the step
+        "seq-mean-token-mean"   sum over sequences of their token means / normalizer = the sequences
+                                of the step that have a valid token
+        "seq-mean-token-sum"    sum over tokens / normalizer = sequences times a constant length
+
+    so that, with the normalizer of the whole optimizer step, the losses of its microbatches (whole
+    sequences each) add up to the loss of the step, and merge_stats of their metrics to its metrics.
+
+    Args:
+        logprobs: [B, T] (B sequences, T response tokens), any float dtype: of the sampled tokens
+            under the policy being trained; the gradient flows here.
+        old_logprobs: [B, T]: the same under the policy that is being improved on; a constant.
+        advantages: [B, T]; a constant.
+        mask: bool [B, T], True at valid tokens; the others contribute exactly 0 to loss, gradient
+            and metrics, whatever stands there.
+        entropy: [B, T], of the policy at each token, with its gradient. Needed for
+            ``entropy_coef``; without a coefficient it is a metric only. Default: None.
+        ref_logprobs: [B, T]: under the reference policy; a constant. Needed for ``kl_coef``;
+            without a coefficient it is a metric only. Default: None.
+        clip: (low, high), 0 <= low < 1 and high > 0. Default: (0.2, 0.2).
+        dual_clip: c > 1. Default: None, no dual clip.
+        kl_coef: weight of the KL term, at least 0. Default: 0.
+        kl_estimator: see kl_estimate. "k1" is refused with a ``kl_coef``: its expected gradient is
+            zero. Default: "k1+k2".
+        entropy_coef: weight of the entropy bonus. Default: 0.
+        aggregation: one of the names above. Default: "token-mean".
+        normalizer: a number above 0 or a 0-dim tensor (a constant, not read on the host; 0 counts
+            as 1, since a step without tokens has loss 0). Default: the count in this call, at
+            least 1; required with "seq-mean-token-sum".
+        impl: see ppo_fast.ops.dispatch.
+
+    The maths is float32 (float64 where ``logprobs`` is float64). No sync.
+    Raises TypeError for a wrong dtype; ValueError for differing shapes or devices, a number out of
+    range, an unknown name and a coefficient without its tensor; and what ``dispatch.choose``
+    raises.
+    """
+    op = "ppo_loss"
+    tensors = {
+        "logprobs": logprobs,
+        "old_logprobs": old_logprobs,
+        "advantages": advantages,
+        "entropy": entropy,
+        "ref_logprobs": ref_logprobs,
+    }
+    check_tokens(op, tensors, mask)
+    _check_clip(op, clip, dual_clip)
+    _check_terms(op, kl_coef, kl_estimator, ref_logprobs, entropy_coef, entropy)
+    check_choice(op, "aggregation", aggregation, get_args(Aggregation))
+    check_normalizer(op, normalizer)
+    if aggregation == "seq-mean-token-sum" and normalizer is None:
+        raise ValueError(
+            f"{op}: aggregation 'seq-mean-token-sum' needs a normalizer: the number of sequences "
+            "of the step times a constant length"
+        )
+    choose(op, impl, logprobs.device)
+    loss, metrics = reference.ppo_loss(
+        logprobs,
+        old_logprobs=old_logprobs,
+        advantages=advantages,
+        mask=mask,
+        entropy=entropy,
+        ref_logprobs=ref_logprobs,
+        clip=clip,
+        dual_clip=dual_clip,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        entropy_coef=entropy_coef,
+        aggregation=aggregation,
+        normalizer=normalizer,
+    )
+    return PPOLoss(loss, metrics)
+
+
+def _check_clip(op: str, clip: tuple[float, float], dual_clip: float | None) -> None:
+    if not isinstance(clip, (tuple, list)) or len(clip) != 2:
+        raise TypeError(f"{op}: clip is {clip!r}, expected (low, high), such as clip=(0.2, 0.2)")
+    check_number(op, "the low end of clip", clip[0], at_least=0, below=1)
+    check_number(op, "the high end of clip", clip[1], above=0)
+    if dual_clip is not None:
+        check_number(op, "dual_clip", dual_clip, above=1)
+
+
+def _check_terms(
+    op: str,
+    kl_coef: float,
+    kl_estimator: str,
+    ref_logprobs: Tensor | None,
+    entropy_coef: float,
+    entropy: Tensor | None,
+) -> None:
+    check_number(op, "kl_coef", kl_coef, at_least=0)
+    check_choice(op, "kl_estimator", kl_estimator, get_args(KLEstimator))
+    if kl_coef > 0 and ref_logprobs is None:
+        raise ValueError(f"{op}: kl_coef is {kl_coef} but ref_logprobs is None; give it [B, T]")
+    if kl_coef > 0 and kl_estimator == "k1":
+        raise ValueError(
+            f"{op}: kl_estimator 'k1' as a loss term has an expected gradient of zero and would "
+            "hold nothing; use 'k1+k2', which has the same value"
+        )
+    check_number(op, "entropy_coef", entropy_coef)
+    if entropy_coef != 0 and entropy is None:
+        raise ValueError(
+            f"{op}: entropy_coef is {entropy_coef} but entropy is None; give it [B, T]"
+        )

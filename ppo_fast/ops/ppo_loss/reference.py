@@ -1,0 +1,119 @@
+"""The specification of ppo_loss in plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ppo_fast.ops.kl_estimate import KLEstimator, kl_estimate
+from ppo_fast.ops.stats import PPO_STATS, pack_stats
+
+
+def ppo_loss(
+    logprobs: Tensor,
+    *,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    entropy: Tensor | None,
+    ref_logprobs: Tensor | None,
+    clip: tuple[float, float],
+    dual_clip: float | None,
+    kl_coef: float,
+    kl_estimator: KLEstimator,
+    entropy_coef: float,
+    aggregation: str,
+    normalizer: float | Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Formulas: see api.py. Tensors [B, T] -> (loss [], metrics [K] as in PPO_STATS)."""
+    dtype = torch.promote_types(logprobs.dtype, torch.float32)
+
+    def valid(x: Tensor) -> Tensor:
+        return torch.where(mask, x.to(dtype), 0)
+
+    new, advantages = valid(logprobs), valid(advantages.detach())
+    log_ratio = new - valid(old_logprobs.detach())
+    policy = _policy_loss(log_ratio, advantages, clip, dual_clip)
+    per_token = policy
+    stats = _policy_stats(log_ratio, advantages, mask, clip, dual_clip)
+    stats["policy_loss"] = policy.sum()
+
+    zero = torch.zeros((), dtype=dtype, device=logprobs.device)
+    stats["kl_loss"] = stats["ref_kl"] = stats["entropy"] = zero
+    if ref_logprobs is not None:
+        ref = valid(ref_logprobs.detach())
+        kl = kl_estimate(new, ref, mask=mask, estimator=kl_estimator, impl="reference")
+        stats["kl_loss"], stats["ref_kl"] = kl.sum(), (new - ref).sum()
+        if kl_coef > 0:
+            per_token = per_token + kl_coef * kl
+    if entropy is not None:
+        entropy = valid(entropy)
+        stats["entropy"] = entropy.sum()
+        if entropy_coef != 0:
+            per_token = per_token - entropy_coef * entropy
+    return _aggregate(per_token, mask, aggregation, normalizer), pack_stats(PPO_STATS, stats)
+
+
+def _policy_loss(
+    log_ratio: Tensor, advantages: Tensor, clip: tuple[float, float], dual_clip: float | None
+) -> Tensor:
+    """The negated objective per token, [B, T].
+
+    For A >= 0, min(r A, clamp(r) A) = A min(r, 1 + high); for A < 0 it is A max(r, 1 - low), and
+    with dual clip A min(max(r, 1 - low), c). Clamping log r instead of r keeps exp of a clipped
+    token finite, so that its gradient is 0 and not 0 * inf.
+    """
+    low, high = clip
+    log_dual = None if dual_clip is None else math.log(dual_clip)
+    gain = log_ratio.clamp(max=math.log1p(high))
+    harm = log_ratio.clamp(min=math.log1p(-low), max=log_dual)
+    return -advantages * torch.exp(torch.where(advantages >= 0, gain, harm))
+
+
+def _aggregate(
+    per_token: Tensor, mask: Tensor, aggregation: str, normalizer: float | Tensor | None
+) -> Tensor:
+    lengths = mask.sum(-1)
+    count: float | Tensor
+    if aggregation == "seq-mean-token-mean":
+        total = (per_token.sum(-1) / lengths.clamp(min=1)).sum()
+        count = (lengths > 0).sum() if normalizer is None else normalizer
+    else:
+        total = per_token.sum()
+        count = lengths.sum() if normalizer is None else normalizer
+    if isinstance(count, Tensor):
+        count = count.detach().masked_fill(count == 0, 1)
+    return total / count
+
+
+@torch.no_grad()
+def _policy_stats(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip: tuple[float, float],
+    dual_clip: float | None,
+) -> dict[str, Tensor]:
+    low, high = clip
+    log_dual = math.inf if dual_clip is None else math.log(dual_clip)
+    ratio = log_ratio.exp()
+
+    def pad(x: Tensor, neutral: float) -> Tensor:
+        # One neutral element beside the tokens: an extremum of nothing has no value in torch.
+        return F.pad(torch.where(mask, x, neutral).flatten(), (0, 1), value=neutral)
+
+    return {
+        "tokens": mask.sum(),
+        "approx_kl": (-log_ratio).sum(),
+        "approx_kl_k3": (torch.expm1(log_ratio) - log_ratio).sum(),
+        "clipped_high": ((advantages > 0) & (log_ratio > math.log1p(high))).sum(),
+        "clipped_low": ((advantages < 0) & (log_ratio < math.log1p(-low))).sum(),
+        "dual_clipped": ((advantages < 0) & (log_ratio > log_dual)).sum(),
+        "ratio": torch.where(mask, ratio, 0).sum(),
+        "ratio_min": pad(ratio, math.inf).amin(),
+        "ratio_max": pad(ratio, -math.inf).amax(),
+        "max_log_ratio": pad(log_ratio.abs(), -math.inf).amax(),
+    }

@@ -1,0 +1,76 @@
+"""value_loss: squared error of the value model, optionally clipped."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ppo_fast.ops.checks import check_normalizer, check_number, check_tokens
+from ppo_fast.ops.dispatch import Impl, choose
+from ppo_fast.ops.value_loss import reference
+
+
+class ValueLoss(NamedTuple):
+    """The loss, and what it measured on the way."""
+
+    loss: Tensor
+    """0-dim, float32 (float64 for float64 values)."""
+    metrics: Tensor
+    """[K] float32, detached: layout stats.VALUE_STATS, read by stats.value_metrics."""
+
+
+def value_loss(
+    values: Tensor,
+    *,
+    old_values: Tensor | None,
+    returns: Tensor,
+    mask: Tensor,
+    clip: float | None = None,
+    normalizer: float | Tensor | None = None,
+    impl: Impl = "auto",
+) -> ValueLoss:
+    """Half the squared error of the values, kept near the values of the rollout by ``clip``.
+
+        v_c  = clamp(v, old - clip, old + clip)          (= old + clamp(v - old, -clip, clip))
+        loss = 1/2 sum max((v - R)^2, (v_c - R)^2) / normalizer          over the valid tokens
+
+    Source of the clipped form: the released code of Schulman et al. 2017 (OpenAI baselines, ppo2).
+    Where both errors are equal the gradient is that of the unclipped one.
+
+    Args:
+        values: [B, T] (B sequences, T response tokens), any float dtype; the gradient flows here.
+        old_values: [B, T], the values of the rollout, a constant; None is allowed without ``clip``.
+        returns: [B, T], the targets R, a constant.
+        mask: bool [B, T], True at valid tokens; the others contribute exactly 0 to loss, gradient
+            and metrics, whatever stands there.
+        clip: half the width of the trusted range, above 0. Default: None, the plain squared error.
+        normalizer: what the sum is divided by: the number of valid tokens of the whole optimizer
+            step, so that the losses of its microbatches add up to the loss of the step. A number
+            above 0 or a 0-dim tensor (a constant, not read on the host; 0 counts as 1, since a step
+            without tokens has loss 0). Default: the valid tokens of this call, at least 1.
+        impl: see ppo_fast.ops.dispatch.
+
+    The maths is float32 (float64 where ``values`` is float64). No sync.
+    Raises TypeError for a wrong dtype; ValueError for differing shapes or devices, a clip or
+    normalizer out of range and ``clip`` without ``old_values``; and what ``dispatch.choose``
+    raises.
+    """
+    op = "value_loss"
+    tensors = {"values": values, "old_values": old_values, "returns": returns}
+    check_tokens(op, tensors, mask)
+    check_normalizer(op, normalizer)
+    if clip is not None:
+        check_number(op, "clip", clip, above=0)
+        if old_values is None:
+            raise ValueError(f"{op}: clip is {clip} but old_values is None; give old_values [B, T]")
+    choose(op, impl, values.device)
+    loss, metrics = reference.value_loss(
+        values,
+        old_values=old_values,
+        returns=returns,
+        mask=mask,
+        clip=clip,
+        normalizer=normalizer,
+    )
+    return ValueLoss(loss, metrics)

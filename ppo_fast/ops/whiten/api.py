@@ -1,0 +1,35 @@
+"""whiten: masked mean 0, variance 1."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ppo_fast.ops.checks import check_tokens
+from ppo_fast.ops.dispatch import Impl, choose
+from ppo_fast.ops.whiten import reference
+
+
+def whiten(values: Tensor, *, mask: Tensor, impl: Impl = "auto") -> Tensor:
+    """Shift and scale the valid tokens of a batch to mean 0 and variance 1.
+
+    With n valid tokens x_i over the whole batch, in two passes (never E[x^2] - E[x]^2):
+
+        m = sum(x_i) / n        s2 = sum((x_i - m)^2) / (n - 1)        (x - m) / sqrt(s2 + 1e-8)
+
+    One valid token or none gives zeros. Differentiable. No sync. Source: the released code of
+    Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593), which whitens advantages like this
+    over all tokens; the n - 1 is the unbiased variance.
+
+    Args:
+        values: [B, T] (B sequences, T response tokens), any float dtype.
+        mask: bool [B, T], True at valid tokens; elsewhere output and gradient are exactly 0,
+            whatever stands there.
+        impl: see ppo_fast.ops.dispatch.
+
+    Returns [B, T], float64 where ``values`` is float64, else float32.
+    Raises TypeError for a wrong dtype, ValueError for differing shapes or devices, and what
+    ``dispatch.choose`` raises.
+    """
+    check_tokens("whiten", {"values": values}, mask)
+    choose("whiten", impl, values.device)
+    return reference.whiten(values, mask=mask)

@@ -1,0 +1,346 @@
+"""PPOTrainer: PPO for a causal language model, as the algorithm reads.
+
+prompts --rollout--> Rollout --make_experience--> Experience --update--> metrics
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from transformers import PreTrainedTokenizerBase
+
+from ppo_fast import validation
+from ppo_fast.config import PPOConfig
+from ppo_fast.critic import Critic, HeadCritic, ModelCritic, ValueHead
+from ppo_fast.experience import Experience, make_experience
+from ppo_fast.language_model import LanguageModel, freeze_trunk
+from ppo_fast.models import disable_dropout
+from ppo_fast.rewards import RewardFunction, check_reward_model, check_scores, score
+from ppo_fast.rollout import Rollout, Sampling, decode
+from ppo_fast.spec_methods import SpecMethods
+from ppo_fast.training import TrainingLoop
+from ppo_fast.update import Learner
+
+
+class PPOTrainer(SpecMethods, TrainingLoop):
+    """Trains a causal language model by PPO against a reward.
+
+    Args:
+        policy_model: the transformers causal LM that is trained. It is moved to ``device``, its
+            dropout is switched off and weights stored in half precision become float32.
+        value_model: a module ``forward(input_ids, attention_mask)`` that gives a value a token
+            [B, L] (``ppo_fast.ValueModel``) or a sequence [B]; None for the critics without one.
+        reward_model: a module that gives a score a sequence (``ppo_fast.RewardModel``, a
+            transformers classifier with one label, your own), or a function
+            ``f(prompts, completions) -> list[float]``.
+        tokenizer: the policy's, with a pad token.
+        device: where everything runs. Models on the CPU are moved there.
+        learning_rate: of AdamW, 1e-5.
+        clip_epsilon: the ratio's clip range, 0.2.
+        kl_penalty: coefficient of the KL to the reference, 0.1.
+        gamma: discount, 0.99.
+        gae_lambda: GAE's lambda, 0.95.
+        value_loss_coef: weight of the value loss, 0.5.
+        max_grad_norm: largest gradient norm, 1.0.
+        config: every other setting; ``PPOConfig()`` has what works for language models. The
+            arguments above, where given, come before it; without one, the defaults above hold
+            (``PPOConfig.spec()``).
+
+    Attributes:
+        policy_model, value_model, reward_model, tokenizer, device: as given.
+        reference_model: the policy as it was at construction, frozen, sharing its frozen weights.
+        policy_optimizer, value_optimizer: AdamW over float32 weights; the latter None without a
+            value function.
+        stats: running totals: total_steps, and sums over steps of the rewards, KLs and losses.
+        config: the resolved PPOConfig.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says which, what it got, what
+            was expected and how to mend it.
+    """
+
+    def __init__(
+        self,
+        policy_model: nn.Module,
+        value_model: nn.Module | None,
+        reward_model: nn.Module | RewardFunction,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device | str,
+        learning_rate: float | None = None,
+        clip_epsilon: float | None = None,
+        kl_penalty: float | None = None,
+        gamma: float | None = None,
+        gae_lambda: float | None = None,
+        value_loss_coef: float | None = None,
+        max_grad_norm: float | None = None,
+        *,
+        config: PPOConfig | None = None,
+    ) -> None:
+        given = {
+            "learning_rate": learning_rate,
+            "clip_epsilon": clip_epsilon,
+            "kl_penalty": kl_penalty,
+            "gamma": gamma,
+            "gae_lambda": gae_lambda,
+            "value_loss_coef": value_loss_coef,
+            "max_grad_norm": max_grad_norm,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        self.config = replace(config or PPOConfig.spec(), **given)  # type: ignore[arg-type]
+        self.device = torch.device(device)
+        self.tokenizer = tokenizer
+        validation.check_policy(policy_model)
+        validation.check_tokenizer(tokenizer, policy_model)
+        check_reward_model(reward_model)
+        critic = self._which_critic(value_model)
+        models = {
+            "policy_model": policy_model,
+            "value_model": value_model,
+            "reward_model": reward_model,
+        }
+        for name, model in models.items():
+            validation.place(model, name, self.device)
+        self.policy_model, self.value_model = policy_model, value_model
+        self.reward_model = reward_model
+        self._prepare_models()
+        k = self.config.num_layers_unfrozen
+        self.policy = LanguageModel(policy_model, num_layers_unfrozen=k)
+        self.reference = LanguageModel(self.reference_model, num_layers_unfrozen=k)
+        self.critic = self._make_critic(critic)
+        self._check_shared_weights()
+        self.policy_optimizer = self._adamw(policy_model, self.config.learning_rate)
+        self.value_optimizer = None
+        if self.critic is not None:
+            rate = self.config.value_learning_rate or self.config.learning_rate
+            self.value_optimizer = self._adamw(self.critic.module, rate)
+        self._init_counters()
+
+    # The algorithm
+
+    def rollout(
+        self,
+        prompts: Sequence[str],
+        max_length: int | None = None,
+        temperature: float | None = None,
+    ) -> Rollout:
+        """Sample a response for every prompt from the current policy.
+
+        Args:
+            prompts: B texts; tokenised as the tokenizer does by default.
+            max_length: most response tokens; None: the config's.
+            temperature: None: the config's.
+        """
+        sampling = Sampling(
+            self.config.max_length if max_length is None else max_length,
+            self.config.temperature if temperature is None else temperature,
+            self.config.top_k,
+            self.config.top_p,
+        )
+        prompts = validation.check_prompts(prompts)
+        prompt_ids = self.tokenizer(prompts)["input_ids"]
+        limit = validation.context_limit(self.policy_model)
+        validation.check_prompt_ids(prompts, prompt_ids, sampling.max_length, limit)
+        decoded = decode(
+            self.policy,
+            prompt_ids,
+            sampling,
+            seeds=self._next_seeds(len(prompts)),
+            eos_ids=self._eos_ids(),
+            pad_id=self.tokenizer.pad_token_id,
+        )
+        lengths = decoded.tokens.response_lengths.tolist()
+        rows = zip(decoded.tokens.response_ids.tolist(), lengths, strict=True)
+        completions = self.tokenizer.batch_decode(
+            [ids[:length] for ids, length in rows], skip_special_tokens=True
+        )
+        tokens, logprobs, sampling_logprobs, finished = decoded
+        self._last_rollout = Rollout(
+            tokens, logprobs, sampling_logprobs, finished, sampling, prompts, completions
+        )
+        return self._last_rollout
+
+    def make_experience(
+        self, rollout: Rollout, scores: Tensor | Sequence[float] | None = None
+    ) -> Experience:
+        """Rewards, values, advantages and returns of a rollout.
+
+        Args:
+            rollout: from ``rollout``, before the policy is updated.
+            scores: one a sequence [B]; None: the reward model's.
+        """
+        if scores is None:
+            scores = score(
+                self.reward_model,
+                rollout.tokens,
+                rollout.prompts,
+                rollout.completions,
+                budget=self.config.forward_batch_tokens,
+            )
+        return make_experience(
+            rollout,
+            check_scores(scores, rollout.prompts).to(self.device),
+            policy=self.policy,
+            reference=self.reference,
+            critic=self.critic,
+            config=self.config,
+        )
+
+    def update(
+        self, experience: Experience, num_epochs_per_batch: int | None = None
+    ) -> dict[str, float]:
+        """Train policy and value function on a batch of experience; counts as one step.
+
+        Args:
+            experience: from ``make_experience``.
+            num_epochs_per_batch: passes over it; None: the config's num_epochs.
+
+        Returns:
+            Plain floats: policy_loss, value_loss, kl_divergence (token mean of log pi - log ref,
+            as sampled), mean_reward (of the scores, before KL), mean_advantage (before
+            whitening), and more (docs: README).
+
+        Raises:
+            FloatingPointError: a gradient was not finite; nothing was changed by it.
+        """
+        epochs = self.config.num_epochs if num_epochs_per_batch is None else num_epochs_per_batch
+        validation.check_counts(num_epochs_per_batch=epochs)
+        learner = Learner(
+            self.policy, self.critic, self.policy_optimizer, self.value_optimizer, self.config
+        )
+        seed = (self.config.seed << 32) + int(self.stats["total_steps"])
+        metrics = {"value_loss": 0.0} | learner.update(experience, num_epochs=epochs, seed=seed)
+        metrics |= experience.metrics
+        self._count_step(metrics)
+        return metrics
+
+    def train_step(
+        self,
+        prompts: Sequence[str],
+        num_epochs_per_batch: int | None = None,
+        max_length: int | None = None,
+        temperature: float | None = None,
+    ) -> dict[str, float]:
+        """One step of PPO: sample, score, update.
+
+        Args:
+            prompts: the batch.
+            num_epochs_per_batch: passes over it, 4.
+            max_length: most response tokens, 150.
+            temperature: of sampling, 1.0. (These defaults are the config's.)
+
+        Returns:
+            As ``update``, and the seconds of each part as time/rollout, time/experience and
+            time/update.
+        """
+        validation.check_counts(
+            num_epochs_per_batch=self.config.num_epochs
+            if num_epochs_per_batch is None
+            else num_epochs_per_batch
+        )
+        times = [time.perf_counter()]
+        rollout = self.rollout(prompts, max_length, temperature)
+        times.append(time.perf_counter())
+        experience = self.make_experience(rollout)
+        times.append(time.perf_counter())
+        metrics = self.update(experience, num_epochs_per_batch)
+        times.append(time.perf_counter())
+        for part, start, end in zip(
+            ("rollout", "experience", "update"), times, times[1:], strict=False
+        ):
+            metrics[f"time/{part}"] = end - start
+        return metrics
+
+    # Construction
+
+    def _which_critic(self, value_model: nn.Module | None) -> str:
+        critic = self.config.critic or ("baseline" if value_model is None else "model")
+        if critic == "model" and not isinstance(value_model, nn.Module):
+            raise TypeError(
+                f"value_model: got {type(value_model).__name__}, but critic='model' needs a "
+                "torch.nn.Module; pass one, or config=PPOConfig(critic='head' or 'baseline')"
+            )
+        if critic != "model" and value_model is not None:
+            raise ValueError(
+                f"value_model: got {type(value_model).__name__}, but critic={critic!r} uses none; "
+                "pass None, or config=PPOConfig(critic='model')"
+            )
+        return critic
+
+    def _prepare_models(self) -> None:
+        """Float32 weights, no dropout, the trunk frozen, the reference made."""
+        for name in ("policy_model", "value_model"):
+            model = getattr(self, name)
+            if model is None:
+                continue
+            if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+                warnings.warn(
+                    f"{name}: its half-precision weights become float32; at the learning rates of "
+                    "RL most updates of a half-precision weight are lost to rounding",
+                    stacklevel=3,
+                )
+                model.float()
+            disable_dropout(model)
+        if isinstance(self.reward_model, nn.Module):
+            disable_dropout(self.reward_model)
+            self.reward_model.eval()
+        if self.config.num_layers_unfrozen is not None:
+            freeze_trunk(self.policy_model, self.config.num_layers_unfrozen)
+        # what is not trained is the same for both: the reference shares it
+        shared = {id(p): p for p in self.policy_model.parameters() if not p.requires_grad}
+        self.reference_model = copy.deepcopy(self.policy_model, shared)
+        self.reference_model.requires_grad_(False).eval()
+
+    def _make_critic(self, critic: str) -> Critic | None:
+        if critic == "baseline":
+            return None
+        if critic == "model":
+            assert self.value_model is not None
+            return ModelCritic(self.value_model, budget=self.config.forward_batch_tokens)
+        if self.policy.body is None:
+            raise ValueError(
+                "config.critic='head': the hidden states of "
+                f"{type(self.policy_model).__name__} cannot be told from its logits; pass a "
+                "value_model or use critic='baseline'"
+            )
+        config: Any = self.policy_model.config
+        hidden_size = config.get_text_config().hidden_size
+        return HeadCritic(ValueHead(hidden_size).to(self.device))
+
+    def _check_shared_weights(self) -> None:
+        trained = {id(p) for p in self.policy_model.parameters() if p.requires_grad}
+        if not trained:
+            raise ValueError("policy_model: all its weights are frozen, there is nothing to train")
+        for name in ("value_model", "reward_model"):
+            model = getattr(self, name)
+            if isinstance(model, nn.Module) and any(id(p) in trained for p in model.parameters()):
+                raise ValueError(
+                    f"{name}: shares trained weights with policy_model; give it a copy "
+                    "(copy.deepcopy) or, for values from the policy's own states, use "
+                    "value_model=None with config=PPOConfig(critic='head')"
+                )
+
+    def _adamw(self, model: nn.Module, learning_rate: float) -> Optimizer:
+        config = self.config
+        return AdamW(
+            [p for p in model.parameters() if p.requires_grad],
+            lr=learning_rate,
+            betas=config.adam_betas,
+            eps=config.adam_eps,
+            weight_decay=config.weight_decay,
+        )
+
+    def _eos_ids(self) -> list[int]:
+        """The tokenizer's EOS and those of the model's generation config."""
+        configured: Any = getattr(
+            getattr(self.policy_model, "generation_config", None), "eos_token_id", None
+        )
+        ids = configured if isinstance(configured, (list, tuple)) else [configured]
+        return sorted({i for i in (*ids, self.tokenizer.eos_token_id) if i is not None})

@@ -1,0 +1,474 @@
+"""ppo_loss against the papers' formulas token by token in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ppo_fast.ops.dispatch import COMPILED
+from ppo_fast.ops.ppo_loss import ppo_loss
+from ppo_fast.ops.stats import PPO_STATS, merge_stats, ppo_metrics
+
+IMPLS = ["reference", *COMPILED["ppo_loss"]]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-5}
+AGGREGATIONS = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
+EVERYTHING = {
+    "clip": (0.2, 0.3),
+    "dual_clip": 2.0,
+    "kl_coef": 0.3,
+    "kl_estimator": "k3",
+    "entropy_coef": 0.1,
+}
+
+# Value and slope of the KL estimators in d = logprobs - ref_logprobs.
+KL = {
+    "k1": lambda d: (d, 1.0),
+    "abs": lambda d: (abs(d), float((d > 0) - (d < 0))),
+    "k2": lambda d: (d * d / 2, d),
+    "k3": lambda d: (math.exp(-d) - 1 + d, 1 - math.exp(-d)),
+    "k1+k2": lambda d: (d, d),
+}
+
+each_impl = pytest.mark.parametrize("impl", IMPLS)
+each_aggregation = pytest.mark.parametrize("aggregation", AGGREGATIONS)
+
+
+def batch(seed=0, B=3, T=5, dtype=torch.float64, valid=0.7, scale=0.5, offset=-1.0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(5, B, T, generator=g, dtype=torch.float64)
+    logprobs = (offset + x[0]).to(dtype).requires_grad_()
+    return {
+        "logprobs": logprobs,
+        "old_logprobs": (logprobs.detach() + scale * x[1]).to(dtype),
+        "ref_logprobs": (logprobs.detach() + scale * x[2]).to(dtype),
+        "advantages": x[3].to(dtype),
+        "entropy": x[4].abs().to(dtype).requires_grad_(),
+        "mask": torch.rand(B, T, generator=g) < valid,
+    }
+
+
+def default_normalizer(mask, aggregation):
+    per_sequence = [sum(row) for row in mask.tolist()]
+    if aggregation == "seq-mean-token-mean":
+        return max(sum(n > 0 for n in per_sequence), 1)
+    return max(sum(per_sequence), 1)
+
+
+def truth(
+    tensors, *, clip, dual_clip, kl_coef, kl_estimator, entropy_coef, aggregation, normalizer
+):
+    """The loss with its gradients, written as the papers do: (loss, dlogprobs, dentropy, stats)."""
+    low, high = clip
+    mask = tensors["mask"]
+    normalizer = normalizer or default_normalizer(mask, aggregation)
+    loss, dlogprobs, dentropy = 0.0, *torch.zeros(2, *mask.shape, dtype=torch.float64)
+    neutral = {"sum": 0.0, "min": math.inf, "max": -math.inf}
+    stats = {name: neutral[reduction] for name, reduction in PPO_STATS.items()}
+    for b, t in mask.nonzero().tolist():
+        x = {name: tensor[b, t].item() for name, tensor in tensors.items()}
+        adv, log_ratio = x["advantages"], x["logprobs"] - x["old_logprobs"]
+        ratio = math.exp(log_ratio)
+        objective, active = ratio * adv, True
+        clipped = min(max(ratio, 1 - low), 1 + high) * adv
+        if clipped < objective:  # Schulman et al. 2017, eq. 7
+            objective, active = clipped, False
+            stats["clipped_high" if adv > 0 else "clipped_low"] += 1
+        if dual_clip is not None and adv < 0 and objective < dual_clip * adv:  # Ye 2020, eq. 5
+            objective, active = dual_clip * adv, False
+            stats["dual_clipped"] += 1
+        d = x["logprobs"] - x["ref_logprobs"]
+        kl, kl_slope = KL[kl_estimator](d)
+
+        weight = 1 / normalizer
+        if aggregation == "seq-mean-token-mean":
+            weight /= sum(mask[b].tolist())
+        loss += weight * (-objective + kl_coef * kl - entropy_coef * x["entropy"])
+        dlogprobs[b, t] = weight * (-adv * ratio * active + kl_coef * kl_slope)
+        dentropy[b, t] = -weight * entropy_coef
+
+        stats["tokens"] += 1
+        stats["policy_loss"] -= objective
+        stats["kl_loss"] += kl
+        stats["ref_kl"] += d
+        stats["entropy"] += x["entropy"]
+        stats["approx_kl"] -= log_ratio
+        stats["approx_kl_k3"] += ratio - 1 - log_ratio
+        stats["ratio"] += ratio
+        stats["ratio_min"] = min(stats["ratio_min"], ratio)
+        stats["ratio_max"] = max(stats["ratio_max"], ratio)
+        stats["max_log_ratio"] = max(stats["max_log_ratio"], abs(log_ratio))
+    return loss, dlogprobs, dentropy, [stats[name] for name in PPO_STATS]
+
+
+@each_impl
+@settings(deadline=None, max_examples=200)
+@given(
+    data=st.fixed_dictionaries(
+        {
+            "seed": st.integers(0, 10**6),
+            "B": st.integers(0, 4),
+            "T": st.integers(0, 7),
+            "valid": st.sampled_from([0.0, 0.3, 1.0]),
+            "dtype": st.sampled_from(list(TOLERANCE)),
+            "scale": st.sampled_from([0.0, 0.1, 1.0]),
+            "offset": st.sampled_from([-2.0, 1.5]),
+        }
+    ),
+    options=st.fixed_dictionaries(
+        {
+            "clip": st.sampled_from([(0.2, 0.2), (0.1, 0.4), (0.0, 3.0)]),
+            "dual_clip": st.sampled_from([None, 1.5, 3.0]),
+            "kl_coef": st.sampled_from([0.0, 0.1, 2]),
+            "kl_estimator": st.sampled_from(["abs", "k2", "k3", "k1+k2"]),
+            "entropy_coef": st.sampled_from([0, 0.01, -0.5]),
+            "aggregation": st.sampled_from(AGGREGATIONS),
+        }
+    ),
+    normalizer=st.sampled_from([None, 7, 0.3, 11.0]),
+    as_tensor=st.booleans(),
+    upstream=st.sampled_from([-1.7, 0.3, 25.0]),
+)
+def test_loss_gradients_and_metrics(impl, data, options, normalizer, as_tensor, upstream):
+    tensors = batch(**data)
+    if options["aggregation"] == "seq-mean-token-sum":
+        normalizer = normalizer or 6
+    expected = truth(tensors, **options, normalizer=normalizer)
+    if as_tensor and normalizer is not None:
+        normalizer = torch.tensor(normalizer, dtype=torch.float64)
+    loss, metrics = ppo_loss(**tensors, **options, normalizer=normalizer, impl=impl)
+    (loss * upstream).backward()
+
+    dtype = data["dtype"]
+    close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype] * abs(upstream)}
+    stored = close if dtype != torch.bfloat16 else {"rtol": 2**-8, "atol": 1e-5}
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert (metrics.dtype, metrics.requires_grad) == (torch.float32, False)
+    assert loss.item() == pytest.approx(expected[0], rel=TOLERANCE[dtype], abs=TOLERANCE[dtype])
+    gradient = tensors["logprobs"].grad
+    torch.testing.assert_close(gradient.double(), expected[1] * upstream, **stored)
+    if options["entropy_coef"] != 0:
+        gradient = tensors["entropy"].grad
+        torch.testing.assert_close(gradient.double(), expected[2] * upstream, **stored)
+    else:
+        assert tensors["entropy"].grad is None
+    assert metrics.tolist() == pytest.approx(expected[3], rel=2e-5, abs=2e-5)
+
+
+@each_aggregation
+@pytest.mark.parametrize("dual_clip", [None, 1.5])
+def test_gradcheck_of_the_reference(aggregation, dual_clip):
+    """One log-ratio in the middle of every region, for both signs of the advantage."""
+    tensors = batch(B=2, T=4, valid=2.0)
+    log_ratio = torch.tensor([-0.6, -0.1, 0.1, 0.9], dtype=torch.float64)
+    tensors["old_logprobs"] = tensors["logprobs"].detach() - log_ratio
+    tensors["advantages"] = torch.tensor([[1.5], [-0.7]], dtype=torch.float64).expand(2, 4)
+    constants = {k: x for k, x in tensors.items() if not x.requires_grad}
+    options = {**EVERYTHING, "dual_clip": dual_clip, "aggregation": aggregation, "normalizer": 5}
+    torch.autograd.gradcheck(
+        lambda lp, h: ppo_loss(lp, entropy=h, **constants, **options, impl="reference").loss,
+        (tensors["logprobs"], tensors["entropy"]),
+    )
+
+
+@each_impl
+@pytest.mark.parametrize("estimator", ["abs", "k2", "k3", "k1+k2"])
+def test_the_two_coefficients_of_a_token(impl, estimator):
+    """a = dL/dl = [active](-A r) + beta (slope of the estimator), b = dL/dH: all the head needs."""
+    tensors = batch(B=4, T=9)
+    options = {**EVERYTHING, "kl_estimator": estimator, "normalizer": 1}
+    loss = ppo_loss(**tensors, **options, impl=impl).loss
+    a, b = torch.autograd.grad(2.5 * loss, (tensors["logprobs"], tensors["entropy"]))
+
+    mask, adv = tensors["mask"], tensors["advantages"]
+    ratio = (tensors["logprobs"] - tensors["old_logprobs"]).detach().exp()
+    inactive = ((adv > 0) & (ratio > 1.3)) | ((adv < 0) & ((ratio < 0.8) | (ratio > 2.0)))
+    assert inactive[mask].any()
+    assert not inactive[mask].all()
+    d = (tensors["logprobs"] - tensors["ref_logprobs"]).detach()
+    slope = {"abs": d.sign(), "k2": d, "k3": 1 - (-d).exp(), "k1+k2": d}[estimator]
+    expected = torch.where(inactive, 0, -adv * ratio) + 0.3 * slope
+    torch.testing.assert_close(a, 2.5 * expected * mask, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(b, -0.25 * mask.double(), rtol=0, atol=1e-15)
+
+    without_kl = ppo_loss(**tensors, **{**options, "kl_coef": 0.0}, impl=impl).loss
+    (a,) = torch.autograd.grad(without_kl, tensors["logprobs"])
+    assert torch.equal(a == 0, inactive | ~mask)
+
+
+@each_impl
+def test_k1_plus_k2_has_the_value_of_k1_and_the_gradient_of_k2(impl):
+    tensors = batch()
+    plain = ppo_loss(**tensors, impl=impl)
+    losses = {
+        name: ppo_loss(**tensors, kl_coef=0.7, kl_estimator=name, impl=impl)
+        for name in ("k1+k2", "k2")
+    }
+    gradients = {
+        name: torch.autograd.grad(x.loss, tensors["logprobs"])[0] for name, x in losses.items()
+    }
+    assert torch.equal(gradients["k1+k2"], gradients["k2"])
+    k1 = (tensors["logprobs"] - tensors["ref_logprobs"])[tensors["mask"]].mean()
+    torch.testing.assert_close(losses["k1+k2"].loss, plain.loss + 0.7 * k1)
+    metrics = ppo_metrics(losses["k1+k2"].metrics)
+    assert metrics["kl_loss"] == metrics["ref_kl"] == pytest.approx(k1.item(), rel=1e-6)
+
+
+@each_impl
+@each_aggregation
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 1e38])
+def test_what_stands_under_the_mask_never_travels(impl, aggregation, poison):
+    clean = batch(dtype=torch.float32)
+    mask = clean["mask"]
+    clean["mask"][1] = False
+    options = {**EVERYTHING, "aggregation": aggregation, "normalizer": 4, "impl": impl}
+    one = ppo_loss(**clean, **options)
+    wanted = torch.autograd.grad(one.loss, (clean["logprobs"], clean["entropy"]))
+    for name in ("logprobs", "old_logprobs", "ref_logprobs", "advantages", "entropy", "all"):
+        dirty = {
+            k: x.detach().masked_fill(~mask, poison) if k != "mask" and name in (k, "all") else x
+            for k, x in clean.items()
+        }
+        dirty["logprobs"].requires_grad_()
+        dirty["entropy"].requires_grad_()
+        other = ppo_loss(**dirty, **options)
+        got = torch.autograd.grad(other.loss, (dirty["logprobs"], dirty["entropy"]))
+        assert torch.equal(one.loss, other.loss)
+        assert torch.equal(one.metrics, other.metrics)
+        for x, y in zip(wanted, got, strict=True):
+            assert torch.equal(x, y)
+            assert (y[~mask] == 0).all()
+
+
+@each_impl
+@each_aggregation
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_splitting_a_step_changes_nothing(impl, aggregation, as_tensor):
+    tensors = batch(B=6, T=7)
+    tensors["mask"][3] = False
+    leaves = (tensors["logprobs"], tensors["entropy"])
+    counts = {"seq-mean-token-sum": 6 * 7}
+    normalizer = counts.get(aggregation) or default_normalizer(tensors["mask"], aggregation)
+    options = {**EVERYTHING, "aggregation": aggregation, "impl": impl}
+    given = normalizer if aggregation == "seq-mean-token-sum" else None
+    whole = ppo_loss(**tensors, **options, normalizer=given)
+    expected = torch.autograd.grad(whole.loss, leaves)
+
+    if as_tensor:
+        normalizer = torch.tensor(normalizer)
+    parts = [
+        ppo_loss(**{k: x[rows] for k, x in tensors.items()}, **options, normalizer=normalizer)
+        for rows in (slice(0, 3), slice(3, 4), slice(4, 5), slice(5, 6))
+    ]
+    loss = sum(part.loss for part in parts)
+    torch.testing.assert_close(loss, whole.loss, rtol=1e-13, atol=1e-15)
+    for x, y in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-15)
+    merged = merge_stats(PPO_STATS, [part.metrics for part in parts])
+    torch.testing.assert_close(merged, whole.metrics, rtol=1e-6, atol=1e-6)
+
+
+@each_impl
+@each_aggregation
+def test_padding_and_order_do_not_matter(impl, aggregation):
+    tensors = batch(B=4, T=6)
+    options = {**EVERYTHING, "aggregation": aggregation, "normalizer": 5, "impl": impl}
+    whole = ppo_loss(**tensors, **options)
+    order = torch.tensor([2, 0, 3, 1])
+    moved = {k: torch.nn.functional.pad(x[order], (0, 3)) for k, x in tensors.items()}
+    other = ppo_loss(**moved, **options)
+    torch.testing.assert_close(other.loss, whole.loss, rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(other.metrics, whole.metrics, rtol=1e-6, atol=1e-6)
+
+
+@each_impl
+@each_aggregation
+@pytest.mark.parametrize("normalizer", [9.0, torch.tensor(0), None])
+@pytest.mark.parametrize("shape", [(3, 5), (0, 5), (3, 0)])
+def test_no_token_no_loss(impl, aggregation, normalizer, shape):
+    if aggregation == "seq-mean-token-sum" and normalizer is None:
+        normalizer = 3
+    tensors = {name: torch.full(shape, math.nan) for name in batch() if name != "mask"}
+    logprobs, entropy = tensors["logprobs"].requires_grad_(), tensors["entropy"].requires_grad_()
+    mask = torch.zeros(shape, dtype=torch.bool)
+    options = {**EVERYTHING, "aggregation": aggregation, "normalizer": normalizer}
+    loss, metrics = ppo_loss(**tensors, mask=mask, **options, impl=impl)
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(logprobs.grad, torch.zeros(shape))
+    assert torch.equal(entropy.grad, torch.zeros(shape))
+    assert metrics.tolist() == [0.0] * 11 + [math.inf, -math.inf, -math.inf]
+    assert set(ppo_metrics(metrics).values()) == {0.0}
+
+
+@each_impl
+@pytest.mark.parametrize(
+    ("log_ratio", "adv", "dual_clip", "loss", "gradient"),
+    [
+        (1000.0, 2.0, None, -2.4, 0.0),
+        (math.inf, 2.0, None, -2.4, 0.0),
+        (1000.0, 0.0, None, 0.0, 0.0),
+        (1000.0, -2.0, 3.0, 6.0, 0.0),
+        (math.inf, -2.0, 3.0, 6.0, 0.0),
+        (1000.0, -2.0, None, math.inf, math.inf),
+        (-1000.0, 2.0, None, 0.0, 0.0),
+        (-math.inf, 2.0, None, 0.0, 0.0),
+        (-1000.0, -2.0, 3.0, 1.6, 0.0),
+        (-math.inf, -2.0, None, 1.6, 0.0),
+        (80.0, -2.0, None, 2 * math.exp(80), 2 * math.exp(80)),
+    ],
+)
+def test_extreme_ratios(impl, log_ratio, adv, dual_clip, loss, gradient):
+    logprobs = torch.tensor([[log_ratio]], requires_grad=True)
+    one = torch.ones(1, 1)
+    out = ppo_loss(
+        logprobs,
+        old_logprobs=0 * one,
+        advantages=adv * one,
+        mask=one.bool(),
+        dual_clip=dual_clip,
+        impl=impl,
+    )
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(loss, rel=1e-5)
+    assert logprobs.grad.item() == pytest.approx(gradient, rel=1e-5)
+
+
+@each_impl
+def test_the_first_minibatch_has_ratio_one(impl):
+    tensors = batch(dtype=torch.float32)
+    tensors["old_logprobs"] = tensors["logprobs"].detach()
+    loss, stats = ppo_loss(**tensors, impl=impl)
+    metrics = ppo_metrics(stats)
+    assert metrics["ratio_min"] == metrics["ratio_mean"] == metrics["ratio_max"] == 1
+    assert metrics["max_log_ratio"] == metrics["approx_kl"] == metrics["approx_kl_k3"] == 0
+    assert metrics["clip_fraction"] == 0
+    torch.testing.assert_close(loss, -tensors["advantages"][tensors["mask"]].mean())
+
+
+@each_impl
+def test_metrics_without_reference_and_entropy(impl):
+    tensors = batch()
+    only = {k: tensors[k] for k in ("logprobs", "old_logprobs", "advantages", "mask")}
+    one, whole = (ppo_metrics(ppo_loss(**x, impl=impl).metrics) for x in (only, tensors))
+    assert one["kl_loss"] == one["ref_kl"] == one["entropy"] == 0
+    assert whole["ref_kl"] != 0
+    assert whole["entropy"] > 0
+    assert one == {**whole, "kl_loss": 0.0, "ref_kl": 0.0, "entropy": 0.0}
+
+
+@each_impl
+def test_k1_is_a_metric_where_there_is_no_coefficient(impl):
+    metrics = ppo_metrics(ppo_loss(**batch(), kl_estimator="k1", impl=impl).metrics)
+    assert metrics["kl_loss"] == metrics["ref_kl"] != 0
+
+
+@each_impl
+@each_aggregation
+def test_strided_inputs(impl, aggregation):
+    tensors = batch(B=4, T=6)
+    options = {**EVERYTHING, "aggregation": aggregation, "normalizer": 5, "impl": impl}
+    strided = {k: x.detach().T[::2] for k, x in tensors.items()}
+    results = []
+    for arguments in (strided, {k: x.contiguous() for k, x in strided.items()}):
+        logprobs = arguments.pop("logprobs").requires_grad_()
+        out = ppo_loss(logprobs, **arguments, **options)
+        results.append((out.loss, out.metrics, torch.autograd.grad(out.loss, logprobs)[0]))
+    torch.testing.assert_close(*results)
+
+
+@each_impl
+def test_only_logprobs_and_entropy_get_gradients(impl):
+    tensors = batch()
+    for name in ("old_logprobs", "advantages", "ref_logprobs"):
+        tensors[name].requires_grad_()
+    ppo_loss(**tensors, **EVERYTHING, impl=impl).loss.backward()
+    with_gradient = {k for k, x in tensors.items() if x.grad is not None}
+    assert with_gradient == {"logprobs", "entropy"}
+    tensors["logprobs"] = tensors["logprobs"].detach()
+    tensors["entropy"].grad = None
+    ppo_loss(**tensors, **EVERYTHING, impl=impl).loss.backward()
+    assert tensors["entropy"].grad.abs().sum() > 0
+
+
+@each_impl
+def test_autocast_does_not_lower_the_precision(impl):
+    tensors = batch(dtype=torch.float32)
+    plain = ppo_loss(**tensors, **EVERYTHING, impl=impl)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = ppo_loss(**tensors, **EVERYTHING, impl=impl)
+    assert torch.equal(plain.loss, cast.loss)
+    assert torch.equal(plain.metrics, cast.metrics)
+
+
+@each_aggregation
+def test_on_meta_tensors(aggregation):
+    """Whatever would wait for a device raises there."""
+    tensors = {k: x.detach().to("meta") for k, x in batch().items()}
+    tensors["logprobs"].requires_grad_()
+    normalizer = tensors["mask"].sum()
+    out = ppo_loss(**tensors, **EVERYTHING, aggregation=aggregation, normalizer=normalizer)
+    out.loss.backward()
+    assert tensors["logprobs"].grad.shape == (3, 5)
+    assert merge_stats(PPO_STATS, [out.metrics] * 2).shape == (len(PPO_STATS),)
+
+
+def test_compiled_with_coefficients_that_change():
+    """Whole graph, same bits; a schedule of coefficients and normalizers does not recompile."""
+
+    def run(tensors, kl_coef, normalizer):
+        options = {**EVERYTHING, "kl_coef": kl_coef}
+        return ppo_loss(**tensors, **options, normalizer=normalizer)
+
+    torch.compiler.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    tensors = batch(dtype=torch.float32)
+    for step in range(4):
+        with torch.compiler.set_stance("fail_on_recompile" if step > 1 else "default"):
+            one, other = (f(tensors, 0.1 + 0.1 * step, 7.0 + step) for f in (run, compiled))
+        assert torch.equal(one.loss, other.loss)
+        assert torch.equal(one.metrics, other.metrics)
+        leaves = (tensors["logprobs"], tensors["entropy"])
+        gradients = [torch.autograd.grad(x.loss, leaves) for x in (one, other)]
+        torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"clip": 0.2}, TypeError, r"clip is 0.2, expected \(low, high\)"),
+        ({"clip": (-0.1, 0.2)}, ValueError, "low end of clip is -0.1"),
+        ({"clip": (1.0, 0.2)}, ValueError, "at least 0 and below 1"),
+        ({"clip": (0.2, 0.0)}, ValueError, "high end of clip is 0.0"),
+        ({"clip": (0.2, math.inf)}, ValueError, "high end of clip is inf"),
+        ({"clip": ("a", 0.2)}, TypeError, "low end of clip is str"),
+        ({"dual_clip": 1.0}, ValueError, "dual_clip is 1.0, expected a finite number above 1"),
+        ({"kl_coef": -0.1}, ValueError, "kl_coef is -0.1"),
+        ({"kl_coef": math.nan}, ValueError, "kl_coef is nan"),
+        ({"kl_coef": 0.1, "ref_logprobs": None}, ValueError, "ref_logprobs is None"),
+        ({"kl_coef": 0.1, "kl_estimator": "k1"}, ValueError, "expected gradient of zero"),
+        ({"kl_estimator": "k4"}, ValueError, r"'k4'.*k1, abs, k2, k3, k1\+k2"),
+        ({"entropy_coef": 0.1, "entropy": None}, ValueError, "entropy is None"),
+        ({"entropy_coef": math.inf}, ValueError, "entropy_coef is inf"),
+        ({"aggregation": "mean"}, ValueError, "'mean'.*" + ", ".join(AGGREGATIONS)),
+        ({"aggregation": "seq-mean-token-sum"}, ValueError, "needs a normalizer"),
+        ({"normalizer": 0}, ValueError, "normalizer is 0"),
+        ({"normalizer": -3.0}, ValueError, "above 0"),
+        ({"normalizer": "9"}, TypeError, "normalizer is str"),
+        ({"normalizer": torch.ones(1)}, ValueError, r"shape \[1\], expected a 0-dim"),
+        ({"advantages": torch.ones(3)}, ValueError, r"logprobs \[3, 5\].*advantages \[3\]"),
+        ({"entropy": torch.ones(3, 4)}, ValueError, r"entropy \[3, 4\]"),
+        ({"advantages": torch.ones(3, 5).int()}, TypeError, r"advantages.float\(\)"),
+        ({"mask": torch.ones(3, 5)}, TypeError, r"mask.bool\(\)"),
+        ({"old_logprobs": None}, TypeError, "old_logprobs is NoneType"),
+        ({"mask": None}, TypeError, "mask is NoneType"),
+        ({"ref_logprobs": torch.ones(3, 5, device="meta")}, ValueError, "ref_logprobs on meta"),
+        ({"impl": "numpy"}, ValueError, "numpy"),
+    ],
+)
+def test_bad_input(change, error, words):
+    with pytest.raises(error, match=words):
+        ppo_loss(**{**batch(), **change})

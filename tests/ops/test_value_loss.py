@@ -1,0 +1,267 @@
+"""value_loss against its formula token by token in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ppo_fast.ops.dispatch import COMPILED
+from ppo_fast.ops.stats import VALUE_STATS, merge_stats
+from ppo_fast.ops.value_loss import value_loss
+
+IMPLS = ["reference", *COMPILED["value_loss"]]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5}
+
+each_impl = pytest.mark.parametrize("impl", IMPLS)
+each_clip = pytest.mark.parametrize("clip", [None, 0.4])
+
+
+def batch(seed=0, B=3, T=5, dtype=torch.float64, valid=0.7):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, B, T, generator=g, dtype=torch.float64).to(dtype)
+    tensors = {
+        "values": x[0].clone().requires_grad_(),
+        "old_values": (x[0] + x[1]).clone(),
+        "returns": x[2].clone(),
+        "mask": torch.rand(B, T, generator=g) < valid,
+    }
+    return tensors, torch.randn((), generator=g).item()
+
+
+def truth(values, old_values, returns, mask, clip, normalizer):
+    """The formula as it is written, with its gradient: (loss, gradient, stats)."""
+    gradient = torch.zeros(values.shape, dtype=torch.float64)
+    stats = {"sum": 0.0, "min": math.inf, "max": -math.inf}
+    stats = {name: stats[reduction] for name, reduction in VALUE_STATS.items()}
+    normalizer = normalizer or max(int(mask.sum()), 1)
+    for b, t in mask.nonzero().tolist():
+        v, old, ret = (x[b, t].item() for x in (values, old_values, returns))
+        error, slope = (v - ret) ** 2, 2 * (v - ret)
+        if clip is not None:
+            v_clipped = old + min(max(v - old, -clip), clip)
+            if abs(v - old) > clip and (v_clipped - ret) ** 2 > error:
+                error, slope = (v_clipped - ret) ** 2, 0.0
+                stats["clipped"] += 1
+        gradient[b, t] = 0.5 * slope / normalizer
+        stats["tokens"] += 1
+        stats["value_loss"] += 0.5 * error
+        stats["values"] += v
+        stats["returns"] += ret
+        stats["returns_squared"] += ret**2
+        stats["residual"] += ret - v
+        stats["residual_squared"] += (ret - v) ** 2
+        stats["value_min"] = min(stats["value_min"], v)
+        stats["value_max"] = max(stats["value_max"], v)
+    return stats["value_loss"] / normalizer, gradient, [stats[name] for name in VALUE_STATS]
+
+
+@each_impl
+@settings(deadline=None, max_examples=100)
+@given(
+    seed=st.integers(0, 10**6),
+    B=st.integers(0, 3),
+    T=st.integers(0, 7),
+    valid=st.sampled_from([0.0, 0.5, 1.0]),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    clip=st.sampled_from([None, 0.2, 1.0]),
+    normalizer=st.sampled_from([None, 7, 0.3, 11.0]),
+    as_tensor=st.booleans(),
+)
+def test_loss_gradient_and_metrics(impl, seed, B, T, valid, dtype, clip, normalizer, as_tensor):
+    tensors, upstream = batch(seed, B, T, dtype, valid)
+    expected = truth(**tensors, clip=clip, normalizer=normalizer)
+    if as_tensor and normalizer is not None:
+        normalizer = torch.tensor(normalizer, dtype=torch.float64)
+    values = tensors.pop("values")
+    loss, metrics = value_loss(values, **tensors, clip=clip, normalizer=normalizer, impl=impl)
+    (loss * upstream).backward()
+
+    close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+    stored = {"rtol": 2**-8, "atol": 1e-6} if dtype == torch.bfloat16 else close
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert (metrics.dtype, metrics.requires_grad) == (torch.float32, False)
+    assert loss.item() == pytest.approx(expected[0], rel=close["rtol"], abs=close["atol"])
+    torch.testing.assert_close(values.grad.double(), expected[1] * upstream, **stored)
+    assert metrics.tolist() == pytest.approx(expected[2], rel=1e-5, abs=1e-5)
+
+
+@each_clip
+def test_gradcheck_of_the_reference(clip):
+    tensors, _ = batch(seed=1)
+    values = tensors.pop("values")
+    assert value_loss(values, **tensors, clip=0.4).metrics[2] > 0
+    torch.autograd.gradcheck(
+        lambda v: value_loss(v, **tensors, clip=clip, impl="reference").loss, values
+    )
+
+
+@each_impl
+@each_clip
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 1e38])
+def test_what_stands_under_the_mask_never_travels(impl, clip, poison):
+    clean, _ = batch(dtype=torch.float32)
+    mask = clean["mask"]
+    dirty = {k: x.detach().masked_fill(~mask, poison) for k, x in clean.items() if k != "mask"}
+    dirty["values"].requires_grad_()
+    one = value_loss(**clean, clip=clip, impl=impl)
+    other = value_loss(**dirty, mask=mask, clip=clip, impl=impl)
+    one.loss.backward()
+    other.loss.backward()
+    assert torch.equal(one.loss, other.loss)
+    assert torch.equal(one.metrics, other.metrics)
+    assert torch.equal(clean["values"].grad, dirty["values"].grad)
+    assert (dirty["values"].grad[~mask] == 0).all()
+
+
+@each_impl
+@each_clip
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_splitting_a_step_changes_nothing(impl, clip, as_tensor):
+    tensors, _ = batch(B=5, T=6)
+    tensors["mask"][3] = False
+    tokens = tensors["mask"].sum()
+    whole = value_loss(**tensors, clip=clip, impl=impl)
+    (expected,) = torch.autograd.grad(whole.loss, tensors["values"])
+
+    normalizer = tokens if as_tensor else tokens.item()
+    parts = [
+        value_loss(
+            **{k: x[rows] for k, x in tensors.items()}, clip=clip, normalizer=normalizer, impl=impl
+        )
+        for rows in (slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 5))
+    ]
+    loss = sum(part.loss for part in parts)
+    (gradient,) = torch.autograd.grad(loss, tensors["values"])
+    torch.testing.assert_close(loss, whole.loss, rtol=1e-13, atol=0)
+    torch.testing.assert_close(gradient, expected, rtol=1e-13, atol=0)
+    merged = merge_stats(VALUE_STATS, [part.metrics for part in parts])
+    torch.testing.assert_close(merged, whole.metrics, rtol=1e-6, atol=1e-6)
+
+
+@each_impl
+@pytest.mark.parametrize("normalizer", [None, 9.0, torch.tensor(0)])
+@pytest.mark.parametrize("shape", [(3, 5), (0, 5), (3, 0)])
+def test_no_token_no_loss(impl, normalizer, shape):
+    values = torch.randn(shape, requires_grad=True)
+    loss, metrics = value_loss(
+        values,
+        old_values=torch.full(shape, math.nan),
+        returns=torch.full(shape, math.inf),
+        mask=torch.zeros(shape, dtype=torch.bool),
+        clip=0.2,
+        normalizer=normalizer,
+        impl=impl,
+    )
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(values.grad, torch.zeros(shape))
+    assert metrics.tolist() == [0.0] * 8 + [math.inf, -math.inf]
+
+
+@each_impl
+def test_rounding_never_counts_as_clipping(impl):
+    """old + clamp(v - old) differs from v by rounding inside the range; v itself must be used."""
+    values = torch.rand(40, 50).requires_grad_()
+    old = values.detach() + 0.1 * torch.rand(40, 50) + 1e-3
+    loss, metrics = value_loss(
+        values,
+        old_values=old,
+        returns=torch.randn(40, 50),
+        mask=torch.ones(40, 50, dtype=torch.bool),
+        clip=0.2,
+        impl=impl,
+    )
+    loss.backward()
+    assert metrics[list(VALUE_STATS).index("clipped")] == 0
+    assert (values.grad != 0).all()
+
+
+@each_impl
+def test_equal_errors_keep_the_gradient(impl):
+    """v - R = 1 and v_c - R = -1, exact in binary: the unclipped error decides."""
+    values = torch.tensor([[2.0]], requires_grad=True)
+    loss, metrics = value_loss(
+        values,
+        old_values=torch.tensor([[-0.5]]),
+        returns=torch.tensor([[1.0]]),
+        mask=torch.tensor([[True]]),
+        clip=0.5,
+        impl=impl,
+    )
+    loss.backward()
+    assert (loss.item(), values.grad.item()) == (0.5, 1.0)
+    assert metrics[list(VALUE_STATS).index("clipped")] == 0
+
+
+@each_impl
+@each_clip
+def test_strided_inputs(impl, clip):
+    tensors, _ = batch(B=4, T=6)
+    strided = {k: x.detach().T[::2] for k, x in tensors.items()}
+    dense = {k: x.contiguous() for k, x in strided.items()}
+    one, other = (value_loss(**x, clip=clip, impl=impl) for x in (strided, dense))
+    torch.testing.assert_close(one.loss, other.loss, rtol=1e-14, atol=0)
+    torch.testing.assert_close(one.metrics, other.metrics)
+
+
+@each_impl
+def test_targets_are_constants(impl):
+    tensors, _ = batch()
+    for x in (tensors["old_values"], tensors["returns"]):
+        x.requires_grad_()
+    value_loss(**tensors, clip=0.4, impl=impl).loss.backward()
+    assert tensors["old_values"].grad is None
+    assert tensors["returns"].grad is None
+
+
+@each_clip
+def test_on_meta_tensors_and_compiled(clip):
+    def run(values, old_values, returns, mask):
+        return value_loss(
+            values,
+            old_values=old_values,
+            returns=returns,
+            mask=mask,
+            clip=clip,
+            normalizer=mask.sum(),
+        )
+
+    tensors, _ = batch(dtype=torch.float32)
+    meta = {k: x.detach().to("meta") for k, x in tensors.items()}
+    meta["values"].requires_grad_()
+    run(**meta).loss.backward()
+    assert meta["values"].grad.shape == (3, 5)
+
+    plain, compiled = (
+        run(**tensors),
+        torch.compile(run, fullgraph=True, backend="aot_eager")(**tensors),
+    )
+    assert torch.equal(compiled.loss, plain.loss)
+    assert torch.equal(compiled.metrics, plain.metrics)
+    gradients = [torch.autograd.grad(x.loss, tensors["values"])[0] for x in (plain, compiled)]
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"clip": 0}, ValueError, "clip is 0, expected a finite number above 0"),
+        ({"clip": math.nan}, ValueError, "clip is nan"),
+        ({"clip": (0.2, 0.2)}, TypeError, "clip is tuple"),
+        ({"clip": 0.2, "old_values": None}, ValueError, "give old_values"),
+        ({"normalizer": 0}, ValueError, "normalizer is 0"),
+        ({"normalizer": torch.ones(3)}, ValueError, r"normalizer has shape \[3\]"),
+        ({"returns": torch.ones(3, 1)}, ValueError, r"values \[3, 5\].*returns \[3, 1\]"),
+        ({"returns": torch.ones(3, 5).int()}, TypeError, r"returns.float\(\)"),
+        ({"mask": torch.ones(3, 5)}, TypeError, r"mask.bool\(\)"),
+        ({"impl": "numpy"}, ValueError, "numpy"),
+    ],
+)
+def test_bad_input(change, error, words):
+    tensors, _ = batch()
+    with pytest.raises(error, match=words):
+        value_loss(**{**tensors, **change})

@@ -1,0 +1,153 @@
+"""whiten against exact rational statistics, and where others lose digits or divide by zero."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ppo_fast.ops.dispatch import COMPILED
+from ppo_fast.ops.whiten import whiten
+
+IMPLS = ["reference", *COMPILED["whiten"]]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5}
+
+each_impl = pytest.mark.parametrize("impl", IMPLS)
+
+
+def batch(seed=0, B=3, T=5, dtype=torch.float64, valid=0.7):
+    g = torch.Generator().manual_seed(seed)
+    values = torch.randn(B, T, generator=g, dtype=torch.float64).to(dtype)
+    return values, torch.rand(B, T, generator=g) < valid
+
+
+def truth(values, mask):
+    out = torch.zeros(values.shape, dtype=torch.float64)
+    tokens = [Fraction(x) for x in values[mask].tolist()]
+    if len(tokens) > 1:
+        mean, variance = statistics.mean(tokens), statistics.variance(tokens)
+        scale = 1 / math.sqrt(variance + Fraction(1e-8))
+        for b, t in mask.nonzero().tolist():
+            out[b, t] = float(Fraction(values[b, t].item()) - mean) * scale
+    return out
+
+
+@each_impl
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 10**6),
+    B=st.integers(0, 3),
+    T=st.integers(0, 7),
+    valid=st.sampled_from([0.0, 0.2, 0.6, 1.0]),
+    scale=st.sampled_from([1e-4, 1.0, 1e4]),
+    dtype=st.sampled_from(list(TOLERANCE)),
+)
+def test_value(impl, seed, B, T, valid, scale, dtype):
+    values, mask = batch(seed, B, T, dtype, valid)
+    values = values * scale
+    out = whiten(values, mask=mask, impl=impl)
+    assert out.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(out.double(), truth(values, mask), rtol=0, atol=TOLERANCE[dtype])
+
+
+@each_impl
+@pytest.mark.parametrize("offset", [1e3, 1e5])
+def test_a_common_offset_costs_no_more_than_its_rounding(impl, offset):
+    """E[x^2] - E[x]^2 in float32 has no digit left of a variance of 1 here."""
+    values, mask = batch(B=7, T=63, dtype=torch.float32)
+    values = values + offset
+    torch.testing.assert_close(
+        whiten(values, mask=mask, impl=impl).double(), truth(values, mask), rtol=0, atol=1e-5
+    )
+
+
+@each_impl
+def test_equal_values_whiten_to_zero(impl):
+    """The mean's rounding error must not be blown up to variance 1."""
+    values = torch.full((5, 77), 123456.7)
+    out = whiten(values, mask=torch.rand(5, 77) < 0.7, impl=impl)
+    assert out.abs().max() < 1e-3
+
+
+@each_impl
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_nothing_to_whiten_gives_zeros(impl, tokens):
+    values = torch.tensor([[7.5, -2.0, math.nan]], requires_grad=True)
+    mask = torch.tensor([[tokens == 1, False, False]])
+    out = whiten(values, mask=mask, impl=impl)
+    assert torch.equal(out, torch.zeros(1, 3))
+    out.backward(torch.randn(1, 3))
+    assert torch.equal(values.grad, torch.zeros(1, 3))
+
+
+@each_impl
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 1e38])
+def test_what_stands_under_the_mask_never_travels(impl, poison):
+    values, mask = batch(dtype=torch.float32)
+    values.requires_grad_()
+    dirty = values.detach().masked_fill(~mask, poison).requires_grad_()
+    upstream = torch.randn(3, 5)
+    clean_out, out = whiten(values, mask=mask, impl=impl), whiten(dirty, mask=mask, impl=impl)
+    clean_out.backward(upstream)
+    out.backward(upstream)
+    assert torch.equal(out, clean_out)
+    assert torch.equal(dirty.grad, values.grad)
+    assert (out[~mask] == 0).all()
+    assert (dirty.grad[~mask] == 0).all()
+
+
+@each_impl
+def test_gradient(impl):
+    values, mask = batch()
+    torch.autograd.gradcheck(lambda x: whiten(x, mask=mask, impl=impl), values.requires_grad_())
+
+
+@each_impl
+def test_strided_inputs(impl):
+    values, mask = batch(B=4, T=6)
+    out = whiten(values.T[::2], mask=mask.T[::2], impl=impl)
+    dense = whiten(values.T[::2].contiguous(), mask=mask.T[::2].contiguous(), impl=impl)
+    torch.testing.assert_close(out, dense, rtol=0, atol=1e-14)
+
+
+@each_impl
+def test_padding_does_not_matter(impl):
+    values, mask = batch()
+    padded = torch.cat([values, torch.full((3, 4), 9.0)], dim=1)
+    longer = torch.cat([mask, torch.zeros(3, 4, dtype=torch.bool)], dim=1)
+    out = whiten(padded, mask=longer, impl=impl)[:, :5]
+    torch.testing.assert_close(out, whiten(values, mask=mask, impl=impl), rtol=0, atol=1e-14)
+
+
+def test_on_meta_tensors_and_compiled():
+    def run(values, mask):
+        return whiten(values, mask=mask)
+
+    values, mask = batch(dtype=torch.float32)
+    run(values.to("meta"), mask.to("meta"))
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(values, mask)
+    assert torch.equal(compiled, run(values, mask))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"mask": torch.ones(3, 5, dtype=torch.long)}, TypeError, "mask is torch.int64"),
+        (
+            {"mask": torch.ones(3, 1, dtype=torch.bool)},
+            ValueError,
+            r"values \[3, 5\], mask \[3, 1\]",
+        ),
+        ({"values": torch.ones(3, 5, dtype=torch.long)}, TypeError, r"values.float\(\)"),
+        ({"impl": "numpy"}, ValueError, "numpy"),
+    ],
+)
+def test_bad_input(change, error, words):
+    arguments = {"mask": torch.ones(3, 5, dtype=torch.bool), "values": torch.ones(3, 5), **change}
+    with pytest.raises(error, match=words):
+        whiten(arguments.pop("values"), **arguments)
