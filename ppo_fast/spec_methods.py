@@ -38,7 +38,7 @@ class SpecMethods:
     policy_model: nn.Module
     reward_model: nn.Module | RewardFunction
     rollout: Callable[..., Rollout]
-    _last_rollout: Rollout | None
+    last_rollout: Rollout | None
 
     def compute_gae(
         self, rewards: Tensor, values: Tensor, dones: Tensor | None = None
@@ -190,7 +190,7 @@ class SpecMethods:
     ) -> dict[tuple[str, str], list[tuple[list[int], list[int]]]]:
         """The ids of the last rollout by (prompt, completion)."""
         found = defaultdict(list)
-        if (rollout := self._last_rollout) is not None:
+        if (rollout := self.last_rollout) is not None:
             rows = zip(
                 rollout.prompts,
                 rollout.completions,

@@ -61,6 +61,7 @@ class PPOTrainer(SpecMethods, TrainingLoop):
             value function.
         stats: running totals: total_steps, and sums over steps of the rewards, KLs and losses.
         config: the resolved PPOConfig.
+        last_rollout, last_scores: what was sampled last, and its scores [B].
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, what it got, what
@@ -130,6 +131,8 @@ class PPOTrainer(SpecMethods, TrainingLoop):
         prompts: Sequence[str],
         max_length: int | None = None,
         temperature: float | None = None,
+        *,
+        seeds: Tensor | None = None,
     ) -> Rollout:
         """Sample a response for every prompt from the current policy.
 
@@ -137,6 +140,8 @@ class PPOTrainer(SpecMethods, TrainingLoop):
             prompts: B texts; tokenised as the tokenizer does by default.
             max_length: most response tokens; None: the config's.
             temperature: None: the config's.
+            seeds: [B] int64, what each draw depends on beside the token's place; None: the next
+                ones of the trainer's own.
         """
         sampling = Sampling(
             self.config.max_length if max_length is None else max_length,
@@ -152,7 +157,7 @@ class PPOTrainer(SpecMethods, TrainingLoop):
             self.policy,
             prompt_ids,
             sampling,
-            seeds=self._next_seeds(len(prompts)),
+            seeds=self._next_seeds(len(prompts)) if seeds is None else seeds,
             eos_ids=self._eos_ids(),
             pad_id=self.tokenizer.pad_token_id,
         )
@@ -162,10 +167,10 @@ class PPOTrainer(SpecMethods, TrainingLoop):
             [ids[:length] for ids, length in rows], skip_special_tokens=True
         )
         tokens, logprobs, sampling_logprobs, finished = decoded
-        self._last_rollout = Rollout(
+        self.last_rollout = Rollout(
             tokens, logprobs, sampling_logprobs, finished, sampling, prompts, completions
         )
-        return self._last_rollout
+        return self.last_rollout
 
     def make_experience(
         self, rollout: Rollout, scores: Tensor | Sequence[float] | None = None
@@ -184,9 +189,10 @@ class PPOTrainer(SpecMethods, TrainingLoop):
                 rollout.completions,
                 budget=self.config.forward_batch_tokens,
             )
+        self.last_scores = check_scores(scores, rollout.prompts).to(self.device)
         return make_experience(
             rollout,
-            check_scores(scores, rollout.prompts).to(self.device),
+            self.last_scores,
             policy=self.policy,
             reference=self.reference,
             critic=self.critic,

@@ -58,7 +58,8 @@ class TrainingLoop:
         self.stats = {"total_steps": 0} | dict.fromkeys(TOTALS, 0.0)
         self._prompts_drawn = 0
         self._sequences_sampled = 0
-        self._last_rollout: Rollout | None = None
+        self.last_rollout: Rollout | None = None
+        self.last_scores: Tensor | None = None
 
     def train(
         self,

@@ -61,7 +61,7 @@ def test_positivity_ignores_the_prompt():
         (["The food was good", "the food, was bad!"], 4 / 6),
         # No bigram spans two completions: "b a" is not one here.
         (["a b", "a b"], 1 / 2),
-        (["It's late", "it’s late", "it s late"], 4 / 4),
+        (["It's late", "it\u2019s late", "it s late"], 4 / 4),
         (["one", "", " \n"], 0.0),
         ([], 0.0),
     ],

@@ -37,8 +37,9 @@ _SENTENCES = [
 def tiny_tokenizer(*, pad_is_eos: bool = False) -> PreTrainedTokenizerFast:
     """A byte-level BPE of 307 tokens that encodes any text and decodes it unchanged.
 
-    ``eos`` is token 0. ``pad`` is token 1, or token 0 as well with ``pad_is_eos`` (token 1 is then
-    an ordinary token). Encoding adds no special tokens; padding goes to the left.
+    ``eos`` is token 0. ``pad`` is token 1, or token 0 as well with ``pad_is_eos``; token 1 is then
+    in no ordinary text, though a model may sample it. Encoding adds no special tokens, and padding
+    goes to the left.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -9,22 +9,27 @@ import torch
 from torch import Tensor
 
 
-def check_tokens(op: str, tensors: Mapping[str, Tensor | None], mask: Tensor | None) -> None:
-    """Hold named float tensors and a bool mask to one shape [B, T] and one device.
+def check_tokens(
+    op: str, required: Mapping[str, object], optional: Mapping[str, object] | None = None
+) -> None:
+    """Hold float tensors and a bool "mask", by name, to one shape [B, T] and one device.
 
-    None entries are arguments that were not given. Raises TypeError for what is no tensor or has
-    the wrong dtype, ValueError for shapes (listing all of them) and devices.
+    An entry of ``optional`` may be None: an argument that was not given. Raises TypeError for what
+    is no tensor or has the wrong dtype, ValueError for shapes and devices (listing all of them).
     """
-    given = {name: x for name, x in {**tensors, "mask": mask}.items() if x is not None}
-    for name, x in given.items():
+    given: dict[str, Tensor] = {}
+    for name, x in [*required.items(), *(optional or {}).items()]:
+        if x is None and name not in required:
+            continue
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: {name} is {type(x).__name__}, expected a tensor [B, T]")
+        if name == "mask" and x.dtype is not torch.bool:
+            raise TypeError(f"{op}: mask is {x.dtype}, expected torch.bool; use mask.bool()")
         if name != "mask" and not x.is_floating_point():
             raise TypeError(
                 f"{op}: {name} is {x.dtype}, expected a float dtype; use {name}.float()"
             )
-    if mask is not None and mask.dtype is not torch.bool:
-        raise TypeError(f"{op}: mask is {mask.dtype}, expected torch.bool; use mask.bool()")
+        given[name] = x
     first = next(iter(given.values()))
     if first.ndim != 2 or any(x.shape != first.shape for x in given.values()):
         shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in given.items())

@@ -85,9 +85,10 @@ def ppo_metrics(stats: Tensor) -> dict[str, float]:
     """Means over tokens of (merged) ppo_loss metrics, with one host copy.
 
     Keys: tokens (their number), policy_loss, kl_loss, ref_kl, entropy, approx_kl, approx_kl_k3
-    (sums over tokens divided by it), clip_fraction (of both sides), clip_fraction_high, clip_fraction_low,
-    dual_clip_fraction, ratio_mean, ratio_min, ratio_max, max_log_ratio. The first minibatch of a
-    step has max_log_ratio 0 up to rounding. Without a valid token every value is 0.0.
+    (sums over tokens divided by it), clip_fraction (of both sides), clip_fraction_high,
+    clip_fraction_low, dual_clip_fraction, ratio_mean, ratio_min, ratio_max, max_log_ratio. The
+    first minibatch of a step has max_log_ratio 0 up to rounding. Without a valid token every value
+    is 0.0.
     Raises ValueError when ``stats`` is not [K] in the layout PPO_STATS.
     """
     total = _read("ppo_metrics", PPO_STATS, stats)

@@ -1,8 +1,8 @@
 """Argument checks that several ops share.
 
-Shapes, dtypes and devices are checked everywhere. Values are read only where that is free of charge:
-on CPU tensors outside of a compiler, since on a GPU it would wait for the device and a traced graph
-cannot branch on them.
+Shapes, dtypes and devices are checked everywhere. Values are read only where that costs nothing: on
+CPU tensors outside of a compiler. On a GPU it would wait for the device, and a traced graph cannot
+branch on them.
 """
 
 from __future__ import annotations

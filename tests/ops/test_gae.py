@@ -119,11 +119,10 @@ def test_definition(dtype, impl, num_rows, num_steps, seed, gamma, lam, left_out
         case["lam"].fill_(lam)
     expected = written_out(**case, gamma=gamma)
 
-    given = {
-        name: relaid(x, layout) for (name, x), layout in zip(case.items(), layouts, strict=True)
-    }
-    given |= dict.fromkeys(left_out) | ({} if lam == "rows" else {"lam": lam})
-    actual = gae(**given, gamma=gamma, impl=impl)
+    pairs = zip(case.items(), layouts, strict=True)
+    kwargs = {name: relaid(x, layout) for (name, x), layout in pairs}
+    kwargs |= dict.fromkeys(left_out) | ({} if lam == "rows" else {"lam": lam})
+    actual = gae(**kwargs, gamma=gamma, impl=impl)
 
     terms = [case[name].nan_to_num(0, 0).abs().sum() for name in ("rewards", "values")]
     scale = float(1.0 + sum(terms) + case["bootstrap_value"].abs().sum())
@@ -132,7 +131,7 @@ def test_definition(dtype, impl, num_rows, num_steps, seed, gamma, lam, left_out
         assert out.dtype == dtype
         assert (out[~case["mask"]] == 0).all()
     for name in case.keys() - left_out - {"lam"}:
-        assert torch.equal(case[name].nan_to_num(7.0), given[name].nan_to_num(7.0))
+        assert torch.equal(case[name].nan_to_num(7.0), kwargs[name].nan_to_num(7.0))
 
 
 def test_by_hand(impl):

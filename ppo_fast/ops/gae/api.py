@@ -65,7 +65,7 @@ def gae(
         ValueError: a wrong shape, tensors on several devices, gamma or lam outside [0, 1].
         RuntimeError, NotImplementedError: ``impl`` cannot run here; see ops/dispatch.py.
     """
-    check_tokens("gae", {"rewards": rewards, "values": values}, mask)
+    check_tokens("gae", {"rewards": rewards, "values": values}, {"mask": mask})
     num_rows, device = rewards.shape[0], rewards.device
     if dones is not None:
         _check_tensor("dones", dones, list(rewards.shape), device, floats=False)

@@ -49,7 +49,7 @@ def kl_estimate(
     estimator; and what ``dispatch.choose`` raises.
     """
     op = "kl_estimate"
-    check_tokens(op, {"logprobs": logprobs, "ref_logprobs": ref_logprobs}, mask)
+    check_tokens(op, {"logprobs": logprobs, "ref_logprobs": ref_logprobs}, {"mask": mask})
     check_choice(op, "estimator", estimator, get_args(KLEstimator))
     choose(op, impl, logprobs.device)
     return reference.kl_estimate(logprobs, ref_logprobs, mask=mask, estimator=estimator)

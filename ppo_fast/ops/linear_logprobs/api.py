@@ -42,8 +42,9 @@ def linear_logprobs(
     in this order and both before the temperature, so that x is what transformers returns as
     ``logits``: Cohere scales (``config.logit_scale``; Granite by 1 / ``config.logits_scaling``),
     Gemma 2 caps (``config.final_logit_softcapping``). Log-probs and entropy follow from x / t as
-    in ``logprobs_from_logits``, with its gradient dL/dx; then, with dz = s * (1 - (x/c)^2) * dL/dx::
+    in ``logprobs_from_logits``, with its gradient dL/dx; and then::
 
+        dz = s * (1 - (x/c)^2) * dL/dx   (s * dL/dx without a softcap)
         dh = W^T dz,   dW = sum over tokens of dz h^T,   dbias = sum over tokens of dz
 
     Args:

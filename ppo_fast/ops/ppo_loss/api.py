@@ -97,14 +97,13 @@ def ppo_loss(
     raises.
     """
     op = "ppo_loss"
-    tensors = {
+    required = {
         "logprobs": logprobs,
         "old_logprobs": old_logprobs,
         "advantages": advantages,
-        "entropy": entropy,
-        "ref_logprobs": ref_logprobs,
+        "mask": mask,
     }
-    check_tokens(op, tensors, mask)
+    check_tokens(op, required, {"entropy": entropy, "ref_logprobs": ref_logprobs})
     _check_clip(op, clip, dual_clip)
     _check_terms(op, kl_coef, kl_estimator, ref_logprobs, entropy_coef, entropy)
     check_choice(op, "aggregation", aggregation, get_args(Aggregation))

@@ -85,7 +85,7 @@ def _aggregate(
         total = per_token.sum()
         count = lengths.sum() if normalizer is None else normalizer
     if isinstance(count, Tensor):
-        count = count.detach().masked_fill(count == 0, 1)
+        count = count.detach().masked_fill(count == 0, 1).to(total.dtype)
     return total / count
 
 

@@ -57,8 +57,8 @@ def value_loss(
     raises.
     """
     op = "value_loss"
-    tensors = {"values": values, "old_values": old_values, "returns": returns}
-    check_tokens(op, tensors, mask)
+    required = {"values": values, "returns": returns, "mask": mask}
+    check_tokens(op, required, {"old_values": old_values})
     check_normalizer(op, normalizer)
     if clip is not None:
         check_number(op, "clip", clip, above=0)

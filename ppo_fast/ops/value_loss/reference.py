@@ -37,7 +37,7 @@ def value_loss(
     tokens = mask.sum()
     count = tokens if normalizer is None else normalizer
     if isinstance(count, Tensor):
-        count = count.detach().masked_fill(count == 0, 1)
+        count = count.detach().masked_fill(count == 0, 1).to(per_token.dtype)
     return per_token.sum() / count, _metrics(v, returns, mask, per_token, clipped, tokens)
 
 

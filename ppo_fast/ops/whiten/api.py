@@ -30,6 +30,6 @@ def whiten(values: Tensor, *, mask: Tensor, impl: Impl = "auto") -> Tensor:
     Raises TypeError for a wrong dtype, ValueError for differing shapes or devices, and what
     ``dispatch.choose`` raises.
     """
-    check_tokens("whiten", {"values": values}, mask)
+    check_tokens("whiten", {"values": values, "mask": mask})
     choose("whiten", impl, values.device)
     return reference.whiten(values, mask=mask)

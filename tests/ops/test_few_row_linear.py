@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from logprob_truth import assert_within_budget, implementations
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ppo_fast.ops.few_row_linear import few_row_linear
+
+pytestmark = pytest.mark.parametrize("impl", implementations("few_row_linear"))
+
+
+@settings(max_examples=50)
+@given(
+    lead=st.sampled_from([(), (0,), (1,), (3,), (16,), (2, 1), (2, 3), (2, 0)]),
+    v=st.sampled_from([1, 2, 41, 507]),
+    d=st.sampled_from([1, 8, 33]),
+    with_bias=st.booleans(),
+    layout=st.sampled_from(["contiguous", "last position", "transposed weight"]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 1000),
+)
+def test_against_float64(impl, lead, v, d, with_bias, layout, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*lead, d, generator=generator).to(dtype)
+    weight = torch.randn(v, d, generator=generator).to(dtype)
+    bias = torch.randn(v, generator=generator).to(dtype) if with_bias else None
+    if layout == "last position":
+        x = torch.stack([x, x], -2)[..., -1, :]
+    if layout == "transposed weight":
+        weight = weight.t().contiguous().t()
+    given = [x, weight] if bias is None else [x, weight, bias]
+    given = [g.detach().requires_grad_() for g in given]
+    out = few_row_linear(*given, impl=impl)
+    assert out.dtype == dtype
+    assert out.is_contiguous()
+    upstream = torch.randn(*lead, v, generator=generator).to(dtype)
+    grads = torch.autograd.grad(out, given, upstream)
+    by_hand = [g.detach().requires_grad_() for g in given]
+    eager = F.linear(*by_hand)
+    eager_grads = torch.autograd.grad(eager, by_hand, upstream)
+
+    x64, w64, g64 = x.double().reshape(-1, d), weight.double(), upstream.double().reshape(-1, v)
+    true = x64 @ w64.T + (bias.double() if with_bias else 0)
+    truths = (true.view(*lead, v), (g64 @ w64).view(*lead, d), g64.T @ x64, g64.sum(0))
+    for got, hand, expected in zip((out, *grads), (eager, *eager_grads), truths, strict=False):
+        assert_within_budget(got, hand, expected)
+
+
+def test_gradcheck(impl):
+    if impl != "reference":
+        pytest.skip("finite differences are for the float64 reference")
+    operands = [torch.randn(*s, dtype=torch.float64) for s in ((2, 3, 4), (5, 4), (5,))]
+    operands = [x.requires_grad_() for x in operands]
+    assert torch.autograd.gradcheck(lambda *o: few_row_linear(*o, impl=impl), operands)
+
+
+@pytest.mark.parametrize("trained", [0, 1, 2])
+def test_gradient_of_one_operand_alone(impl, trained):
+    operands = [torch.randn(3, 8), torch.randn(41, 8), torch.randn(41)]
+    operands[trained].requires_grad_()
+    upstream = torch.randn(3, 41)
+    (got,) = torch.autograd.grad(few_row_linear(*operands, impl=impl), operands[trained], upstream)
+    (expected,) = torch.autograd.grad(F.linear(*operands), operands[trained], upstream)
+    torch.testing.assert_close(got, expected)
+
+
+def test_compiles_as_one_graph(impl):
+    compiled = torch.compile(few_row_linear, fullgraph=True, backend="aot_eager")
+    operands = torch.randn(3, 8), torch.randn(41, 8), torch.randn(41)
+    torch.testing.assert_close(compiled(*operands, impl=impl), F.linear(*operands))
+
+
+def test_runs_where_there_are_no_values(impl):
+    if impl == "reference":
+        x, weight = torch.randn(2, 3, 8, device="meta"), torch.randn(41, 8, device="meta")
+        assert few_row_linear(x, weight, impl=impl).shape == (2, 3, 41)
+    with FakeTensorMode():
+        assert few_row_linear(torch.randn(3, 8), torch.randn(41, 8), impl=impl).shape == (3, 41)
+
+
+X, WEIGHT = torch.zeros(2, 3), torch.zeros(5, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((X.long(), WEIGHT), TypeError, "x: got torch.int64"),
+        ((X, WEIGHT.double()), TypeError, "weight: got torch.float64, expected torch.float32"),
+        ((X, WEIGHT, WEIGHT[:, 0].half()), TypeError, "bias: got torch.float16"),
+        ((X, WEIGHT[0]), ValueError, r"weight: got shape \(3,\)"),
+        ((X, WEIGHT.T), ValueError, r"x: got shape \(2, 3\), expected \[\.\.\., 5\]"),
+        ((X, WEIGHT, WEIGHT[0]), ValueError, r"bias: got shape \(3,\), expected \(5,\)"),
+        ((X, WEIGHT.to("meta")), ValueError, "weight: is on meta, expected cpu"),
+    ],
+)
+def test_errors_name_the_argument(impl, arguments, error, message):
+    with pytest.raises(error, match=message):
+        few_row_linear(*arguments, impl=impl)

@@ -1,0 +1,349 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from logprob_truth import distribution, implementations
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ppo_fast.ops.sample_tokens import Sampled, reference, sample_tokens
+
+IMPLS = pytest.mark.parametrize("impl", implementations("sample_tokens"))
+
+# Random123, kat_vectors: philox4x32 with 10 rounds.
+KNOWN_ANSWERS = [
+    ("00000000 00000000 00000000 00000000", "00000000 00000000"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0"),
+]
+ANSWERS = [
+    "6627e8d5 e169c58d bc57ac4c 9b00dbd8",
+    "408f276d 41c83b0e a20bc7c6 6d5451fd",
+    "d16cfe09 94fdcceb 5001e420 24126ea1",
+]
+
+
+def words(text: str) -> list[int]:
+    return [int(word, 16) for word in text.split()]
+
+
+def python_philox(counter, key):
+    """The generator in Python's integers, round by round as the paper writes it."""
+    (c0, c1, c2, c3), (k0, k1) = counter, key
+    for _ in range(10):
+        high_0, low_0 = divmod(0xD2511F53 * c0, 2**32)
+        high_1, low_1 = divmod(0xCD9E8D57 * c2, 2**32)
+        c0, c1, c2, c3 = high_1 ^ c1 ^ k0, low_1, high_0 ^ c3 ^ k1, low_0
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return [c0, c1, c2, c3]
+
+
+def python_noise(seed: int, position: int, token: int) -> float:
+    """g in float64, from the float32 v that the docstring defines."""
+    key = seed % 2**32, seed // 2**32 % 2**32
+    r = python_philox((token // 4, position % 2**32, 0, 0), key)[token % 4]
+    v = min(torch.tensor(max(r, 1)).float().item() * 2.0**-32, 1 - 2.0**-24)
+    return -math.log(-math.log1p(-v))
+
+
+def python_kept(scaled: list[float], top_k: int, top_p: float) -> list[int]:
+    """Which tokens truncation keeps, by the definition."""
+    ranked = sorted(range(len(scaled)), key=lambda j: (-scaled[j], j))
+    ranked = ranked[: top_k or None]
+    weights = [math.exp(scaled[j] - scaled[ranked[0]]) for j in ranked]
+    mass = 0.0
+    for n, weight in enumerate(weights, 1):
+        mass += weight
+        if top_p < 1 and mass / sum(weights) >= top_p:
+            return ranked[:n]
+    return ranked
+
+
+def rows(count: int, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Seeds and positions of ``count`` rows."""
+    return torch.arange(start, start + count), torch.full((count,), 7)
+
+
+@pytest.mark.parametrize(("inputs", "answer"), list(zip(KNOWN_ANSWERS, ANSWERS, strict=True)))
+def test_philox_known_answers(inputs, answer):
+    counter, key = (words(text) for text in inputs)
+    assert python_philox(counter, key) == words(answer)
+    tensors = [[torch.tensor([word]) for word in group] for group in (counter, key)]
+    assert [int(word) for word in reference.philox4x32(*tensors)] == words(answer)
+
+
+@pytest.mark.parametrize(
+    ("seed", "position"),
+    [(0, 0), (1, 0), (0, 1), (2**32, 0), (-1, 5), (-(2**63), 3), (2**63 - 1, 2**32 - 1), (9, -1)],
+)
+def test_noise_is_the_documented_function(seed, position):
+    got = reference.gumbel_noise(torch.tensor([seed]), torch.tensor([position]), 41)
+    assert got.shape == (1, 41)
+    expected = [python_noise(seed, position, token) for token in range(41)]
+    torch.testing.assert_close(got[0].double(), torch.tensor(expected).double(), rtol=0, atol=2e-6)
+
+
+def test_noise_counts_the_low_32_bits_of_the_position():
+    seeds, here, there = torch.tensor([5]), torch.tensor([3]), torch.tensor([3 + 2**32])
+    wrapped = reference.gumbel_noise(seeds, there, 41)
+    assert torch.equal(reference.gumbel_noise(seeds, here, 41), wrapped)
+
+
+@pytest.mark.parametrize(
+    ("seed", "token", "expected"),
+    [
+        (207, 39758, -math.log(24 * math.log(2))),  # 0xffffffa2 rounds to 2^32 in float32
+        (296, 186886, -math.log(40 * 2.0**-32)),  # the word 40
+    ],
+)
+def test_noise_at_rare_words(seed, token, expected):
+    got = reference.gumbel_noise(torch.tensor([seed]), torch.tensor([0]), token + 1)[0, token]
+    assert got.item() == pytest.approx(expected, rel=1e-6)
+    assert python_noise(seed, 0, token) == pytest.approx(expected, rel=1e-6)
+
+
+def test_noise_of_the_smallest_and_the_largest_word(monkeypatch):
+    extremes = tuple(torch.tensor([[word]]) for word in (0, 1, 2**32 - 1, 2**31))
+    monkeypatch.setattr(reference, "philox4x32", lambda counter, key: extremes)
+    got = reference.gumbel_noise(torch.tensor([0]), torch.tensor([0]), 4)[0].tolist()
+    assert got[0] == got[1] == pytest.approx(32 * math.log(2), rel=1e-6)
+    assert got[0] < 22.2
+    assert got[2] == pytest.approx(-math.log(24 * math.log(2)), rel=1e-6)
+    assert got[3] == pytest.approx(-math.log(math.log(2)), rel=1e-6)
+
+
+@IMPLS
+@settings(max_examples=60)
+@given(
+    b=st.sampled_from([0, 1, 2, 5]),
+    v=st.sampled_from([1, 2, 3, 5, 41, 423]),
+    t=st.sampled_from([1.0, 0.5, 3.0]),
+    top_k=st.sampled_from([0, 1, 2, 10, 1000]),
+    top_p=st.sampled_from([1.0, 0.9, 0.5, 1e-6]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    layout=st.sampled_from(["contiguous", "sliced", "transposed"]),
+    holes=st.booleans(),
+    seed=st.integers(-(2**63), 2**63 - 100),
+    position=st.integers(0, 2**40),
+)
+def test_against_the_definition(impl, b, v, t, top_k, top_p, dtype, layout, holes, seed, position):
+    generator = torch.Generator().manual_seed(seed % 1000)
+    logits = (torch.randn(b, v, generator=generator) * 3).to(dtype)
+    if holes:
+        logits[:, 1::2] = -math.inf
+    if layout == "sliced":
+        logits = torch.cat([logits, logits * math.nan, logits], 1)[:, :v]
+    if layout == "transposed":
+        logits = logits.t().contiguous().t()
+    seeds, positions = torch.arange(b) + seed, torch.arange(b) * 3 + position
+    out = sample_tokens(
+        logits, seeds, positions, temperature=t, top_k=top_k, top_p=top_p, impl=impl
+    )
+    assert isinstance(out, Sampled)
+    assert out.tokens.dtype == torch.int64
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    assert out.logprobs.dtype == out.sampling_logprobs.dtype == work
+    for row in range(b):
+        scaled = logits[row].double() / t
+        kept = python_kept(scaled.tolist(), top_k, top_p)
+        noisy = {
+            j: scaled[j].item() + python_noise(seed + row, position + 3 * row, j) for j in kept
+        }
+        token = int(out.tokens[row])
+        assert token in kept
+        assert noisy[token] >= max(noisy.values()) - 1e-5
+        _, log_p = distribution(scaled)
+        assert out.logprobs[row].item() == pytest.approx(log_p[token].item(), abs=1e-5)
+        _, log_q = distribution(scaled[kept])
+        expected = log_q[kept.index(token)].item()
+        assert out.sampling_logprobs[row].item() == pytest.approx(expected, abs=1e-5)
+
+
+# Quantiles 1 - 1e-4 of the chi-square distribution, by degrees of freedom.
+CHI_SQUARE_LIMIT = {2: 18.42, 6: 27.86}
+
+
+@IMPLS
+@pytest.mark.parametrize("counted", ["seeds", "positions", "high bits of seeds"])
+@pytest.mark.parametrize(("top_k", "top_p", "kept"), [(0, 1.0, 7), (3, 1.0, 3), (0, 0.7, 3)])
+def test_draws_follow_the_distribution(impl, counted, top_k, top_p, kept):
+    n = 20000
+    logits = torch.tensor([0.3, 2.0, -1.0, 1.5, 0.9, -2.0, 0.1])
+    steps, still = torch.arange(n), torch.full((n,), 11)
+    seeds, positions = (still, steps) if counted == "positions" else (steps, still)
+    seeds = seeds << 32 if counted == "high bits of seeds" else seeds
+    out = sample_tokens(
+        logits.expand(n, 7), seeds, positions, temperature=1.2, top_k=top_k, top_p=top_p, impl=impl
+    )
+    p = torch.softmax(logits.double() / 1.2, -1)
+    p[p.argsort()[: 7 - kept]] = 0
+    p /= p.sum()
+    counts = torch.bincount(out.tokens, minlength=7).double()
+    assert (counts[p == 0] == 0).all()
+    expected = n * p[p > 0]
+    statistic = ((counts[p > 0] - expected) ** 2 / expected).sum().item()
+    assert statistic < CHI_SQUARE_LIMIT[kept - 1]
+
+
+@IMPLS
+def test_consecutive_draws_are_independent(impl):
+    n = 20000
+    seeds, positions = torch.full((n,), 3), torch.arange(n)
+    tokens = sample_tokens(torch.zeros(n, 3), seeds, positions, impl=impl).tokens
+    pairs = torch.bincount(tokens[:-1] * 3 + tokens[1:], minlength=9).double()
+    expected = (n - 1) / 9
+    assert ((pairs - expected) ** 2 / expected).sum().item() < 31.83  # 8 degrees, 1e-4
+
+
+@IMPLS
+@pytest.mark.parametrize("options", [{}, {"top_k": 20}, {"top_p": 0.8}])
+@pytest.mark.parametrize("v", [41, 423])
+def test_a_row_does_not_depend_on_the_others(impl, options, v):
+    b = 9
+    logits, (seeds, positions) = torch.randn(b, v) * 3, rows(b)
+    together = sample_tokens(logits, seeds, positions, impl=impl, **options)
+    order = torch.randperm(b)
+    shuffled = sample_tokens(logits[order], seeds[order], positions[order], impl=impl, **options)
+    for in_order, out_of_order in zip(together, shuffled, strict=True):
+        assert torch.equal(in_order[order], out_of_order)
+    for i in range(b):
+        alone = sample_tokens(
+            logits[i : i + 1], seeds[i : i + 1], positions[i : i + 1], impl=impl, **options
+        )
+        assert all(torch.equal(x[i : i + 1], y) for x, y in zip(together, alone, strict=True))
+
+
+@IMPLS
+def test_more_rows_than_one_block(impl):
+    """At this vocabulary the reference draws for a few rows at a time."""
+    logits, (seeds, positions) = torch.randn(11, 50257), rows(11)
+    together = sample_tokens(logits, seeds, positions, impl=impl)
+    last = sample_tokens(logits[10:], seeds[10:], positions[10:], impl=impl)
+    assert together.tokens.shape == (11,)
+    assert together.tokens.unique().numel() > 1
+    assert torch.equal(together.tokens[10:], last.tokens)
+    assert torch.equal(together.logprobs[10:], last.logprobs)
+
+
+@IMPLS
+@pytest.mark.parametrize("options", [{"top_k": 8}, {"top_p": 0.6}, {"top_k": 20, "top_p": 0.7}])
+def test_truncation_does_not_move_a_draw_that_survives(impl, options):
+    n = 200
+    logits, (seeds, positions) = torch.randn(n, 41), rows(n)
+    free = sample_tokens(logits, seeds, positions, impl=impl)
+    cut = sample_tokens(logits, seeds, positions, impl=impl, **options)
+    kept = [python_kept(row, options.get("top_k", 0), options.get("top_p", 1.0)) for row in
+            logits.double().tolist()]  # fmt: skip
+    survived = torch.tensor([int(t) in k for t, k in zip(free.tokens, kept, strict=True)])
+    assert survived.any()
+    assert not survived.all()
+    assert torch.equal(free.tokens[survived], cut.tokens[survived])
+    assert torch.equal(free.logprobs[survived], cut.logprobs[survived])
+    assert (cut.sampling_logprobs > cut.logprobs).all()
+    assert torch.equal(free.sampling_logprobs, free.logprobs)
+
+
+@IMPLS
+@pytest.mark.parametrize(
+    ("logits", "options", "kept"),
+    [
+        ([1.0, 2.0, 2.0, 2.0, 0.0], {"top_k": 2}, {1, 2}),
+        ([1.0, 2.0, 2.0, 2.0, 0.0], {"top_k": 1}, {1}),
+        ([1.0, 1.0, 1.0, 1.0], {"top_p": 0.5}, {0, 1}),
+        ([1.0, 1.0, 1.0, 1.0], {"top_p": 0.51}, {0, 1, 2}),
+        ([0.0, 3.0, 0.0, 1.0], {"top_p": 1e-9}, {1}),
+        # Two thirds of the two that top_k keeps, though under one half of them all.
+        ([1.0, 1.0, 1.0, 1.0], {"top_k": 2, "top_p": 0.4}, {0}),
+        ([-math.inf, 0.0, -math.inf, 0.0], {"top_k": 3}, {1, 3}),
+    ],
+)
+def test_truncation_keeps_the_smallest_set(impl, logits, options, kept):
+    n = 300
+    out = sample_tokens(torch.tensor(logits).expand(n, -1), *rows(n), impl=impl, **options)
+    assert set(out.tokens.tolist()) == kept
+    if len(set(torch.tensor(logits)[list(kept)].tolist())) == 1:
+        expected = torch.full((n,), -math.log(len(kept)))
+        torch.testing.assert_close(out.sampling_logprobs, expected, rtol=0, atol=1e-6)
+
+
+@IMPLS
+def test_impossible_tokens_are_never_drawn(impl):
+    logits = torch.full((500, 41), -math.inf)
+    logits[:, 17], logits[:, 30] = -1000.0, -1001.0
+    out = sample_tokens(logits, *rows(500), impl=impl)
+    assert set(out.tokens.tolist()) == {17, 30}
+
+
+@IMPLS
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.5}])
+@pytest.mark.parametrize(
+    ("fill", "where", "message"),
+    [
+        (math.nan, (1, 3), "logits: row 1 holds NaN"),
+        (math.inf, (2, 0), r"logits: row 2 holds \+inf"),
+        (-math.inf, (1, slice(None)), "logits: row 1 holds nothing but -inf"),
+    ],
+)
+def test_a_row_without_a_distribution_is_named(impl, options, fill, where, message):
+    logits = torch.zeros(3, 5)
+    logits[where] = fill
+    with pytest.raises(ValueError, match=message):
+        sample_tokens(logits, *rows(3), impl=impl, **options)
+
+
+@IMPLS
+def test_results_carry_no_gradient(impl):
+    out = sample_tokens(torch.randn(3, 41, requires_grad=True), *rows(3), impl=impl)
+    assert not out.logprobs.requires_grad
+    assert not out.sampling_logprobs.requires_grad
+
+
+@IMPLS
+@pytest.mark.parametrize("options", [{}, {"top_k": 5, "top_p": 0.9, "temperature": 0.7}])
+def test_compiles_as_one_graph(impl, options):
+    compiled = torch.compile(sample_tokens, fullgraph=True, backend="aot_eager")
+    logits, (seeds, positions) = torch.randn(3, 41), rows(3)
+    got = compiled(logits, seeds, positions, impl=impl, **options)
+    expected = sample_tokens(logits, seeds, positions, impl=impl, **options)
+    assert torch.equal(got.tokens, expected.tokens)
+    torch.testing.assert_close(got.sampling_logprobs, expected.sampling_logprobs)
+
+
+@IMPLS
+@pytest.mark.parametrize("options", [{}, {"top_k": 5, "top_p": 0.9}])
+def test_runs_where_there_are_no_values(impl, options):
+    if impl == "reference":
+        index = torch.zeros(3, dtype=torch.int64, device="meta")
+        out = sample_tokens(torch.zeros(3, 41, device="meta"), index, index, impl=impl, **options)
+        assert [x.shape for x in out] == [(3,)] * 3
+    with FakeTensorMode():
+        index = torch.zeros(3, dtype=torch.int64)
+        assert sample_tokens(torch.zeros(3, 41), index, index, impl=impl).tokens.shape == (3,)
+
+
+LOGITS, INDEX = torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64)
+
+
+@IMPLS
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((LOGITS.long(), INDEX, INDEX), {}, TypeError, "logits: got torch.int64"),
+        ((LOGITS[0], INDEX, INDEX), {}, ValueError, r"logits: got shape \(5,\), expected \[B, V\]"),
+        ((LOGITS[:, :0], INDEX, INDEX), {}, ValueError, r"logits: got shape \(2, 0\)"),
+        ((LOGITS, INDEX.int(), INDEX), {}, TypeError, "seeds: got torch.int32"),
+        ((LOGITS, INDEX, INDEX[:1]), {}, ValueError, r"positions: got shape \(1,\)"),
+        ((LOGITS, INDEX.to("meta"), INDEX), {}, ValueError, "seeds: is on meta"),
+        ((LOGITS, INDEX, INDEX), {"temperature": 0.0}, ValueError, r"got 0.*argmax\(-1\)"),
+        ((LOGITS, INDEX, INDEX), {"temperature": -1.0}, ValueError, "temperature: got -1.0"),
+        ((LOGITS, INDEX, INDEX), {"top_k": -1}, ValueError, "top_k: got -1"),
+        ((LOGITS, INDEX, INDEX), {"top_p": 0.0}, ValueError, "top_p: got 0.0"),
+        ((LOGITS, INDEX, INDEX), {"top_p": 1.5}, ValueError, "top_p: got 1.5"),
+    ],
+)
+def test_errors_name_the_argument(impl, arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        sample_tokens(*arguments, **options, impl=impl)
