@@ -70,7 +70,8 @@ void gae(const GaeArgs<Real>& args, int num_threads) {
   // Two rows together are measured best: the four arrays of more rows, a power of two apart, fall
   // into the same few cache sets and evict each other (8 rows at T = 1024: ten times slower).
   const std::int64_t num_pairs = (args.num_rows + 1) / 2;
-  constexpr std::int64_t kMinSteps = 4096;  // waking a thread costs about as much as these steps
+  // A thread's share, at least: 25 us, above what it costs to wake and to wait for one.
+  constexpr std::int64_t kMinSteps = 16384;
   const std::int64_t useful = args.num_rows * args.num_steps / kMinSteps;
   [[maybe_unused]] const int threads =
       static_cast<int>(std::clamp<std::int64_t>(useful, 1, num_threads));

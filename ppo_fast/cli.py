@@ -274,7 +274,9 @@ def read_config(path: Path) -> Train:
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"--config: {path} sets {key!r}, which is no flag{hint}")
     paths = ("prompts", "output_dir")
-    run = {k: Path(v) if k in paths else v for k, v in settings.items() if k in run_fields}
+    run: dict[str, Any] = {
+        k: Path(v) if k in paths else v for k, v in settings.items() if k in run_fields
+    }
     ppo: dict[str, Any] = {
         k: tuple(v) if k == "adam_betas" else v for k, v in settings.items() if k in ppo_fields
     }

@@ -1,0 +1,140 @@
+"""PPOConfig: ranges, presets, and what None stands for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import FrozenInstanceError, fields, replace
+
+import pytest
+
+from ppo_fast.config import PPOConfig, differences
+
+NAN, INF = math.nan, math.inf
+
+OUT_OF_RANGE = {
+    "learning_rate": [0.0, -1e-5, NAN, INF, "fast"],
+    "value_learning_rate": [0.0, -1e-5, NAN, INF],
+    "clip_epsilon": [0.0, 1.0, -0.2, NAN],
+    "clip_epsilon_high": [0.0, -0.2, NAN, INF],
+    "dual_clip": [1.0, 0.0, -3.0, NAN],
+    "value_clip": [0.0, -0.2, NAN, INF],
+    "kl_penalty": [-0.1, NAN, INF],
+    "kl_in": ["advantage", None],
+    "kl_estimator": ["k4", "K1"],
+    "gamma": [-0.1, 1.01, NAN],
+    "gae_lambda": [-0.1, 1.01, NAN],
+    "value_loss_coef": [-0.5, NAN, INF],
+    "entropy_coef": [NAN, INF, -INF],
+    "max_grad_norm": [0.0, -1.0, NAN],
+    "num_epochs": [0, -1, 1.5, True],
+    "num_minibatches": [0, -1, 2.0],
+    "microbatch_tokens": [0, 1e4],
+    "forward_batch_tokens": [0, 1e4],
+    "aggregation": ["mean", None],
+    "critic": ["value", True],
+    "num_layers_unfrozen": [0, -1, 1.5, True],
+    "adam_betas": [(1.0, 0.999), (0.9, 1.0), (-0.1, 0.999), (0.9, NAN), (0.9,), 0.9],
+    "adam_eps": [0.0, -1e-8, NAN],
+    "weight_decay": [-0.1, NAN, INF],
+    "max_length": [0, -5, 1.0],
+    "temperature": [0.0, -1.0, NAN, INF],
+    "top_k": [-1, 2.5, True],
+    "top_p": [0.0, 1.1, -0.5, NAN],
+    "seed": [-1, 2**31, 0.5],
+}
+ALLOWED = {
+    "value_learning_rate": [None, 1e-3],
+    "clip_epsilon_high": [None, 0.28, 5.0],
+    "dual_clip": [None, 3.0],
+    "value_clip": [None, 0.2],
+    "kl_penalty": [0.0, 0],
+    "gamma": [0.0, 1.0, 0, 1],
+    "gae_lambda": [0.0, 1.0],
+    "entropy_coef": [-0.01, 0.01],
+    "max_grad_norm": [INF, 1],
+    "num_layers_unfrozen": [None, 1],
+    "adam_betas": [(0.0, 0.0), (0.9, 0.95)],
+    "top_k": [0, 50],
+    "top_p": [1.0, 1],
+    "seed": [0, 2**31 - 1],
+    "critic": [None, "model", "head", "baseline"],
+    "max_length": [1],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in OUT_OF_RANGE.items() for value in values]
+)
+def test_out_of_range_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=rf"^{name}: got .*expected "):
+        PPOConfig(**{name: value})
+    with pytest.raises(ValueError, match=rf"^{name}: got .*expected "):
+        replace(PPOConfig(), **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in ALLOWED.items() for value in values]
+)
+def test_edges_of_the_ranges_are_allowed(name, value):
+    assert getattr(PPOConfig(**{name: value}), name) == value
+
+
+def test_every_field_with_a_range_is_tested():
+    assert {f.name for f in fields(PPOConfig)} - set(OUT_OF_RANGE) == {"whiten_advantages"}
+
+
+def test_k1_in_the_loss_is_refused_with_the_way_out():
+    with pytest.raises(ValueError, match=r'kl_estimator="k1".*k1\+k2.*kl_in="reward"'):
+        PPOConfig(kl_in="loss", kl_estimator="k1")
+    PPOConfig(kl_in="reward", kl_estimator="k1")
+    PPOConfig(kl_in="loss", kl_estimator="k3")
+
+
+def test_estimator_follows_where_the_kl_is():
+    assert PPOConfig(kl_in="reward").estimator() == "k1"
+    assert PPOConfig(kl_in="loss").estimator() == "k1+k2"
+    assert PPOConfig(kl_in="reward", kl_estimator="k3").estimator() == "k3"
+
+
+def test_clip_range_is_symmetric_unless_told_otherwise():
+    assert PPOConfig(clip_epsilon=0.1).clip == (0.1, 0.1)
+    assert PPOConfig(clip_epsilon=0.1, clip_epsilon_high=0.3).clip == (0.1, 0.3)
+
+
+def test_default_preset():
+    config = PPOConfig()
+    assert (config.gamma, config.gae_lambda) == (1.0, 0.95)
+    assert (config.kl_penalty, config.kl_in) == (0.05, "reward")
+    assert (config.clip, config.value_clip) == ((0.2, 0.2), 0.2)
+    assert (config.num_epochs, config.num_minibatches) == (4, 1)
+    assert (config.adam_eps, config.max_grad_norm) == (1e-5, 1.0)
+    assert config.whiten_advantages
+    assert (config.temperature, config.top_k, config.top_p) == (1.0, 0, 1.0)
+
+
+def test_spec_preset():
+    spec = PPOConfig.spec()
+    assert spec.learning_rate == 1e-5
+    assert (spec.clip, spec.value_clip, spec.dual_clip) == ((0.2, 0.2), None, None)
+    assert (spec.kl_penalty, spec.kl_in, spec.estimator()) == (0.1, "loss", "k1+k2")
+    assert (spec.gamma, spec.gae_lambda) == (0.99, 0.95)
+    assert (spec.value_loss_coef, spec.entropy_coef, spec.max_grad_norm) == (0.5, 0.0, 1.0)
+    assert (spec.adam_eps, spec.adam_betas, spec.weight_decay) == (1e-8, (0.9, 0.999), 0.0)
+    assert (spec.num_epochs, spec.max_length, spec.temperature) == (4, 150, 1.0)
+
+
+def test_differences_are_the_fields_that_were_changed():
+    assert differences(PPOConfig()) == {}
+    assert differences(PPOConfig(gamma=0.9, top_k=5)) == {"gamma": 0.9, "top_k": 5}
+    assert set(differences(PPOConfig.spec())) == {
+        "gamma",
+        "kl_penalty",
+        "kl_in",
+        "value_clip",
+        "adam_eps",
+    }
+
+
+def test_config_does_not_change_after_its_checks():
+    with pytest.raises(FrozenInstanceError):
+        PPOConfig().gamma = 2.0
