@@ -71,9 +71,11 @@ class PPOConfig:
     """Train only this many top layers (with the final norm and an untied LM head); the layers
     below are one frozen trunk, its activations computed once a step. None: train everything."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's averaging of gradients and of their squares: its usual numbers."""
     adam_eps: float = 1e-5
     """1e-5, as in the original PPO code, keeps rarely touched weights from large steps."""
     weight_decay: float = 0.0
+    """AdamW's. The KL to the reference, not a pull to zero, is what holds the policy: 0."""
     max_length: int = 150
     """Most tokens a response."""
     temperature: float = 1.0
@@ -109,7 +111,11 @@ class PPOConfig:
         self._check("top_k", self._whole("top_k") and self.top_k >= 0, "a whole number >= 0")
         self._check("seed", self._whole("seed") and 0 <= self.seed < 2**31, "in [0, 2**31)")
         k = self.num_layers_unfrozen
-        self._check("num_layers_unfrozen", k is None or k >= 1, "a whole number >= 1, or None")
+        ok = k is None or (self._whole("num_layers_unfrozen") and k >= 1)
+        self._check("num_layers_unfrozen", ok, "a whole number >= 1, or None")
+        betas = self.adam_betas
+        ok = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(0 <= b < 1 for b in betas)
+        self._check("adam_betas", ok, "two numbers in [0, 1)")
         self._check_choice("kl_in", ("reward", "loss"))
         self._check_choice("kl_estimator", (None, "k1", "abs", "k2", "k3", "k1+k2"))
         self._check_choice("aggregation", ("token-mean", "seq-mean-token-mean"))

@@ -68,7 +68,9 @@ def make_experience(
     """
     tokens, mask = rollout.tokens, rollout.tokens.response_mask
     temperature, budget = rollout.sampling.temperature, config.forward_batch_tokens
-    trunk = trunk_states(policy, tokens, budget) if policy.lower else None
+    trunk = rollout.trunk
+    if policy.lower and trunk is None:
+        trunk = trunk_states(policy, tokens, budget)
 
     def logprobs(model: LanguageModel, part: Tokens, below: Tensor | None) -> Tensor:
         return model.logprobs(model.forward(part, below), part, temperature=temperature).logprobs

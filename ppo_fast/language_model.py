@@ -122,6 +122,26 @@ class LanguageModel:
                 return reached[0]
         raise RuntimeError("the first unfrozen layer was never reached")
 
+    @contextmanager
+    def recording_trunk(self) -> Iterator[list[Tensor]]:
+        """Within the block, what every pass hands to the first unfrozen layer lands in the list,
+        [B, n, D] each: decoding sees every token but the last, and computes its trunk anyway.
+        Without a trunk the list stays empty."""
+        pieces: list[Tensor] = []
+        if not self.lower:
+            yield pieces
+            return
+        top = layer_list(self.body)[len(self.lower)]
+
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            pieces.append(_layer_input(args, kwargs))
+
+        handle = top.register_forward_pre_hook(record, with_kwargs=True)
+        try:
+            yield pieces
+        finally:
+            handle.remove()
+
     @torch.no_grad()
     def step(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """A decoding step: new tokens [B, n] at positions [B, n], after those in ``cache`` (which
@@ -267,6 +287,10 @@ def freeze_trunk(model: nn.Module, num_layers_unfrozen: int) -> None:
         module.requires_grad_(True)
 
 
+def _layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
 class _Reached(Exception):
     """The layer that a partial pass runs up to."""
 
@@ -277,7 +301,7 @@ def _stopping_before(layer: nn.Module) -> Iterator[list[Tensor]]:
     reached: list[Tensor] = []
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        reached.append(args[0] if args else kwargs["hidden_states"])
+        reached.append(_layer_input(args, kwargs))
         raise _Reached
 
     handle = layer.register_forward_pre_hook(stop, with_kwargs=True)

@@ -123,6 +123,7 @@ class PPOTrainer(SpecMethods, TrainingLoop):
             rate = self.config.value_learning_rate or self.config.learning_rate
             self.value_optimizer = self._adamw(self.critic.module, rate)
         self._init_counters()
+        self._warned_of_discount = False
 
     # The algorithm
 
@@ -149,6 +150,7 @@ class PPOTrainer(SpecMethods, TrainingLoop):
             self.config.top_k,
             self.config.top_p,
         )
+        self._warn_of_discount(sampling.max_length)
         prompts = validation.check_prompts(prompts)
         prompt_ids = self.tokenizer(prompts)["input_ids"]
         limit = validation.context_limit(self.policy_model)
@@ -166,9 +168,8 @@ class PPOTrainer(SpecMethods, TrainingLoop):
         completions = self.tokenizer.batch_decode(
             [ids[:length] for ids, length in rows], skip_special_tokens=True
         )
-        tokens, logprobs, sampling_logprobs, finished = decoded
         self.last_rollout = Rollout(
-            tokens, logprobs, sampling_logprobs, finished, sampling, prompts, completions
+            **decoded._asdict(), sampling=sampling, prompts=prompts, completions=completions
         )
         return self.last_rollout
 
@@ -221,7 +222,7 @@ class PPOTrainer(SpecMethods, TrainingLoop):
         learner = Learner(
             self.policy, self.critic, self.policy_optimizer, self.value_optimizer, self.config
         )
-        seed = (self.config.seed << 32) + int(self.stats["total_steps"])
+        seed = self._seed_of("minibatches", int(self.stats["total_steps"]))
         metrics = {"value_loss": 0.0} | learner.update(experience, num_epochs=epochs, seed=seed)
         metrics |= experience.metrics
         self._count_step(metrics)
@@ -342,6 +343,17 @@ class PPOTrainer(SpecMethods, TrainingLoop):
             eps=config.adam_eps,
             weight_decay=config.weight_decay,
         )
+
+    def _warn_of_discount(self, max_length: int) -> None:
+        """Once, where the score of a long response hardly counts for its first token."""
+        gamma, weight = self.config.gamma, self.config.gamma**max_length
+        if weight < 0.5 and not self._warned_of_discount:
+            self._warned_of_discount = True
+            warnings.warn(
+                f"gamma: {gamma} over {max_length} tokens leaves {weight:.2f} of the score at a "
+                "response's first token; gamma=1 counts it in full",
+                stacklevel=3,
+            )
 
     def _eos_ids(self) -> list[int]:
         """The tokenizer's EOS and those of the model's generation config."""

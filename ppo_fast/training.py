@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -108,10 +109,13 @@ class TrainingLoop:
             tqdm(total=num_steps, desc="PPO", disable=not progress) as bar,
         ):
             for _ in range(num_steps):
+                drawn, sampled = self._prompts_drawn, self._sequences_sampled
                 try:
                     batch = self._next_prompts(prompts, batch_size)
                     metrics = self.train_step(batch, num_epochs_per_batch, max_length, temperature)
                 except Exception:
+                    # going on repeats this step, with the same prompts and draws
+                    self._prompts_drawn, self._sequences_sampled = drawn, sampled
                     self._keep(checkpoint_dir, "an error")
                     raise
                 for name, metric in HISTORY.items():
@@ -121,7 +125,11 @@ class TrainingLoop:
                 bar.set_postfix(reward=metrics["mean_reward"], kl=metrics["kl_divergence"])
                 bar.update()
                 if on_step is not None:
-                    on_step(metrics)
+                    try:
+                        on_step(metrics)
+                    except Exception:
+                        self._keep(checkpoint_dir, "an error in on_step")
+                        raise
                 step = int(self.stats["total_steps"])
                 if checkpoint_dir is not None and step % checkpoint_freq == 0:
                     self.save_checkpoint(checkpoint_dir, step)
@@ -229,11 +237,15 @@ class TrainingLoop:
             self._prompts_drawn, self._prompts_drawn + min(batch_size, len(prompts))
         ):
             round_, index = divmod(place, len(prompts))
-            generator = torch.Generator().manual_seed((self.config.seed << 32) + round_)
+            generator = torch.Generator().manual_seed(self._seed_of("prompts", round_))
             order = torch.randperm(len(prompts), generator=generator)
             batch.append(prompts[int(order[index])])
         self._prompts_drawn += len(batch)
         return batch
+
+    def _seed_of(self, what: str, number: int) -> int:
+        """A seed for torch's CPU generator, which reads no more than 32 bits of it."""
+        return random.Random(f"{what} {self.config.seed} {number}").getrandbits(32)
 
     def _next_seeds(self, count: int) -> Tensor:
         """Seeds [count] int64 of the next sequences: the config's seed and a running number."""

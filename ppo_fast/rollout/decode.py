@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ppo_fast.language_model import LanguageModel
@@ -45,12 +45,15 @@ class Sampling:
 class Decoded(NamedTuple):
     """Tokens with their log-probs as they were drawn, [B, T] float32, 0 beyond a response:
     ``logprobs`` under softmax(logits / t), ``sampling_logprobs`` under the truncated distribution.
-    ``finished`` [B] bool on the CPU: the response ended with EOS, not at ``max_length``."""
+    ``finished`` [B] bool on the CPU: the response ended with EOS, not at ``max_length``. ``trunk``
+    [B, P + T, D]: the frozen trunk's activations, 0 for a row's last column (which no log-prob
+    needs); None without a trunk."""
 
     tokens: Tokens
     logprobs: Tensor
     sampling_logprobs: Tensor
     finished: Tensor
+    trunk: Tensor | None
 
 
 @torch.no_grad()
@@ -86,24 +89,25 @@ def decode(
     cache = DynamicCache(config=model.model.config)
     alive = torch.ones(rows, dtype=torch.bool, device=device)
     input_ids, drawn, living = prompts, [], []
-    for t in range(sampling.max_length):
-        logits = model.step(input_ids, mask, positions, cache)
-        sampled = sample_tokens(
-            logits,
-            seeds,
-            torch.full_like(seeds, t),
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-        )
-        drawn.append(sampled)
-        living.append(alive)
-        alive = alive & ~torch.isin(sampled.tokens, eos)
-        if not alive.any():
-            break
-        input_ids = sampled.tokens[:, None]
-        mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
-        positions = positions[:, -1:] + 1
+    with model.recording_trunk() as trunk:
+        for t in range(sampling.max_length):
+            logits = model.step(input_ids, mask, positions, cache)
+            sampled = sample_tokens(
+                logits,
+                seeds,
+                torch.full_like(seeds, t),
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+            )
+            drawn.append(sampled)
+            living.append(alive)
+            alive = alive & ~torch.isin(sampled.tokens, eos)
+            if not alive.any():
+                break
+            input_ids = sampled.tokens[:, None]
+            mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
+            positions = positions[:, -1:] + 1
     response_mask = torch.stack(living, dim=1)
     ids = torch.stack([s.tokens for s in drawn], dim=1).masked_fill(~response_mask, pad_id)
     return Decoded(
@@ -111,4 +115,5 @@ def decode(
         torch.stack([s.logprobs for s in drawn], dim=1).masked_fill(~response_mask, 0.0),
         torch.stack([s.sampling_logprobs for s in drawn], dim=1).masked_fill(~response_mask, 0.0),
         ~alive.cpu(),
+        nn.functional.pad(torch.cat(trunk, dim=1), (0, 0, 0, 1)) if trunk else None,
     )

@@ -20,6 +20,8 @@ class Rollout:
     sampling_logprobs: [B, T] float32, under the distribution really drawn from.
     finished: [B] bool on the CPU, whether a response ended with EOS.
     sampling: how they were drawn.
+    trunk: [B, P + T, D], the activations of the policy's frozen trunk, as decoding computed them;
+        None without a trunk.
     prompts, completions: B texts, for reward functions and for reading; never tokenised again.
     """
 
@@ -28,5 +30,6 @@ class Rollout:
     sampling_logprobs: Tensor
     finished: Tensor
     sampling: Sampling
+    trunk: Tensor | None
     prompts: list[str]
     completions: list[str]

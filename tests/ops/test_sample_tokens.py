@@ -92,6 +92,17 @@ def test_noise_counts_the_low_32_bits_of_the_position():
     assert torch.equal(reference.gumbel_noise(seeds, here, 41), wrapped)
 
 
+def test_noise_is_float32_whatever_the_default():
+    expected = reference.gumbel_noise(*rows(2), 41)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = reference.gumbel_noise(*rows(2), 41)
+    finally:
+        torch.set_default_dtype(before)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("seed", "token", "expected"),
     [
@@ -235,8 +246,8 @@ def test_truncation_does_not_move_a_draw_that_survives(impl, options):
     logits, (seeds, positions) = torch.randn(n, 41), rows(n)
     free = sample_tokens(logits, seeds, positions, impl=impl)
     cut = sample_tokens(logits, seeds, positions, impl=impl, **options)
-    kept = [python_kept(row, options.get("top_k", 0), options.get("top_p", 1.0)) for row in
-            logits.double().tolist()]  # fmt: skip
+    top_k, top_p = options.get("top_k", 0), options.get("top_p", 1.0)
+    kept = [python_kept(row, top_k, top_p) for row in logits.double().tolist()]
     survived = torch.tensor([int(t) in k for t, k in zip(free.tokens, kept, strict=True)])
     assert survived.any()
     assert not survived.all()

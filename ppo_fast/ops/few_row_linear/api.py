@@ -19,8 +19,17 @@ def few_row_linear(
     it lies. Other devices use ``F.linear``. Differentiable. The bits of a row depend on how many
     rows come with it, as with any product of the BLAS.
 
-    The result is contiguous. The product itself has its rows interleaved, and turning them costs
-    less than one pass of a consumer over the wrong layout: TIMINGS
+    The result is contiguous: the product's rows come interleaved, and turning them costs less than
+    one log_softmax over the interleaved ones. At 4, 8, 16, 32 rows (float32, D = 576, V = 49152,
+    one thread of a busy machine, ms)::
+
+        F.linear                             64    73    69    94
+        the transposed product               27    37    46    75
+        making it contiguous                 0.5   0.9   1.7   3.5
+        log_softmax, interleaved rows        2.0   5.0   9.5   19
+        log_softmax, contiguous rows         1.2   2.6   5.3   11
+        argmax, interleaved rows             0.7   0.8   1.6   16
+        argmax, contiguous rows              0.5   0.7   1.3   2.8
 
     Args:
         x: [..., D], float32, float64, bfloat16 or float16.

@@ -101,9 +101,7 @@ def _check_tensor(
     if not floats and tensor.dtype is not torch.bool:
         raise TypeError(f"gae: {name} is {tensor.dtype}, expected bool; use {name}.bool()")
     if tensor.device != device:
-        raise ValueError(
-            f"gae: {name} is on {tensor.device} but rewards on {device}; move one"
-        )
+        raise ValueError(f"gae: {name} is on {tensor.device} but rewards on {device}; move one")
 
 
 def _check_fraction(name: str, number: float) -> None:

@@ -12,7 +12,7 @@ _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _KEY_STEP_0, _KEY_STEP_1 = 0x9E3779B9, 0xBB67AE85
 _LOW_32 = 0xFFFFFFFF
 
-# Counters a block of rows: its arrays stay in a core's second-level cache.
+# Counters drawn at a time, as whole rows: a few arrays of 512 KB, which the caches hold.
 _BLOCK_COUNTERS = 2**16
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -79,7 +79,7 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     zero = torch.zeros_like(ids[:1])
     counter = (ids, positions.unsqueeze(-1) & _LOW_32, zero, zero)
     key = (seeds.unsqueeze(-1) & _LOW_32, (seeds.unsqueeze(-1) >> 32) & _LOW_32)
-    noise = torch.empty(len(seeds), len(ids), 4, device=seeds.device)
+    noise = torch.empty(len(seeds), len(ids), 4, dtype=torch.float32, device=seeds.device)
     for lane, word in enumerate(philox4x32(counter, key)):
         noise[..., lane] = word
     # The largest float32 below 2^32 gives v = 1 - 2^-24.

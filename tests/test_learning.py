@@ -1,0 +1,50 @@
+"""PPO learns: a tiny random model comes to write the token that its reward counts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import tiny_model, tiny_tokenizer
+from torch import nn
+
+from ppo_fast import PPOConfig, PPOTrainer
+
+TARGET = 101
+PROMPTS = ["The film was", "She thought the other", "There", "Nothing in this room was where"]
+
+
+class CountTarget(nn.Module):
+    """The number of TARGET tokens in a sequence (the prompts hold none)."""
+
+    def forward(self, input_ids, attention_mask):
+        return (input_ids == TARGET).sum(dim=1).float()
+
+
+def fraction_after_training(seed, *, shuffle=False):
+    """The share of TARGET among sampled tokens after training; with shuffled advantages on request."""
+    config = PPOConfig(learning_rate=5e-3, critic="head", max_length=12, kl_penalty=0.01, seed=seed)
+    model = tiny_model("llama", seed=seed)
+    trainer = PPOTrainer(model, None, CountTarget(), tiny_tokenizer(), "cpu", config=config)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(30):
+        experience = trainer.make_experience(trainer.rollout(PROMPTS * 8))
+        if shuffle:
+            valid = experience.tokens.response_mask
+            found = experience.advantages[valid]
+            mixed = found[torch.randperm(len(found), generator=generator)]
+            advantages = experience.advantages.masked_scatter(valid, mixed)
+            experience = replace(experience, advantages=advantages)
+        trainer.update(experience)
+    tokens = trainer.rollout(PROMPTS * 8).tokens
+    sampled = tokens.response_ids[tokens.response_mask]
+    return (sampled == TARGET).float().mean().item()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_rewarded_token_becomes_frequent(seed):
+    assert fraction_after_training(seed) >= 0.4
+
+
+def test_shuffled_advantages_do_not_learn():
+    # the control: what the test above measures comes from the credit that tokens get
+    assert fraction_after_training(0, shuffle=True) < 0.1
