@@ -44,9 +44,10 @@ def load(path: Path) -> dict[str, Any]:
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types for files it cannot read
+        # not torch's message: it advises to let the file execute code
         raise ValueError(
-            f"checkpoint: {path} cannot be read; it is truncated, damaged, or not a checkpoint "
-            f"({type(error).__name__}: {str(error).splitlines()[0]})"
+            f"checkpoint: {path} cannot be read ({type(error).__name__}); it is truncated, damaged "
+            "or not a checkpoint"
         ) from error
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise ValueError(f"checkpoint: {path} was not written by ppo_fast")
@@ -79,6 +80,19 @@ def check_identity(name: str, saved: dict[str, Any], model: nn.Module, path: Pat
                 f"checkpoint: {path} is of another {name}: {weight} has shape {theirs} there and "
                 f"{ours} in the trainer's"
             )
+
+
+def check_optimizer(
+    name: str, saved: dict[str, Any], optimizer: torch.optim.Optimizer, path: Path
+) -> None:
+    """Raise ValueError where a checkpoint's optimizer is over other weights than the trainer's."""
+    groups = (saved["param_groups"], optimizer.param_groups)
+    theirs, ours = ([len(group["params"]) for group in part] for part in groups)
+    if theirs != ours:
+        raise ValueError(
+            f"checkpoint: {path} has {sum(theirs)} tensors in the optimizer of the {name}, the "
+            f"trainer's has {sum(ours)}; construct it with the same num_layers_unfrozen"
+        )
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -88,6 +88,9 @@ class ModelCritic:
 
     def _call(self, rows: list[Tensor]) -> list[Tensor]:
         outputs = call_on_rows(self.module, rows, budget=self.budget, what="value_model")
+        if not self.per_token:
+            # [B, 1] for prompts of one token: here it is a value a sequence
+            outputs = [out[0] if out.shape == (1,) else out for out in outputs]
         if any((out.dim() == 1) != self.per_token for out in outputs):
             raise ValueError("value_model: returned a value a token on one call and not on another")
         return outputs

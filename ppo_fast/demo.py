@@ -29,9 +29,11 @@ EVALUATION_SEED = 1 << 40  # far from every training sequence's
 def demo_config(seed: int) -> PPOConfig:
     """The 4 top layers are trained on a frozen trunk, with a value head on the policy's states."""
     return PPOConfig(
-        learning_rate=3e-4,
+        learning_rate=2e-4,
         value_learning_rate=1e-3,
         kl_penalty=0.02,
+        num_epochs=2,
+        num_minibatches=2,
         critic="head",
         num_layers_unfrozen=4,
         max_length=24,

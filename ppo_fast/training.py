@@ -186,6 +186,8 @@ class TrainingLoop:
             )
         for name, module in parts.items():
             checkpoint.check_identity(name, payload["identity"][name], module, path)
+        for name, optimizer in self._optimizers().items():
+            checkpoint.check_optimizer(name, payload["optimizers"][name], optimizer, path)
         if payload["reference"] != checkpoint.fingerprint(self.reference_model):
             print(
                 f"warning: {path} was trained against another reference model; construct the "

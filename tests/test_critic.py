@@ -129,7 +129,7 @@ def test_a_module_that_changes_its_mind_is_refused():
 @pytest.mark.parametrize(
     ("wrap", "error", "message"),
     [
-        (lambda x: torch.stack([x, x], dim=-1), ValueError, r"Module returned shape \[2, 3, 2\]|"),
+        (lambda x: torch.stack([x, x], dim=-1), ValueError, r"returned shape \[2, 3, 2\]"),
         (lambda x: x.sum(), ValueError, r"returned shape \[\] for input_ids \[2, 3\]; expected"),
         (lambda x: x[:1], ValueError, r"returned shape \[1, 3\] for input_ids \[2, 3\]"),
         (lambda x: "18", TypeError, r"returned str, expected a tensor"),
@@ -169,9 +169,9 @@ def test_gradients_reach_a_users_module(per_token):
 def language_model_values(kind: str, family: str) -> nn.Module:
     if kind == "ValueModel":
         return ValueModel(tiny_model(family), 64).eval()
-    return AutoModelForTokenClassification.from_config(
-        tiny_config(family, pad_token_id=1) if family != "x" else None, num_labels=1
-    ).eval()
+    config = tiny_config(family, pad_token_id=1)
+    config.num_labels = 1
+    return AutoModelForTokenClassification.from_config(config).eval()
 
 
 VALUE_MODELS = [("ValueModel", family) for family in FAMILIES] + [

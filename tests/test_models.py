@@ -12,7 +12,6 @@ from ppo_fast.models import RewardModel, ValueModel, disable_dropout
 
 HIDDEN = 64
 SEQUENCES = [[5, 61, 7, 300, 12, 8], [44], [3, 2, 91, 250]]
-FAMILIES_WITH_RELATIVE_AND_LEARNED_POSITIONS = ("llama", "gpt2")
 
 
 def padded(side: str, pad_id: int, extra: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,14 +88,14 @@ def test_architecture_and_names_are_the_specs(kind, head):
     assert (layers[0].in_features, layers[0].out_features) == (HIDDEN, 256)
     assert (layers[3].in_features, layers[3].out_features) == (256, 1)
     assert layers[2].p == 0.1
-    names = {f"{head}.{i}.{kind}" for i in (0, 3) for kind in ("weight", "bias")}
+    names = {f"{head}.{i}.{name}" for i in (0, 3) for name in ("weight", "bias")}
     assert set(model.state_dict()) == names | {f"base_model.{name}" for name in base.state_dict()}
 
 
 @torch.no_grad()
 def test_value_model_equals_the_specs_computation():
     """hidden_states[-1] of a forward with output_hidden_states, through the head."""
-    for family in FAMILIES_WITH_RELATIVE_AND_LEARNED_POSITIONS:
+    for family in FAMILIES:
         model = scorer(ValueModel, family)
         ids = torch.tensor([SEQUENCES[0]])
         states = model.base_model(ids, output_hidden_states=True).hidden_states[-1]
