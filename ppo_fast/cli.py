@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import importlib
+import io
 import json
 import os
 import shutil
@@ -92,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run_demo(Console(), command.output_dir, num_steps=command.num_steps, seed=command.seed)
         else:
             print_environment(Console(), command.policy)
-    except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, ModuleNotFoundError, RuntimeError) as error:
         if os.environ.get("PPO_FAST_TRACEBACK"):
             raise
         print(f"ppo-fast: {error}\n(PPO_FAST_TRACEBACK=1 shows where)", file=sys.stderr)
@@ -115,9 +116,11 @@ def train(run: Train) -> None:
     from ppo_fast.models import ValueModel
     from ppo_fast.trainer import PPOTrainer
 
-    for name in ("policy", "reward"):
-        if not getattr(run, name):
+    for name in ("policy", "prompts", "reward"):
+        if getattr(run, name) in ("", Path()):
             raise ValueError(f"--{name}: is required")
+    for name in ("policy", "value_model", "reward"):
+        check_folder(name, getattr(run, name))
     prompts = read_prompts(run.prompts)
     reward = load_reward(run.reward)
     checkpoints = run.output_dir / "checkpoints"
@@ -142,11 +145,13 @@ def train(run: Train) -> None:
     console, folder = Console(), RunFolder(run.output_dir)
     if run.resume and newest is not None:
         console.print(f"resumed {newest} after step {trainer.load_checkpoint(newest)}")
-    settings = {f.name: getattr(run, f.name) for f in fields(run) if f.name != "ppo"}
+    settings = {f.name: getattr(run, f.name) for f in fields(run)}
+    del settings["ppo"], settings["config"]  # the one is trainer.config, the other is in both
     folder.write_config(trainer.config, **settings)
-    remaining = run.num_steps - int(trainer.stats["total_steps"])
+    done = int(trainer.stats["total_steps"])
+    remaining = run.num_steps - done
     if remaining <= 0:
-        raise ValueError(f"--num-steps: {run.num_steps} steps are already done; ask for more")
+        raise ValueError(f"--num-steps: got {run.num_steps}, expected more than the {done} done")
     with StepDisplay(console, remaining) as display:
 
         def report(metrics: dict[str, float]) -> None:
@@ -172,6 +177,14 @@ def train(run: Train) -> None:
     console.print(f"trained policy: {run.output_dir / 'policy'}")
 
 
+def check_folder(flag: str, model: str | None) -> None:
+    """Raise FileNotFoundError for a path to nothing: the hub would be asked for it otherwise."""
+    path = Path(model or "")
+    is_path = path.is_absolute() or len(path.parts) > 2 or (model or "").startswith(".")
+    if model and ":" not in model and is_path and not path.is_dir():
+        raise FileNotFoundError(f"--{flag.replace('_', '-')}: no folder {model}")
+
+
 def read_prompts(path: Path) -> list[str]:
     """Prompts from a .txt (one a line, empty lines skipped), .jsonl or .csv file ("prompt").
 
@@ -181,14 +194,15 @@ def read_prompts(path: Path) -> list[str]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"--prompts: no file {path}")
-    text = path.read_text("utf-8")
+    text = path.read_text("utf-8-sig")
     if path.suffix == ".txt":
-        prompts = [line for line in text.splitlines() if line.strip()]
+        prompts = [line for line in text.split("\n") if line.strip()]
     elif path.suffix == ".jsonl":
-        lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        # not splitlines: JSON strings may hold U+2028 and its like
+        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
         prompts = [_prompt_of(_json(line, path, n), path, n) for n, line in lines]
     elif path.suffix == ".csv":
-        rows = csv.DictReader(text.splitlines(keepends=True))
+        rows = csv.DictReader(io.StringIO(text))
         prompts = [_prompt_of(row, path, n) for n, row in enumerate(rows, 2)]
     else:
         raise ValueError(f"--prompts: {path} ends in {path.suffix!r}, expected .txt, .jsonl, .csv")
@@ -278,9 +292,19 @@ def read_config(path: Path) -> Train:
         k: Path(v) if k in paths else v for k, v in settings.items() if k in run_fields
     }
     ppo: dict[str, Any] = {
-        k: tuple(v) if k == "adam_betas" else v for k, v in settings.items() if k in ppo_fields
+        k: tuple(v) if k == "adam_betas" else _number(v)
+        for k, v in settings.items()
+        if k in ppo_fields
     }
     return replace(Train(**run | {"config": path}), ppo=PPOConfig(**ppo))
+
+
+def _number(value: Any) -> Any:
+    """YAML takes 1e-5, without a dot, for a string."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _json(line: str, path: Path, number: int) -> Any:

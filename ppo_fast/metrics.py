@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -37,8 +38,9 @@ class RunFolder:
         (self.folder / "config.yaml").write_text(text, "utf-8")
 
     def write_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """One line of metrics.jsonl."""
-        self._append("metrics.jsonl", {"step": step, "time": time.time()} | metrics)
+        """One line of metrics.jsonl; what is not finite, which JSON does not know, is null."""
+        numbers = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
+        self._append("metrics.jsonl", {"step": step, "time": time.time()} | numbers)
 
     def write_samples(self, step: int, rollout: Rollout, scores: Tensor) -> None:
         """A line of samples.jsonl for each sequence."""

@@ -6,6 +6,7 @@ prompts --rollout--> Rollout --make_experience--> Experience --update--> metrics
 from __future__ import annotations
 
 import copy
+import logging
 import time
 import warnings
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ from ppo_fast.rollout import Rollout, Sampling, decode
 from ppo_fast.spec_methods import SpecMethods
 from ppo_fast.training import TrainingLoop
 from ppo_fast.update import Learner
+
+logger = logging.getLogger(__name__)
 
 
 class PPOTrainer(SpecMethods, TrainingLoop):
@@ -115,6 +118,8 @@ class PPOTrainer(SpecMethods, TrainingLoop):
         k = self.config.num_layers_unfrozen
         self.policy = LanguageModel(policy_model, num_layers_unfrozen=k)
         self.reference = LanguageModel(self.reference_model, num_layers_unfrozen=k)
+        path = "fused" if self.policy.fused else "ordinary"
+        logger.info("log-probs of policy_model: %s path (%s)", path, self.policy.reason)
         self.critic = self._make_critic(critic)
         self._check_shared_weights()
         self.policy_optimizer = self._adamw(policy_model, self.config.learning_rate)

@@ -6,7 +6,6 @@ import copy
 import math
 import statistics
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,7 +71,14 @@ class TableCritic:
 
 def hand_rollout(**sampling: float) -> Rollout:
     return Rollout(
-        HAND, OLD, OLD, torch.tensor([True, False]), Sampling(3, **sampling), ["a", "b"], ["c", "d"]
+        tokens=HAND,
+        logprobs=OLD,
+        sampling_logprobs=OLD,
+        finished=torch.tensor([True, False]),
+        sampling=Sampling(3, **sampling),
+        trunk=None,
+        prompts=["a", "b"],
+        completions=["c", "d"],
     )
 
 
@@ -208,18 +214,16 @@ def test_half_precision_means_recomputed_old_logprobs():
 # With models
 
 PROMPTS = [[5, 61, 7, 300], [44], [3, 2, 91], [17, 18]]
+SCORES_OF_FOUR = torch.tensor([1.0, -2.0, 0.5, 3.0])
 CONFIG = PPOConfig(kl_penalty=0.1, gamma=0.97)
 
 
 def rollout_of(policy: LanguageModel, temperature: float = 0.7, **sampling: int) -> Rollout:
     settings = Sampling(6, temperature=temperature, **sampling)
-    decoded = decode(
-        policy, PROMPTS, settings, seeds=torch.arange(4), eos_ids=range(60), pad_id=0
-    )
-    tokens, logprobs, sampling_logprobs, finished = decoded
-    assert len(set(tokens.response_lengths.tolist())) > 1
+    decoded = decode(policy, PROMPTS, settings, seeds=torch.arange(4), eos_ids=range(60), pad_id=0)
+    assert len(set(decoded.tokens.response_lengths.tolist())) > 1
     texts = list("abcd")
-    return Rollout(tokens, logprobs, sampling_logprobs, finished, settings, texts, texts)
+    return Rollout(**decoded._asdict(), sampling=settings, prompts=texts, completions=texts)
 
 
 def critic_of(kind: str) -> object:
@@ -234,13 +238,22 @@ def critic_of(kind: str) -> object:
 
 
 def experience_of(
-    rollout: Rollout, critic: str = "head", family: str = "llama", k: int | None = None, **changes
+    rollout: Rollout,
+    critic: str = "head",
+    family: str = "llama",
+    *,
+    k: int | None = None,
+    seed: int | None = None,
+    scores: torch.Tensor = SCORES_OF_FOUR,
+    **changes,
 ) -> Experience:
+    """``seed`` is the reference's: another model than the policy, unless they share a trunk."""
+    seed = (7 if k is None else 0) if seed is None else seed
     return make_experience(
         rollout,
-        torch.tensor([1.0, -2.0, 0.5, 3.0]),
+        scores,
         policy=LanguageModel(tiny_model(family, layers=3), num_layers_unfrozen=k),
-        reference=LanguageModel(tiny_model(family, layers=3, seed=7 if k is None else 0)),
+        reference=LanguageModel(tiny_model(family, layers=3, seed=seed), num_layers_unfrozen=k),
         critic=critic_of(critic),
         config=replace(CONFIG, **changes),
     )
@@ -292,9 +305,7 @@ def test_policy_reference_and_critic_read_what_they_should(critic, temperature):
             else:
                 totals = experience.rewards.sum(dim=1)
                 expected = ((totals.sum() - totals[b]) / 3).expand(len(ids))
-        torch.testing.assert_close(
-            experience.values[b, : len(ids)], expected, rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(experience.values[b, : len(ids)], expected, rtol=1e-4, atol=1e-4)
 
 
 @each_critic
@@ -353,44 +364,43 @@ def test_the_order_of_the_batch_changes_nothing(rollout, critic):
         ),
         logprobs=rollout.logprobs[order],
     )
-    scores = torch.tensor([1.0, -2.0, 0.5, 3.0])
-    arguments = {
-        "policy": LanguageModel(tiny_model("llama", layers=3)),
-        "reference": LanguageModel(tiny_model("llama", layers=3, seed=7)),
-        "critic": critic_of(critic),
-        "config": CONFIG,
-    }
-    one = make_experience(rollout, scores, **arguments)
-    other = make_experience(moved, scores[order], **arguments)
+    one = experience_of(rollout, critic)
+    other = experience_of(moved, critic, scores=SCORES_OF_FOUR[order])
     for name in PER_TOKEN:
         torch.testing.assert_close(
             getattr(one, name)[order], getattr(other, name), rtol=1e-4, atol=1e-4, msg=name
         )
 
 
-@each_critic
+@pytest.mark.parametrize("critic", ["head", "baseline"])
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("budget", [17, 10**6])
-def test_the_trunk_changes_nothing_but_time(critic, family, budget):
-    """Also with a truncated sampler, whose old log-probs come from the trunk too."""
-    rollout = rollout_of(LanguageModel(tiny_model(family, layers=3)), top_k=200)
-    model = LanguageModel(tiny_model(family, layers=3), num_layers_unfrozen=1)
-    split = experience_of(rollout, critic, family, k=1, forward_batch_tokens=budget)
-    assert split.trunk.shape == (*rollout.tokens.input_ids.shape, 64)
-    real = rollout.tokens.attention_mask.bool()
-    torch.testing.assert_close(
-        split.trunk[real], model.trunk(rollout.tokens)[real], rtol=1e-4, atol=1e-4
-    )
-    ordinary = make_experience(
-        rollout,
-        torch.tensor([1.0, -2.0, 0.5, 3.0]),
-        policy=LanguageModel(tiny_model(family, layers=3)),
-        reference=LanguageModel(tiny_model(family, layers=3)),
-        critic=critic_of(critic),
-        config=CONFIG,
-    )
+@pytest.mark.parametrize("recorded", [True, False])
+def test_the_trunk_changes_nothing_but_time(critic, family, recorded):
+    """Recorded while decoding, or computed for tokens that came without one. With a truncated
+    sampler, so that old log-probs come from the trunk too."""
+    policy = LanguageModel(tiny_model(family, layers=3), num_layers_unfrozen=1)
+    rollout = rollout_of(policy, top_k=200)
+    bare = replace(rollout, trunk=None)
+    ordinary = experience_of(bare, critic, family, seed=0)
     assert ordinary.trunk is None
-    assert_same(split, ordinary)
+    for budget in (17, 10**6):
+        split = experience_of(
+            rollout if recorded else bare, critic, family, k=1, forward_batch_tokens=budget
+        )
+        assert split.trunk.shape == (*rollout.tokens.input_ids.shape, 64)
+        # a state is read only where a response token follows
+        read = rollout.tokens.attention_mask.bool()
+        read[:, -1] = False
+        torch.testing.assert_close(
+            split.trunk[read], policy.trunk(rollout.tokens)[read], rtol=1e-4, atol=1e-4
+        )
+        assert_same(split, ordinary)
+
+
+def test_a_recorded_trunk_is_not_computed_again():
+    policy = LanguageModel(tiny_model("llama", layers=3), num_layers_unfrozen=1)
+    rollout = rollout_of(policy)
+    assert experience_of(rollout, k=1).trunk is rollout.trunk
 
 
 def test_an_experience_holds_no_graph(rollout):
@@ -418,5 +428,5 @@ def test_scores_of_the_users_own():
         torch.testing.assert_close(experience.rewards.sum(dim=1), experience.scores)
     with pytest.raises(ValueError, match=r"^scores: got shape \[1\], expected \[2\]"):
         trainer.make_experience(rollout, [0.5])
-    with pytest.raises(ValueError, match="^scores: got nan for the prompt 'She'"):
+    with pytest.raises(ValueError, match=r"^scores: got nan for the prompt 'She'"):
         trainer.make_experience(rollout, [0.5, math.nan])

@@ -211,9 +211,7 @@ def test_an_unusual_head_is_found_and_the_models_own_logits_are_used(change, rea
         ).logits[:, 3:-1]
     table = (expected.double() / 0.7).log_softmax(dim=-1)
     by_hand = table.gather(-1, batch().response_ids[..., None])[..., 0]
-    torch.testing.assert_close(
-        found.double(), by_hand * batch().response_mask, rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(found.double(), by_hand * batch().response_mask, rtol=0, atol=1e-5)
     assert forward.states is not None, "a value head still has states to read"
     assert_step_is_the_full_forward(lm)
 
@@ -291,31 +289,22 @@ def test_step_with_a_sliding_window(prompt):
 each_split = pytest.mark.parametrize(
     ("family", "k"), [(family, k) for family in FAMILIES for k in range(1, LAYERS)]
 )
-ROWS = [[0, 1, 2], [1], [2, 0]]
 
 
 @each_split
-@pytest.mark.parametrize("rows", ROWS)
-def test_states_from_the_trunk_are_the_ordinary_states(family, k, rows):
+@torch.no_grad()
+def test_states_from_the_trunk_are_the_ordinary_states(family, k):
     lm = LanguageModel(tiny_model(family, layers=LAYERS), num_layers_unfrozen=k)
-    part = batch().select(torch.tensor(rows))
-    trunk = lm.trunk(part)
-    assert trunk.shape == (*part.input_ids.shape, 64)
-    with torch.no_grad():
-        real = part.response_mask
-        assert torch.equal(
-            lm.forward(part, trunk).states[real],
-            lm.forward(part).states[real],
-        )
-        # what was computed for the whole batch serves some of its rows
+    whole = lm.trunk(batch())
+    for rows in ([0, 1, 2], [1], [2, 0]):
         index = torch.tensor(rows)
-        whole = lm.trunk(batch())[index, batch().window(index)]
-        torch.testing.assert_close(
-            lm.forward(part, whole).states[real],
-            lm.forward(part).states[real],
-            rtol=1e-4,
-            atol=1e-4,
-        )
+        part = batch().select(index)
+        trunk, expected = lm.trunk(part), lm.forward(part).states[part.response_mask]
+        assert trunk.shape == (*part.input_ids.shape, 64)
+        assert torch.equal(lm.forward(part, trunk).states[part.response_mask], expected)
+        # what was computed for the whole batch serves some of its rows
+        found = lm.forward(part, whole[index, batch().window(index)]).states[part.response_mask]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @each_split
@@ -364,6 +353,20 @@ def test_the_ordinary_path_starts_from_the_trunk_too():
         ordinary, split = lm.forward(batch()), lm.forward(batch(), lm.trunk(batch()))
     real = batch().response_mask
     assert torch.equal(ordinary.logits[real], split.logits[real])
+
+
+def test_the_trunk_can_be_recorded_on_the_way():
+    lm = LanguageModel(tiny_model("llama", layers=LAYERS), num_layers_unfrozen=2)
+    with lm.recording_trunk() as pieces, torch.no_grad():
+        lm.forward(batch())
+        lm.forward(batch())
+    assert all(torch.equal(piece, lm.trunk(batch())) for piece in pieces)
+    assert len(pieces) == 2
+    lm.forward(batch())
+    assert len(pieces) == 2, "nothing is recorded after the block"
+    with LanguageModel(lm.model).recording_trunk() as pieces:
+        lm.forward(batch())
+    assert pieces == [], "there is no trunk"
 
 
 def test_layers_are_restored_after_an_exception():

@@ -79,7 +79,9 @@ def test_reward_model_reads_a_last_token_that_is_the_pad_id():
     torch.testing.assert_close(model(ids, mask), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "head"), [(ValueModel, "value_head"), (RewardModel, "reward_head")])
+@pytest.mark.parametrize(
+    ("kind", "head"), [(ValueModel, "value_head"), (RewardModel, "reward_head")]
+)
 def test_architecture_and_names_are_the_specs(kind, head):
     base = tiny_model("gpt2")
     model = kind(base, HIDDEN)

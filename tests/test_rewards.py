@@ -241,7 +241,9 @@ def test_two_labels_are_refused_before_any_model_runs():
 
 @pytest.mark.parametrize("thing", [None, 1.0, "helpful", [1.0]])
 def test_what_cannot_be_called_is_refused(thing):
-    with pytest.raises(TypeError, match=r"reward_model: got .*expected a torch.nn.Module.*function"):
+    with pytest.raises(
+        TypeError, match=r"reward_model: got .*expected a torch.nn.Module.*function"
+    ):
         check_reward_model(thing)
 
 

@@ -194,9 +194,7 @@ def test_decoding_stops_with_the_last_response(llama):
 @pytest.mark.parametrize("sampling", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-3}])
 def test_the_limit_of_every_sampler_is_greedy(llama, sampling):
     decoded = sample(llama, eos_ids=[], **sampling)
-    for response, logits in zip(
-        responses(decoded), logits_row_by_row(llama, decoded), strict=True
-    ):
+    for response, logits in zip(responses(decoded), logits_row_by_row(llama, decoded), strict=True):
         assert response == logits.argmax(dim=-1).tolist()
 
 
@@ -233,6 +231,32 @@ def test_the_ordinary_path_draws_the_same_tokens(llama):
     ordinary = LanguageModel(llama.model)
     ordinary.fused = False
     assert responses(sample(ordinary)) == responses(sample(llama))
+
+
+@each_family
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_trunk_is_recorded_on_the_way(family, fused):
+    """At every token that another follows: log-probs are read from nothing else."""
+    model = LanguageModel(tiny_model(family, layers=3), num_layers_unfrozen=1)
+    model.fused = fused
+    decoded = sample(model)
+    tokens, trunk = decoded.tokens, decoded.trunk
+    assert trunk.shape == (*tokens.input_ids.shape, 64)
+    assert (trunk[:, -1] == 0).all()
+    followed = tokens.attention_mask.bool()
+    followed[:, -1] = False
+    torch.testing.assert_close(trunk[followed], model.trunk(tokens)[followed], rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        found, expected = (
+            model.logprobs(model.forward(tokens, below), tokens, temperature=1.0).logprobs
+            for below in (trunk, None)
+        )
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    assert not any(module._forward_pre_hooks for module in model.model.modules())
+
+
+def test_without_a_trunk_nothing_is_recorded(llama):
+    assert sample(llama).trunk is None
 
 
 @pytest.mark.parametrize(

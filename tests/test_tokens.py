@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -122,6 +124,6 @@ def test_batches_hold_each_row_once_within_the_budget(lengths, budget):
 @given(st.lists(st.integers(1, 40), min_size=2, max_size=25), st.integers(40, 200))
 def test_batches_are_of_similar_length_and_as_full_as_the_budget_allows(lengths, budget):
     parts = [part.tolist() for part in batches_by_tokens(torch.tensor(lengths), budget)]
-    for part, following in zip(parts, parts[1:], strict=False):
+    for part, following in pairwise(parts):
         assert min(lengths[i] for i in part) >= max(lengths[i] for i in following)
         assert max(lengths[i] for i in part) * (len(part) + 1) > budget

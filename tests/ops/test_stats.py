@@ -171,7 +171,8 @@ def test_explained_variance_of_known_predictors():
     assert explained([r + 5 for r in returns], returns) == pytest.approx(1)
     assert explained([2.5] * 4, returns) == pytest.approx(0)
     assert explained([-r for r in returns], returns) == pytest.approx(-3)
-    assert explained([0.0, 1.0, 2.0, 3.0], [1234.5678] * 4) == 0.0
+    for constant in (0.1, 12.3, 1234.5678, -7e4):  # sums in float32 leave some of them a variance
+        assert explained([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [constant] * 7) == 0.0
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ppo_fast.ops import library
-from ppo_fast.ops.checks import check_tokens
 from ppo_fast.ops.dispatch import Impl, choose
 from ppo_fast.ops.gae import reference
+from ppo_fast.ops.validation import check_tokens
 
 
 class GAE(NamedTuple):

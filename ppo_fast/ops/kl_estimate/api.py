@@ -6,9 +6,9 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from ppo_fast.ops.checks import check_choice, check_tokens
 from ppo_fast.ops.dispatch import Impl, choose
 from ppo_fast.ops.kl_estimate import reference
+from ppo_fast.ops.validation import check_choice, check_tokens
 
 KLEstimator = Literal["k1", "abs", "k2", "k3", "k1+k2"]
 

@@ -6,10 +6,10 @@ from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
-from ppo_fast.ops.checks import check_choice, check_normalizer, check_number, check_tokens
 from ppo_fast.ops.dispatch import Impl, choose
 from ppo_fast.ops.kl_estimate import KLEstimator
 from ppo_fast.ops.ppo_loss import reference
+from ppo_fast.ops.validation import check_choice, check_normalizer, check_number, check_tokens
 
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
 

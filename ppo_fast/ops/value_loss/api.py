@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ppo_fast.ops.checks import check_normalizer, check_number, check_tokens
 from ppo_fast.ops.dispatch import Impl, choose
+from ppo_fast.ops.validation import check_normalizer, check_number, check_tokens
 from ppo_fast.ops.value_loss import reference
 
 

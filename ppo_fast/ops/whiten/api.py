@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ppo_fast.ops.checks import check_tokens
 from ppo_fast.ops.dispatch import Impl, choose
+from ppo_fast.ops.validation import check_tokens
 from ppo_fast.ops.whiten import reference
 
 
