@@ -145,13 +145,13 @@ def train(run: Train) -> None:
     console, folder = Console(), RunFolder(run.output_dir)
     if run.resume and newest is not None:
         console.print(f"resumed {newest} after step {trainer.load_checkpoint(newest)}")
-    settings = {f.name: getattr(run, f.name) for f in fields(run)}
-    del settings["ppo"], settings["config"]  # the one is trainer.config, the other is in both
-    folder.write_config(trainer.config, **settings)
     done = int(trainer.stats["total_steps"])
     remaining = run.num_steps - done
     if remaining <= 0:
         raise ValueError(f"--num-steps: got {run.num_steps}, expected more than the {done} done")
+    # what --config named is among them
+    settings = {f.name: getattr(run, f.name) for f in fields(run) if f.name not in ("ppo", "config")}
+    folder.write_config(trainer.config, **settings)
     with StepDisplay(console, remaining) as display:
 
         def report(metrics: dict[str, float]) -> None:

@@ -291,13 +291,14 @@ def test_resume_goes_on_as_if_it_had_not_stopped(place):
 
 def test_a_second_run_in_the_folder_is_refused(place, capsys):
     main(arguments(num_steps=1))
-    before = (place / "run/metrics.jsonl").read_bytes()
+    files = [place / "run/metrics.jsonl", place / "run/config.yaml"]
+    before = [file.read_bytes() for file in files]
     capsys.readouterr()
     said = fails_in_a_line(capsys, *arguments())
     assert re.search(r"--output-dir: run holds a run .*step_1\.pt.*--resume.*another folder", said)
     said = fails_in_a_line(capsys, *arguments("--resume", num_steps=1))
     assert "--num-steps: got 1, expected more than the 1 done" in said
-    assert (place / "run/metrics.jsonl").read_bytes() == before
+    assert [file.read_bytes() for file in files] == before
 
 
 def test_newest_checkpoint_is_that_of_the_highest_step(tmp_path):
@@ -384,7 +385,7 @@ def help_of(capsys, *argv):
 
 def test_every_field_of_the_config_is_a_flag(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
-    flags = set(re.findall(r"^│ +(--[a-z-]+)", help_of(capsys, "train"), re.MULTILINE))
+    flags = set(re.findall(r"^[│ ] +(--[a-z-]+)", help_of(capsys, "train"), re.MULTILINE))
     names = {field.name for field in fields(PPOConfig)}
     names |= {field.name for field in fields(Train)} - {"ppo"}
     assert {"--" + name.replace("_", "-") for name in names} <= flags

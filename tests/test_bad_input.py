@@ -1,0 +1,450 @@
+"""Bad input: a clear error that names the argument, before any model runs, and nothing is lost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import tiny_classifier, tiny_model, tiny_tokenizer
+from tiny_trainer import (
+    PROMPTS,
+    changed,
+    count_letters,
+    no_model_runs,
+    tiny_reward_model,
+    tiny_trainer,
+    tiny_value_model,
+    weights,
+)
+from torch import nn
+
+from ppo_fast import PPOConfig, PPOTrainer
+
+# Construction
+
+
+def no_pad_token():
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    return tokenizer
+
+
+def larger_tokenizer():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<a>", "<b>"])
+    return tokenizer
+
+
+def two_devices():
+    model = tiny_model(layers=1, hidden=32)
+    model.lm_head.to("meta")
+    return model
+
+
+ON_META = r"lies on meta, but device=cpu; .*share one device: move it with \.to\('cpu'\)"
+CONSTRUCTION = {
+    "policy a string": (
+        {"policy_model": lambda: "gpt2"},
+        TypeError,
+        r"policy_model: got str, expected .*AutoModelForCausalLM\.from_pretrained",
+    ),
+    "policy a bare module": (
+        {"policy_model": lambda: nn.Linear(2, 2)},
+        TypeError,
+        r"policy_model: got Linear, expected a transformers causal language model",
+    ),
+    "policy elsewhere": (
+        {"policy_model": lambda: tiny_model(layers=1, hidden=32).to("meta")},
+        ValueError,
+        rf"policy_model: {ON_META}",
+    ),
+    "policy on two devices": (
+        {"policy_model": two_devices},
+        ValueError,
+        r"policy_model: its weights lie on several devices \['cpu', 'meta'\].*device_map",
+    ),
+    "value model elsewhere": (
+        {"value_model": lambda: tiny_value_model().to("meta")},
+        ValueError,
+        rf"value_model: {ON_META}",
+    ),
+    "reward model elsewhere": (
+        {"reward_model": lambda: tiny_reward_model().to("meta")},
+        ValueError,
+        rf"reward_model: {ON_META}",
+    ),
+    "value model a function": (
+        {"value_model": lambda: count_letters},
+        TypeError,
+        r"value_model: got function, .*torch\.nn\.Module",
+    ),
+    "reward model a number": (
+        {"reward_model": lambda: 1.0},
+        TypeError,
+        r"reward_model: got float, expected a torch\.nn\.Module .* or a function",
+    ),
+    "no reward model": (
+        {"reward_model": lambda: None},
+        TypeError,
+        r"reward_model: got NoneType, expected",
+    ),
+    "no pad token": (
+        {"tokenizer": no_pad_token},
+        ValueError,
+        r"tokenizer: has no pad token; .*tokenizer\.pad_token = tokenizer\.eos_token",
+    ),
+    "ids beyond the vocabulary": (
+        {"tokenizer": larger_tokenizer},
+        ValueError,
+        r"tokenizer: its largest id is 308, but policy_model has 307 embeddings; .*resize_token_em",
+    ),
+    "two labels": (
+        {"reward_model": lambda: two_labels()},
+        ValueError,
+        r"reward_model: LlamaForSequenceClassification has num_labels=2, expected 1",
+    ),
+}
+
+
+def two_labels():
+    model = tiny_classifier(layers=1, hidden=32)
+    model.config.num_labels = 2
+    return model
+
+
+def one_line(error):
+    return len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("case", CONSTRUCTION)
+def test_construction(case):
+    makers, error, message = CONSTRUCTION[case]
+    arguments = {
+        "policy_model": lambda: tiny_model(layers=1, hidden=32),
+        "value_model": tiny_value_model,
+        "reward_model": tiny_reward_model,
+        "tokenizer": tiny_tokenizer,
+    } | makers
+    made = {name: make() for name, make in arguments.items()}
+    with no_model_runs(), pytest.raises(error, match=message) as caught:
+        PPOTrainer(**made, device="cpu")
+    assert one_line(caught)
+
+
+NAN, INF = float("nan"), float("inf")
+OUT_OF_RANGE = {
+    "learning_rate": [0, -1e-5, NAN, INF, "fast"],
+    "value_learning_rate": [0, -1.0, NAN],
+    "clip_epsilon": [0, -0.2, 1.0, NAN],
+    "clip_epsilon_high": [0, -0.1, NAN],
+    "dual_clip": [1.0, 0.5, NAN],
+    "value_clip": [0, -1, NAN],
+    "kl_penalty": [-0.1, NAN, INF],
+    "kl_in": ["rewards", None],
+    "kl_estimator": ["k4"],
+    "gamma": [-0.1, 1.1, NAN],
+    "gae_lambda": [-0.1, 1.1, NAN],
+    "value_loss_coef": [-0.5, NAN],
+    "entropy_coef": [NAN, INF],
+    "max_grad_norm": [0, -1, NAN],
+    "num_epochs": [0, -1, 1.5, True],
+    "num_minibatches": [0, -3],
+    "microbatch_tokens": [0, 2.5],
+    "forward_batch_tokens": [0],
+    "aggregation": ["mean"],
+    "critic": ["value"],
+    "num_layers_unfrozen": [0, -1, 1.5],
+    "adam_betas": [(0.9,), (0.9, 1.0), (-0.1, 0.9), 0.9],
+    "adam_eps": [0, -1e-8],
+    "weight_decay": [-0.1, NAN],
+    "max_length": [0, -1, 2.0],
+    "temperature": [0, -1, NAN, INF],
+    "top_k": [-1, 1.5],
+    "top_p": [0, 1.1, NAN],
+    "seed": [-1, 2**31, 0.5],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(n, value) for n, values in OUT_OF_RANGE.items() for value in values]
+)
+def test_settings_out_of_range(name, value):
+    with pytest.raises(ValueError, match=rf"^{name}: got .*, expected ") as caught:
+        PPOConfig(**{name: value})
+    assert repr(value) in str(caught.value)
+    assert one_line(caught)
+
+
+def test_every_setting_is_checked():
+    from dataclasses import fields
+
+    assert {field.name for field in fields(PPOConfig)} - {"whiten_advantages"} == set(OUT_OF_RANGE)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", 0.0),
+        ("clip_epsilon", 1.5),
+        ("kl_penalty", -0.1),
+        ("gamma", 1.01),
+        ("gae_lambda", -0.5),
+        ("value_loss_coef", -1.0),
+        ("max_grad_norm", 0.0),
+    ],
+)
+def test_arguments_out_of_range(name, value):
+    with no_model_runs(), pytest.raises(ValueError, match=rf"^{name}: got {value}, expected "):
+        PPOTrainer(
+            tiny_model(layers=1, hidden=32),
+            None,
+            count_letters,
+            tiny_tokenizer(),
+            "cpu",
+            **{name: value},
+        )
+
+
+def test_kl_whose_gradient_is_zero():
+    with pytest.raises(ValueError, match=r'kl_estimator="k1" with kl_in="loss".*"k1\+k2"'):
+        PPOConfig(kl_estimator="k1", kl_in="loss")
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_more_unfrozen_layers_than_there_are(layers):
+    policy = tiny_model(hidden=32)
+    message = rf"num_layers_unfrozen: got {layers}, expected 1 to 1 \(the model has 2 layers\)"
+    with no_model_runs(), pytest.raises(ValueError, match=message):
+        PPOTrainer(
+            policy,
+            None,
+            count_letters,
+            tiny_tokenizer(),
+            "cpu",
+            config=PPOConfig(num_layers_unfrozen=layers),
+        )
+    assert all(p.requires_grad for p in policy.parameters()), "nothing was changed"
+
+
+class WrongShape(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(307, 3)
+
+    def forward(self, input_ids, attention_mask):
+        return self.embedding(input_ids)
+
+
+def test_a_value_model_of_the_wrong_shape():
+    message = r"value_model returned shape \[2, 3, 3\] for input_ids \[2, 3\]; expected \[2\] or"
+    with pytest.raises(ValueError, match=message):
+        PPOTrainer(
+            tiny_model(layers=1, hidden=32), WrongShape(), count_letters, tiny_tokenizer(), "cpu"
+        )
+
+
+# Prompts and numbers, by every door
+
+
+DOORS = {
+    "train": lambda trainer, prompts, **numbers: trainer.train(
+        prompts, progress=False, **({"num_steps": 2, "batch_size": 1} | numbers)
+    ),
+    "train_step": lambda trainer, prompts, **numbers: trainer.train_step(prompts, **numbers),
+    "generate_responses": lambda trainer, prompts, **numbers: trainer.generate_responses(
+        prompts, **numbers
+    ),
+    "rollout": lambda trainer, prompts, **numbers: trainer.rollout(prompts, **numbers),
+}
+LONG = "z" * 125
+BAD_PROMPTS = {
+    "none": ([], ValueError, r"prompts: got an empty list, expected at least one prompt"),
+    "one string": ("The film", TypeError, r"prompts: got one string.*pass \[prompt\]"),
+    "nothing": (None, TypeError, r"prompts: got NoneType, expected a list of strings"),
+    "a number": (3, TypeError, r"prompts: got int, expected a list of strings"),
+    "not a string": ([*PROMPTS, 3], TypeError, r"prompts\[5\]: got int, expected a string"),
+    "None among them": ([None, *PROMPTS], TypeError, r"prompts\[0\]: got NoneType, expected a str"),
+    "empty": ([*PROMPTS, ""], ValueError, r"prompts\[5\]: '' is empty after tokenisation; remove"),
+    "too long": (
+        [*PROMPTS, LONG],
+        ValueError,
+        r"prompts\[5\]: 'z{57}\.\.\.' has 125 tokens; with max_length=6 that exceeds the model's "
+        r"context of 128; .*lower max_length to 3",
+    ),
+}
+
+
+def untouched(trainer, call, error, message):
+    """``call`` fails so, before any model runs, and leaves the trainer as it was."""
+    policy, stats = weights(trainer.policy_model), dict(trainer.stats)
+    counters = trainer._prompts_drawn, trainer._sequences_sampled
+    with no_model_runs(), pytest.raises(error, match=message) as caught:
+        call()
+    assert one_line(caught)
+    assert not changed(trainer.policy_model, policy)
+    assert trainer.stats == stats
+    assert (trainer._prompts_drawn, trainer._sequences_sampled) == counters
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("case", BAD_PROMPTS)
+def test_prompts(door, case):
+    prompts, error, message = BAD_PROMPTS[case]
+    trainer = tiny_trainer()
+    untouched(trainer, lambda: DOORS[door](trainer, prompts), error, message)
+
+
+def test_a_prompt_that_just_fits():
+    trainer = tiny_trainer()
+    assert len(trainer.tokenizer(LONG)["input_ids"]) == 125
+    trainer.rollout([LONG], max_length=3)
+    untouched(trainer, lambda: trainer.rollout([LONG], max_length=4), ValueError, "context of 128")
+
+
+def test_train_needs_max_length_to_fit_every_prompt():
+    trainer = tiny_trainer()
+    message = r"prompts\[\d\]: .* with max_length=127 .*lower max_length to"
+    untouched(trainer, lambda: DOORS["train"](trainer, PROMPTS, max_length=127), ValueError, message)
+
+
+NUMBERS = [
+    *(
+        ("max_length", value, ("train", "train_step", "generate_responses", "rollout"))
+        for value in (0, -5, 2.5)
+    ),
+    *(
+        ("temperature", value, ("train", "train_step", "generate_responses", "rollout"))
+        for value in (0, 0.0, -1.0, NAN, INF)
+    ),
+    *(("num_epochs_per_batch", value, ("train", "train_step")) for value in (0, -1, 1.5)),
+    *(("num_steps", value, ("train",)) for value in (0, -1, 2.0)),
+    *(("batch_size", value, ("train",)) for value in (0, -4, 1.5)),
+    *(("checkpoint_freq", value, ("train",)) for value in (0, -1)),
+]
+
+
+@pytest.mark.parametrize(
+    ("door", "name", "value"),
+    [(door, name, value) for name, value, doors in NUMBERS for door in doors],
+)
+def test_numbers_out_of_range(door, name, value):
+    trainer = tiny_trainer()
+    message = rf"^{name}: got {value}, expected .*(1|above 0)"
+    untouched(trainer, lambda: DOORS[door](trainer, PROMPTS, **{name: value}), ValueError, message)
+
+
+def test_update_without_epochs():
+    trainer = tiny_trainer()
+    experience = trainer.make_experience(trainer.rollout(PROMPTS))
+    untouched(
+        trainer,
+        lambda: trainer.update(experience, num_epochs_per_batch=0),
+        ValueError,
+        "num_epochs_per_batch: got 0, expected a whole number of at least 1",
+    )
+
+
+# Rewards
+
+
+class Judge(nn.Module):
+    """Returns what it is told to."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, input_ids, attention_mask):
+        return self.answer(input_ids)
+
+
+def mostly(value):
+    """A score for each prompt, ``value`` for the one about the train."""
+    return lambda prompts, texts: [value if "train" in prompt else 1.0 for prompt in prompts]
+
+
+def numbers(*shape):
+    return Judge(lambda ids: torch.zeros(len(ids), *shape))
+
+
+FUNCTION, JUDGE = r"reward_model <lambda>", r"reward_model Judge"
+BAD_REWARDS = {
+    "too few": (
+        lambda prompts, texts: [1.0] * 4,
+        ValueError,
+        rf"{FUNCTION}: got shape \[4\], expected \[5\], a number a prompt",
+    ),
+    "too many": (lambda prompts, texts: [1.0] * 6, ValueError, r"got shape \[6\], expected \[5\]"),
+    "a matrix": (
+        lambda prompts, texts: torch.zeros(5, 1),
+        ValueError,
+        r"got shape \[5, 1\], expected \[5\]",
+    ),
+    "not numbers": (lambda p, t: ["good"] * 5, TypeError, rf"{FUNCTION}: expected a list of num"),
+    "no list": (lambda p, t: None, TypeError, rf"{FUNCTION}: expected a list of numbers, one a p"),
+    "nan": (mostly(NAN), ValueError, r"got nan for the prompt 'The train to the north'"),
+    "inf": (mostly(INF), ValueError, r"got inf for the prompt 'The train to the north'"),
+    "a number a token": (
+        Judge(lambda ids: ids.float()),
+        ValueError,
+        rf"{JUDGE} returned a number a token, expected one a sequence \[B\] or \[B, 1\]",
+    ),
+    "three numbers": (
+        numbers(3, 2),
+        ValueError,
+        rf"{JUDGE} returned shape \[\d, 3, 2\] for input_ids .*; expected",
+    ),
+    "another batch": (
+        Judge(lambda ids: torch.zeros(len(ids) + 1)),
+        ValueError,
+        rf"{JUDGE} returned shape \[\d\] for input_ids .*; expected",
+    ),
+    "a string": (Judge(lambda ids: "good"), TypeError, rf"{JUDGE} returned str, expected a tensor"),
+    "a module's nan": (
+        Judge(lambda ids: torch.full((len(ids),), NAN)),
+        ValueError,
+        rf"{JUDGE}: got nan for the prompt 'The film was'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_REWARDS)
+def test_rewards(case):
+    reward, error, message = BAD_REWARDS[case]
+    trainer = tiny_trainer(reward)
+    policy, stats = weights(trainer.policy_model), dict(trainer.stats)
+    with pytest.raises(error, match=message) as caught:
+        trainer.train_step(PROMPTS)
+    assert one_line(caught)
+    assert not changed(trainer.policy_model, policy)
+    assert trainer.stats == stats
+
+
+@pytest.mark.parametrize("kind", ["function", "module"])
+def test_a_reward_that_raises(kind):
+    cause = KeyError("no such prompt")
+
+    def fail(*arguments):
+        raise cause
+
+    trainer = tiny_trainer(fail if kind == "function" else Judge(fail))
+    name = "fail" if kind == "function" else "Judge"
+    with pytest.raises(RuntimeError, match=rf"reward_model {name} raised KeyError.*no such") as e:
+        trainer.train_step(PROMPTS)
+    assert e.value.__cause__ is cause
+
+
+def test_nothing_is_lost_when_a_reward_fails(tmp_path):
+    """Weights, optimizers and the checkpoint folder are as after the last good step."""
+    good = tiny_trainer()
+    good.train(PROMPTS, num_steps=1, batch_size=2, progress=False)
+    calls = []
+
+    def reward(prompts, texts):
+        calls.append(1)
+        return count_letters(prompts, texts) if len(calls) == 1 else [NAN] * len(texts)
+
+    trainer = tiny_trainer(reward)
+    with pytest.raises(ValueError, match="got nan for the prompt"):
+        trainer.train(PROMPTS, num_steps=3, batch_size=2, checkpoint_dir=tmp_path, progress=False)
+    assert not changed(trainer.policy_model, weights(good.policy_model))
+    assert [path.name for path in tmp_path.iterdir()] == ["ppo_checkpoint_step_1.pt"]
