@@ -150,7 +150,9 @@ def train(run: Train) -> None:
     if remaining <= 0:
         raise ValueError(f"--num-steps: got {run.num_steps}, expected more than the {done} done")
     # what --config named is among them
-    settings = {f.name: getattr(run, f.name) for f in fields(run) if f.name not in ("ppo", "config")}
+    settings = {
+        f.name: getattr(run, f.name) for f in fields(run) if f.name not in ("ppo", "config")
+    }
     folder.write_config(trainer.config, **settings)
     with StepDisplay(console, remaining) as display:
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from ppo_fast.cli import save_policy
 from ppo_fast.config import PPOConfig
@@ -21,7 +22,7 @@ from ppo_fast.smollm2 import load_smollm2
 from ppo_fast.tokens import Tokens
 from ppo_fast.trainer import PPOTrainer
 
-NUM_STEPS, BATCH_SIZE = 20, 32
+NUM_STEPS, BATCH_SIZE = 22, 32
 SAMPLES_PER_PROMPT = 4  # of each of the 32 held-out prompts, before and after
 EVALUATION_SEED = 1 << 40  # far from every training sequence's
 
@@ -96,6 +97,7 @@ def run_demo(
     """
     num_steps = NUM_STEPS if num_steps is None else num_steps
     started = time.perf_counter()
+    disable_progress_bar()  # transformers' own, one for every load and save
     train_prompts, held_out = load_prompts()
     console.print("Loading SmolLM2-135M-Instruct (the first time, converting it: a minute) ...")
     model, tokenizer = load_smollm2()
@@ -106,7 +108,7 @@ def run_demo(
     count = len(held_out) * SAMPLES_PER_PROMPT
     console.print(f"Sampling {count} continuations of {len(held_out)} held-out openings ...")
     before = evaluate(trainer, held_out)
-    console.print(f"before: {describe(before)}")
+    console.print(f"before: {describe(before)}", soft_wrap=True)
     rewards: list[float] = []
     kls: list[float] = []
     with StepDisplay(console, num_steps) as display:
@@ -132,7 +134,7 @@ def run_demo(
     console.print(f"Sampling {count} continuations again, with the same seeds ...")
     after = evaluate(trainer, held_out)
     console.print(samples_table(before, after))
-    console.print(f"before: {describe(before)}\nafter:  {describe(after)}")
+    console.print(f"before: {describe(before)}\nafter:  {describe(after)}", soft_wrap=True)
     numbers = {"before": before.summary(), "after": after.summary()}
     (output_dir / "evaluation.json").write_text(json.dumps(numbers, indent=2), "utf-8")
     plot_curves(output_dir / "learning.png", range(1, len(rewards) + 1), rewards, kls)

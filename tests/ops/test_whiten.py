@@ -143,6 +143,11 @@ def test_on_meta_tensors_and_compiled():
             ValueError,
             r"values \[3, 5\], mask \[3, 1\]",
         ),
+        (
+            {"values": torch.ones(5), "mask": torch.ones(5, dtype=torch.bool)},
+            ValueError,
+            r"expected one shape \[B, T\].*values \[5\], mask \[5\]",
+        ),
         ({"values": torch.ones(3, 5, dtype=torch.long)}, TypeError, r"values.float\(\)"),
         ({"impl": "numpy"}, ValueError, "numpy"),
     ],
