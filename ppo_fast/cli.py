@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import tyro
@@ -23,6 +23,9 @@ from rich.console import Console
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.env import print_environment
+
+if TYPE_CHECKING:
+    from ppo_fast.trainer import PPOTrainer
 
 
 @dataclass(frozen=True)
@@ -110,11 +113,7 @@ def parse(arguments: list[str]) -> Train | Demo | Env:
 
 def train(run: Train) -> None:
     """``ppo-fast train``."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from ppo_fast.metrics import RunFolder, StepDisplay
-    from ppo_fast.models import ValueModel
-    from ppo_fast.trainer import PPOTrainer
+    from ppo_fast.metrics import RunFolder, StepDisplay, step_logger
 
     for name in ("policy", "prompts", "reward"):
         if getattr(run, name) in ("", Path()):
@@ -130,20 +129,9 @@ def train(run: Train) -> None:
             f"--output-dir: {run.output_dir} holds a run ({newest.name}); go on with --resume, or "
             "name another folder"
         )
-    device = run.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(run.policy)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    policy = AutoModelForCausalLM.from_pretrained(run.policy, dtype=torch.float32)
-    value_model = None
-    if run.value_model is not None:
-        base = AutoModelForCausalLM.from_pretrained(run.value_model, dtype=torch.float32)
-        value_model = ValueModel(base, base.config.get_text_config().hidden_size)
-    trainer = PPOTrainer(policy, value_model, reward, tokenizer, device, config=run.ppo)
+    trainer = make_trainer(run, reward)
     console, folder = Console(), RunFolder(run.output_dir)
-    if run.resume and newest is not None:
+    if newest is not None:
         console.print(f"resumed {newest} after step {trainer.load_checkpoint(newest)}")
     done = int(trainer.stats["total_steps"])
     remaining = run.num_steps - done
@@ -155,16 +143,6 @@ def train(run: Train) -> None:
     }
     folder.write_config(trainer.config, **settings)
     with StepDisplay(console, remaining) as display:
-
-        def report(metrics: dict[str, float]) -> None:
-            step = int(trainer.stats["total_steps"])
-            rollout, scores = trainer.last_rollout, trainer.last_scores
-            assert rollout is not None
-            assert scores is not None
-            folder.write_metrics(step, metrics)
-            folder.write_samples(step, rollout, scores)
-            display.show(step, metrics, int(rollout.tokens.response_lengths.sum()))
-
         trainer.train(
             prompts,
             num_steps=remaining,
@@ -172,11 +150,32 @@ def train(run: Train) -> None:
             checkpoint_dir=checkpoints,
             checkpoint_freq=run.checkpoint_freq,
             progress=False,
-            on_step=report,
+            on_step=step_logger(trainer, folder, display),
         )
     trainer.save_checkpoint(checkpoints, int(trainer.stats["total_steps"]))
-    save_policy(trainer.policy_model, tokenizer, run.output_dir / "policy")
+    save_policy(trainer.policy_model, trainer.tokenizer, run.output_dir / "policy")
     console.print(f"trained policy: {run.output_dir / 'policy'}")
+
+
+def make_trainer(run: Train, reward: Any) -> PPOTrainer:
+    """The trainer of a run: its models from their folders or the hub, in float32."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ppo_fast.models import ValueModel
+    from ppo_fast.trainer import PPOTrainer
+
+    device = run.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(run.policy)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    policy = AutoModelForCausalLM.from_pretrained(run.policy, dtype=torch.float32)
+    value_model = None
+    if run.value_model is not None:
+        base = AutoModelForCausalLM.from_pretrained(run.value_model, dtype=torch.float32)
+        value_model = ValueModel(base, base.config.get_text_config().hidden_size)
+    return PPOTrainer(policy, value_model, reward, tokenizer, device, config=run.ppo)
 
 
 def check_folder(flag: str, model: str | None) -> None:

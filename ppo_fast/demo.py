@@ -16,7 +16,7 @@ from ppo_fast.cli import save_policy
 from ppo_fast.config import PPOConfig
 from ppo_fast.demo_task import distinct_2, load_prompts, plot_curves, positivity
 from ppo_fast.experience import in_batches
-from ppo_fast.metrics import RunFolder, StepDisplay
+from ppo_fast.metrics import RunFolder, StepDisplay, step_logger
 from ppo_fast.rollout import Rollout
 from ppo_fast.smollm2 import load_smollm2
 from ppo_fast.tokens import Tokens
@@ -112,24 +112,19 @@ def run_demo(
     rewards: list[float] = []
     kls: list[float] = []
     with StepDisplay(console, num_steps) as display:
+        log = step_logger(trainer, folder, display)
 
-        def report(metrics: dict[str, float]) -> None:
-            step = int(trainer.stats["total_steps"])
-            rollout, scores = trainer.last_rollout, trainer.last_scores
-            assert rollout is not None
-            assert scores is not None
+        def on_step(metrics: dict[str, float]) -> None:
             rewards.append(metrics["mean_reward"])
             kls.append(metrics["kl_sequence"])
-            folder.write_metrics(step, metrics)
-            folder.write_samples(step, rollout, scores)
-            display.show(step, metrics, int(rollout.tokens.response_lengths.sum()))
+            log(metrics)
 
         trainer.train(
             train_prompts,
             num_steps=num_steps,
             batch_size=BATCH_SIZE,
             progress=False,
-            on_step=report,
+            on_step=on_step,
         )
     console.print(f"Sampling {count} continuations again, with the same seeds ...")
     after = evaluate(trainer, held_out)

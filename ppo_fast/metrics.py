@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.rollout import Rollout
+
+if TYPE_CHECKING:
+    from ppo_fast.trainer import PPOTrainer
 
 
 class RunFolder:
@@ -98,3 +102,20 @@ class StepDisplay:
         )
         self.progress.console.print(line, highlight=False, soft_wrap=True)
         self.progress.advance(self.task)
+
+
+def step_logger(
+    trainer: PPOTrainer, folder: RunFolder, display: StepDisplay
+) -> Callable[[dict[str, float]], None]:
+    """An ``on_step`` for ``trainer.train``: every step to the folder and to the console."""
+
+    def log(metrics: dict[str, float]) -> None:
+        step = int(trainer.stats["total_steps"])
+        rollout, scores = trainer.last_rollout, trainer.last_scores
+        assert rollout is not None
+        assert scores is not None
+        folder.write_metrics(step, metrics)
+        folder.write_samples(step, rollout, scores)
+        display.show(step, metrics, int(rollout.tokens.response_lengths.sum()))
+
+    return log

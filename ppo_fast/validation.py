@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -82,11 +82,13 @@ def check_prompts(prompts: Any) -> list[str]:
     """A list of strings, not empty.
 
     Raises:
-        TypeError: ``prompts`` is one string, or holds something that is not a string.
+        TypeError: ``prompts`` is one string or no list, or holds something that is not a string.
         ValueError: there are none.
     """
     if isinstance(prompts, str):
         raise TypeError("prompts: got one string, expected a list of strings; pass [prompt]")
+    if not isinstance(prompts, Iterable):
+        raise TypeError(f"prompts: got {type(prompts).__name__}, expected a list of strings")
     prompts = list(prompts)
     if not prompts:
         raise ValueError("prompts: got an empty list, expected at least one prompt")

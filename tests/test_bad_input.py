@@ -303,7 +303,11 @@ def test_a_prompt_that_just_fits():
 def test_train_needs_max_length_to_fit_every_prompt():
     trainer = tiny_trainer()
     message = r"prompts\[\d\]: .* with max_length=127 .*lower max_length to"
-    untouched(trainer, lambda: DOORS["train"](trainer, PROMPTS, max_length=127), ValueError, message)
+
+    def train():
+        DOORS["train"](trainer, PROMPTS, max_length=127)
+
+    untouched(trainer, train, ValueError, message)
 
 
 NUMBERS = [

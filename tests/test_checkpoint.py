@@ -260,9 +260,7 @@ def test_another_value_model(file):
         def forward(self, input_ids, attention_mask):
             return self.value(input_ids).squeeze(-1)
 
-    trainer = PPOTrainer(
-        tiny_model(hidden=32), Other(), count_letters, tiny_tokenizer(), "cpu"
-    )
+    trainer = PPOTrainer(tiny_model(hidden=32), Other(), count_letters, tiny_tokenizer(), "cpu")
     refused(trainer, file, ValueError, r"value of class ValueModel, the trainer's is Other")
 
 
@@ -304,7 +302,7 @@ def test_nothing_in_a_file_is_executed(tmp_path, file, kind):
         torch.save(torch.load(file, weights_only=True) | {"stats": Payload(marker)}, path)
     trainer = trained()
     refused(trainer, path, ValueError, "cannot be read")
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="cannot be read") as caught:
         trainer.load_checkpoint(path)
     assert "weights_only" not in str(caught.value), "torch's advice would let it execute"
     assert not marker.exists()

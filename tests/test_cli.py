@@ -65,13 +65,13 @@ def lines(path):
 
 
 def fails(capsys, *argv):
-    """The message of a command that ends with status 2."""
+    """What a command that ends with status 2 says on stderr."""
     with pytest.raises(SystemExit) as caught:
         main(argv)
     assert caught.value.code == 2
     said = capsys.readouterr()
     assert "Traceback" not in said.err + said.out
-    return said.err + said.out
+    return said.err
 
 
 def fails_in_a_line(capsys, *argv):
@@ -285,7 +285,8 @@ def test_resume_goes_on_as_if_it_had_not_stopped(place):
             k: v for k, v in found.items() if k not in timed
         }
     assert lines(place / "whole/samples.jsonl") == lines(place / "parts/samples.jsonl")
-    policies = [AutoModelForCausalLM.from_pretrained(place / n / "policy") for n in ("whole", "parts")]
+    folders = [place / name / "policy" for name in ("whole", "parts")]
+    policies = [AutoModelForCausalLM.from_pretrained(folder) for folder in folders]
     for a, b in zip(*(policy.state_dict().values() for policy in policies), strict=True):
         assert torch.equal(a, b)
 
@@ -372,9 +373,7 @@ def test_an_unknown_flag_beside_a_config_file(place, capsys):
 
 
 def test_flags_out_of_range(place, capsys):
-    assert "gamma: got 2.0, expected a number in [0, 1]" in flat(
-        fails(capsys, *arguments(gamma=2))
-    )
+    assert "gamma: got 2.0, expected a number in [0, 1]" in flat(fails(capsys, *arguments(gamma=2)))
 
 
 def help_of(capsys, *argv):

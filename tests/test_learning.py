@@ -21,7 +21,8 @@ class CountTarget(nn.Module):
 
 
 def fraction_after_training(seed, *, shuffle=False):
-    """The share of TARGET among sampled tokens after training; with shuffled advantages on request."""
+    """The share of TARGET among sampled tokens after training, on request with the advantages
+    shuffled."""
     config = PPOConfig(learning_rate=5e-3, critic="head", max_length=12, kl_penalty=0.01, seed=seed)
     model = tiny_model("llama", seed=seed)
     trainer = PPOTrainer(model, None, CountTarget(), tiny_tokenizer(), "cpu", config=config)

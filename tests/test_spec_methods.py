@@ -24,8 +24,16 @@ SIGNATURES = {
     "get_logprobs": ["prompts", "responses"],
     "get_reference_logprobs": ["prompts", "responses"],
     "train_step": ["prompts", "num_epochs_per_batch", "max_length", "temperature"],
-    "train": ["prompts", "num_steps", "batch_size", "num_epochs_per_batch", "max_length"]
-    + ["temperature", "checkpoint_dir", "checkpoint_freq"],
+    "train": [
+        "prompts",
+        "num_steps",
+        "batch_size",
+        "num_epochs_per_batch",
+        "max_length",
+        "temperature",
+        "checkpoint_dir",
+        "checkpoint_freq",
+    ],
     "save_checkpoint": ["checkpoint_dir", "step"],
     "load_checkpoint": ["checkpoint_path"],
     "get_statistics": [],

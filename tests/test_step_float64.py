@@ -61,7 +61,7 @@ class AdamW:
 
 
 def recompute(trainer, policy, value_model, value_head, rollout, scores, config, orders):
-    """Train the float64 copies ``policy`` and ``value_model`` (or ``value_head``) on the rollout."""
+    """Train float64 copies, ``policy`` and ``value_model`` (or ``value_head``), on the rollout."""
     reference = copy.deepcopy(trainer.reference_model).double()
     temperature = rollout.sampling.temperature
     prompt_lengths = rollout.tokens.prompt_lengths.tolist()

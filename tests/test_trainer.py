@@ -119,10 +119,11 @@ def test_a_discount_that_hides_the_score_warns_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trainer.train_step(PROMPTS[:2])
-    with pytest.warns(UserWarning, match=r"gamma.*0\.9.*7 tokens.*0\.48.*gamma=1") as caught:
+    with pytest.warns(UserWarning, match=r"gamma.*0\.9.*7 tokens.*0\.48.*gamma=1"):
         trainer.train_step(PROMPTS[:2], max_length=7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         trainer.train_step(PROMPTS[:2], max_length=8)
-    assert len(caught) == 1
 
 
 # Attributes
@@ -150,9 +151,7 @@ def test_attributes_are_those_of_the_spec():
 def test_reference_is_the_frozen_start():
     policy = tiny_model(layers=1, hidden=32).train()
     start = weights(policy)
-    trainer = PPOTrainer(
-        policy, None, count_letters, tiny_tokenizer(), "cpu", learning_rate=1e-2
-    )
+    trainer = PPOTrainer(policy, None, count_letters, tiny_tokenizer(), "cpu", learning_rate=1e-2)
     reference = trainer.reference_model
     assert not reference.training
     assert not any(module.training for module in reference.modules())

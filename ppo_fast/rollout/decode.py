@@ -28,7 +28,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, ok, expected in (
-            ("max_length", self.max_length >= 1, "at least 1"),
+            (
+                "max_length",
+                isinstance(self.max_length, int) and self.max_length >= 1,
+                "a whole number of at least 1",
+            ),
             ("temperature", 0 < self.temperature < float("inf"), "above 0"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
