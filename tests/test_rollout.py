@@ -120,13 +120,25 @@ def test_an_eos_as_the_last_allowed_token_has_finished(llama):
 
 def test_pad_may_be_eos(llama):
     """A mask made of pad ids would lose the EOS, or tokens of the prompt that are it."""
-    prompts = [[0, 5, 0], [44], [3, 2, 0], [0]]
-    same, other = (sample(llama, prompts, eos_ids=[*EOS_IDS], pad_id=p) for p in (0, PAD_ID))
-    assert responses(same) == responses(other)
-    assert torch.equal(same.logprobs, other.logprobs)
-    assert torch.equal(same.tokens.response_mask, other.tokens.response_mask)
-    assert same.tokens.prompt_lengths.tolist() == [3, 1, 3, 1]
-    assert same.finished.any()
+    endless = responses(sample(llama, eos_ids=[]))
+    eos_ids = [endless[0][3], endless[2][1]]
+    prompts = [[*prompt[:-1], eos_ids[0], prompt[-1]] for prompt in PROMPTS]
+    for pad_id in eos_ids:
+        same, other = (sample(llama, prompts, eos_ids=eos_ids, pad_id=p) for p in (pad_id, PAD_ID))
+        assert responses(same) == responses(other)
+        assert torch.equal(same.logprobs, other.logprobs)
+        assert same.tokens.prompt_lengths.tolist() == [7, 2, 5, 4]
+    ended = [endless[0][:4]]
+    assert (
+        responses(sample(llama, PROMPTS[:1], SEEDS[:1], eos_ids=eos_ids, pad_id=eos_ids[0]))
+        == ended
+    )
+
+
+def test_a_sampled_pad_token_is_a_token_like_others(llama):
+    endless = responses(sample(llama, eos_ids=[]))
+    for pad_id in (endless[0][0], endless[1][-1]):
+        assert responses(sample(llama, eos_ids=[], pad_id=pad_id)) == endless
 
 
 @each_family
