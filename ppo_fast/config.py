@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 Critic = Literal["model", "head", "baseline"]
@@ -90,6 +90,10 @@ class PPOConfig:
     token's position, each draw."""
 
     def __post_init__(self) -> None:
+        for name in ("max_grad_norm", "clip_epsilon", "dual_clip", "gamma", "gae_lambda", "top_p"):
+            value = getattr(self, name)
+            ok = isinstance(value, (int, float)) or (name == "dual_clip" and value is None)
+            self._check(name, ok, "a number")
         for name in ("learning_rate", "temperature", "adam_eps"):
             self._check(name, self._finite(name) and getattr(self, name) > 0, "a number above 0")
         for name in ("kl_penalty", "value_loss_coef", "weight_decay"):
@@ -155,13 +159,3 @@ class PPOConfig:
     def _whole(self, name: str) -> bool:
         value = getattr(self, name)
         return isinstance(value, int) and not isinstance(value, bool)
-
-
-def differences(config: PPOConfig) -> dict[str, object]:
-    """The fields in which ``config`` differs from ``PPOConfig()``."""
-    default = PPOConfig()
-    return {
-        f.name: getattr(config, f.name)
-        for f in fields(config)
-        if getattr(config, f.name) != getattr(default, f.name)
-    }

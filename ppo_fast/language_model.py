@@ -274,17 +274,21 @@ def freeze_trunk(model: nn.Module, num_layers_unfrozen: int) -> None:
     lower_layers(body, num_layers_unfrozen)  # refuses a bad count before anything is changed
     layers = layer_list(body)
     trained = list(layers[-num_layers_unfrozen:])
-    # what comes after the layers in the body, by order of definition: the final norm
-    children = list(body.children())  # type: ignore[union-attr]
-    where = next((i for i, child in enumerate(children) if child is layers), None)
-    if where is not None:
-        trained += children[where + 1 :]
+    # what comes after the layers, by order of definition: the final norm
+    for parent in body.modules():  # type: ignore[union-attr]
+        children = list(parent.children())
+        trained += children[_index(layers, children) + 1 :]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     if head is not None and head.weight is not embedding.weight:
         trained.append(head)
     model.requires_grad_(False)
     for module in trained:
         module.requires_grad_(True)
+
+
+def _index(module: nn.Module, modules: list[nn.Module]) -> int:
+    """Where ``module`` stands in ``modules``; their number where it does not."""
+    return next((i for i, other in enumerate(modules) if other is module), len(modules))
 
 
 def _layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

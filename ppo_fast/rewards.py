@@ -88,6 +88,11 @@ def check_reward_model(reward_model: Any) -> None:
             f"reward_model: {type(reward_model).__name__} has num_labels={labels}, expected 1 "
             "(one score a sequence); wrap it in a function that says which label counts"
         )
+    if isinstance(reward_model, PreTrainedModel) and reward_model.config.pad_token_id is None:
+        raise ValueError(
+            f"reward_model: {type(reward_model).__name__} has no pad token, by which it finds a "
+            "sequence's end; set reward_model.config.pad_token_id = tokenizer.pad_token_id"
+        )
 
 
 class ClassifierReward:

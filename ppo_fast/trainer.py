@@ -279,6 +279,8 @@ class PPOTrainer(SpecMethods, TrainingLoop):
                 f"value_model: got {type(value_model).__name__}, but critic='model' needs a "
                 "torch.nn.Module; pass one, or config=PPOConfig(critic='head' or 'baseline')"
             )
+        if value_model is not None and not any(p.requires_grad for p in value_model.parameters()):
+            raise ValueError("value_model: it has no weights to train; unfreeze some or pass None")
         if critic != "model" and value_model is not None:
             raise ValueError(
                 f"value_model: got {type(value_model).__name__}, but critic={critic!r} uses none; "

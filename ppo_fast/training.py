@@ -150,7 +150,7 @@ class TrainingLoop:
         One file with the policy, the value function, both optimizers, the statistics and all that
         is random, which ``load_checkpoint`` reads.
         """
-        path = Path(checkpoint_dir) / f"ppo_checkpoint_step_{step}.pt"
+        path = self._checkpoint_path(checkpoint_dir, step)
         parts = self._checkpoint_parts()
         checkpoint.save(
             {
@@ -193,6 +193,12 @@ class TrainingLoop:
                 f"warning: {path} was trained against another reference model; construct the "
                 "trainer with the policy that training started from, else the KL is measured "
                 "to the wrong model",
+                file=sys.stderr,
+            )
+        if payload["seed"] != self.config.seed:
+            print(
+                f"warning: {path} was trained with seed {payload['seed']}, the trainer's is "
+                f"{self.config.seed}: prompts and draws will not be those of a run without a stop",
                 file=sys.stderr,
             )
         for name, module in parts.items():
@@ -255,6 +261,10 @@ class TrainingLoop:
         self._sequences_sampled += count
         return torch.arange(first, first + count)
 
+    @staticmethod
+    def _checkpoint_path(checkpoint_dir: str | Path, step: int) -> Path:
+        return Path(checkpoint_dir) / f"ppo_checkpoint_step_{step}.pt"
+
     def _checkpoint_parts(self) -> dict[str, torch.nn.Module]:
         parts = {"policy": self.policy_model}
         return parts if self.critic is None else parts | {"value": self.critic.module}
@@ -268,5 +278,9 @@ class TrainingLoop:
         step = int(self.stats["total_steps"])
         where = "no checkpoint_dir was given; the weights are in trainer.policy_model"
         if checkpoint_dir is not None and step > 0:
-            where = f"checkpoint {self.save_checkpoint(checkpoint_dir, step)}"
+            path = self._checkpoint_path(checkpoint_dir, step)
+            # one of this very step is there already: an error may have come amid an update
+            where = f"checkpoint {path}"
+            if not path.exists():
+                self.save_checkpoint(checkpoint_dir, step)
         tqdm.write(f"stopped by {why} after step {step}: {where}", file=sys.stderr)
