@@ -59,6 +59,7 @@ class TrainingLoop:
         self.stats = {"total_steps": 0} | dict.fromkeys(TOTALS, 0.0)
         self._prompts_drawn = 0
         self._sequences_sampled = 0
+        self._newest_checkpoint: Path | None = None
         self.last_rollout: Rollout | None = None
         self.last_scores: Tensor | None = None
 
@@ -167,6 +168,7 @@ class TrainingLoop:
             },
             path,
         )
+        self._newest_checkpoint = path
         return path
 
     def load_checkpoint(self, checkpoint_path: str | Path) -> int:
@@ -208,6 +210,7 @@ class TrainingLoop:
         self.stats = payload["stats"]
         self._prompts_drawn = payload["prompts_drawn"]
         self._sequences_sampled = payload["sequences_sampled"]
+        self._newest_checkpoint = path
         checkpoint.restore_random_states(payload["random_states"])
         return payload["step"]
 
@@ -279,8 +282,8 @@ class TrainingLoop:
         where = "no checkpoint_dir was given; the weights are in trainer.policy_model"
         if checkpoint_dir is not None and step > 0:
             path = self._checkpoint_path(checkpoint_dir, step)
-            # one of this very step is there already: an error may have come amid an update
             where = f"checkpoint {path}"
-            if not path.exists():
+            # what this step left is there already, and an error may have come amid an update
+            if path != self._newest_checkpoint:
                 self.save_checkpoint(checkpoint_dir, step)
         tqdm.write(f"stopped by {why} after step {step}: {where}", file=sys.stderr)

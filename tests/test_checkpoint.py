@@ -328,3 +328,9 @@ def test_another_reference_warns(file, capsys):
     assert "another reference model" in said
     assert str(file) in said
     assert not changed(drifted.policy_model, weights(same_start.policy_model)), "it is loaded"
+
+
+def test_another_seed_warns(file, capsys):
+    tiny_trainer(seed=7).load_checkpoint(file)
+    said = re.sub(r"\s+", " ", capsys.readouterr().err)
+    assert "trained with seed 0, the trainer's is 7" in said

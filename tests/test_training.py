@@ -350,3 +350,29 @@ def test_an_error_of_on_step_keeps_what_was_trained(tmp_path):
     with pytest.raises(OSError, match="no space left"):
         trainer.train(PROMPTS, 9, 2, checkpoint_dir=tmp_path, on_step=full_disk, **QUIET)
     assert names(tmp_path) == ["ppo_checkpoint_step_1.pt"]
+
+
+def test_an_error_amid_an_update_leaves_the_checkpoint_of_its_step(tmp_path, monkeypatch):
+    trainer = tiny_trainer()
+    arguments = {"batch_size": 2, "checkpoint_dir": tmp_path, "checkpoint_freq": 1, **QUIET}
+    trainer.train(PROMPTS, num_steps=1, **arguments)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+
+    def half_an_update(*args, **kwargs):
+        next(trainer.policy_model.parameters()).data.zero_()
+        raise FloatingPointError("nan")
+
+    monkeypatch.setattr("ppo_fast.update.Learner.update", half_an_update)
+    with pytest.raises(FloatingPointError):
+        trainer.train(PROMPTS, num_steps=1, **arguments)
+    assert file.read_bytes() == whole
+
+
+def test_a_file_of_another_run_does_not_count_as_written(tmp_path, handler):
+    stale = tmp_path / "ppo_checkpoint_step_1.pt"
+    stale.write_bytes(b"of another run")
+    trainer = tiny_trainer(failing_at(2))
+    with pytest.raises(RuntimeError):
+        trainer.train(PROMPTS, num_steps=3, batch_size=2, checkpoint_dir=tmp_path, **QUIET)
+    assert tiny_trainer().load_checkpoint(stale) == 1
