@@ -142,6 +142,7 @@ def train(run: Train) -> None:
         f.name: getattr(run, f.name) for f in fields(run) if f.name not in ("ppo", "config")
     }
     folder.write_config(trainer.config, **settings)
+    folder.forget_after(done)
     with StepDisplay(console, remaining) as display:
         trainer.train(
             prompts,

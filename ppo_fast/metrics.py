@@ -55,9 +55,27 @@ class RunFolder:
                 {"step": step, "prompt": prompt, "completion": completion, "score": score},
             )
 
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of steps beyond ``step``: a resumed run goes through them again."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path, new = self.folder / name, self.folder / f"{name}.partial"
+            if path.exists():
+                lines = path.read_text("utf-8").split("\n")
+                kept = [line for line in lines if _step_of(line) <= step]
+                new.write_text("".join(line + "\n" for line in kept), "utf-8")
+                new.replace(path)
+
     def _append(self, name: str, record: dict[str, Any]) -> None:
         with (self.folder / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinity for one that a killed run left half written."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return math.inf
 
 
 class StepDisplay:

@@ -55,6 +55,18 @@ def test_metrics_append_a_line_a_step(tmp_path):
     assert second["time"] >= first["time"] > 1e9
 
 
+def test_a_resumed_run_goes_through_lost_steps_again(tmp_path):
+    folder = RunFolder(tmp_path)
+    for step in (1, 2, 3):
+        folder.write_metrics(step, {"mean_reward": float(step)})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "mean_re')  # killed amid a line
+    folder.forget_after(2)
+    folder.write_metrics(3, {"mean_reward": 30.0})
+    found = [(r["step"], r["mean_reward"]) for r in records(tmp_path / "metrics.jsonl")]
+    assert found == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_metrics_that_are_no_numbers_are_still_json(tmp_path, value):
     RunFolder(tmp_path).write_metrics(1, {"mean_reward": value, "entropy": 1.0})
