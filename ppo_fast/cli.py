@@ -121,7 +121,10 @@ def train(run: Train) -> None:
     for name in ("policy", "value_model", "reward"):
         check_folder(name, getattr(run, name))
     prompts = read_prompts(run.prompts)
-    reward = load_reward(run.reward)
+    device = run.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    reward = load_reward(run.reward, device)
     checkpoints = run.output_dir / "checkpoints"
     newest = newest_checkpoint(checkpoints)
     if newest is not None and not run.resume:
@@ -129,7 +132,7 @@ def train(run: Train) -> None:
             f"--output-dir: {run.output_dir} holds a run ({newest.name}); go on with --resume, or "
             "name another folder"
         )
-    trainer = make_trainer(run, reward)
+    trainer = make_trainer(run, reward, device)
     console, folder = Console(), RunFolder(run.output_dir)
     if newest is not None:
         console.print(f"resumed {newest} after step {trainer.load_checkpoint(newest)}")
@@ -158,23 +161,20 @@ def train(run: Train) -> None:
     console.print(f"trained policy: {run.output_dir / 'policy'}")
 
 
-def make_trainer(run: Train, reward: Any) -> PPOTrainer:
+def make_trainer(run: Train, reward: Any, device: str) -> PPOTrainer:
     """The trainer of a run: its models from their folders or the hub, in float32."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     from ppo_fast.models import ValueModel
     from ppo_fast.trainer import PPOTrainer
 
-    device = run.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(run.policy)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     policy = AutoModelForCausalLM.from_pretrained(run.policy, dtype=torch.float32)
     value_model = None
     if run.value_model is not None:
-        base = AutoModelForCausalLM.from_pretrained(run.value_model, dtype=torch.float32)
+        base = AutoModel.from_pretrained(run.value_model, dtype=torch.float32)  # no LM head
         value_model = ValueModel(base, base.config.get_text_config().hidden_size)
     return PPOTrainer(policy, value_model, reward, tokenizer, device, config=run.ppo)
 
@@ -213,7 +213,7 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def load_reward(reward: str) -> Any:
+def load_reward(reward: str, device: str) -> Any:
     """A reward function from ``module:function``, or a classifier's directory or hub name.
 
     Raises:
@@ -227,12 +227,9 @@ def load_reward(reward: str) -> Any:
         from ppo_fast.rewards import ClassifierReward
 
         model = AutoModelForSequenceClassification.from_pretrained(reward, dtype=torch.float32)
-        return ClassifierReward(model, AutoTokenizer.from_pretrained(reward))
-    sys.path.insert(0, str(Path.cwd()))  # as `python -m` would
-    try:
-        module = importlib.import_module(name)
-    finally:
-        sys.path.pop(0)
+        return ClassifierReward(model.to(device), AutoTokenizer.from_pretrained(reward))
+    sys.path.insert(0, str(Path.cwd()))  # as `python -m` does, for what the module imports too
+    module = importlib.import_module(name)
     found = getattr(module, function, None)
     if not callable(found):
         near = difflib.get_close_matches(function, dir(module), 1)

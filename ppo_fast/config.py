@@ -54,8 +54,9 @@ class PPOConfig:
     num_minibatches: int = 1
     """Optimizer steps an epoch. One was found best by the TL;DR reproduction studies."""
     microbatch_tokens: int = 16384
-    """Most tokens (padding included) in one forward-backward pass. Bounds memory; the result does
-    not depend on it."""
+    """Most tokens (padding included) in one forward-backward pass. Bounds memory, of which logits
+    take 4 bytes times the vocabulary a response token, a few times over; the result does not
+    depend on it."""
     forward_batch_tokens: int = 32768
     """The same for passes without gradients."""
     whiten_advantages: bool = True

@@ -56,7 +56,9 @@ class HeadCritic:
     def values(self, tokens: Tokens, states: Tensor | None = None) -> Tensor:
         if states is None:
             raise ValueError("a value head needs the policy's states")
-        return self.module(states).masked_fill(~tokens.response_mask, 0.0)
+        masked = ~tokens.response_mask
+        # before the head too: 0 * NaN would reach the gradient of its weight
+        return self.module(states.masked_fill(masked[..., None], 0.0)).masked_fill(masked, 0.0)
 
 
 class ModelCritic:

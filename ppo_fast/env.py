@@ -34,8 +34,10 @@ def print_environment(console: Console, policy: str | None = None) -> None:
     console.print(facts)
     ops = Table("op", "implementation", "why", title=f"ops on {device.type}")
     for op in COMPILED:
-        choice = choose(op, "auto", device)
-        ops.add_row(op, choice.impl, choice.reason)
+        try:
+            ops.add_row(op, *choose(op, "auto", device))
+        except (ValueError, RuntimeError) as error:  # PPO_FAST_IMPL asks for what is not there
+            ops.add_row(op, "none", str(error))
     console.print(ops)
     if policy is not None:
         console.print(f"LM head of {policy}: {_head_path(policy)}")

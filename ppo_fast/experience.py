@@ -76,8 +76,8 @@ def make_experience(
         return model.logprobs(model.forward(part, below), part, temperature=temperature).logprobs
 
     ref = in_batches(lambda *a: logprobs(reference, *a), tokens, trunk, budget)
-    # a truncated sampler or half precision: what was drawn is not what the update will compute
-    exact = not rollout.sampling.truncates and rollout_is_float32(policy)
+    # a truncated sampler, autocast or TF32: what was drawn is not what the update will compute
+    exact = not rollout.sampling.truncates and computes_in_float32(policy)
     old = (
         rollout.logprobs
         if exact
@@ -153,9 +153,15 @@ def select_trunk(trunk: Tensor | None, tokens: Tokens, rows: Tensor) -> Tensor |
     return None if trunk is None else trunk[rows.to(trunk.device), tokens.window(rows)]
 
 
-def rollout_is_float32(policy: LanguageModel) -> bool:
-    """Whether decoding and the update compute in float32, hence agree to rounding."""
-    return next(policy.model.parameters()).dtype in (torch.float32, torch.float64)
+def computes_in_float32(policy: LanguageModel) -> bool:
+    """Whether decoding and the update compute in full float32, hence agree to rounding."""
+    weight = next(policy.model.parameters())
+    device = weight.device.type
+    return (
+        weight.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled(device)
+        and not (device == "cuda" and torch.backends.cuda.matmul.allow_tf32)
+    )
 
 
 def experience_metrics(
@@ -170,8 +176,9 @@ def experience_metrics(
         "reward_std": float(scores.std(correction=0)),
         "kl_divergence": kl / count,
         "kl_sequence": kl / len(lengths),
-        # tokens are drawn from softmax(x / t): minus their mean log-prob estimates its entropy
-        "entropy": -float(rollout.sampling_logprobs.sum()) / count,
+        # without truncation tokens are drawn from softmax(x / t): minus their mean log-prob
+        # estimates its entropy
+        "entropy": -float(old.sum()) / count,
         "mean_advantage": float(advantages.sum()) / count,
         "response_length": count / len(lengths),
         "finished_fraction": float(rollout.finished.float().mean()),

@@ -32,4 +32,5 @@ def finish_step_on_interrupt() -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: count > 0
     finally:
-        signal.signal(signal.SIGINT, before)
+        # None: the handler was not set from Python
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)

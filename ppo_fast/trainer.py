@@ -117,10 +117,11 @@ class PPOTrainer(SpecMethods, TrainingLoop):
         self._prepare_models()
         k = self.config.num_layers_unfrozen
         self.policy = LanguageModel(policy_model, num_layers_unfrozen=k)
+        self.critic = self._make_critic(critic)
+        self._make_reference()
         self.reference = LanguageModel(self.reference_model, num_layers_unfrozen=k)
         path = "fused" if self.policy.fused else "ordinary"
         logger.info("log-probs of policy_model: %s path (%s)", path, self.policy.reason)
-        self.critic = self._make_critic(critic)
         self._check_shared_weights()
         self.policy_optimizer = self._adamw(policy_model, self.config.learning_rate)
         self.value_optimizer = None
@@ -173,10 +174,11 @@ class PPOTrainer(SpecMethods, TrainingLoop):
         completions = self.tokenizer.batch_decode(
             [ids[:length] for ids, length in rows], skip_special_tokens=True
         )
-        self.last_rollout = Rollout(
+        rollout = Rollout(
             **decoded._asdict(), sampling=sampling, prompts=prompts, completions=completions
         )
-        return self.last_rollout
+        self.last_rollout = replace(rollout, trunk=None)  # which is large, and read by no one
+        return rollout
 
     def make_experience(
         self, rollout: Rollout, scores: Tensor | Sequence[float] | None = None
@@ -220,7 +222,8 @@ class PPOTrainer(SpecMethods, TrainingLoop):
             whitening), and more (docs: README).
 
         Raises:
-            FloatingPointError: a gradient was not finite; nothing was changed by it.
+            FloatingPointError: a gradient was not finite. It changed nothing; earlier optimizer
+                steps of this update stand.
         """
         epochs = self.config.num_epochs if num_epochs_per_batch is None else num_epochs_per_batch
         validation.check_counts(num_epochs_per_batch=epochs)
@@ -228,8 +231,9 @@ class PPOTrainer(SpecMethods, TrainingLoop):
             self.policy, self.critic, self.policy_optimizer, self.value_optimizer, self.config
         )
         seed = self._seed_of("minibatches", int(self.stats["total_steps"]))
+        self._amid_update = True
         metrics = {"value_loss": 0.0} | learner.update(experience, num_epochs=epochs, seed=seed)
-        metrics |= experience.metrics
+        metrics = experience.metrics | metrics
         self._count_step(metrics)
         return metrics
 
@@ -289,7 +293,7 @@ class PPOTrainer(SpecMethods, TrainingLoop):
         return critic
 
     def _prepare_models(self) -> None:
-        """Float32 weights, no dropout, the trunk frozen, the reference made."""
+        """Float32 weights and no dropout."""
         for name in ("policy_model", "value_model"):
             model = getattr(self, name)
             if model is None:
@@ -305,6 +309,9 @@ class PPOTrainer(SpecMethods, TrainingLoop):
         if isinstance(self.reward_model, nn.Module):
             disable_dropout(self.reward_model)
             self.reward_model.eval()
+
+    def _make_reference(self) -> None:
+        """The frozen copy that the KL is measured to, after the trunk is frozen."""
         if self.config.num_layers_unfrozen is not None:
             freeze_trunk(self.policy_model, self.config.num_layers_unfrozen)
         # what is not trained is the same for both: the reference shares it
@@ -340,6 +347,14 @@ class PPOTrainer(SpecMethods, TrainingLoop):
                     "(copy.deepcopy) or, for values from the policy's own states, use "
                     "value_model=None with config=PPOConfig(critic='head')"
                 )
+        if self.critic is None or not isinstance(self.reward_model, nn.Module):
+            return
+        valued = {id(p) for p in self.critic.module.parameters() if p.requires_grad}
+        if any(id(p) in valued for p in self.reward_model.parameters()):
+            raise ValueError(
+                "reward_model: shares trained weights with value_model, so that scores would move "
+                "as it trains; give one of them a copy (copy.deepcopy)"
+            )
 
     def _adamw(self, model: nn.Module, learning_rate: float) -> Optimizer:
         config = self.config

@@ -60,6 +60,7 @@ class TrainingLoop:
         self._prompts_drawn = 0
         self._sequences_sampled = 0
         self._newest_checkpoint: Path | None = None
+        self._amid_update = False
         self.last_rollout: Rollout | None = None
         self.last_scores: Tensor | None = None
 
@@ -114,10 +115,11 @@ class TrainingLoop:
                 try:
                     batch = self._next_prompts(prompts, batch_size)
                     metrics = self.train_step(batch, num_epochs_per_batch, max_length, temperature)
-                except Exception:
+                except BaseException as error:
                     # going on repeats this step, with the same prompts and draws
                     self._prompts_drawn, self._sequences_sampled = drawn, sampled
-                    self._keep(checkpoint_dir, "an error")
+                    if isinstance(error, Exception):
+                        self._keep(checkpoint_dir, "an error")
                     raise
                 for name, metric in HISTORY.items():
                     history[name].append(metrics[metric])
@@ -168,7 +170,7 @@ class TrainingLoop:
             },
             path,
         )
-        self._newest_checkpoint = path
+        self._newest_checkpoint = path.resolve()
         return path
 
     def load_checkpoint(self, checkpoint_path: str | Path) -> int:
@@ -206,11 +208,12 @@ class TrainingLoop:
         for name, module in parts.items():
             module.load_state_dict(payload["models"][name])
         for name, optimizer in self._optimizers().items():
-            optimizer.load_state_dict(payload["optimizers"][name])
+            checkpoint.restore_optimizer(optimizer, payload["optimizers"][name])
+        self._amid_update = False
         self.stats = payload["stats"]
         self._prompts_drawn = payload["prompts_drawn"]
         self._sequences_sampled = payload["sequences_sampled"]
-        self._newest_checkpoint = path
+        self._newest_checkpoint = path.resolve()
         checkpoint.restore_random_states(payload["random_states"])
         return payload["step"]
 
@@ -224,6 +227,7 @@ class TrainingLoop:
         }
 
     def _count_step(self, metrics: dict[str, float]) -> None:
+        self._amid_update = False
         self.stats["total_steps"] += 1
         for name, metric in TOTALS.items():
             self.stats[name] += metrics[metric]
@@ -243,14 +247,13 @@ class TrainingLoop:
 
     def _next_prompts(self, prompts: list[str], batch_size: int) -> list[str]:
         """The next batch from an endless row of random permutations of the prompts."""
-        batch = []
-        for place in range(
-            self._prompts_drawn, self._prompts_drawn + min(batch_size, len(prompts))
-        ):
-            round_, index = divmod(place, len(prompts))
+        size = min(batch_size, len(prompts))
+        batch: list[str] = []
+        while len(batch) < size:
+            round_, first = divmod(self._prompts_drawn + len(batch), len(prompts))
             generator = torch.Generator().manual_seed(self._seed_of("prompts", round_))
             order = torch.randperm(len(prompts), generator=generator)
-            batch.append(prompts[int(order[index])])
+            batch += [prompts[j] for j in order[first : first + size - len(batch)].tolist()]
         self._prompts_drawn += len(batch)
         return batch
 
@@ -283,7 +286,9 @@ class TrainingLoop:
         if checkpoint_dir is not None and step > 0:
             path = self._checkpoint_path(checkpoint_dir, step)
             where = f"checkpoint {path}"
-            # what this step left is there already, and an error may have come amid an update
-            if path != self._newest_checkpoint:
+            if self._amid_update:
+                # these weights are of no step: a run resumed from them would not be the same
+                where = f"amid its update; the newest checkpoint is {self._newest_checkpoint}"
+            elif path.resolve() != self._newest_checkpoint:
                 self.save_checkpoint(checkpoint_dir, step)
         tqdm.write(f"stopped by {why} after step {step}: {where}", file=sys.stderr)

@@ -70,11 +70,12 @@ class Learner:
         microbatches changes nothing but rounding.
 
         Returns:
-            Means over all tokens and epochs; ``first_max_log_ratio`` is that of the first
-            minibatch, whose ratios are 1 to rounding.
+            Means over all tokens and epochs (policy_loss too, whatever the aggregation);
+            ``first_max_log_ratio`` is that of the first minibatch, whose ratios are 1 to rounding.
 
         Raises:
-            FloatingPointError: a gradient is not finite. No weight was changed by it.
+            FloatingPointError: a gradient is not finite. It changed nothing; earlier optimizer
+                steps of this update stand.
         """
         generator = torch.Generator().manual_seed(seed)
         policy_stats: list[Tensor] = []
@@ -91,6 +92,8 @@ class Learner:
         metrics["first_max_log_ratio"] = ppo_metrics(policy_stats[0])["max_log_ratio"]
         if value_stats:
             metrics |= value_metrics(merge_stats(VALUE_STATS, value_stats))
+        if self.config.entropy_coef == 0:
+            del metrics["entropy"]  # it was not computed
         metrics["policy_grad_norm"] = float(torch.stack(norms).mean())
         return metrics
 
@@ -98,6 +101,8 @@ class Learner:
         self, experience: Experience, rows: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
         """Gradients of one minibatch, microbatch by microbatch, and its statistics."""
+        for optimizer in self._optimizers():
+            optimizer.zero_grad()  # what an interrupted pass, or the user, may have left
         tokens = experience.tokens
         count = int(tokens.response_lengths[rows].sum())
         units = count if self.config.aggregation == "token-mean" else len(rows)
@@ -158,8 +163,7 @@ class Learner:
 
     def _step(self) -> Tensor:
         """Clip and apply the gradients; returns the policy's norm before clipping."""
-        optimizers = [o for o in (self.policy_optimizer, self.value_optimizer) if o is not None]
-        norms = []
+        optimizers, norms = self._optimizers(), []
         for optimizer in optimizers:
             weights = [p for group in optimizer.param_groups for p in group["params"]]
             norms.append(torch.nn.utils.clip_grad_norm_(weights, self.config.max_grad_norm))
@@ -175,3 +179,6 @@ class Learner:
             optimizer.step()
             optimizer.zero_grad()
         return norms[0]
+
+    def _optimizers(self) -> list[Optimizer]:
+        return [o for o in (self.policy_optimizer, self.value_optimizer) if o is not None]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ppo_fast.models import RewardModel, ValueModel
-from ppo_fast.tokens import batches_by_tokens, pad_right
+from ppo_fast.tokens import batches_by_tokens
 
 
 def takes_padding(module: nn.Module) -> bool:
@@ -81,14 +81,12 @@ def _call(module: nn.Module, rows: list[Tensor]) -> Any:
     if not takes_padding(module):
         ids = torch.stack(rows)
         return module(ids, torch.ones_like(ids))
-    device = rows[0].device
     config = getattr(module, "config", None)
     # transformers' classifiers find the last token by their pad id; the others by the mask alone
     pad_id = getattr(config, "pad_token_id", None) or 0
-    ids = pad_right([row.tolist() for row in rows], pad_id, device)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-    return module(input_ids=ids, attention_mask=mask.long())
+    ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad_id)
+    mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+    return module(input_ids=ids, attention_mask=mask.long().to(ids.device))
 
 
 def _as_numbers(output: Tensor, rows: list[Tensor], what: str) -> Tensor:

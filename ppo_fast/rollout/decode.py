@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -93,7 +94,7 @@ def decode(
     cache = DynamicCache(config=model.model.config)
     alive = torch.ones(rows, dtype=torch.bool, device=device)
     input_ids, drawn, living = prompts, [], []
-    with model.recording_trunk() as trunk:
+    with _evaluating(model.model), model.recording_trunk() as trunk:
         for t in range(sampling.max_length):
             logits = model.step(input_ids, mask, positions, cache)
             sampled = sample_tokens(
@@ -121,3 +122,16 @@ def decode(
         ~alive.cpu(),
         nn.functional.pad(torch.cat(trunk, dim=1), (0, 0, 0, 1)) if trunk else None,
     )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Every submodule in eval mode for the block: in train mode, gradient checkpointing makes
+    transformers drop the KV cache."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
