@@ -14,6 +14,19 @@ import torch
 from torch import nn
 
 FORMAT, VERSION = "ppo_fast checkpoint", 1
+CONTENTS = {
+    "version",
+    "step",
+    "identity",
+    "reference",
+    "models",
+    "optimizers",
+    "stats",
+    "seed",
+    "prompts_drawn",
+    "sequences_sampled",
+    "random_states",
+}
 
 
 def save(payload: dict[str, Any], path: Path) -> None:
@@ -30,6 +43,18 @@ def save(payload: dict[str, Any], path: Path) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def make_folder(folder: str | Path) -> None:
+    """Make the folder of the checkpoints, before there is something to lose.
+
+    Raises:
+        ValueError: it cannot be made (chained).
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except (OSError, TypeError) as error:
+        raise ValueError(f"checkpoint_dir: {folder!r} cannot be a folder ({error})") from error
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -51,6 +76,8 @@ def load(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise ValueError(f"checkpoint: {path} was not written by ppo_fast")
+    if missing := CONTENTS - payload.keys():
+        raise ValueError(f"checkpoint: {path} is damaged: it holds no {sorted(missing)}")
     if payload["version"] > VERSION:
         raise ValueError(
             f"checkpoint: {path} has format version {payload['version']}, this ppo_fast reads up "

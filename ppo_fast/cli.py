@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run_demo(Console(), command.output_dir, num_steps=command.num_steps, seed=command.seed)
         else:
             print_environment(Console(), command.policy)
-    except (ValueError, TypeError, OSError, ModuleNotFoundError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
         if os.environ.get("PPO_FAST_TRACEBACK"):
             raise
         print(f"ppo-fast: {error}\n(PPO_FAST_TRACEBACK=1 shows where)", file=sys.stderr)

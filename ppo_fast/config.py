@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal
 
 Critic = Literal["model", "head", "baseline"]
@@ -93,7 +94,7 @@ class PPOConfig:
     def __post_init__(self) -> None:
         for name in ("max_grad_norm", "clip_epsilon", "dual_clip", "gamma", "gae_lambda", "top_p"):
             value = getattr(self, name)
-            ok = isinstance(value, (int, float)) or (name == "dual_clip" and value is None)
+            ok = isinstance(value, Real) or (name == "dual_clip" and value is None)
             self._check(name, ok, "a number")
         for name in ("learning_rate", "temperature", "adam_eps"):
             self._check(name, self._finite(name) and getattr(self, name) > 0, "a number above 0")
@@ -119,8 +120,10 @@ class PPOConfig:
         ok = k is None or (self._whole("num_layers_unfrozen") and k >= 1)
         self._check("num_layers_unfrozen", ok, "a whole number >= 1, or None")
         betas = self.adam_betas
-        ok = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(0 <= b < 1 for b in betas)
+        ok = isinstance(betas, (tuple, list)) and len(betas) == 2
+        ok = ok and all(isinstance(b, Real) and 0 <= b < 1 for b in betas)
         self._check("adam_betas", ok, "two numbers in [0, 1)")
+        self._check_choice("whiten_advantages", (True, False))
         self._check_choice("kl_in", ("reward", "loss"))
         self._check_choice("kl_estimator", (None, "k1", "abs", "k2", "k3", "k1+k2"))
         self._check_choice("aggregation", ("token-mean", "seq-mean-token-mean"))
@@ -150,13 +153,13 @@ class PPOConfig:
         if not ok:
             raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
 
-    def _check_choice(self, name: str, choices: tuple[str | None, ...]) -> None:
+    def _check_choice(self, name: str, choices: tuple[object, ...]) -> None:
         self._check(name, getattr(self, name) in choices, f"one of {choices}")
 
     def _finite(self, name: str) -> bool:
         value = getattr(self, name)
-        return isinstance(value, (int, float)) and math.isfinite(value)
+        return isinstance(value, Real) and math.isfinite(value)
 
     def _whole(self, name: str) -> bool:
         value = getattr(self, name)
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, Integral) and not isinstance(value, bool)

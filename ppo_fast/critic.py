@@ -105,12 +105,15 @@ class ModelCritic:
         return rows[0].dim() == 1
 
 
-def batch_baseline(token_rewards: Tensor) -> Tensor:
-    """The mean total reward of the other sequences: [B, T] -> [B, T]; 0 for a batch of one.
+def batch_baseline(scores: Tensor, tokens: Tokens, gamma: float) -> Tensor:
+    """The mean score of the batch's other sequences, discounted to each token as a sequence's own
+    score is: scores [B] -> [B, T], 0 beyond a response; 0 for a batch of one.
 
     Leave-one-out as in RLOO (Ahmadian et al. 2024, eq. 8), over the batch instead of samples of
     one prompt.
     """
-    totals = token_rewards.sum(dim=1)
-    others = (totals.sum() - totals) / max(len(totals) - 1, 1)
-    return others[:, None].expand_as(token_rewards) * (len(totals) > 1)
+    others = (scores.sum() - scores) / max(len(scores) - 1, 1) * (len(scores) > 1)
+    places = torch.arange(tokens.response_ids.shape[1])
+    left = (tokens.response_lengths[:, None] - 1 - places).clamp_min(0)
+    discount = (gamma ** left.float()).to(scores.device)
+    return (others[:, None] * discount).masked_fill(~tokens.response_mask, 0.0)

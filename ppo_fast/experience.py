@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -67,6 +68,12 @@ def make_experience(
         config: KL, gamma, lambda, whitening.
     """
     tokens, mask = rollout.tokens, rollout.tokens.response_mask
+    if critic is None and len(tokens) == 1:
+        warnings.warn(
+            "critic='baseline' with a batch of one: there is no other sequence to compare with, so "
+            "that nothing is learned from its score; use a larger batch or critic='head'",
+            stacklevel=3,
+        )
     temperature, budget = rollout.sampling.temperature, config.forward_batch_tokens
     trunk = rollout.trunk
     if policy.lower and trunk is None:
@@ -85,7 +92,7 @@ def make_experience(
     )
     rewards = token_rewards(scores, old, ref, tokens, config)
     if critic is None:
-        values = batch_baseline(rewards).masked_fill(~mask, 0.0)
+        values = batch_baseline(scores, tokens, config.gamma)
     elif critic.reads_states:
         values = in_batches(
             lambda part, below: critic.values(part, policy.forward(part, below).states),
@@ -95,6 +102,8 @@ def make_experience(
         )
     else:
         values = in_batches(lambda part, _: critic.values(part), tokens, None, budget)
+    if not torch.isfinite(values).all():
+        raise ValueError("value_model: returned NaN or infinity; values must be finite")
     # a baseline says nothing of later states: lambda 1 never bootstraps from it
     lam = 1.0 if critic is None else config.gae_lambda
     advantages, returns = gae(rewards, values.float(), mask=mask, gamma=config.gamma, lam=lam)

@@ -242,9 +242,9 @@ class LanguageModel:
         assert whole is not None
         assert split is not None
         real = probe.attention_mask.bool()
-        error = ((whole - split)[real].abs().max() / whole[real].abs().max()).item()
+        difference = ((whole - split)[real].abs().max() / whole[real].abs().max()).item()
         tolerance = HEAD_TOLERANCE.get(whole.dtype, HALF_TOLERANCE)
-        return None if error <= tolerance else f"its states differ by {error:.1e}"
+        return None if difference <= tolerance else f"its states differ by {difference:.1e}"
 
 
 def layer_list(body: nn.Module | None) -> nn.ModuleList:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo_fast.tokens import Tokens
-from ppo_fast.user_modules import call_on_rows
+from ppo_fast.user_modules import call_on_rows, takes_padding
 
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
 
@@ -55,8 +55,11 @@ def check_scores(scores: Any, prompts: Sequence[str], what: str = "scores") -> T
         TypeError: they are not numbers.
         ValueError: their count is not that of ``prompts``, or one is NaN or infinite.
     """
+    if isinstance(scores, Mapping):
+        raise TypeError(f"{what}: got a mapping, expected a list of numbers, one a prompt")
     if isinstance(scores, Tensor):
         scores = scores.detach().to("cpu", torch.float32)
+        scores = scores.squeeze(-1) if scores.dim() == 2 else scores
     else:
         try:
             scores = torch.tensor([float(s) for s in scores], dtype=torch.float32)
@@ -82,13 +85,19 @@ def check_reward_model(reward_model: Any) -> None:
             "forward(input_ids, attention_mask) or a function f(prompts, completions) -> "
             "list[float]"
         )
-    labels = getattr(getattr(reward_model, "config", None), "num_labels", 1)
-    if isinstance(reward_model, PreTrainedModel) and labels != 1:
+    if isinstance(reward_model, type):
+        raise TypeError(
+            f"reward_model: got the class {reward_model.__name__}, expected an instance of it"
+        )
+    if not isinstance(reward_model, PreTrainedModel) or not takes_padding(reward_model):
+        return
+    labels = reward_model.config.num_labels
+    if labels != 1:
         raise ValueError(
             f"reward_model: {type(reward_model).__name__} has num_labels={labels}, expected 1 "
             "(one score a sequence); wrap it in a function that says which label counts"
         )
-    if isinstance(reward_model, PreTrainedModel) and reward_model.config.pad_token_id is None:
+    if reward_model.config.pad_token_id is None:
         raise ValueError(
             f"reward_model: {type(reward_model).__name__} has no pad token, by which it finds a "
             "sequence's end; set reward_model.config.pad_token_id = tokenizer.pad_token_id"
@@ -140,6 +149,7 @@ def _function_scores(
     function: RewardFunction, prompts: list[str], completions: list[str], what: str
 ) -> Any:
     try:
-        return function(list(prompts), list(completions))
+        scores = function(list(prompts), list(completions))
+        return scores if isinstance(scores, (Tensor, Mapping)) else list(scores)
     except Exception as error:
         raise RuntimeError(f"{what} raised {type(error).__name__}: {error}") from error

@@ -24,7 +24,8 @@ class SpecMethods:
     """The formulas, and what they need of texts. Tensors [B, T] are 0 beyond a response.
 
     Pairs of texts that came from the last ``generate_responses`` (or ``rollout``) stand for the
-    very tokens that were sampled; other responses are encoded without special tokens and get no
+    very tokens that were sampled, and their log-probs are at its temperature unless another is
+    given; other responses are encoded without special tokens and get no
     EOS.
     """
 
@@ -39,6 +40,14 @@ class SpecMethods:
     reward_model: nn.Module | RewardFunction
     rollout: Callable[..., Rollout]
     last_rollout: Rollout | None
+
+    # the numbers by the names of the classic interface; they are the config's and do not change
+    clip_epsilon = property(lambda self: self.config.clip_epsilon)
+    kl_penalty = property(lambda self: self.config.kl_penalty)
+    gamma = property(lambda self: self.config.gamma)
+    gae_lambda = property(lambda self: self.config.gae_lambda)
+    value_loss_coef = property(lambda self: self.config.value_loss_coef)
+    max_grad_norm = property(lambda self: self.config.max_grad_norm)
 
     def compute_gae(
         self, rewards: Tensor, values: Tensor, dones: Tensor | None = None
@@ -144,10 +153,15 @@ class SpecMethods:
         responses: Sequence[str],
         temperature: float | None,
     ) -> Tensor:
+        tokens = self._pairs(prompts, responses)
         t = self.config.temperature if temperature is None else temperature
+        if temperature is None and self.last_rollout is not None:
+            sampled = self._sampled_ids()
+            if all(pair in sampled for pair in zip(prompts, responses, strict=True)):
+                t = self.last_rollout.sampling.temperature
         return in_batches(
             lambda part, _: model.logprobs(model.forward(part), part, temperature=t).logprobs,
-            self._pairs(prompts, responses),
+            tokens,
             None,
             self.config.forward_batch_tokens,
         )

@@ -32,6 +32,9 @@ from ppo_fast.update import Learner
 
 logger = logging.getLogger(__name__)
 
+# Rounding between decoding with a cache and one pass over all tokens stays far below this.
+MOST_FIRST_LOG_RATIO = 1e-2
+
 
 class PPOTrainer(SpecMethods, TrainingLoop):
     """Trains a causal language model by PPO against a reward.
@@ -98,6 +101,8 @@ class PPOTrainer(SpecMethods, TrainingLoop):
             "max_grad_norm": max_grad_norm,
         }
         given = {name: value for name, value in given.items() if value is not None}
+        if config is not None and not isinstance(config, PPOConfig):
+            raise TypeError(f"config: got {type(config).__name__}, expected a PPOConfig(...)")
         self.config = replace(config or PPOConfig.spec(), **given)  # type: ignore[arg-type]
         self.device = torch.device(device)
         self.tokenizer = tokenizer
@@ -268,6 +273,13 @@ class PPOTrainer(SpecMethods, TrainingLoop):
         times.append(time.perf_counter())
         metrics = self.update(experience, num_epochs_per_batch)
         times.append(time.perf_counter())
+        if metrics["first_max_log_ratio"] > MOST_FIRST_LOG_RATIO:
+            warnings.warn(
+                f"the first minibatch's ratios are not 1: exp({metrics['first_max_log_ratio']:.2g})"
+                f" at most. Decoding and the update compute {type(self.policy_model).__name__} "
+                "differently, and what is learned is not to be trusted",
+                stacklevel=2,
+            )
         for part, start, end in zip(
             ("rollout", "experience", "update"), times, times[1:], strict=False
         ):

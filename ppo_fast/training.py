@@ -18,7 +18,7 @@ from ppo_fast import checkpoint, validation
 from ppo_fast.config import PPOConfig
 from ppo_fast.critic import Critic
 from ppo_fast.interrupt import finish_step_on_interrupt
-from ppo_fast.rollout import Rollout
+from ppo_fast.rollout import Rollout, Sampling
 
 OnStep = Callable[[dict[str, float]], None]
 
@@ -100,10 +100,16 @@ class TrainingLoop:
             (``get_statistics()`` and the running totals), final_avg_reward,
             final_kl_divergence (of the last step), interrupted.
         """
-        prompts = self._check_training(prompts, max_length)
         validation.check_counts(
-            num_steps=num_steps, batch_size=batch_size, checkpoint_freq=checkpoint_freq
+            num_steps=num_steps,
+            batch_size=batch_size,
+            checkpoint_freq=checkpoint_freq,
+            num_epochs_per_batch=1 if num_epochs_per_batch is None else num_epochs_per_batch,
         )
+        Sampling(1, self.config.temperature if temperature is None else temperature)
+        prompts = self._check_training(prompts, max_length)
+        if checkpoint_dir is not None:
+            checkpoint.make_folder(checkpoint_dir)
         history: dict[str, list[float]] = {name: [] for name in (*HISTORY, "step_avg_rewards")}
         stopped = False
         with (

@@ -62,6 +62,7 @@ class Learner:
     value_optimizer: Optimizer | None
     config: PPOConfig
 
+    @torch.enable_grad()
     def update(self, experience: Experience, *, num_epochs: int, seed: int) -> dict[str, float]:
         """PPO on one batch of experience (Schulman et al. 2017, algorithm 1).
 

@@ -17,8 +17,11 @@ from ppo_fast.tokens import batches_by_tokens
 
 
 def takes_padding(module: nn.Module) -> bool:
-    """Whether ``module`` is known to be right on right-padded batches with a mask."""
-    return isinstance(module, (PreTrainedModel, RewardModel, ValueModel))
+    """Whether ``module`` is known to be right on right-padded batches with a mask: our models and
+    those that transformers ships, not what users derive from them."""
+    if isinstance(module, PreTrainedModel):
+        return type(module).__module__.startswith("transformers.")
+    return type(module) in (RewardModel, ValueModel)
 
 
 def output_tensor(output: Any, what: str) -> Tensor:
@@ -92,6 +95,8 @@ def _call(module: nn.Module, rows: list[Tensor]) -> Any:
 def _as_numbers(output: Tensor, rows: list[Tensor], what: str) -> Tensor:
     """[n] one number a sequence, or [n, L] one a token."""
     n, width = len(rows), max(len(row) for row in rows)
+    if n == 1 and (output.dim() == 0 or (output.shape == (width,) and width > 1)):
+        output = output[None]  # a module that ends in .squeeze(), on a row alone
     if output.dim() == 3 and output.shape[-1] == 1:
         output = output.squeeze(-1)
     if output.shape == (n, 1) and width > 1:

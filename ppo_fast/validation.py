@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -20,6 +21,12 @@ def check_policy(policy_model: Any) -> None:
             f"policy_model: got {type(policy_model).__name__}, expected a transformers causal "
             "language model, as AutoModelForCausalLM.from_pretrained(...) gives"
         )
+    head = getattr(policy_model, "get_output_embeddings", lambda: None)()
+    if head is None or getattr(policy_model.config, "is_encoder_decoder", False):
+        raise TypeError(
+            f"policy_model: {type(policy_model).__name__} is no causal language model; load it "
+            "with AutoModelForCausalLM.from_pretrained(...)"
+        )
 
 
 def check_tokenizer(tokenizer: Any, policy_model: nn.Module) -> None:
@@ -28,6 +35,11 @@ def check_tokenizer(tokenizer: Any, policy_model: nn.Module) -> None:
     Raises:
         ValueError: it has no pad token, or ids beyond the policy's vocabulary.
     """
+    if not hasattr(tokenizer, "get_vocab"):
+        raise TypeError(
+            f"tokenizer: got {type(tokenizer).__name__}, expected a transformers tokenizer, as "
+            "AutoTokenizer.from_pretrained(...) gives"
+        )
     if getattr(tokenizer, "pad_token_id", None) is None:
         raise ValueError(
             "tokenizer: has no pad token; set one, for example "
@@ -74,7 +86,7 @@ def check_counts(**counts: Any) -> None:
         ValueError: one is not.
     """
     for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}: got {value!r}, expected a whole number of at least 1")
 
 
@@ -87,7 +99,7 @@ def check_prompts(prompts: Any) -> list[str]:
     """
     if isinstance(prompts, str):
         raise TypeError("prompts: got one string, expected a list of strings; pass [prompt]")
-    if not isinstance(prompts, Iterable):
+    if not isinstance(prompts, Iterable) or isinstance(prompts, Mapping):
         raise TypeError(f"prompts: got {type(prompts).__name__}, expected a list of strings")
     prompts = list(prompts)
     if not prompts:

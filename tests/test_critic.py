@@ -290,11 +290,19 @@ def test_who_reads_states():
 # The baseline
 
 
-def test_baseline_is_the_mean_total_of_the_other_sequences():
-    rewards = torch.tensor([[1.0, 2.0], [0.0, 6.0], [-3.0, 0.0]])
-    # totals 3, 6, -3
-    assert batch_baseline(rewards).tolist() == [[1.5, 1.5], [0.0, 0.0], [4.5, 4.5]]
+def test_baseline_is_the_mean_score_of_the_other_sequences():
+    found = batch_baseline(torch.tensor([3.0, 6.0, -3.0, 0.0]), tokens(), 1.0)
+    expected = torch.tensor([[1.0], [0.0], [3.0], [2.0]]).expand(4, 4).masked_fill(BEYOND, 0.0)
+    torch.testing.assert_close(found, expected)
+
+
+def test_baseline_is_discounted_as_scores_are():
+    found = batch_baseline(torch.tensor([3.0, 6.0, -3.0, 0.0]), tokens(), 0.5)
+    assert found[0].tolist() == [0.5, 1.0, 0.0, 0.0]
+    assert found[2].tolist() == [3.0, 0.0, 0.0, 0.0]
+    assert found[3].tolist() == [0.5, 1.0, 2.0, 0.0]
 
 
 def test_baseline_of_one_sequence_is_zero():
-    assert batch_baseline(torch.tensor([[1.0, 2.0]])).tolist() == [[0.0, 0.0]]
+    one = make_tokens([[1, 2]], [[3, 4]], 0, torch.device("cpu"))
+    assert batch_baseline(torch.tensor([5.0]), one, 1.0).tolist() == [[0.0, 0.0]]

@@ -146,9 +146,10 @@ def test_whitened_advantages_and_returns_from_unwhitened_ones():
 
 def test_the_baseline_is_of_the_other_sequences_and_uses_lambda_one():
     experience = by_hand(None)
-    # totals 1.25 and -2.25; advantages are discounted sums of what is left, less the baseline
-    assert_rows(experience.values, [[-2.25, -2.25, -2.25], [1.25]])
-    assert_rows(experience.advantages, [[2.625, 2.75, 3.5], [-3.5]])
+    # scores 1 and -2, discounted by 0.5 a token; advantages are discounted sums of what is left,
+    # less the baseline
+    assert_rows(experience.values, [[-0.5, -1.0, -2.0], [1.0]])
+    assert_rows(experience.advantages, [[0.875, 1.5, 3.25], [-3.25]])
     assert torch.equal(experience.advantages, by_hand(None, gae_lambda=0.0).advantages)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -28,15 +30,13 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
+        whole = {n: isinstance(getattr(self, n), Integral) for n in ("max_length", "top_k")}
+        real = {n: isinstance(getattr(self, n), Real) for n in ("temperature", "top_p")}
         for name, ok, expected in (
-            (
-                "max_length",
-                isinstance(self.max_length, int) and self.max_length >= 1,
-                "a whole number of at least 1",
-            ),
-            ("temperature", 0 < self.temperature < float("inf"), "above 0"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("max_length", whole["max_length"] and self.max_length >= 1, "a whole number >= 1"),
+            ("temperature", real["temperature"] and 0 < self.temperature < math.inf, "above 0"),
+            ("top_k", whole["top_k"] and self.top_k >= 0, "0 (off) or more"),
+            ("top_p", real["top_p"] and 0 < self.top_p <= 1, "in (0, 1]"),
         ):
             if not ok:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected {expected}")
