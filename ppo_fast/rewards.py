@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +59,6 @@ def check_scores(scores: Any, prompts: Sequence[str], what: str = "scores") -> T
         raise TypeError(f"{what}: got a mapping, expected a list of numbers, one a prompt")
     if isinstance(scores, Tensor):
         scores = scores.detach().to("cpu", torch.float32)
-        scores = scores.squeeze(-1) if scores.dim() == 2 else scores
     else:
         try:
             scores = torch.tensor([float(s) for s in scores], dtype=torch.float32)
@@ -150,6 +149,6 @@ def _function_scores(
 ) -> Any:
     try:
         scores = function(list(prompts), list(completions))
-        return scores if isinstance(scores, (Tensor, Mapping)) else list(scores)
+        return list(scores) if isinstance(scores, Iterator) else scores  # it may raise here
     except Exception as error:
         raise RuntimeError(f"{what} raised {type(error).__name__}: {error}") from error

@@ -304,8 +304,9 @@ def test_policy_reference_and_critic_read_what_they_should(critic, temperature):
             elif critic == "model":
                 expected = critic_of("model").module(row[None])[0, before]
             else:
-                totals = experience.rewards.sum(dim=1)
-                expected = ((totals.sum() - totals[b]) / 3).expand(len(ids))
+                scores = experience.scores
+                left = torch.arange(len(ids) - 1, -1, -1)
+                expected = (scores.sum() - scores[b]) / 3 * CONFIG.gamma**left
         torch.testing.assert_close(experience.values[b, : len(ids)], expected, rtol=1e-4, atol=1e-4)
 
 

@@ -183,7 +183,7 @@ def test_what_is_no_causal_language_model_is_refused():
 def test_a_folder_that_cannot_be_is_found_before_the_first_step(tmp_path):
     (tmp_path / "file").write_text("")
     trainer = tiny_trainer()
-    with pytest.raises(ValueError, match="checkpoint_dir: .* cannot be a folder"):
+    with pytest.raises(ValueError, match=r"checkpoint_dir: .* cannot be a folder"):
         trainer.train(PROMPTS, num_steps=1, checkpoint_dir=tmp_path / "file", progress=False)
     assert trainer.stats["total_steps"] == 0
 
