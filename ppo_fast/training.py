@@ -136,7 +136,7 @@ class TrainingLoop:
                 if on_step is not None:
                     try:
                         on_step(metrics)
-                    except Exception:
+                    except Exception:  # whatever it is, it is raised again
                         self._keep(checkpoint_dir, "an error in on_step")
                         raise
                 step = int(self.stats["total_steps"])
