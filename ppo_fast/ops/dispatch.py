@@ -18,7 +18,7 @@ Impl = Literal["auto", "reference", "cpp", "triton"]
 
 # Every op has a reference; these are the compiled implementations that exist beside it.
 COMPILED: dict[str, tuple[Impl, ...]] = {
-    "logprobs_from_logits": (),
+    "logprobs_from_logits": ("cpp",),
     "linear_logprobs": (),
     "gae": ("cpp",),
     "kl_estimate": (),

@@ -253,7 +253,7 @@ def test_raw_op_checks_what_it_hands_to_the_kernel():
         {"lam": torch.ones(1)},
     ):
         tensors = {"rewards": step, "values": step, "bootstrap_value": row, "lam": row}
-        with pytest.raises(ValueError, match=f"gae_cpp: {next(iter(bad))} is"):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))}: got"):
             library.gae_cpp(**(good | tensors | bad))
 
 

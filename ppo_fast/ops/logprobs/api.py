@@ -1,11 +1,14 @@
-"""``logprobs_from_logits``: validation and dispatch."""
+"""``logprobs_from_logits``: validation, dispatch and autograd."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from ppo_fast.ops import library
 from ppo_fast.ops.dispatch import Impl, choose
 from ppo_fast.ops.logprobs import reference
 from ppo_fast.ops.validation import (
@@ -79,9 +82,43 @@ def logprobs_from_logits(
     check_mask(mask, labels.shape, logits.device)
     check_temperature(temperature)
     check_labels_in_range(labels, logits.shape[-1], mask)
-    choose("logprobs_from_logits", impl, logits.device)
+    chosen = choose("logprobs_from_logits", impl, logits.device).impl
+    if chosen == "cpp":
+        logprobs, entropies, _ = _Logprobs.apply(logits, labels, mask, temperature, entropy)
+        return TokenLogprobs(logprobs, entropies if entropy else None)
     return TokenLogprobs(
         *reference.logprobs_from_logits(
             logits, labels, mask=mask, temperature=temperature, entropy=entropy
         )
     )
+
+
+class _Logprobs(torch.autograd.Function):
+    """Saves the logits, which the caller holds anyway, and at most three numbers a token."""
+
+    @staticmethod
+    def forward(
+        logits: Tensor, labels: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return library.logprobs_forward_cpp(logits, labels, mask, temperature, with_entropy)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        logits, labels, mask, ctx.temperature, with_entropy = inputs
+        _, entropy, stats = output
+        ctx.mark_non_differentiable(*((stats,) if with_entropy else (entropy, stats)))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, labels, mask, entropy, stats)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
+        if grad_logprobs is None and grad_entropy is None:
+            return (None,) * 5
+        logits, labels, mask, entropy, stats = ctx.saved_tensors
+        grad_logits = library.logprobs_backward_cpp(
+            logits, labels, mask, ctx.temperature, entropy, stats, grad_logprobs, grad_entropy
+        )
+        return grad_logits, None, None, None, None

@@ -1,0 +1,54 @@
+// The Python module ppo_fast._C.
+#include <atomic>
+#include <string>
+#include <vector>
+
+#include "bind.hpp"
+
+namespace ppo_fast {
+
+namespace {
+
+// Those that this processor can run, the best first.
+std::vector<const Kernels*> runnable() {
+  std::vector<const Kernels*> sets;
+#ifdef PPO_FAST_HAVE_AVX2
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back(&kernels_avx2);
+#endif
+  sets.push_back(&kernels_baseline);
+  return sets;
+}
+
+std::atomic<const Kernels*> in_use{runnable().front()};
+
+void use_instruction_set(const std::string& name) {
+  for (const Kernels* set : runnable()) {
+    if (name == set->instruction_set) {
+      in_use = set;
+      return;
+    }
+  }
+  throw py::value_error("no kernels for instruction set '" + name + "' here; see instruction_sets()");
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *in_use; }
+
+}  // namespace ppo_fast
+
+PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
+  using namespace ppo_fast;
+  m.doc() = "Compiled CPU kernels of ppo_fast.";
+  m.def("instruction_set", [] { return kernels().instruction_set; },
+        "The instruction set of the kernels in use.");
+  m.def("instruction_sets", [] {
+    py::list names;
+    for (const Kernels* set : runnable()) names.append(set->instruction_set);
+    return names;
+  }, "The instruction sets that this processor has kernels for, the best first.");
+  m.def("use_instruction_set", &use_instruction_set, py::arg("name"),
+        "Use other kernels from now on: for tests, and to compare results between machines.");
+  bind_gae(m);
+  bind_logprobs(m);
+}

@@ -1,0 +1,14 @@
+// kernels.cpp is compiled once for each instruction set, with PPO_FAST_ISA naming the namespace of
+// that copy. Elsewhere the headers are included for their argument structs alone.
+#pragma once
+
+#ifndef PPO_FAST_ISA
+#define PPO_FAST_ISA declarations
+#endif
+
+// A call that stays a call keeps the loop around it from becoming vector instructions.
+#if defined(__GNUC__) || defined(__clang__)
+#define PPO_FAST_INLINE inline __attribute__((always_inline))
+#else
+#define PPO_FAST_INLINE inline
+#endif

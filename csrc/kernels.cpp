@@ -1,0 +1,18 @@
+// All kernels, compiled for the instruction set PPO_FAST_ISA (CMakeLists.txt has the flags).
+#include "kernels.hpp"
+
+#define PPO_FAST_JOIN(a, b) a##b
+#define PPO_FAST_TABLE(isa) PPO_FAST_JOIN(kernels_, isa)
+#define PPO_FAST_QUOTE(text) #text
+#define PPO_FAST_NAME(isa) PPO_FAST_QUOTE(isa)
+
+namespace ppo_fast {
+
+const Kernels PPO_FAST_TABLE(PPO_FAST_ISA) = {
+    PPO_FAST_NAME(PPO_FAST_ISA),
+    PPO_FAST_ISA::gae,
+    PPO_FAST_ISA::logprobs_forward,
+    PPO_FAST_ISA::logprobs_backward,
+};
+
+}  // namespace ppo_fast

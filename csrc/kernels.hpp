@@ -1,0 +1,23 @@
+// One set of kernels for each instruction set that they were compiled for, and the choice.
+#pragma once
+
+#include "gae.hpp"
+#include "logprobs.hpp"
+
+namespace ppo_fast {
+
+struct Kernels {
+  const char* instruction_set;
+  void (*gae)(const GaeArgs&, int num_threads);
+  void (*logprobs_forward)(const LogprobsArgs&, int num_threads);
+  void (*logprobs_backward)(const LogprobsBackwardArgs&, int num_threads);
+};
+
+// x86-64: the instructions that every such processor has. aarch64: NEON, which every one has.
+extern const Kernels kernels_baseline;
+extern const Kernels kernels_avx2;  // AVX2 and FMA; there only where PPO_FAST_HAVE_AVX2 is defined
+
+// Those in use: the best that this processor can run, unless bindings/module.cpp was told otherwise.
+const Kernels& kernels();
+
+}  // namespace ppo_fast

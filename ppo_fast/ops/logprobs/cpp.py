@@ -1,0 +1,114 @@
+"""Launchers of the C++ kernels, csrc/logprobs.hpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ppo_fast.ops.launch import DTYPE_CODES, address, vouched, vouched_or_none
+
+
+def logprobs_forward(
+    logits: Tensor, labels: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs [...], entropies [...] (an empty tensor without ``with_entropy``) and the
+    statistics [..., 2] that backward needs, of CPU logits [..., V] of any strides."""
+    from ppo_fast import _C
+
+    lead = tuple(logits.shape[:-1])
+    labels = vouched("labels", labels, lead, torch.int64)
+    mask = vouched_or_none("mask", mask, lead, torch.bool)
+    logits, layout = _rows(logits)
+    work = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    logprobs, stats = torch.empty(lead, dtype=work), torch.empty(*lead, 2, dtype=work)
+    entropy = torch.empty(lead if with_entropy else 0, dtype=work)
+    _C.logprobs_forward(
+        **layout,
+        labels=address(labels),
+        mask=address(mask),
+        temperature=temperature,
+        logprobs=address(logprobs),
+        entropy=address(entropy) if with_entropy else 0,
+        stats=address(stats),
+        num_threads=torch.get_num_threads(),
+    )
+    return logprobs, entropy, stats
+
+
+def logprobs_backward(
+    logits: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    entropy: Tensor,
+    stats: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> Tensor:
+    """Gradient of the logits, [..., V] contiguous, of their dtype."""
+    from ppo_fast import _C
+
+    lead = tuple(logits.shape[:-1])
+    labels = vouched("labels", labels, lead, torch.int64)
+    mask = vouched_or_none("mask", mask, lead, torch.bool)
+    grad_logits = torch.empty(logits.shape, dtype=logits.dtype)
+    logits, layout = _rows(logits)
+    work = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    stats = vouched("stats", stats, (*lead, 2), work)
+    grad_logprobs = vouched_or_none("grad_logprobs", grad_logprobs, lead, work)
+    grad_entropy = vouched_or_none("grad_entropy", grad_entropy, lead, work)
+    entropies = None if grad_entropy is None else vouched("entropy", entropy, lead, work)
+    _C.logprobs_backward(
+        **layout,
+        labels=address(labels),
+        mask=address(mask),
+        temperature=temperature,
+        entropy=address(entropies),
+        stats=address(stats),
+        grad_logprobs=address(grad_logprobs),
+        grad_entropy=address(grad_entropy),
+        grad_logits=address(grad_logits),
+        num_threads=torch.get_num_threads(),
+    )
+    return grad_logits
+
+
+def _rows(logits: Tensor) -> tuple[Tensor, dict[str, int]]:
+    """How the kernels read [..., V]: with the vocabulary contiguous and the dimensions before it
+    as at most two strides, as in logits[:, :-1] of [B, T, V]. Other layouts are copied."""
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        logits = logits.contiguous()
+    sizes, strides = _merged(logits)
+    if len(sizes) > 2:
+        logits = logits.contiguous()
+        sizes, strides = _merged(logits)
+    outer_stride, inner, inner_stride = 0, 1, 0
+    if len(sizes) == 2:
+        outer_stride, inner, inner_stride = strides[0], sizes[1], strides[1]
+    elif len(sizes) == 1:
+        outer_stride = strides[0]
+    return logits, {
+        "dtype": DTYPE_CODES[logits.dtype],
+        "logits": address(logits),
+        "outer_stride": outer_stride,
+        "inner": inner,
+        "inner_stride": inner_stride,
+        "num_rows": logits.numel() // logits.shape[-1],
+        "vocab_size": logits.shape[-1],
+    }
+
+
+def _merged(logits: Tensor) -> tuple[list[int], list[int]]:
+    """Sizes and strides of the leading dimensions, with neighbours merged where one stride will
+    do."""
+    sizes: list[int] = []
+    strides: list[int] = []
+    for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if sizes and strides[-1] == size * stride:
+            sizes[-1], strides[-1] = sizes[-1] * size, stride
+        else:
+            sizes.append(size)
+            strides.append(stride)
+    return sizes, strides
