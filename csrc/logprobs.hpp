@@ -55,11 +55,11 @@ PPO_FAST_INLINE const T* row_start(const LogitRows& rows, std::int64_t i) {
          (i % rows.inner) * rows.inner_stride;
 }
 
-// The forward pass. With t the temperature, y the label, m the maximum, d = (x - m) / t:
+// The forward pass. With t the temperature, y the label, m the maximum, z = (x - m) / t:
 //
-//   l = d_y - log sum_j exp(d_j)        H = log sum_j exp(d_j) - sum_j exp(d_j) d_j / sum_j exp(d_j)
+//   l = z_y - log sum_j exp(z_j)        H = log sum_j exp(z_j) - sum_j exp(z_j) z_j / sum_j exp(z_j)
 //
-// Saved for backward: m and the sum, 8 bytes a row. Bytes moved: the logits once; masked rows are
+// Saved for backward: m and sum_j exp(z_j), 8 bytes a row. Bytes moved: the logits once; masked rows are
 // not read, and get 0.
 template <typename T>
 void logprobs_row(const LogprobsArgs& args, std::int64_t i) {
@@ -74,16 +74,16 @@ void logprobs_row(const LogprobsArgs& args, std::int64_t i) {
   }
   const T* x = row_start<T>(args.logits, i);
   const std::int64_t vocab_size = args.logits.vocab_size, label = args.labels[i];
-  const Real inverse_temperature = static_cast<Real>(1.0 / args.temperature);
+  const Real scale = log2_scale<Real>(args.temperature);
   Chunk<Real> room;
   SoftmaxSums<Real> sums;
   for (std::int64_t start = 0; start < vocab_size; start += kChunk) {
     const std::int64_t count = std::min(kChunk, vocab_size - start);
     const Real* chunk = load_chunk(x + start, count, &room);
     if (args.with_entropy) {
-      sums.template fold<true>(chunk, round_up(count), inverse_temperature);
+      sums.template fold<true>(chunk, round_up(count), scale);
     } else {
-      sums.template fold<false>(chunk, round_up(count), inverse_temperature);
+      sums.template fold<false>(chunk, round_up(count), scale);
     }
   }
   // The public function refuses such a label; under a compiler nobody has looked.
@@ -103,26 +103,27 @@ inline void logprobs_forward(const LogprobsArgs& args, int num_threads) {
   });
 }
 
-// Two numbers a row, c0 and c1, that turn exp(d_j) into the gradient but for the label's 1.
+// Two numbers a row, c0 and c1, that turn 2^d_j (softmax.hpp) into the gradient but for the label's
+// 1:
 //
 //   dL/dx_j = (1/t) [ a (1[j = y] - p_j) - b p_j (log p_j + H) ]
-//           = exp(d_j) (c0 + c1 d_j) + (a/t) 1[j = y]
-//   c1 = -b / (t sum)        c0 = -(a + b (H - log sum)) / (t sum)
+//           = 2^d_j (c0 + c1 d_j) + (a/t) 1[j = y]
+//   c0 = -(a + b (H - log sum)) / (t sum)        c1 = -b log(2) / (t sum)
 template <typename Real>
 struct RowGradient {
-  Real max, inverse_temperature, c0, c1;
+  Real max, scale, c0, c1;
 
   RowGradient(Real max_, Real sum, double a, double b, double entropy, double temperature)
-      : max(max_), inverse_temperature(static_cast<Real>(1.0 / temperature)) {
-    const double scale = -1.0 / (temperature * sum);
-    c0 = static_cast<Real>(scale * (a + b * (entropy - std::log(static_cast<double>(sum)))));
-    c1 = static_cast<Real>(scale * b);
+      : max(max_), scale(log2_scale<Real>(temperature)) {
+    const double share = -1.0 / (temperature * sum);
+    c0 = static_cast<Real>(share * (a + b * (entropy - std::log(static_cast<double>(sum)))));
+    c1 = static_cast<Real>(share * b * kLog2);
   }
 
-  // Where p = 0 the gradient is 0, not 0 * -inf.
+  // Where p = 0 the gradient is 0.
   PPO_FAST_INLINE Real operator()(Real x) const {
-    const Real d = (x - max) * inverse_temperature;
-    return exp_nonpositive(d) * madd(c1, d < kLowest<Real> ? Real(0) : d, c0);
+    const Real d = (x - max) * scale;
+    return exp2_nonpositive(d) * madd(c1, finite_weight(d), c0);
   }
 };
 

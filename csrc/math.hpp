@@ -38,45 +38,59 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kExpLowest = -87.3365447f;  // log of the smallest normal number
 constexpr float kExpHighest = 88.7228394f;  // log of the largest number
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLog2 = 0.6931471805599453;
 
-// 2^n for -126 <= n <= 127.
+// 2^n for -126 <= n <= 127, and 0 for n = -127.
 PPO_FAST_INLINE float power_of_two(std::int32_t n) {
   return bit_cast<float>((static_cast<std::uint32_t>(n) + 127u) << 23);
 }
 
-// x = n log 2 + r with |r| <= log(2) / 2.
+// The integer next to x, |x| < 2^22, as a float and as an int.
+struct Rounded {
+  float value;
+  std::int32_t n;
+};
+
+PPO_FAST_INLINE Rounded round_to_integer(float x) {
+  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: a sum with it has no places after the dot
+  const float shifted = x + kRounder;
+  const std::uint32_t n = bit_cast<std::uint32_t>(shifted) - bit_cast<std::uint32_t>(kRounder);
+  return {shifted - kRounder, static_cast<std::int32_t>(n)};
+}
+
+// 2^f - 1 for |f| <= 1/2: the one polynomial of all exponentials, exact to 3.3e-8 of the result.
+PPO_FAST_INLINE float exp2m1_polynomial(float f) {
+  float p = 1.535354822408408e-4f;
+  p = madd(p, f, 1.3398833107203245e-3f);
+  p = madd(p, f, 9.618435986340046e-3f);
+  p = madd(p, f, 5.5503327399492264e-2f);
+  p = madd(p, f, 0.24022647738456726f);
+  p = madd(p, f, 0.6931471824645996f);
+  return p * f;
+}
+
+// 2^x for x <= 0, which is all that a softmax needs; 0 below -126.5.
+PPO_FAST_INLINE float exp2_nonpositive(float x) {
+  const float clamped = x < -127.0f ? -127.0f : x;
+  const Rounded rounded = round_to_integer(clamped);
+  const float scale = power_of_two(rounded.n);
+  return madd(exp2m1_polynomial(clamped - rounded.value), scale, scale);
+}
+PPO_FAST_INLINE double exp2_nonpositive(double x) { return std::exp2(x); }
+
+// x = n log 2 + r with |r| <= log(2) / 2; f = r / log 2.
 struct Reduced {
   std::int32_t n;
-  float r;
+  float f;
 };
 
 PPO_FAST_INLINE Reduced reduce_by_log2(float x) {
-  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: a sum with it is rounded to an integer
-  const float shifted = madd(x, 1.44269504f, kRounder);
-  const float n = shifted - kRounder;
-  const std::uint32_t bits = bit_cast<std::uint32_t>(shifted) - bit_cast<std::uint32_t>(kRounder);
-  return {static_cast<std::int32_t>(bits),
-          madd(n, 2.12194440e-4f, madd(n, -0.693359375f, x))};  // log 2 in two parts
+  const Rounded rounded = round_to_integer(x * static_cast<float>(kLog2E));
+  const float n = rounded.value;
+  const float r = madd(n, 2.12194440e-4f, madd(n, -0.693359375f, x));  // log 2 in two parts
+  return {rounded.n, r * static_cast<float>(kLog2E)};
 }
-
-// exp(r) - 1 for |r| <= log(2) / 2.
-PPO_FAST_INLINE float expm1_polynomial(float r) {
-  float p = 1.3926213141530752e-3f;
-  p = madd(p, r, 8.363203145563602e-3f);
-  p = madd(p, r, 4.1666556149721146e-2f);
-  p = madd(p, r, 0.16666576266288757f);
-  p = madd(p, r, 0.5f);
-  return madd(r * r, p, r);
-}
-
-// exp(x) for x <= 0, which is all that a softmax needs.
-PPO_FAST_INLINE float exp_nonpositive(float x) {
-  const Reduced reduced = reduce_by_log2(x < kExpLowest ? kExpLowest : x);
-  const float scale = power_of_two(reduced.n);
-  const float result = madd(expm1_polynomial(reduced.r), scale, scale);
-  return x < kExpLowest ? 0.0f : result;
-}
-PPO_FAST_INLINE double exp_nonpositive(double x) { return std::exp(x); }
 
 PPO_FAST_INLINE float exp(float x) {
   const float above = x < kExpLowest ? kExpLowest : x;
@@ -84,7 +98,7 @@ PPO_FAST_INLINE float exp(float x) {
   const std::int32_t half = reduced.n / 2;  // 2^128 is no float: in two factors
   const float scale = power_of_two(half);
   const float result =
-      madd(expm1_polynomial(reduced.r), scale, scale) * power_of_two(reduced.n - half);
+      madd(exp2m1_polynomial(reduced.f), scale, scale) * power_of_two(reduced.n - half);
   return x < kExpLowest ? 0.0f : (x > kExpHighest ? kInfinity : result);
 }
 PPO_FAST_INLINE double exp(double x) { return std::exp(x); }
@@ -94,7 +108,7 @@ PPO_FAST_INLINE float expm1(float x) {
   const float above = x < kExpLowest ? kExpLowest : x;
   const Reduced reduced = reduce_by_log2(above > kHighest ? kHighest : above);
   const float scale = power_of_two(reduced.n);
-  const float result = madd(expm1_polynomial(reduced.r), scale, scale - 1.0f);
+  const float result = madd(exp2m1_polynomial(reduced.f), scale, scale - 1.0f);
   return x > kHighest ? exp(x) : result;
 }
 PPO_FAST_INLINE double expm1(double x) { return std::expm1(x); }

@@ -41,36 +41,43 @@ const Compute<T>* load_chunk(const T* x, std::int64_t count, Chunk<Compute<T>>* 
   return room->numbers;
 }
 
-// Below it exp is 0, and so is what it weights (where a product would be 0 * -inf).
-template <typename Real>
-constexpr Real kLowest = static_cast<Real>(sizeof(Real) == 4 ? kExpLowest : -745.2);
+// x where 2^x is not 0, else a finite number: 0 times it is 0, and not the NaN of 0 * -inf.
+PPO_FAST_INLINE float finite_weight(float x) { return x < -127.0f ? -127.0f : x; }
+PPO_FAST_INLINE double finite_weight(double x) { return x < -1100.0 ? -1100.0 : x; }
 
-// Running statistics of softmax(x / t) over a row: the maximum m of x, and with d = (x - m) / t
+// What softmax(x / t) multiplies distances from the maximum by, to have them as powers of two.
+template <typename Real>
+PPO_FAST_INLINE Real log2_scale(double temperature) {
+  return static_cast<Real>(kLog2E / temperature);
+}
+
+// Running statistics of softmax(x / t) over a row: the maximum m of x, and with
+// d = (x - m) log2(e) / t, so that exp((x - m) / t) = 2^d,
 //
-//   sum = sum_j exp(d_j)        weighted = sum_j exp(d_j) d_j
+//   sum = sum_j 2^d_j        weighted = sum_j 2^d_j d_j
 //
-// so that log p_j = d_j - log(sum) and the entropy is H = log(sum) - weighted / sum. Milakov and
-// Gimelshein 2018 (arXiv 1805.02867), algorithm 3, a chunk at a time. A row with NaN, +inf or
-// nothing but -inf ends with sum or m such that log p is NaN.
+// whence log p_j = d_j log(2) - log(sum) and the entropy H = log(sum) - log(2) weighted / sum.
+// Milakov and Gimelshein 2018 (arXiv 1805.02867), algorithm 3, a chunk at a time. For a row with
+// NaN, +inf or nothing but -inf, m or sum is such that log p is NaN.
 template <typename Real>
 struct SoftmaxSums {
   Real max = -std::numeric_limits<Real>::infinity();
   double sum = 0.0;
   double weighted = 0.0;
 
-  // `count`, a multiple of kLanes and at most kChunk, more numbers.
+  // `count`, a multiple of kLanes and at most kChunk, more numbers; scale = log2(e) / t.
   template <bool kWeighted>
-  void fold(const Real* x, std::int64_t count, Real inverse_temperature) {
-    rise_to(largest(x, count), inverse_temperature);
-    // While nothing but -inf was seen, any finite number will do: exp(-inf - 0) is 0.
+  void fold(const Real* x, std::int64_t count, Real scale) {
+    rise_to(largest(x, count), scale);
+    // While nothing but -inf was seen, any finite number will do: 2^(-inf - 0) is 0.
     const Real shift = max == -std::numeric_limits<Real>::infinity() ? Real(0) : max;
     Real sums[kLanes] = {}, weighteds[kLanes] = {};
     for (std::int64_t j = 0; j < count; j += kLanes) {
       for (std::int64_t k = 0; k < kLanes; ++k) {
-        const Real d = (x[j + k] - shift) * inverse_temperature;
-        const Real e = exp_nonpositive(d);
+        const Real d = (x[j + k] - shift) * scale;
+        const Real e = exp2_nonpositive(d);
         sums[k] += e;
-        if (kWeighted) weighteds[k] = madd(e, d < kLowest<Real> ? Real(0) : d, weighteds[k]);
+        if (kWeighted) weighteds[k] = madd(e, finite_weight(d), weighteds[k]);
       }
     }
     double chunk_sum = 0.0, chunk_weighted = 0.0;
@@ -83,7 +90,7 @@ struct SoftmaxSums {
   }
 
   double log_sum() const { return std::log(sum); }
-  double entropy() const { return log_sum() - weighted / sum; }
+  double entropy() const { return log_sum() - kLog2 * weighted / sum; }
 
  private:
   static Real largest(const Real* x, std::int64_t count) {
@@ -97,11 +104,11 @@ struct SoftmaxSums {
     return top;
   }
 
-  void rise_to(Real top, Real inverse_temperature) {
+  void rise_to(Real top, Real scale) {
     if (!(top > max)) return;
     if (max != -std::numeric_limits<Real>::infinity()) {
-      const double fall = (static_cast<double>(max) - top) * inverse_temperature;
-      const double factor = std::exp(fall);
+      const double fall = (static_cast<double>(max) - top) * scale;
+      const double factor = std::exp2(fall);
       weighted = factor == 0.0 ? 0.0 : factor * (weighted + fall * sum);
       sum *= factor;
     }

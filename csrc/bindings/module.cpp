@@ -51,4 +51,5 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
         "Use other kernels from now on: for tests, and to compare results between machines.");
   bind_gae(m);
   bind_logprobs(m);
+  bind_memory(m);
 }

@@ -34,3 +34,13 @@ def vouched_or_none(
 def address(tensor: Tensor | None) -> int:
     """Where the elements start; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """``torch.empty`` on the CPU, in large pages where it is large."""
+    tensor = torch.empty(shape, dtype=dtype)
+    if tensor.nbytes >= 2**22:
+        from ppo_fast import _C
+
+        _C.prefer_huge_pages(start=tensor.data_ptr(), num_bytes=tensor.nbytes)
+    return tensor

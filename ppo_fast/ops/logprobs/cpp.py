@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppo_fast.ops.launch import DTYPE_CODES, address, vouched, vouched_or_none
+from ppo_fast.ops.launch import DTYPE_CODES, address, empty, vouched, vouched_or_none
 
 
 def logprobs_forward(
@@ -51,7 +51,7 @@ def logprobs_backward(
     lead = tuple(logits.shape[:-1])
     labels = vouched("labels", labels, lead, torch.int64)
     mask = vouched_or_none("mask", mask, lead, torch.bool)
-    grad_logits = torch.empty(logits.shape, dtype=logits.dtype)
+    grad_logits = empty(tuple(logits.shape), logits.dtype)
     logits, layout = _rows(logits)
     work = torch.float64 if logits.dtype == torch.float64 else torch.float32
     stats = vouched("stats", stats, (*lead, 2), work)

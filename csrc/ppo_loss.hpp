@@ -1,0 +1,260 @@
+// The clipped policy objective with its KL term and entropy bonus.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "dtype.hpp"
+#include "kl_estimate.hpp"
+#include "math.hpp"
+#include "parallel.hpp"
+#include "reduce.hpp"
+
+namespace ppo_fast {
+
+// In the order of Aggregation in ppo_fast/ops/ppo_loss/api.py.
+enum class Aggregation : int { token_mean, seq_mean_token_mean, seq_mean_token_sum };
+
+// B sequences of T tokens; Real is float or double, by `dtype`. Matrices are [B, T], contiguous.
+struct PpoLossArgs {
+  Dtype dtype;
+  const void* logprobs;      // Real
+  const void* old_logprobs;  // Real
+  const void* advantages;    // Real
+  const bool* mask;          // true: the token counts
+  const void* entropy;       // Real, or null
+  const void* ref_logprobs;  // Real, or null
+  double clip_low;
+  double clip_high;
+  double dual_clip;  // infinity: none
+  double kl_coef;    // above 0 only with ref_logprobs
+  KlEstimator kl_estimator;
+  double entropy_coef;  // other than 0 only with entropy
+  Aggregation aggregation;
+  double normalizer;    // 0: the tokens (or sequences) of this call, at least 1
+  void* loss;           // out, Real [1]
+  float* stats;         // out, float [PpoStats::size]
+  void* grad_logprobs;  // out, Real, dL/dlogprobs; or null: not wanted
+  void* grad_entropy;   // out, Real, dL/dentropy; or null: not wanted
+  std::int64_t num_rows;
+  std::int64_t num_steps;
+};
+
+namespace PPO_FAST_ISA {
+
+// Sums, then one minimum, then maxima, of the valid tokens of a row or of more.
+struct PpoStats {
+  // In the order of PPO_STATS in ppo_fast/ops/stats.py.
+  enum {
+    tokens, policy_loss, kl_loss, ref_kl, entropy, approx_kl, approx_kl_k3, clipped_high,
+    clipped_low, dual_clipped, ratio, ratio_min, ratio_max, max_log_ratio, size
+  };
+  double at[size] = {};
+
+  PpoStats() {
+    at[ratio_min] = std::numeric_limits<double>::infinity();
+    at[ratio_max] = at[max_log_ratio] = -std::numeric_limits<double>::infinity();
+  }
+  void merge(const PpoStats& other) {
+    for (int i = 0; i < ratio_min; ++i) at[i] += other.at[i];
+    at[ratio_min] = smaller(other.at[ratio_min], at[ratio_min]);
+    for (int i = ratio_max; i < size; ++i) at[i] = larger(other.at[i], at[i]);
+  }
+};
+
+// Where r is clipped, and the logs of that, each taken once.
+template <typename Real>
+struct PpoBounds {
+  Real low, high, dual, log_low, log_high, log_dual;
+
+  explicit PpoBounds(const PpoLossArgs& args)
+      : low(static_cast<Real>(1.0 - args.clip_low)),
+        high(static_cast<Real>(1.0 + args.clip_high)),
+        dual(static_cast<Real>(args.dual_clip)),
+        log_low(static_cast<Real>(std::log1p(-args.clip_low))),
+        log_high(static_cast<Real>(std::log1p(args.clip_high))),
+        log_dual(static_cast<Real>(std::log(args.dual_clip))) {}
+};
+
+// What the tokens of a block contribute, each 0 where it is masked.
+template <typename Real>
+struct PpoBlock {
+  Real log_ratio[kBlock], ratio[kBlock], k3[kBlock], policy_loss[kBlock], slope[kBlock];
+  Real log_ref_ratio[kBlock], kl[kBlock], kl_slope[kBlock], entropy[kBlock];
+};
+
+// The policy term of `count` tokens from `first` on, and of it the counts of clipped ones.
+template <typename Real>
+void policy_terms(const PpoLossArgs& args, PpoBounds<Real> bounds, std::int64_t first,
+                  std::int64_t count, PpoBlock<Real>* block, PpoStats* stats) {
+  const auto* logprobs = static_cast<const Real*>(args.logprobs) + first;
+  const auto* old_logprobs = static_cast<const Real*>(args.old_logprobs) + first;
+  const auto* advantages = static_cast<const Real*>(args.advantages) + first;
+  const bool* mask = args.mask + first;
+  std::int32_t clipped_high = 0, clipped_low = 0, dual_clipped = 0;
+  for (std::int64_t j = 0; j < count; ++j) {
+    const bool valid = mask[j];
+    const Real difference = logprobs[j] - old_logprobs[j], advantage = advantages[j];
+    const Real log_ratio = valid ? difference : Real(0);  // before exp: 0 * inf would be NaN
+    const Real a = valid ? advantage : Real(0);
+    const Real ratio = exp(log_ratio);
+    const bool below = log_ratio < bounds.log_low;
+    const bool above = log_ratio > bounds.log_high;
+    const bool beyond = log_ratio > bounds.log_dual;
+    const Real gain = above ? bounds.high : ratio;
+    const Real harm = below ? bounds.low : (beyond ? bounds.dual : ratio);
+    const Real loss = -a * (a >= Real(0) ? gain : harm);
+    // Asked like this, a NaN has no slope, as under torch.clamp.
+    const bool within = (log_ratio >= bounds.log_low) & (log_ratio <= bounds.log_dual);
+    const bool active = a >= Real(0) ? log_ratio <= bounds.log_high : within;
+    block->log_ratio[j] = log_ratio;
+    block->ratio[j] = valid ? ratio : Real(0);
+    block->k3[j] = expm1(log_ratio) - log_ratio;
+    block->policy_loss[j] = loss;
+    block->slope[j] = active ? loss : Real(0);
+    clipped_high += (a > Real(0)) & above;
+    clipped_low += (a < Real(0)) & below;
+    dual_clipped += (a < Real(0)) & beyond;
+  }
+  stats->at[PpoStats::clipped_high] += clipped_high;
+  stats->at[PpoStats::clipped_low] += clipped_low;
+  stats->at[PpoStats::dual_clipped] += dual_clipped;
+}
+
+template <typename Real>
+void kl_terms(const PpoLossArgs& args, std::int64_t first, std::int64_t count,
+              PpoBlock<Real>* block) {
+  const auto* logprobs = static_cast<const Real*>(args.logprobs) + first;
+  const auto* ref_logprobs = static_cast<const Real*>(args.ref_logprobs) + first;
+  const bool* mask = args.mask + first;
+  with_estimator(args.kl_estimator, [&](auto estimator) {
+    for (std::int64_t j = 0; j < count; ++j) {
+      const Real difference = logprobs[j] - ref_logprobs[j];
+      const Real d = mask[j] ? difference : Real(0);
+      const KlTerm<Real> term = kl_term<decltype(estimator)::value>(d);
+      block->log_ref_ratio[j] = d;
+      block->kl[j] = term.value;
+      block->kl_slope[j] = term.slope;
+    }
+  });
+  if (args.kl_coef == 0.0) return;  // a metric only, which may be inf
+  const Real coef = static_cast<Real>(args.kl_coef);
+  for (std::int64_t j = 0; j < count; ++j) block->slope[j] += coef * block->kl_slope[j];
+}
+
+// The two numbers a token that the gradient of the head needs.
+template <typename Real>
+void write_gradients(const PpoLossArgs& args, std::int64_t first, std::int64_t count, double weight,
+                     const PpoBlock<Real>& block) {
+  const bool* mask = args.mask + first;
+  if (args.grad_logprobs != nullptr) {
+    auto* grad = static_cast<Real*>(args.grad_logprobs) + first;
+    const Real scale = static_cast<Real>(weight);
+    for (std::int64_t j = 0; j < count; ++j) {
+      const Real product = block.slope[j] * scale;
+      grad[j] = mask[j] ? product : Real(0);
+    }
+  }
+  if (args.grad_entropy != nullptr) {
+    auto* grad = static_cast<Real*>(args.grad_entropy) + first;
+    const Real bonus = static_cast<Real>(-args.entropy_coef * weight);
+    for (std::int64_t j = 0; j < count; ++j) grad[j] = mask[j] ? bonus : Real(0);
+  }
+}
+
+// Statistics and gradients of row i; `weight` is what one of its tokens counts in the loss.
+template <typename Real>
+PpoStats ppo_row(const PpoLossArgs& args, const PpoBounds<Real>& bounds, std::int64_t i,
+                 double weight) {
+  PpoStats stats;
+  Extrema<Real> log_ratios;
+  PpoBlock<Real> block;
+  for_blocks(args.num_steps, [&](std::int64_t start, std::int64_t count) {
+    const std::int64_t first = i * args.num_steps + start;
+    policy_terms(args, bounds, first, count, &block, &stats);
+    stats.at[PpoStats::policy_loss] += sum(block.policy_loss, count);
+    stats.at[PpoStats::approx_kl] -= sum(block.log_ratio, count);
+    stats.at[PpoStats::approx_kl_k3] += sum(block.k3, count);
+    stats.at[PpoStats::ratio] += sum(block.ratio, count);
+    log_ratios.fold(block.log_ratio, args.mask + first, count);
+    if (args.ref_logprobs != nullptr) {
+      kl_terms(args, first, count, &block);
+      stats.at[PpoStats::kl_loss] += sum(block.kl, count);
+      stats.at[PpoStats::ref_kl] += sum(block.log_ref_ratio, count);
+    }
+    if (args.entropy != nullptr) {
+      const auto* entropy = static_cast<const Real*>(args.entropy) + first;
+      for (std::int64_t j = 0; j < count; ++j) {
+        const Real h = entropy[j];
+        block.entropy[j] = args.mask[first + j] ? h : Real(0);
+      }
+      stats.at[PpoStats::entropy] += sum(block.entropy, count);
+    }
+    write_gradients(args, first, count, weight, block);
+  });
+  stats.at[PpoStats::tokens] = static_cast<double>(
+      count_true(args.mask + i * args.num_steps, args.num_steps));
+  if (stats.at[PpoStats::tokens] > 0.0) {
+    stats.at[PpoStats::ratio_min] = exp(log_ratios.low);
+    stats.at[PpoStats::ratio_max] = exp(log_ratios.high);
+    stats.at[PpoStats::max_log_ratio] = larger(-log_ratios.low, log_ratios.high);
+  }
+  return stats;
+}
+
+// Per valid token, with log r = logprobs - old_logprobs, A the advantage, d = logprobs - ref:
+//
+//   policy = -A min(r, 1 + high)                      A >= 0, Schulman et al. 2017, eq. 7
+//   policy = -A max(r, 1 - low)                       A < 0
+//   policy = -A min(max(r, 1 - low), dual_clip)       A < 0 with dual clip, Ye et al. 2020, eq. 5
+//   L      = sum_t w_t (policy + kl_coef KL(d) - entropy_coef H)
+//   dL/dlogprobs = w_t ([r not clipped] (-r A) + kl_coef KL'(d))      dL/dH = -entropy_coef w_t
+//
+// (https://arxiv.org/abs/1707.06347, https://arxiv.org/abs/1912.09729), with w_t one over the
+// normalizer, and over the row's tokens too where the loss is a mean of token means. Clipping is
+// decided on log r. Saved for backward: the two gradients, which one multiplication with the
+// upstream gradient turns into those of the inputs. Bytes moved a token in float32: 13, 4 each for
+// entropy, ref_logprobs and the gradients wanted.
+//
+// The sums of rows are merged in the order of the rows: the bits do not depend on num_threads.
+inline void ppo_loss(const PpoLossArgs& args, int num_threads) {
+  const auto num_rows = static_cast<std::size_t>(args.num_rows);
+  const bool mean_of_means = args.aggregation == Aggregation::seq_mean_token_mean;
+  std::vector<double> row_weights(num_rows);
+  double count = 0.0;
+  for (std::int64_t i = 0; i < args.num_rows; ++i) {
+    const auto tokens = static_cast<double>(
+        count_true(args.mask + i * args.num_steps, args.num_steps));
+    row_weights[i] = mean_of_means ? 1.0 / std::max(tokens, 1.0) : 1.0;
+    count += mean_of_means ? (tokens > 0.0) : tokens;
+  }
+  const double normalizer = args.normalizer != 0.0 ? args.normalizer : std::max(count, 1.0);
+
+  std::vector<PpoStats> rows(num_rows);
+  with_real(args.dtype, [&](auto* type) {
+    using Real = std::remove_pointer_t<decltype(type)>;
+    const PpoBounds<Real> bounds(args);
+    parallel_for(args.num_rows, 3 * args.num_steps, num_threads, [&](std::int64_t i) {
+      rows[i] = ppo_row<Real>(args, bounds, i, row_weights[i] / normalizer);
+    });
+    double loss = 0.0;
+    for (std::size_t i = 0; i < num_rows; ++i) {
+      const auto& row = rows[i].at;
+      double row_loss = row[PpoStats::policy_loss];
+      if (args.kl_coef != 0.0) row_loss += args.kl_coef * row[PpoStats::kl_loss];
+      if (args.entropy_coef != 0.0) row_loss -= args.entropy_coef * row[PpoStats::entropy];
+      loss += row_weights[i] * row_loss;
+    }
+    *static_cast<Real*>(args.loss) = static_cast<Real>(loss / normalizer);
+  });
+  PpoStats stats;
+  for (const PpoStats& row : rows) stats.merge(row);
+  for (int i = 0; i < PpoStats::size; ++i) args.stats[i] = static_cast<float>(stats.at[i]);
+}
+
+}  // namespace PPO_FAST_ISA
+}  // namespace ppo_fast
