@@ -19,7 +19,7 @@ struct KlEstimateArgs {
   Dtype dtype;
   const void* logprobs;      // Real [N]
   const void* ref_logprobs;  // Real [N]
-  const bool* mask;          // [N], or null: all tokens count
+  const std::uint8_t* mask;          // [N], or null: all tokens count
   KlEstimator estimator;
   void* estimate;  // out, Real [N]
   void* slope;     // out, Real [N]: the derivative in logprobs; or null: not wanted
@@ -78,7 +78,7 @@ template <KlEstimator kEstimator, typename Real, bool kMasked, bool kSloped>
 void kl_tokens(const KlEstimateArgs& args, std::int64_t first, std::int64_t count) {
   const auto* logprobs = static_cast<const Real*>(args.logprobs) + first;
   const auto* ref_logprobs = static_cast<const Real*>(args.ref_logprobs) + first;
-  const bool* mask = kMasked ? args.mask + first : nullptr;
+  const std::uint8_t* mask = kMasked ? args.mask + first : nullptr;
   auto* estimate = static_cast<Real*>(args.estimate) + first;
   auto* slope = kSloped ? static_cast<Real*>(args.slope) + first : nullptr;
   for (std::int64_t j = 0; j < count; ++j) {

@@ -25,7 +25,7 @@ struct PpoLossArgs {
   const void* logprobs;      // Real
   const void* old_logprobs;  // Real
   const void* advantages;    // Real
-  const bool* mask;          // true: the token counts
+  const std::uint8_t* mask;          // true: the token counts
   const void* entropy;       // Real, or null
   const void* ref_logprobs;  // Real, or null
   double clip_low;
@@ -66,7 +66,7 @@ struct PpoStats {
   }
 };
 
-// Where r is clipped, and the logs of that, each taken once.
+// Where r is clipped, and log r there, taken once.
 template <typename Real>
 struct PpoBounds {
   Real low, high, dual, log_low, log_high, log_dual;
@@ -83,46 +83,55 @@ struct PpoBounds {
 // What the tokens of a block contribute, each 0 where it is masked.
 template <typename Real>
 struct PpoBlock {
-  Real log_ratio[kBlock], ratio[kBlock], k3[kBlock], policy_loss[kBlock], slope[kBlock];
-  Real log_ref_ratio[kBlock], kl[kBlock], kl_slope[kBlock], entropy[kBlock];
+  Real advantage[kBlock], log_ratio[kBlock], ratio[kBlock], k3[kBlock], policy_loss[kBlock];
+  Real log_ref_ratio[kBlock], kl[kBlock], kl_slope[kBlock], entropy[kBlock], slope[kBlock];
 };
 
-// The policy term of `count` tokens from `first` on, and of it the counts of clipped ones.
+// The policy term of `count` tokens from `first` on.
 template <typename Real>
 void policy_terms(const PpoLossArgs& args, PpoBounds<Real> bounds, std::int64_t first,
-                  std::int64_t count, PpoBlock<Real>* block, PpoStats* stats) {
+                  std::int64_t count, PpoBlock<Real>* block) {
   const auto* logprobs = static_cast<const Real*>(args.logprobs) + first;
   const auto* old_logprobs = static_cast<const Real*>(args.old_logprobs) + first;
   const auto* advantages = static_cast<const Real*>(args.advantages) + first;
-  const bool* mask = args.mask + first;
-  std::int32_t clipped_high = 0, clipped_low = 0, dual_clipped = 0;
+  const std::uint8_t* mask = args.mask + first;
+  constexpr Real kLowest = -std::numeric_limits<Real>::infinity();
   for (std::int64_t j = 0; j < count; ++j) {
     const bool valid = mask[j];
     const Real difference = logprobs[j] - old_logprobs[j], advantage = advantages[j];
     const Real log_ratio = valid ? difference : Real(0);  // before exp: 0 * inf would be NaN
     const Real a = valid ? advantage : Real(0);
     const Real ratio = exp(log_ratio);
-    const bool below = log_ratio < bounds.log_low;
-    const bool above = log_ratio > bounds.log_high;
-    const bool beyond = log_ratio > bounds.log_dual;
-    const Real gain = above ? bounds.high : ratio;
-    const Real harm = below ? bounds.low : (beyond ? bounds.dual : ratio);
-    const Real loss = -a * (a >= Real(0) ? gain : harm);
+    const bool gains = a >= Real(0);
+    const Real log_floor = gains ? kLowest : bounds.log_low;
+    const Real log_ceiling = gains ? bounds.log_high : bounds.log_dual;
+    const Real ceiling = gains ? bounds.high : bounds.dual;
+    const Real capped = log_ratio > log_ceiling ? ceiling : ratio;
+    const Real loss = -a * (log_ratio < log_floor ? bounds.low : capped);
     // Asked like this, a NaN has no slope, as under torch.clamp.
-    const bool within = (log_ratio >= bounds.log_low) & (log_ratio <= bounds.log_dual);
-    const bool active = a >= Real(0) ? log_ratio <= bounds.log_high : within;
+    const bool active = (log_ratio >= log_floor) & (log_ratio <= log_ceiling);
+    block->advantage[j] = a;
     block->log_ratio[j] = log_ratio;
     block->ratio[j] = valid ? ratio : Real(0);
     block->k3[j] = expm1(log_ratio) - log_ratio;
     block->policy_loss[j] = loss;
     block->slope[j] = active ? loss : Real(0);
-    clipped_high += (a > Real(0)) & above;
-    clipped_low += (a < Real(0)) & below;
-    dual_clipped += (a < Real(0)) & beyond;
   }
-  stats->at[PpoStats::clipped_high] += clipped_high;
-  stats->at[PpoStats::clipped_low] += clipped_low;
-  stats->at[PpoStats::dual_clipped] += dual_clipped;
+}
+
+template <typename Real>
+void count_clipped(const PpoBlock<Real>& block, PpoBounds<Real> bounds, std::int64_t count,
+                   PpoStats* stats) {
+  std::int32_t high = 0, low = 0, dual = 0;
+  for (std::int64_t j = 0; j < count; ++j) {
+    const Real a = block.advantage[j], log_ratio = block.log_ratio[j];
+    high += (a > Real(0)) & (log_ratio > bounds.log_high);
+    low += (a < Real(0)) & (log_ratio < bounds.log_low);
+    dual += (a < Real(0)) & (log_ratio > bounds.log_dual);
+  }
+  stats->at[PpoStats::clipped_high] += high;
+  stats->at[PpoStats::clipped_low] += low;
+  stats->at[PpoStats::dual_clipped] += dual;
 }
 
 template <typename Real>
@@ -130,7 +139,7 @@ void kl_terms(const PpoLossArgs& args, std::int64_t first, std::int64_t count,
               PpoBlock<Real>* block) {
   const auto* logprobs = static_cast<const Real*>(args.logprobs) + first;
   const auto* ref_logprobs = static_cast<const Real*>(args.ref_logprobs) + first;
-  const bool* mask = args.mask + first;
+  const std::uint8_t* mask = args.mask + first;
   with_estimator(args.kl_estimator, [&](auto estimator) {
     for (std::int64_t j = 0; j < count; ++j) {
       const Real difference = logprobs[j] - ref_logprobs[j];
@@ -150,7 +159,7 @@ void kl_terms(const PpoLossArgs& args, std::int64_t first, std::int64_t count,
 template <typename Real>
 void write_gradients(const PpoLossArgs& args, std::int64_t first, std::int64_t count, double weight,
                      const PpoBlock<Real>& block) {
-  const bool* mask = args.mask + first;
+  const std::uint8_t* mask = args.mask + first;
   if (args.grad_logprobs != nullptr) {
     auto* grad = static_cast<Real*>(args.grad_logprobs) + first;
     const Real scale = static_cast<Real>(weight);
@@ -175,7 +184,8 @@ PpoStats ppo_row(const PpoLossArgs& args, const PpoBounds<Real>& bounds, std::in
   PpoBlock<Real> block;
   for_blocks(args.num_steps, [&](std::int64_t start, std::int64_t count) {
     const std::int64_t first = i * args.num_steps + start;
-    policy_terms(args, bounds, first, count, &block, &stats);
+    policy_terms(args, bounds, first, count, &block);
+    count_clipped(block, bounds, count, &stats);
     stats.at[PpoStats::policy_loss] += sum(block.policy_loss, count);
     stats.at[PpoStats::approx_kl] -= sum(block.log_ratio, count);
     stats.at[PpoStats::approx_kl_k3] += sum(block.k3, count);

@@ -39,7 +39,7 @@ double sum(const Real* x, std::int64_t count) {
   return total;
 }
 
-inline std::int64_t count_true(const bool* mask, std::int64_t count) {
+inline std::int64_t count_true(const std::uint8_t* mask, std::int64_t count) {
   std::int64_t total = 0;
   for (std::int64_t j = 0; j < count; ++j) total += mask[j];
   return total;
@@ -62,7 +62,7 @@ struct Extrema {
   Real high = -std::numeric_limits<Real>::infinity();
 
   // Of these too, where mask says that they count.
-  void fold(const Real* x, const bool* mask, std::int64_t count) {
+  void fold(const Real* x, const std::uint8_t* mask, std::int64_t count) {
     constexpr std::int64_t kAccumulators = 16;
     constexpr Real kInf = std::numeric_limits<Real>::infinity();
     Real lows[kAccumulators], highs[kAccumulators];

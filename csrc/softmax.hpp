@@ -41,6 +41,12 @@ const Compute<T>* load_chunk(const T* x, std::int64_t count, Chunk<Compute<T>>* 
   return room->numbers;
 }
 
+PPO_FAST_INLINE void prefetch([[maybe_unused]] const void* address) {
+#if defined(__GNUC__) || defined(__clang__)
+  __builtin_prefetch(address);
+#endif
+}
+
 // x where 2^x is not 0, else a finite number: 0 times it is 0, and not the NaN of 0 * -inf.
 PPO_FAST_INLINE float finite_weight(float x) { return x < -127.0f ? -127.0f : x; }
 PPO_FAST_INLINE double finite_weight(double x) { return x < -1100.0 ? -1100.0 : x; }
@@ -73,6 +79,8 @@ struct SoftmaxSums {
     const Real shift = max == -std::numeric_limits<Real>::infinity() ? Real(0) : max;
     Real sums[kLanes] = {}, weighteds[kLanes] = {};
     for (std::int64_t j = 0; j < count; j += kLanes) {
+      // The next chunk comes from memory while this one is computed.
+      for (std::int64_t k = 0; k < kLanes; k += 64 / sizeof(Real)) prefetch(x + j + k + kChunk);
       for (std::int64_t k = 0; k < kLanes; ++k) {
         const Real d = (x[j + k] - shift) * scale;
         const Real e = exp2_nonpositive(d);
