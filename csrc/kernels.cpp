@@ -13,6 +13,9 @@ const Kernels PPO_FAST_TABLE(PPO_FAST_ISA) = {
     PPO_FAST_ISA::gae,
     PPO_FAST_ISA::logprobs_forward,
     PPO_FAST_ISA::logprobs_backward,
+    PPO_FAST_ISA::fold_tile,
+    PPO_FAST_ISA::finish_rows,
+    PPO_FAST_ISA::tile_gradient,
 };
 
 }  // namespace ppo_fast

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gae.hpp"
+#include "linear_logprobs.hpp"
 #include "logprobs.hpp"
 
 namespace ppo_fast {
@@ -11,6 +12,9 @@ struct Kernels {
   void (*gae)(const GaeArgs&, int num_threads);
   void (*logprobs_forward)(const LogprobsArgs&, int num_threads);
   void (*logprobs_backward)(const LogprobsBackwardArgs&, int num_threads);
+  void (*fold_tile)(const FoldArgs&, int num_threads);
+  void (*finish_rows)(const FinishArgs&);
+  void (*tile_gradient)(const TileGradientArgs&, int num_threads);
 };
 
 // x86-64: the instructions that every such processor has. aarch64: NEON, which every one has.

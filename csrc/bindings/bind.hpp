@@ -35,6 +35,7 @@ inline void check(std::initializer_list<std::int64_t> sizes, int num_threads,
 }
 
 void bind_gae(py::module_& m);
+void bind_linear_logprobs(py::module_& m);
 void bind_logprobs(py::module_& m);
 void bind_memory(py::module_& m);
 

@@ -19,7 +19,7 @@ Impl = Literal["auto", "reference", "cpp", "triton"]
 # Every op has a reference; these are the compiled implementations that exist beside it.
 COMPILED: dict[str, tuple[Impl, ...]] = {
     "logprobs_from_logits": ("cpp",),
-    "linear_logprobs": (),
+    "linear_logprobs": ("cpp",),
     "gae": ("cpp",),
     "kl_estimate": (),
     "ppo_loss": (),

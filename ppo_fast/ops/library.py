@@ -66,3 +66,53 @@ logprobs_backward_cpp = _define(
     "logprobs/logprobs_backward",
     lambda logits, *_: logits.new_empty(logits.shape),
 )
+
+
+def _linear_logprobs_forward_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    with_entropy: bool,
+    budget_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_rows, dtype = hidden.shape[0], _computed_in(
+        torch.promote_types(hidden.dtype, weight.dtype)
+    )
+    kept = torch.sym_min(num_rows * weight.shape[0], budget_bytes // dtype.itemsize)
+    shapes = ((num_rows,), (num_rows if with_entropy else 0,), (num_rows, 2), (kept,))
+    return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)  # type: ignore[return-value]
+
+
+linear_logprobs_forward_cpp = _define(
+    "linear_logprobs_forward_cpp(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
+    "Tensor? mask, float temperature, float logit_scale, float? softcap, bool with_entropy, "
+    "int budget_bytes) -> (Tensor logprobs, Tensor entropy, Tensor stats, Tensor kept)",
+    "linear_logprobs/linear_logprobs_forward",
+    _linear_logprobs_forward_fake,
+)
+
+
+def _linear_logprobs_backward_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs: list[bool] = rest[-1]
+    return (
+        hidden.new_empty(hidden.shape if needs[0] else (0,)),
+        weight.new_empty(weight.shape if needs[1] else (0,)),
+        (weight if bias is None else bias).new_empty(weight.shape[:1] if needs[2] else (0,)),
+    )
+
+
+linear_logprobs_backward_cpp = _define(
+    "linear_logprobs_backward_cpp(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
+    "Tensor? mask, float temperature, float logit_scale, float? softcap, Tensor entropy, "
+    "Tensor stats, Tensor kept, Tensor? grad_logprobs, Tensor? grad_entropy, bool drop_zero_rows, "
+    "bool[3] needs_grad) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    "linear_logprobs/linear_logprobs_backward",
+    _linear_logprobs_backward_fake,
+)

@@ -1,11 +1,15 @@
-"""``linear_logprobs``: validation and dispatch."""
+"""``linear_logprobs``: validation, dispatch and autograd."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from ppo_fast.ops import library
 from ppo_fast.ops.dispatch import Impl, choose
 from ppo_fast.ops.linear_logprobs import reference
 from ppo_fast.ops.logprobs import TokenLogprobs
@@ -31,6 +35,7 @@ def linear_logprobs(
     softcap: float | None = None,
     entropy: bool = True,
     logits_budget_bytes: int = 2**28,
+    drop_zero_rows: bool = True,
     impl: Impl = "auto",
 ) -> TokenLogprobs:
     """``logprobs_from_logits`` of an LM head's logits, from the hidden states and its weight.
@@ -62,6 +67,9 @@ def linear_logprobs(
         logits_budget_bytes: memory for logits, at least 0. Tiled implementations keep tiles within
             it for the backward and recompute the rest. The reference ignores it: it makes the whole
             [..., V].
+        drop_zero_rows: whether the backward's products leave out rows whose two upstream gradients
+            are both 0, as those of clipped tokens are. Tiled implementations on the CPU; on CUDA
+            finding them would wait for the device, and the reference ignores it.
         impl: "auto", "reference", or a compiled implementation (ppo_fast.ops.dispatch).
 
     Returns:
@@ -78,7 +86,25 @@ def linear_logprobs(
     check_temperature(temperature)
     _check_numbers(logit_scale, softcap, logits_budget_bytes)
     check_labels_in_range(labels, weight.shape[0], mask)
-    choose("linear_logprobs", impl, hidden.device)
+    chosen = choose("linear_logprobs", impl, hidden.device).impl
+    if chosen == "cpp":
+        lead, with_entropy = labels.shape, entropy
+        operands = [x for x in (hidden, weight, bias) if x is not None]
+        keep = torch.is_grad_enabled() and any(x.requires_grad for x in operands)
+        logprobs, entropies, _, _ = _LinearLogprobs.apply(
+            hidden.reshape(-1, hidden.shape[-1]),
+            weight,
+            bias,
+            labels.reshape(-1),
+            mask.reshape(-1) if mask is not None else None,
+            temperature,
+            logit_scale,
+            softcap,
+            with_entropy,
+            logits_budget_bytes if keep else 0,
+            drop_zero_rows,
+        )
+        return TokenLogprobs(logprobs.view(lead), entropies.view(lead) if with_entropy else None)
     return reference.linear_logprobs(
         hidden,
         weight,
@@ -90,6 +116,51 @@ def linear_logprobs(
         softcap=softcap,
         entropy=entropy,
     )
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    """Saves the operands, three numbers a token, and the tiles that the budget allows."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return library.linear_logprobs_forward_cpp(*inputs[:-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        hidden, weight, bias, labels, mask, *numbers, with_entropy, _, ctx.drop_zero_rows = inputs
+        ctx.numbers = numbers
+        _, entropy, stats, kept = output
+        constant = (stats, kept) if with_entropy else (entropy, stats, kept)
+        ctx.mark_non_differentiable(*constant)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, weight, bias, labels, mask, entropy, stats, kept)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        if grad_logprobs is None and grad_entropy is None:
+            return (None,) * 11
+        *operands, labels, mask, entropy, stats, kept = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:3])
+        grads = library.linear_logprobs_backward_cpp(
+            *operands,
+            labels,
+            mask,
+            *ctx.numbers,
+            entropy,
+            stats,
+            kept,
+            grad_logprobs,
+            grad_entropy,
+            ctx.drop_zero_rows,
+            needs,
+        )
+        return (
+            *(grad if need else None for grad, need in zip(grads, needs, strict=True)),
+            *(None,) * 8,
+        )
 
 
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

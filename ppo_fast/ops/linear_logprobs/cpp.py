@@ -1,0 +1,279 @@
+"""``linear_logprobs`` on the CPU: products by the BLAS, a tile of the vocabulary at a time, and
+between them the kernels of csrc/linear_logprobs.hpp.
+
+A tile is the logits [n, columns] of all n rows that count. Going over the vocabulary and not over
+the tokens reads each slice of the weight once a product, and writes each slice of its gradient once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppo_fast.ops.launch import DTYPE_CODES, address, empty, vouched, vouched_or_none
+
+# What the last-level cache holds between the product that writes a tile and the kernel that reads
+# it, and enough columns for the BLAS to reach its speed.
+_TILE_BYTES, _MIN_COLUMNS = 2**23, 256
+
+
+class _Head(NamedTuple):
+    """An LM head and what follows it."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    scale: float
+    softcap: float  # 0: none
+    temperature: float
+    work: torch.dtype  # of logits and of all arithmetic
+
+    def rows(self, first: int, columns: int) -> Tensor:
+        """The weight of a tile, [columns, D]."""
+        return self.weight[first : first + columns].to(self.work)
+
+    def describe(self, first: int, logits: Tensor) -> dict[str, int | float]:
+        """What the kernels are told of the tile that starts at token ``first``."""
+        num_rows, width = logits.shape
+        return {
+            "dtype": DTYPE_CODES[self.work],
+            "num_rows": num_rows,
+            "width": width,
+            "first_token": first,
+            "bias": 0 if self.bias is None else address(self.bias[first:]),
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "temperature": self.temperature,
+            "num_threads": torch.get_num_threads(),
+        }
+
+
+class _Tiles:
+    """The tiles of n rows. The first ones, as many as ``kept`` [K] holds, stay there for the
+    backward; the others share one scratch tile."""
+
+    def __init__(self, vocab_size: int, num_rows: int, kept: Tensor) -> None:
+        self.vocab_size, self.num_rows, self.kept = vocab_size, num_rows, kept
+        columns = _TILE_BYTES // (max(num_rows, 1) * kept.dtype.itemsize)
+        self.columns = min(max(columns, _MIN_COLUMNS), vocab_size)
+        self._scratch: Tensor | None = None
+
+    def __iter__(self) -> Iterator[tuple[int, int, Tensor | None]]:
+        """First token, columns, and the tile's place in ``kept`` (None: it is not kept)."""
+        for first in range(0, self.vocab_size, self.columns):
+            columns = min(self.columns, self.vocab_size - first)
+            start, end = self.num_rows * first, self.num_rows * (first + columns)
+            fits = end <= self.kept.numel()
+            place = self.kept[start:end].view(self.num_rows, columns) if fits else None
+            yield first, columns, place
+
+    def scratch(self, num_rows: int, columns: int) -> Tensor:
+        """[num_rows, columns] to write in; the next call gives the same memory."""
+        if self._scratch is None:
+            self._scratch = empty((self.num_rows * self.columns,), self.kept.dtype)
+        return self._scratch[: num_rows * columns].view(num_rows, columns)
+
+
+@torch.no_grad()
+@torch.autocast("cpu", enabled=False)  # it would compute the products in half precision
+def linear_logprobs_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    with_entropy: bool,
+    budget_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs [N], entropies [N] (an empty tensor without ``with_entropy``), the statistics
+    [N, 2] and the kept tiles, at most ``budget_bytes``, that backward needs."""
+    from ppo_fast import _C
+
+    head = _vouched_head(hidden, weight, bias, logit_scale, softcap, temperature)
+    rows, hidden, labels = _counting_rows(hidden, labels, mask, head.work)
+    num_rows, n, vocab_size = len(labels) if mask is None else len(mask), len(labels), len(weight)
+    kept = empty((min(num_rows * vocab_size, budget_bytes // head.work.itemsize),), head.work)
+    state = torch.tensor([-torch.inf, 0, 0, torch.nan], dtype=torch.float64).repeat(n, 1)
+    tiles = _Tiles(vocab_size, n, kept)
+    for first, columns, place in tiles:
+        logits = tiles.scratch(n, columns) if place is None else place
+        torch.mm(hidden, head.rows(first, columns).T, out=logits)
+        _C.fold_tile(
+            **head.describe(first, logits),
+            logits=address(logits),
+            labels=address(labels),
+            with_entropy=with_entropy,
+            state=address(state),
+        )
+    logprobs, stats = empty((n,), head.work), empty((n, 2), head.work)
+    entropy = empty((n if with_entropy else 0,), head.work)
+    _C.finish_rows(
+        dtype=DTYPE_CODES[head.work],
+        num_rows=n,
+        state=address(state),
+        temperature=temperature,
+        logprobs=address(logprobs),
+        entropy=address(entropy) if with_entropy else 0,
+        stats=address(stats),
+    )
+    if with_entropy:
+        entropy = _spread(entropy, rows, num_rows)
+    return _spread(logprobs, rows, num_rows), entropy, _spread(stats, rows, num_rows), kept
+
+
+@torch.no_grad()
+@torch.autocast("cpu", enabled=False)
+def linear_logprobs_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    entropy: Tensor,
+    stats: Tensor,
+    kept: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    drop_zero_rows: bool,
+    needs_grad: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias, of their dtypes; empty tensors for those that
+    ``needs_grad`` does not ask for."""
+    head = _vouched_head(hidden, weight, bias, logit_scale, softcap, temperature)
+    num_rows = len(hidden)
+    a = vouched_or_none("grad_logprobs", grad_logprobs, (num_rows,), head.work)
+    b = vouched_or_none("grad_entropy", grad_entropy, (num_rows,), head.work)
+    rows, h, y = _counting_rows(hidden, labels, mask, head.work)
+    tiles = _Tiles(len(weight), len(h), kept)
+    # Where the rows of the products stand among the rows of the kept tiles.
+    source = _nonzero_rows(_take(a, rows), _take(b, rows)) if drop_zero_rows else None
+    if source is not None:
+        h, y = h[source], y[source]
+        rows = source if rows is None else rows[source]
+    row_values = _RowValues(
+        y, _take(stats, rows), _take(entropy, rows) if b is not None else None, _take(a, rows),
+        _take(b, rows),
+    )
+    grad_h = torch.zeros_like(h) if needs_grad[0] else None
+    grad_weight = empty(tuple(weight.shape) if needs_grad[1] else (0,), weight.dtype)
+    like_bias = weight if bias is None else bias
+    grad_bias = empty((len(weight) if needs_grad[2] else 0,), like_bias.dtype)
+    for first, columns, place in tiles:
+        gradient = _tile_gradient(head, tiles, first, columns, place, source, h, row_values)
+        if grad_h is not None:
+            grad_h.addmm_(gradient, head.rows(first, columns))
+        if needs_grad[1]:
+            _write(grad_weight[first : first + columns], gradient.T, h)
+        if needs_grad[2]:
+            grad_bias[first : first + columns] = gradient.sum(0)
+    if grad_h is None:
+        return hidden.new_empty(0), grad_weight, grad_bias
+    return _spread(grad_h.to(hidden.dtype), rows, num_rows), grad_weight, grad_bias
+
+
+class _RowValues(NamedTuple):
+    """Of each row of the products; csrc/linear_logprobs.hpp, TileGradientArgs."""
+
+    labels: Tensor
+    stats: Tensor
+    entropy: Tensor | None
+    grad_logprobs: Tensor | None
+    grad_entropy: Tensor | None
+
+
+def _tile_gradient(
+    head: _Head,
+    tiles: _Tiles,
+    first: int,
+    columns: int,
+    place: Tensor | None,
+    source: Tensor | None,
+    hidden: Tensor,
+    values: _RowValues,
+) -> Tensor:
+    """dL/d(W h) of a tile, in the scratch tile: a kept one stays whole for another backward."""
+    from ppo_fast import _C
+
+    gradient = tiles.scratch(len(hidden), columns)
+    if place is None:
+        torch.mm(hidden, head.rows(first, columns).T, out=gradient)
+    _C.tile_gradient(
+        **head.describe(first, gradient),
+        logits=address(gradient if place is None else place),
+        shaped=place is not None,
+        source=0 if place is None else address(source),
+        labels=address(values.labels),
+        stats=address(values.stats),
+        entropy=address(values.entropy),
+        grad_logprobs=address(values.grad_logprobs),
+        grad_entropy=address(values.grad_entropy),
+        gradient=address(gradient),
+    )
+    return gradient
+
+
+def _vouched_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+) -> _Head:
+    vocab_size, hidden_size = weight.shape
+    double = torch.float64 in (hidden.dtype, weight.dtype)
+    work = torch.float64 if double else torch.float32
+    vouched("hidden", hidden[:0], (0, hidden_size), hidden.dtype)
+    vouched("weight", weight[:0], (0, hidden_size), weight.dtype)
+    if bias is not None:
+        bias = vouched("bias", bias.to(work), (vocab_size,), work)
+    return _Head(weight, bias, logit_scale, softcap or 0.0, temperature, work)
+
+
+def _counting_rows(
+    hidden: Tensor, labels: Tensor, mask: Tensor | None, work: torch.dtype
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Indices of the rows under the mask (None: all), and their hidden states and labels."""
+    num_rows = len(hidden)
+    labels = vouched("labels", labels, (num_rows,), torch.int64)
+    mask = vouched_or_none("mask", mask, (num_rows,), torch.bool)
+    rows = None if mask is None or mask.all() else mask.nonzero()[:, 0]
+    if rows is not None:
+        hidden, labels = hidden[rows], labels[rows]
+    return rows, hidden.to(work).contiguous(), labels
+
+
+def _nonzero_rows(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Rows where a or b is not 0; None if that is all of them."""
+    parts = [x != 0 for x in (a, b) if x is not None]
+    counts = parts[0] if len(parts) == 1 else parts[0] | parts[1]
+    return None if counts.all() else counts.nonzero()[:, 0]
+
+
+def _take(values: Tensor | None, rows: Tensor | None) -> Tensor | None:
+    if values is None or rows is None:
+        return values
+    return values[rows]
+
+
+def _spread(values: Tensor, rows: Tensor | None, num_rows: int) -> Tensor:
+    """``values`` at their rows of num_rows, 0 elsewhere."""
+    if rows is None:
+        return values
+    return values.new_zeros(num_rows, *values.shape[1:]).index_copy_(0, rows, values)
+
+
+def _write(place: Tensor, left: Tensor, right: Tensor) -> None:
+    """place = left @ right, rounded to its dtype once."""
+    if place.dtype == left.dtype:
+        torch.mm(left, right, out=place)
+    else:
+        place.copy_(left @ right)
