@@ -1,9 +1,10 @@
 // exp, expm1, log, log1p and tanh: the one definition that every kernel uses. Without branches, so
 // that a loop over them becomes vector instructions.
 //
-// float: polynomials after the argument reduction of Cody and Waite (1980), with the largest error
-// over all float32 arguments stated in units in the last place (ulp) and held by
-// tests/ops/test_math.py. Results below the smallest normal number are 0. NaN gives NaN.
+// float: polynomials after the argument reduction of Cody and Waite (1980). Largest errors over all
+// float32 arguments, in units in the last place of the result: exp2_nonpositive 1.2, exp 1.5,
+// expm1 3.3, log 1.1, log1p 1.5, tanh 1.4 (tests/ops/test_math.py holds them). Results below the
+// smallest normal number may be 0. NaN gives NaN.
 // double: the standard library's.
 #pragma once
 

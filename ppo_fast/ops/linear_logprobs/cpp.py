@@ -1,15 +1,16 @@
 """``linear_logprobs`` on the CPU: products by the BLAS, a tile of the vocabulary at a time, and
 between them the kernels of csrc/linear_logprobs.hpp.
 
-A tile is the logits [n, columns] of all n rows that count. Going over the vocabulary and not over
-the tokens reads each slice of the weight once a product, and writes each slice of its gradient once.
+A tile is the logits [n, columns] of all n rows that count. Going over the vocabulary, not over the
+tokens, reads each slice of the weight once a product and writes each slice of its gradient once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,7 +35,7 @@ class _Head(NamedTuple):
         """The weight of a tile, [columns, D]."""
         return self.weight[first : first + columns].to(self.work)
 
-    def describe(self, first: int, logits: Tensor) -> dict[str, int | float]:
+    def describe(self, first: int, logits: Tensor) -> dict[str, Any]:
         """What the kernels are told of the tile that starts at token ``first``."""
         num_rows, width = logits.shape
         return {
@@ -54,10 +55,13 @@ class _Tiles:
     """The tiles of n rows. The first ones, as many as ``kept`` [K] holds, stay there for the
     backward; the others share one scratch tile."""
 
-    def __init__(self, vocab_size: int, num_rows: int, kept: Tensor) -> None:
-        self.vocab_size, self.num_rows, self.kept = vocab_size, num_rows, kept
-        columns = _TILE_BYTES // (max(num_rows, 1) * kept.dtype.itemsize)
-        self.columns = min(max(columns, _MIN_COLUMNS), vocab_size)
+    def __init__(self, head: _Head, num_rows: int, kept: Tensor) -> None:
+        self.vocab_size, hidden_size = head.weight.shape
+        self.num_rows, self.kept = num_rows, kept
+        # A slice of the weight that must be converted takes room as well.
+        converted = hidden_size if head.weight.dtype != head.work else 1
+        columns = _TILE_BYTES // (max(num_rows, converted) * head.work.itemsize)
+        self.columns = min(max(columns, _MIN_COLUMNS), self.vocab_size)
         self._scratch: Tensor | None = None
 
     def __iter__(self) -> Iterator[tuple[int, int, Tensor | None]]:
@@ -97,9 +101,9 @@ def linear_logprobs_forward(
     head = _vouched_head(hidden, weight, bias, logit_scale, softcap, temperature)
     rows, hidden, labels = _counting_rows(hidden, labels, mask, head.work)
     num_rows, n, vocab_size = len(labels) if mask is None else len(mask), len(labels), len(weight)
-    kept = empty((min(num_rows * vocab_size, budget_bytes // head.work.itemsize),), head.work)
+    kept = _zeros_untouched(min(num_rows * vocab_size, budget_bytes // head.work.itemsize), head)
     state = torch.tensor([-torch.inf, 0, 0, torch.nan], dtype=torch.float64).repeat(n, 1)
-    tiles = _Tiles(vocab_size, n, kept)
+    tiles = _Tiles(head, n, kept)
     for first, columns, place in tiles:
         logits = tiles.scratch(n, columns) if place is None else place
         torch.mm(hidden, head.rows(first, columns).T, out=logits)
@@ -152,14 +156,17 @@ def linear_logprobs_backward(
     a = vouched_or_none("grad_logprobs", grad_logprobs, (num_rows,), head.work)
     b = vouched_or_none("grad_entropy", grad_entropy, (num_rows,), head.work)
     rows, h, y = _counting_rows(hidden, labels, mask, head.work)
-    tiles = _Tiles(len(weight), len(h), kept)
+    tiles = _Tiles(head, len(h), kept)
     # Where the rows of the products stand among the rows of the kept tiles.
     source = _nonzero_rows(_take(a, rows), _take(b, rows)) if drop_zero_rows else None
     if source is not None:
         h, y = h[source], y[source]
         rows = source if rows is None else rows[source]
-    row_values = _RowValues(
-        y, _take(stats, rows), _take(entropy, rows) if b is not None else None, _take(a, rows),
+    of_rows = _RowValues(
+        y,
+        stats if rows is None else stats[rows],
+        _take(entropy if b is not None else None, rows),
+        _take(a, rows),
         _take(b, rows),
     )
     grad_h = torch.zeros_like(h) if needs_grad[0] else None
@@ -167,7 +174,7 @@ def linear_logprobs_backward(
     like_bias = weight if bias is None else bias
     grad_bias = empty((len(weight) if needs_grad[2] else 0,), like_bias.dtype)
     for first, columns, place in tiles:
-        gradient = _tile_gradient(head, tiles, first, columns, place, source, h, row_values)
+        gradient = _tile_gradient(head, tiles, first, columns, place, source, h, of_rows)
         if grad_h is not None:
             grad_h.addmm_(gradient, head.rows(first, columns))
         if needs_grad[1]:
@@ -249,6 +256,14 @@ def _counting_rows(
     if rows is not None:
         hidden, labels = hidden[rows], labels[rows]
     return rows, hidden.to(work).contiguous(), labels
+
+
+def _zeros_untouched(count: int, head: _Head) -> Tensor:
+    """Zeros that take no memory until something is written: what masked rows leave free of the
+    budget costs nothing."""
+    return torch.from_numpy(
+        np.zeros(count, np.float64 if head.work == torch.float64 else np.float32)
+    )
 
 
 def _nonzero_rows(a: Tensor | None, b: Tensor | None) -> Tensor | None:
