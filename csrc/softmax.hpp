@@ -117,7 +117,7 @@ struct SoftmaxSums {
     if (max != -std::numeric_limits<Real>::infinity()) {
       const double fall = (static_cast<double>(max) - top) * scale;
       const double factor = std::exp2(fall);
-      weighted = factor == 0.0 ? 0.0 : factor * (weighted + fall * sum);
+      weighted = factor * (weighted + fall * sum);
       sum *= factor;
     }
     max = top;

@@ -29,7 +29,7 @@ def print_environment(console: Console, policy: str | None = None) -> None:
     facts.add_row("device", _describe(device))
     facts.add_row("threads", str(torch.get_num_threads()))
     facts.add_row("PPO_FAST_IMPL", os.environ.get("PPO_FAST_IMPL", "(not set)"))
-    facts.add_row("C++ kernels", missing("cpp") or "built")
+    facts.add_row("C++ kernels", missing("cpp") or f"built, running {_instruction_set()}")
     facts.add_row("Triton kernels", missing("triton") or "triton can be imported")
     console.print(facts)
     ops = Table("op", "implementation", "why", title=f"ops on {device.type}")
@@ -50,6 +50,12 @@ def _head_path(policy: str) -> str:
 
     model = LanguageModel(AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32))
     return f"{'fused' if model.fused else 'ordinary'} path ({model.reason})"
+
+
+def _instruction_set() -> str:
+    from ppo_fast import _C
+
+    return f"{_C.instruction_set()} of {', '.join(_C.instruction_sets())}"
 
 
 def _version(package: str) -> str:

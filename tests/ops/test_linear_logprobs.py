@@ -193,6 +193,20 @@ def test_padding_of_the_vocabulary_carries_no_mass(impl):
     torch.testing.assert_close(grads[0], expected)
 
 
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_leading_tokens_without_mass(impl, budget):
+    hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(3000, 8)
+    bias = torch.zeros(3000)
+    bias[:2500] = -math.inf  # the first blocks of a kernel hold nothing
+    labels = torch.randint(2500, 3000, (5,))
+    out = linear_logprobs(hidden, weight, labels, bias=bias, logits_budget_bytes=budget, impl=impl)
+    plain = linear_logprobs(hidden, weight[2500:], labels - 2500, impl=impl)
+    torch.testing.assert_close(out, plain)
+    for outputs in (out, plain):
+        (grad,) = torch.autograd.grad(list(outputs), hidden, [torch.ones(5), torch.ones(5)])
+        assert grad.isfinite().all()
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_logits_of_half_precision_operands_are_not_rounded(impl, autocast):
     hidden, weight = torch.randn(20, 64) * 4, torch.randn(41, 64)

@@ -110,16 +110,16 @@ def test_the_vocabulary_of_gpt2(impl):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_that_break_online_softmax(impl, dtype):
-    v = 507
+@pytest.mark.parametrize("v", [507, 5003])  # within one block of a kernel, and over several
+def test_rows_that_break_online_softmax(impl, v, dtype):
     base = torch.randn(6, v, generator=torch.Generator().manual_seed(1))
-    base[0, :300] = -math.inf  # the first blocks hold nothing
+    base[0, : v * 3 // 5] = -math.inf  # the first blocks hold nothing
     base[1, :-1] = -math.inf  # one token is left
     base[2] -= 200 - base[2].amax()  # a running maximum that starts at 0 is never replaced
     base[3] += 1e4
     base[4] -= 1e4
     base[5, ::2] = -math.inf
-    labels = torch.tensor([400, v - 1, 3, 5, 7, 1])
+    labels = torch.tensor([v - 100, v - 1, 3, 5, 7, 1])
     mask = torch.ones(6, dtype=torch.bool)
     out, grad = hold_against_truth(base.to(dtype), labels, mask, 1.3, impl)
     assert out.logprobs.isfinite().all()
