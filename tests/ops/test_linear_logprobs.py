@@ -15,11 +15,20 @@ from logprob_truth import (
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ppo_fast.ops.linear_logprobs import linear_logprobs
+from ppo_fast.ops.linear_logprobs import cpp, linear_logprobs
 
 pytestmark = pytest.mark.parametrize("impl", implementations("linear_logprobs"))
 
 BUDGETS = [0, 4096, 2**28]  # everything recomputed, some tiles kept, all kept
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_tiles():
+    """Of a few dozen columns, so that small vocabularies have several, the last one narrower."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpp, "_TILE_BYTES", 1000)
+        patch.setattr(cpp, "_MIN_COLUMNS", 17)
+        yield
 
 
 def true_head(hidden, weight, bias, scale, cap):
