@@ -9,9 +9,12 @@ ARGS ?=
 
 BIN := .venv/bin
 SET_UP := .venv/set-up
+BASELINES := .venv-baselines
+SANITIZED := build/sanitize
+SANITIZERS := -fsanitize=address,undefined
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench lint format
+.PHONY: help install demo test sanitize bench baselines lint format
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10
@@ -32,8 +35,42 @@ demo: $(SET_UP) ## train a real model to write kinder film reviews
 test: $(SET_UP) ## all tests
 	$(BIN)/pytest $(ARGS)
 
-bench: $(SET_UP) ## all benchmarks
-	$(BIN)/pytest benchmarks/ $(ARGS)
+# -S leaves out the editable install's finder, which would come before the copy of the package with
+# the other extension in it. The sanitizer has to be loaded before Python, and libstdc++ with it, for
+# it wraps the throwing of C++ exceptions. Its report goes past pytest (--capture=sys).
+sanitize: $(SET_UP) ## the operations' tests on kernels with AddressSanitizer and UBSan built in
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S csrc -B $(SANITIZED)/cmake -G Ninja \
+		-DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_COMPILER=$(CXX) \
+		-DKERNEL_OPTIONS="-O1;$(SANITIZERS);-fno-sanitize-recover=all" \
+		-DCMAKE_MODULE_LINKER_FLAGS="$(SANITIZERS)" \
+		-DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
+		-Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)"
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(SANITIZED)/cmake
+	rm -rf $(SANITIZED)/package
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --install $(SANITIZED)/cmake --prefix $(SANITIZED)/package
+	cp -r ppo_fast $(SANITIZED)/package/
+	cd $(SANITIZED)/package && ASAN_OPTIONS=detect_leaks=0 \
+		PYTHONPATH="$$("$(CURDIR)/$(BIN)/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		"$(CURDIR)/$(BIN)/python" -S -m pytest -c "$(CURDIR)/pyproject.toml" --capture=sys \
+		-p no:cacheprovider -k "not reference" "$(CURDIR)/tests/ops" $(ARGS)
+
+bench: $(SET_UP) ## all benchmarks, into benchmarks/README.md; with ARGS some of them, printed
+	$(BIN)/pytest benchmarks/ --ignore=benchmarks/baselines \
+		$(if $(ARGS),$(ARGS),--benchmark-json=benchmarks/results/cpu.json)
+	$(if $(ARGS),,$(BIN)/python benchmarks/report.py)
+
+$(BASELINES)/set-up: Makefile pyproject.toml $(wildcard csrc/* csrc/bindings/*)
+	test -x $(BASELINES)/bin/python || $(PYTHON) -m venv $(BASELINES)
+	echo '*' > $(BASELINES)/.gitignore
+	$(BASELINES)/bin/python -m pip install "$(TORCH)" "trl==1.16.*" "torchrl==0.14.*" \
+		pytest-timeout -e ".[bench]" --config-settings=build-dir=build/baselines
+	touch $@
+
+baselines: $(BASELINES)/set-up ## the same against TRL and torchrl, in an environment of their own
+	$(BASELINES)/bin/pytest benchmarks/baselines \
+		$(if $(ARGS),$(ARGS),--benchmark-json=benchmarks/results/baselines.json)
+	$(if $(ARGS),,$(BASELINES)/bin/python benchmarks/report.py)
 
 lint: $(SET_UP) ## formatting, lint and types, changing nothing
 	$(BIN)/ruff check .

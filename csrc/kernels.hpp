@@ -2,8 +2,13 @@
 #pragma once
 
 #include "gae.hpp"
+#include "kl_estimate.hpp"
 #include "linear_logprobs.hpp"
 #include "logprobs.hpp"
+#include "ppo_loss.hpp"
+#include "sample_tokens.hpp"
+#include "value_loss.hpp"
+#include "whiten.hpp"
 
 namespace ppo_fast {
 
@@ -15,6 +20,12 @@ struct Kernels {
   void (*fold_tile)(const FoldArgs&, int num_threads);
   void (*finish_rows)(const FinishArgs&);
   void (*tile_gradient)(const TileGradientArgs&, int num_threads);
+  void (*sample_tokens)(const SampleTokensArgs&, int num_threads);
+  void (*kl_estimate)(const KlEstimateArgs&, int num_threads);
+  void (*ppo_loss)(const PpoLossArgs&, int num_threads);
+  void (*value_loss)(const ValueLossArgs&, int num_threads);
+  void (*whiten)(const WhitenArgs&, int num_threads);
+  void (*whiten_backward)(const WhitenBackwardArgs&, int num_threads);
 };
 
 // x86-64: the instructions that every such processor has. aarch64: NEON, which every one has.

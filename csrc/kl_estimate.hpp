@@ -19,7 +19,7 @@ struct KlEstimateArgs {
   Dtype dtype;
   const void* logprobs;      // Real [N]
   const void* ref_logprobs;  // Real [N]
-  const std::uint8_t* mask;          // [N], or null: all tokens count
+  const std::uint8_t* mask;  // [N], or null: all tokens count
   KlEstimator estimator;
   void* estimate;  // out, Real [N]
   void* slope;     // out, Real [N]: the derivative in logprobs; or null: not wanted

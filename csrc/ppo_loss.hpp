@@ -25,7 +25,7 @@ struct PpoLossArgs {
   const void* logprobs;      // Real
   const void* old_logprobs;  // Real
   const void* advantages;    // Real
-  const std::uint8_t* mask;          // true: the token counts
+  const std::uint8_t* mask;  // 1: the token counts
   const void* entropy;       // Real, or null
   const void* ref_logprobs;  // Real, or null
   double clip_low;
@@ -83,11 +83,14 @@ struct PpoBounds {
 // What the tokens of a block contribute, each 0 where it is masked.
 template <typename Real>
 struct PpoBlock {
-  Real advantage[kBlock], log_ratio[kBlock], ratio[kBlock], k3[kBlock], policy_loss[kBlock];
-  Real log_ref_ratio[kBlock], kl[kBlock], kl_slope[kBlock], entropy[kBlock], slope[kBlock];
+  Real valid[kTokenBlock];  // 1, or 0 where the token is masked
+  Real log_ratio[kTokenBlock], advantage[kTokenBlock], ratio[kTokenBlock], k3[kTokenBlock];
+  Real policy_loss[kTokenBlock], log_ref_ratio[kTokenBlock], kl[kTokenBlock];
+  Real kl_slope[kTokenBlock], entropy[kTokenBlock], slope[kTokenBlock];
 };
 
-// The policy term of `count` tokens from `first` on.
+// The policy term of `count` tokens from `first` on. Its inputs are masked, not its results: under
+// the mask r = 1, and nothing there is inf or NaN.
 template <typename Real>
 void policy_terms(const PpoLossArgs& args, PpoBounds<Real> bounds, std::int64_t first,
                   std::int64_t count, PpoBlock<Real>* block) {
@@ -95,13 +98,19 @@ void policy_terms(const PpoLossArgs& args, PpoBounds<Real> bounds, std::int64_t 
   const auto* old_logprobs = static_cast<const Real*>(args.old_logprobs) + first;
   const auto* advantages = static_cast<const Real*>(args.advantages) + first;
   const std::uint8_t* mask = args.mask + first;
+  for (std::int64_t j = 0; j < count; ++j) block->valid[j] = static_cast<Real>(mask[j]);
+  for (std::int64_t j = 0; j < count; ++j) {
+    block->log_ratio[j] = masked(logprobs[j] - old_logprobs[j], block->valid[j]);
+    block->advantage[j] = masked(advantages[j], block->valid[j]);
+  }
+  for (std::int64_t j = 0; j < count; ++j) {
+    const Real log_ratio = block->log_ratio[j];
+    block->ratio[j] = exp(log_ratio) * block->valid[j];
+    block->k3[j] = expm1(log_ratio) - log_ratio;
+  }
   constexpr Real kLowest = -std::numeric_limits<Real>::infinity();
   for (std::int64_t j = 0; j < count; ++j) {
-    const bool valid = mask[j];
-    const Real difference = logprobs[j] - old_logprobs[j], advantage = advantages[j];
-    const Real log_ratio = valid ? difference : Real(0);  // before exp: 0 * inf would be NaN
-    const Real a = valid ? advantage : Real(0);
-    const Real ratio = exp(log_ratio);
+    const Real log_ratio = block->log_ratio[j], ratio = block->ratio[j], a = block->advantage[j];
     const bool gains = a >= Real(0);
     const Real log_floor = gains ? kLowest : bounds.log_low;
     const Real log_ceiling = gains ? bounds.log_high : bounds.log_dual;
@@ -110,10 +119,6 @@ void policy_terms(const PpoLossArgs& args, PpoBounds<Real> bounds, std::int64_t 
     const Real loss = -a * (log_ratio < log_floor ? bounds.low : capped);
     // Asked like this, a NaN has no slope, as under torch.clamp.
     const bool active = (log_ratio >= log_floor) & (log_ratio <= log_ceiling);
-    block->advantage[j] = a;
-    block->log_ratio[j] = log_ratio;
-    block->ratio[j] = valid ? ratio : Real(0);
-    block->k3[j] = expm1(log_ratio) - log_ratio;
     block->policy_loss[j] = loss;
     block->slope[j] = active ? loss : Real(0);
   }
@@ -139,11 +144,9 @@ void kl_terms(const PpoLossArgs& args, std::int64_t first, std::int64_t count,
               PpoBlock<Real>* block) {
   const auto* logprobs = static_cast<const Real*>(args.logprobs) + first;
   const auto* ref_logprobs = static_cast<const Real*>(args.ref_logprobs) + first;
-  const std::uint8_t* mask = args.mask + first;
   with_estimator(args.kl_estimator, [&](auto estimator) {
     for (std::int64_t j = 0; j < count; ++j) {
-      const Real difference = logprobs[j] - ref_logprobs[j];
-      const Real d = mask[j] ? difference : Real(0);
+      const Real d = masked(logprobs[j] - ref_logprobs[j], block->valid[j]);
       const KlTerm<Real> term = kl_term<decltype(estimator)::value>(d);
       block->log_ref_ratio[j] = d;
       block->kl[j] = term.value;
@@ -155,34 +158,40 @@ void kl_terms(const PpoLossArgs& args, std::int64_t first, std::int64_t count,
   for (std::int64_t j = 0; j < count; ++j) block->slope[j] += coef * block->kl_slope[j];
 }
 
-// The two numbers a token that the gradient of the head needs.
+// The two numbers a token that the gradient of the head needs, of which `weight` is a factor.
 template <typename Real>
 void write_gradients(const PpoLossArgs& args, std::int64_t first, std::int64_t count, double weight,
                      const PpoBlock<Real>& block) {
-  const std::uint8_t* mask = args.mask + first;
   if (args.grad_logprobs != nullptr) {
     auto* grad = static_cast<Real*>(args.grad_logprobs) + first;
     const Real scale = static_cast<Real>(weight);
     for (std::int64_t j = 0; j < count; ++j) {
-      const Real product = block.slope[j] * scale;
-      grad[j] = mask[j] ? product : Real(0);
+      grad[j] = masked(block.slope[j] * scale, block.valid[j]);
     }
   }
   if (args.grad_entropy != nullptr) {
     auto* grad = static_cast<Real*>(args.grad_entropy) + first;
     const Real bonus = static_cast<Real>(-args.entropy_coef * weight);
-    for (std::int64_t j = 0; j < count; ++j) grad[j] = mask[j] ? bonus : Real(0);
+    for (std::int64_t j = 0; j < count; ++j) grad[j] = masked(bonus, block.valid[j]);
+  }
+}
+
+// The same for the padding that ends a row.
+template <typename Real>
+void clear_gradients(const PpoLossArgs& args, std::int64_t first, std::int64_t count) {
+  for (void* grad : {args.grad_logprobs, args.grad_entropy}) {
+    if (grad != nullptr) std::fill_n(static_cast<Real*>(grad) + first, count, Real(0));
   }
 }
 
 // Statistics and gradients of row i; `weight` is what one of its tokens counts in the loss.
 template <typename Real>
 PpoStats ppo_row(const PpoLossArgs& args, const PpoBounds<Real>& bounds, std::int64_t i,
-                 double weight) {
+                 RowLength length, double weight) {
   PpoStats stats;
   Extrema<Real> log_ratios;
   PpoBlock<Real> block;
-  for_blocks(args.num_steps, [&](std::int64_t start, std::int64_t count) {
+  for_blocks(length.end, [&](std::int64_t start, std::int64_t count) {
     const std::int64_t first = i * args.num_steps + start;
     policy_terms(args, bounds, first, count, &block);
     count_clipped(block, bounds, count, &stats);
@@ -190,7 +199,7 @@ PpoStats ppo_row(const PpoLossArgs& args, const PpoBounds<Real>& bounds, std::in
     stats.at[PpoStats::approx_kl] -= sum(block.log_ratio, count);
     stats.at[PpoStats::approx_kl_k3] += sum(block.k3, count);
     stats.at[PpoStats::ratio] += sum(block.ratio, count);
-    log_ratios.fold(block.log_ratio, args.mask + first, count);
+    log_ratios.fold(block.log_ratio, block.valid, count);
     if (args.ref_logprobs != nullptr) {
       kl_terms(args, first, count, &block);
       stats.at[PpoStats::kl_loss] += sum(block.kl, count);
@@ -199,16 +208,15 @@ PpoStats ppo_row(const PpoLossArgs& args, const PpoBounds<Real>& bounds, std::in
     if (args.entropy != nullptr) {
       const auto* entropy = static_cast<const Real*>(args.entropy) + first;
       for (std::int64_t j = 0; j < count; ++j) {
-        const Real h = entropy[j];
-        block.entropy[j] = args.mask[first + j] ? h : Real(0);
+        block.entropy[j] = masked(entropy[j], block.valid[j]);
       }
       stats.at[PpoStats::entropy] += sum(block.entropy, count);
     }
     write_gradients(args, first, count, weight, block);
   });
-  stats.at[PpoStats::tokens] = static_cast<double>(
-      count_true(args.mask + i * args.num_steps, args.num_steps));
-  if (stats.at[PpoStats::tokens] > 0.0) {
+  clear_gradients<Real>(args, i * args.num_steps + length.end, args.num_steps - length.end);
+  stats.at[PpoStats::tokens] = static_cast<double>(length.tokens);
+  if (length.tokens > 0) {
     stats.at[PpoStats::ratio_min] = exp(log_ratios.low);
     stats.at[PpoStats::ratio_max] = exp(log_ratios.high);
     stats.at[PpoStats::max_log_ratio] = larger(-log_ratios.low, log_ratios.high);
@@ -227,37 +235,41 @@ PpoStats ppo_row(const PpoLossArgs& args, const PpoBounds<Real>& bounds, std::in
 // (https://arxiv.org/abs/1707.06347, https://arxiv.org/abs/1912.09729), with w_t one over the
 // normalizer, and over the row's tokens too where the loss is a mean of token means. Clipping is
 // decided on log r. Saved for backward: the two gradients, which one multiplication with the
-// upstream gradient turns into those of the inputs. Bytes moved a token in float32: 13, 4 each for
-// entropy, ref_logprobs and the gradients wanted.
+// upstream gradient turns into those of the inputs. Bytes moved a token in float32: 13, and 4 each
+// for entropy, ref_logprobs and the gradients wanted; of the padding that ends a row, the mask and
+// the gradients alone.
 //
-// The sums of rows are merged in the order of the rows: the bits do not depend on num_threads.
+// Rows are merged in their order: the bits do not depend on num_threads.
 inline void ppo_loss(const PpoLossArgs& args, int num_threads) {
-  const auto num_rows = static_cast<std::size_t>(args.num_rows);
   const bool mean_of_means = args.aggregation == Aggregation::seq_mean_token_mean;
-  std::vector<double> row_weights(num_rows);
-  double count = 0.0;
-  for (std::int64_t i = 0; i < args.num_rows; ++i) {
-    const auto tokens = static_cast<double>(
-        count_true(args.mask + i * args.num_steps, args.num_steps));
-    row_weights[i] = mean_of_means ? 1.0 / std::max(tokens, 1.0) : 1.0;
-    count += mean_of_means ? (tokens > 0.0) : tokens;
+  const auto num_rows = static_cast<std::size_t>(args.num_rows);
+  std::vector<RowLength> lengths(num_rows);
+  std::int64_t tokens = 0, sequences = 0;
+  for (std::size_t i = 0; i < num_rows; ++i) {
+    lengths[i] = row_length(args.mask + i * args.num_steps, args.num_steps);
+    tokens += lengths[i].tokens;
+    sequences += lengths[i].tokens > 0;
   }
+  const auto count = static_cast<double>(mean_of_means ? sequences : tokens);
   const double normalizer = args.normalizer != 0.0 ? args.normalizer : std::max(count, 1.0);
+  // What a row's sum counts in the loss, but for the normalizer.
+  const auto row_weight = [&](std::size_t i) {
+    return mean_of_means ? 1.0 / std::max<std::int64_t>(lengths[i].tokens, 1) : 1.0;
+  };
 
   std::vector<PpoStats> rows(num_rows);
   with_real(args.dtype, [&](auto* type) {
     using Real = std::remove_pointer_t<decltype(type)>;
     const PpoBounds<Real> bounds(args);
-    parallel_for(args.num_rows, 3 * args.num_steps, num_threads, [&](std::int64_t i) {
-      rows[i] = ppo_row<Real>(args, bounds, i, row_weights[i] / normalizer);
+    parallel_for(args.num_rows, 8 * args.num_steps, num_threads, [&](std::int64_t i) {
+      rows[i] = ppo_row(args, bounds, i, lengths[i], row_weight(i) / normalizer);
     });
     double loss = 0.0;
     for (std::size_t i = 0; i < num_rows; ++i) {
-      const auto& row = rows[i].at;
-      double row_loss = row[PpoStats::policy_loss];
-      if (args.kl_coef != 0.0) row_loss += args.kl_coef * row[PpoStats::kl_loss];
-      if (args.entropy_coef != 0.0) row_loss -= args.entropy_coef * row[PpoStats::entropy];
-      loss += row_weights[i] * row_loss;
+      double row_loss = rows[i].at[PpoStats::policy_loss];
+      if (args.kl_coef != 0.0) row_loss += args.kl_coef * rows[i].at[PpoStats::kl_loss];
+      if (args.entropy_coef != 0.0) row_loss -= args.entropy_coef * rows[i].at[PpoStats::entropy];
+      loss += row_weight(i) * row_loss;
     }
     *static_cast<Real*>(args.loss) = static_cast<Real>(loss / normalizer);
   });

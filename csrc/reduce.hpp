@@ -1,48 +1,72 @@
 // What every loss over [B, T] ends with: sums and extrema of a row's valid tokens.
 //
-// A row is taken a block at a time: one loop writes what each token contributes into buffers that
-// stay in the first-level cache, then each buffer is summed. Apart, both kinds of loops become
+// A row is taken a block at a time: loops over its tokens write what each contributes into buffers
+// that stay in the first-level cache, then each buffer is summed. Apart, both kinds of loops become
 // vector instructions; as one, a dozen accumulators would not fit the registers.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
 #include "isa.hpp"
 
 namespace ppo_fast::PPO_FAST_ISA {
 
-constexpr std::int64_t kBlock = 256;
+constexpr std::int64_t kTokenBlock = 512;
 
-// Calls f(first, count) for the blocks of a row of num_steps tokens, in order.
+// Calls f(first, count) for the blocks of `count` tokens, in order.
 template <typename F>
-PPO_FAST_INLINE void for_blocks(std::int64_t num_steps, F f) {
-  for (std::int64_t first = 0; first < num_steps; first += kBlock) {
-    f(first, std::min(kBlock, num_steps - first));
+PPO_FAST_INLINE void for_blocks(std::int64_t num_tokens, F f) {
+  for (std::int64_t first = 0; first < num_tokens; first += kTokenBlock) {
+    f(first, std::min(kTokenBlock, num_tokens - first));
   }
+}
+
+// The valid tokens of a row and where they end: what follows is padding, and is not read.
+struct RowLength {
+  std::int64_t tokens = 0;
+  std::int64_t end = 0;
+};
+
+inline RowLength row_length(const std::uint8_t* mask, std::int64_t num_steps) {
+  RowLength length;
+  std::uint64_t word = 0;
+  std::int64_t end = num_steps;
+  for (; end >= 8 && word == 0; end -= 8) std::memcpy(&word, mask + end - 8, 8);
+  end = std::min(end + 8, num_steps);
+  while (end > 0 && mask[end - 1] == 0) --end;
+  length.end = end;
+  for_blocks(end, [&](std::int64_t first, std::int64_t count) {
+    std::int32_t tokens = 0;
+    for (std::int64_t j = 0; j < count; ++j) tokens += mask[first + j];
+    length.tokens += tokens;
+  });
+  return length;
+}
+
+// x where `valid` is 1, and 0 where it is 0: a product with it would be NaN at inf and NaN.
+template <typename Real>
+PPO_FAST_INLINE Real masked(Real x, Real valid) {
+  return valid != Real(0) ? x : Real(0);
 }
 
 // In double, in a fixed number of accumulators, added up in a fixed order: the bits depend on the
 // numbers alone, whatever the width of the machine's vectors.
 template <typename Real>
 double sum(const Real* x, std::int64_t count) {
-  constexpr std::int64_t kAccumulators = 16;
+  constexpr std::int64_t kAccumulators = 8;
   double sums[kAccumulators] = {};
   std::int64_t j = 0;
   for (; j + kAccumulators <= count; j += kAccumulators) {
     for (std::int64_t k = 0; k < kAccumulators; ++k) sums[k] += static_cast<double>(x[j + k]);
   }
   for (std::int64_t k = 0; j + k < count; ++k) sums[k] += static_cast<double>(x[j + k]);
-  double total = 0.0;
-  for (std::int64_t k = 0; k < kAccumulators; ++k) total += sums[k];
-  return total;
-}
-
-inline std::int64_t count_true(const std::uint8_t* mask, std::int64_t count) {
-  std::int64_t total = 0;
-  for (std::int64_t j = 0; j < count; ++j) total += mask[j];
-  return total;
+  for (std::int64_t width = kAccumulators / 2; width > 0; width /= 2) {
+    for (std::int64_t k = 0; k < width; ++k) sums[k] += sums[k + width];
+  }
+  return sums[0];
 }
 
 // The smaller and the larger of two numbers; NaN where either is one, as torch.amin and amax.
@@ -61,8 +85,8 @@ struct Extrema {
   Real low = std::numeric_limits<Real>::infinity();
   Real high = -std::numeric_limits<Real>::infinity();
 
-  // Of these too, where mask says that they count.
-  void fold(const Real* x, const std::uint8_t* mask, std::int64_t count) {
+  // Of these too, where `valid` is not 0.
+  void fold(const Real* x, const Real* valid, std::int64_t count) {
     constexpr std::int64_t kAccumulators = 16;
     constexpr Real kInf = std::numeric_limits<Real>::infinity();
     Real lows[kAccumulators], highs[kAccumulators];
@@ -71,12 +95,12 @@ struct Extrema {
     for (; j + kAccumulators <= count; j += kAccumulators) {
       for (std::int64_t k = 0; k < kAccumulators; ++k) {
         const Real y = x[j + k];
-        lows[k] = smaller(mask[j + k] ? y : kInf, lows[k]);
-        highs[k] = larger(mask[j + k] ? y : -kInf, highs[k]);
+        lows[k] = smaller(valid[j + k] != Real(0) ? y : kInf, lows[k]);
+        highs[k] = larger(valid[j + k] != Real(0) ? y : -kInf, highs[k]);
       }
     }
     for (; j < count; ++j) {
-      if (mask[j]) low = smaller(x[j], low), high = larger(x[j], high);
+      if (valid[j] != Real(0)) low = smaller(x[j], low), high = larger(x[j], high);
     }
     for (std::int64_t k = 0; k < kAccumulators; ++k) {
       low = smaller(lows[k], low);

@@ -35,8 +35,13 @@ inline void check(std::initializer_list<std::int64_t> sizes, int num_threads,
 }
 
 void bind_gae(py::module_& m);
+void bind_kl_estimate(py::module_& m);
 void bind_linear_logprobs(py::module_& m);
 void bind_logprobs(py::module_& m);
 void bind_memory(py::module_& m);
+void bind_ppo_loss(py::module_& m);
+void bind_sample_tokens(py::module_& m);
+void bind_value_loss(py::module_& m);
+void bind_whiten(py::module_& m);
 
 }  // namespace ppo_fast

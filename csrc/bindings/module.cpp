@@ -50,7 +50,12 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   m.def("use_instruction_set", &use_instruction_set, py::arg("name"),
         "Use other kernels from now on: for tests, and to compare results between machines.");
   bind_gae(m);
+  bind_kl_estimate(m);
   bind_linear_logprobs(m);
   bind_logprobs(m);
   bind_memory(m);
+  bind_ppo_loss(m);
+  bind_sample_tokens(m);
+  bind_value_loss(m);
+  bind_whiten(m);
 }

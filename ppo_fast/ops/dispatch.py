@@ -21,11 +21,11 @@ COMPILED: dict[str, tuple[Impl, ...]] = {
     "logprobs_from_logits": ("cpp",),
     "linear_logprobs": ("cpp",),
     "gae": ("cpp",),
-    "kl_estimate": (),
-    "ppo_loss": (),
-    "value_loss": (),
-    "whiten": (),
-    "sample_tokens": (),
+    "kl_estimate": ("cpp",),
+    "ppo_loss": ("cpp",),
+    "value_loss": ("cpp",),
+    "whiten": ("cpp",),
+    "sample_tokens": ("cpp",),
     "few_row_linear": (),
 }
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppo_fast.ops.stats import PPO_STATS, VALUE_STATS
+
 _library = torch.library.Library("ppo_fast", "DEF")
 
 
@@ -30,6 +32,14 @@ def _define(schema: str, launcher: str, fake: Callable[..., Any]) -> torch._ops.
     _library.impl(name, launch, "CPU")
     torch.library.register_fake(f"ppo_fast::{name}", fake, lib=_library)
     return getattr(torch.ops.ppo_fast, name).default
+
+
+def number(x: float) -> Tensor:
+    """``x`` as a 0-dim tensor: how an op takes a number that may change from step to step, since
+    torch.compile would compile a float in, and again at the next step."""
+    if torch.compiler.is_compiling():
+        return torch.ones((), dtype=torch.float64) * x  # one of the few forms that it traces
+    return torch.scalar_tensor(x, dtype=torch.float64)
 
 
 def _computed_in(dtype: torch.dtype) -> torch.dtype:
@@ -80,9 +90,7 @@ def _linear_logprobs_forward_fake(
     with_entropy: bool,
     budget_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    num_rows, dtype = hidden.shape[0], _computed_in(
-        torch.promote_types(hidden.dtype, weight.dtype)
-    )
+    num_rows, dtype = hidden.shape[0], _computed_in(torch.promote_types(hidden.dtype, weight.dtype))
     kept = torch.sym_min(num_rows * weight.shape[0], budget_bytes // dtype.itemsize)
     shapes = ((num_rows,), (num_rows if with_entropy else 0,), (num_rows, 2), (kept,))
     return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)  # type: ignore[return-value]
@@ -115,4 +123,85 @@ linear_logprobs_backward_cpp = _define(
     "bool[3] needs_grad) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     "linear_logprobs/linear_logprobs_backward",
     _linear_logprobs_backward_fake,
+)
+
+
+def _sample_tokens_fake(logits: Tensor, seeds: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    logprobs = logits.new_empty(logits.shape[:1], dtype=_computed_in(logits.dtype))
+    return torch.empty_like(seeds), logprobs, torch.empty_like(logprobs)
+
+
+sample_tokens_cpp = _define(
+    "sample_tokens_cpp(Tensor logits, Tensor seeds, Tensor positions, float temperature, "
+    "int top_k, float top_p) -> (Tensor tokens, Tensor logprobs, Tensor sampling_logprobs)",
+    "sample_tokens/sample_tokens",
+    _sample_tokens_fake,
+)
+
+
+def _kl_estimate_fake(
+    logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, estimator: str, with_slope: bool
+) -> tuple[Tensor, Tensor]:
+    slope_shape = logprobs.shape if with_slope else (0,)
+    return logprobs.new_empty(logprobs.shape), logprobs.new_empty(slope_shape)
+
+
+kl_estimate_cpp = _define(
+    "kl_estimate_cpp(Tensor logprobs, Tensor ref_logprobs, Tensor? mask, str estimator, "
+    "bool with_slope) -> (Tensor estimate, Tensor slope)",
+    "kl_estimate/kl_estimate",
+    _kl_estimate_fake,
+)
+
+
+def _ppo_loss_fake(logprobs: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    num_gradients = rest[-1]
+    return (
+        logprobs.new_empty(()),
+        logprobs.new_empty(len(PPO_STATS), dtype=torch.float32),
+        logprobs.new_empty((num_gradients, *logprobs.shape)),
+    )
+
+
+ppo_loss_cpp = _define(
+    "ppo_loss_cpp(Tensor logprobs, Tensor? entropy, Tensor old_logprobs, Tensor advantages, "
+    "Tensor? ref_logprobs, Tensor mask, float clip_low, float clip_high, float? dual_clip, "
+    "Tensor? kl_coef, str kl_estimator, Tensor? entropy_coef, str aggregation, "
+    "Tensor? normalizer, "
+    "int num_gradients) -> (Tensor loss, Tensor metrics, Tensor gradients)",
+    "ppo_loss/ppo_loss",
+    _ppo_loss_fake,
+)
+
+
+def _value_loss_fake(values: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    with_gradient = rest[-1]
+    return (
+        values.new_empty(()),
+        values.new_empty(len(VALUE_STATS), dtype=torch.float32),
+        values.new_empty(values.shape if with_gradient else (0,)),
+    )
+
+
+value_loss_cpp = _define(
+    "value_loss_cpp(Tensor values, Tensor? old_values, Tensor returns, Tensor mask, float? clip, "
+    "Tensor? normalizer, bool with_gradient) -> (Tensor loss, Tensor metrics, Tensor gradient)",
+    "value_loss/value_loss",
+    _value_loss_fake,
+)
+
+whiten_cpp = _define(
+    "whiten_cpp(Tensor values, Tensor mask) -> (Tensor whitened, Tensor scale)",
+    "whiten/whiten",
+    lambda values, _: (
+        values.new_empty(values.shape),
+        values.new_empty((), dtype=torch.float64),
+    ),
+)
+
+whiten_backward_cpp = _define(
+    "whiten_backward_cpp(Tensor grad_whitened, Tensor whitened, Tensor mask, Tensor scale) "
+    "-> Tensor",
+    "whiten/whiten_backward",
+    lambda grad_whitened, whitened, *_: whitened.new_empty(whitened.shape),
 )

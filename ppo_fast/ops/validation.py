@@ -99,11 +99,12 @@ def check_tokens(
                 f"{op}: {name} is {x.dtype}, expected a float dtype; use {name}.float()"
             )
         given[name] = x
-    first = next(iter(given.values()))
-    if first.ndim != 2 or any(x.shape != first.shape for x in given.values()):
+    first, *others = given.values()
+    shape, device = first.shape, first.device
+    if len(shape) != 2 or any(x.shape != shape for x in others):
         shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in given.items())
         raise ValueError(f"{op}: expected one shape [B, T] for all, got {shapes}")
-    if any(x.device != first.device for x in given.values()):
+    if any(x.device != device for x in others):
         devices = ", ".join(f"{name} on {x.device}" for name, x in given.items())
         raise ValueError(f"{op}: expected one device for all, got {devices}")
 
@@ -118,13 +119,15 @@ def check_number(
     below: float = math.inf,
 ) -> None:
     """Raise TypeError unless ``value`` is a number, ValueError unless it is finite and in range."""
+    # False for nan and inf too. The words are only put together where they are needed.
+    if isinstance(value, (int, float)) and value >= at_least and above < value < below:
+        return
     limits = {"at least": at_least, "above": above, "below": below}
     stated = [f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit)]
     expected = " ".join(["a finite number", " and ".join(stated)]).rstrip()
     if not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} is {type(value).__name__}, expected {expected}")
-    if not (value >= at_least and above < value < below):  # false for nan and inf too
-        raise ValueError(f"{op}: {name} is {value}, expected {expected}")
+    raise ValueError(f"{op}: {name} is {value}, expected {expected}")
 
 
 def check_choice(op: str, name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -8,9 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_checks import assert_same_bits_with_any_number_of_threads, padded_mask
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ppo_fast.ops import library
 from ppo_fast.ops.dispatch import COMPILED
-from ppo_fast.ops.kl_estimate import kl_estimate
+from ppo_fast.ops.kl_estimate import api, kl_estimate
 
 IMPLS = ["reference", *COMPILED["kl_estimate"]]
 VALUE = {
@@ -171,6 +174,121 @@ def test_on_meta_tensors_and_compiled(estimator):
     (one,) = torch.autograd.grad(compiled, logprobs, upstream.float())
     (other,) = torch.autograd.grad(run(logprobs, ref, mask), logprobs, upstream.float())
     assert torch.equal(one, other)
+
+
+@each_impl
+@each_estimator
+def test_rows_longer_than_what_a_kernel_takes_at_once(impl, estimator):
+    logprobs, ref, _, upstream = batch(B=5, T=1100)
+    mask = padded_mask(5, 1100)
+    out = kl_estimate(logprobs, ref, mask=mask, estimator=estimator, impl=impl)
+    out.backward(upstream)
+    d = torch.where(mask, (logprobs - ref).detach(), 0)
+    for tensor, formula in ((out, VALUE), (logprobs.grad, SLOPE)):
+        flat = [formula[estimator](x) for x in d.flatten().tolist()]
+        expected = torch.tensor(flat, dtype=torch.float64).reshape(d.shape) * mask
+        if tensor is not out:
+            expected = expected * upstream
+        torch.testing.assert_close(tensor, expected, rtol=1e-12, atol=1e-12)
+
+
+@each_impl
+@each_estimator
+def test_a_gradient_under_the_mask_goes_nowhere(impl, estimator):
+    logprobs, ref, mask, upstream = batch()
+    out = kl_estimate(logprobs, ref, mask=mask, estimator=estimator, impl=impl)
+    out.backward(upstream.masked_fill(~mask, math.nan))
+    assert (logprobs.grad[~mask] == 0).all()
+    assert logprobs.grad.isfinite().all()
+
+
+@each_impl
+@each_estimator
+def test_backward_twice(impl, estimator):
+    logprobs, ref, mask, upstream = batch()
+    out = kl_estimate(logprobs, ref, mask=mask, estimator=estimator, impl=impl)
+    (one,) = torch.autograd.grad(out, logprobs, upstream, retain_graph=True)
+    (other,) = torch.autograd.grad(out, logprobs, -2 * upstream)
+    assert torch.equal(-2 * one, other)
+
+
+@each_impl
+def test_no_graph_without_a_gradient(impl):
+    logprobs, ref, mask, _ = batch()
+    with torch.no_grad():
+        assert not kl_estimate(logprobs, ref, mask=mask, impl=impl).requires_grad
+    constant = logprobs.detach()
+    out = kl_estimate(constant, ref, mask=mask, estimator="k1+k2", impl=impl)
+    assert not out.requires_grad
+
+
+@each_impl
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_and_mixed_dtypes(impl, half):
+    logprobs, ref, mask, upstream = batch(dtype=half)
+    wide = [x.detach().float() for x in (logprobs, ref)]
+    out = kl_estimate(logprobs, ref.detach().double(), mask=mask, estimator="k3", impl=impl)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, kl_estimate(*wide, mask=mask, estimator="k3", impl=impl))
+    out.backward(upstream.float())
+    assert logprobs.grad.dtype == half
+
+
+@each_estimator
+def test_bits_do_not_depend_on_threads_or_other_rows(estimator):
+    logprobs, ref, mask, _ = batch(B=37, T=1400, dtype=torch.float32)
+
+    def run(rows=slice(None)):
+        x = logprobs.detach()[rows].requires_grad_()
+        out = kl_estimate(x, ref.detach()[rows], mask=mask[rows], estimator=estimator, impl="cpp")
+        out.sum().backward()
+        return out.detach(), x.grad
+
+    assert_same_bits_with_any_number_of_threads(run)
+    whole = run()
+    for b in (0, 17, 36):
+        alone = run(slice(b, b + 1))
+        assert all(torch.equal(x[0], y[b]) for x, y in zip(alone, whole, strict=True))
+
+
+@each_estimator
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("with_slope", [False, True])
+def test_opcheck(estimator, masked, with_slope):
+    logprobs, ref, mask, _ = (x.detach() for x in batch(dtype=torch.float32))
+    arguments = (logprobs, ref, mask if masked else None, estimator, with_slope)
+    torch.library.opcheck(library.kl_estimate_cpp, arguments)
+    slope = library.kl_estimate_cpp(*arguments)[1]
+    assert slope.shape == ((3, 5) if with_slope else (0,))
+
+
+def test_raw_op_checks_what_it_hands_to_the_kernel():
+    x = torch.ones(2, 3)
+    for name, arguments in {
+        "ref_logprobs": (x, x[:, :2], None),
+        "ref_logprobs: got torch.float64": (x, x.double(), None),
+        "mask": (x, x, x),
+    }.items():
+        with pytest.raises(ValueError, match=name):
+            library.kl_estimate_cpp(*arguments, "k1", True)
+
+
+@each_impl
+def test_fake_tensors_and_autocast(impl):
+    logprobs, ref, mask, _ = batch(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = kl_estimate(logprobs, ref, mask=mask, estimator="k3", impl=impl)
+    assert torch.equal(inside, kl_estimate(logprobs, ref, mask=mask, estimator="k3", impl=impl))
+    with FakeTensorMode():
+        x = torch.zeros(3, 5, requires_grad=True)
+        out = kl_estimate(x, torch.zeros(3, 5), mask=x > 0, impl=impl)
+        out.sum().backward()
+        assert out.shape == x.grad.shape == (3, 5)
+
+
+def test_auto_is_cpp_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(api.reference, "kl_estimate", None)
+    kl_estimate(torch.zeros(1, 1), torch.zeros(1, 1))
 
 
 @pytest.mark.parametrize(

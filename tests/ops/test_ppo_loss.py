@@ -8,9 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_checks import assert_same_bits_with_any_number_of_threads, padded_mask
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ppo_fast.ops import library
 from ppo_fast.ops.dispatch import COMPILED
-from ppo_fast.ops.ppo_loss import ppo_loss
+from ppo_fast.ops.ppo_loss import api, ppo_loss
 from ppo_fast.ops.stats import PPO_STATS, merge_stats, ppo_metrics
 
 IMPLS = ["reference", *COMPILED["ppo_loss"]]
@@ -437,6 +440,221 @@ def test_compiled_with_coefficients_that_change():
         leaves = (tensors["logprobs"], tensors["entropy"])
         gradients = [torch.autograd.grad(x.loss, leaves) for x in (one, other)]
         torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-7)
+
+
+def run_all(tensors, **options):
+    """Loss, metrics and both gradients of one call."""
+    leaves = [tensors[k].detach().requires_grad_() for k in ("logprobs", "entropy")]
+    tensors = {**tensors, "logprobs": leaves[0], "entropy": leaves[1]}
+    out = ppo_loss(**tensors, **options)
+    return out.loss.detach(), out.metrics, *torch.autograd.grad(-1.7 * out.loss, leaves)
+
+
+@each_aggregation
+@pytest.mark.parametrize("estimator", ["abs", "k2", "k3", "k1+k2"])
+def test_rows_longer_than_what_the_kernel_takes_at_once(aggregation, estimator):
+    tensors = {**batch(B=6, T=1100), "mask": padded_mask(6, 1100)}
+    options = {**EVERYTHING, "aggregation": aggregation, "kl_estimator": estimator}
+    options["normalizer"] = 7 if aggregation == "seq-mean-token-sum" else None
+    ours, reference = (run_all(tensors, **options, impl=x) for x in ("cpp", "reference"))
+    for i, (x, y) in enumerate(zip(ours, reference, strict=True)):
+        tolerance = 1e-6 if i == 1 else 1e-12
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+
+
+@each_aggregation
+def test_error_budget(aggregation):
+    """err(cpp) <= 2 err(eager in float32) + a few eps, both against float64."""
+    tensors = {**batch(B=6, T=700, dtype=torch.float32), "mask": padded_mask(6, 700)}
+    options = {**EVERYTHING, "aggregation": aggregation, "normalizer": 2000.0}
+    wide = {k: x.double() if x.is_floating_point() else x for k, x in tensors.items()}
+    exact = run_all(wide, **options, impl="reference")
+    eager, ours = (run_all(tensors, **options, impl=x) for x in ("reference", "cpp"))
+    for name, x, y, truth in zip("lmab", ours, eager, exact, strict=True):
+        size = truth.abs().clamp(min=1.0) if name == "m" else truth.abs().amax().clamp(min=1e-3)
+        error, allowed = (x - truth).abs(), 2 * (y - truth).abs().amax() if name != "m" else 0
+        if name == "m":
+            allowed = 2 * (y - truth).abs()
+        assert (error <= allowed + 4 * torch.finfo(torch.float32).eps * size).all(), name
+
+
+@each_impl
+def test_backward_twice(impl):
+    tensors = batch()
+    leaves = (tensors["logprobs"], tensors["entropy"])
+    loss = ppo_loss(**tensors, **EVERYTHING, impl=impl).loss
+    one = torch.autograd.grad(loss, leaves, retain_graph=True)
+    other = torch.autograd.grad(-2 * loss, leaves)
+    assert all(torch.equal(-2 * x, y) for x, y in zip(one, other, strict=True))
+
+
+@each_impl
+def test_no_graph_without_a_gradient(impl):
+    tensors = batch()
+    with torch.no_grad():
+        assert not ppo_loss(**tensors, **EVERYTHING, impl=impl).loss.requires_grad
+    names = ("old_logprobs", "advantages", "ref_logprobs")
+    constants = {k: x.detach().requires_grad_(k in names) for k, x in tensors.items()}
+    assert not ppo_loss(**constants, **EVERYTHING, impl=impl).loss.requires_grad
+    constants["entropy"].requires_grad_()
+    no_bonus = {**EVERYTHING, "entropy_coef": 0.0}
+    assert not ppo_loss(**constants, **no_bonus, impl=impl).loss.requires_grad
+    # Nothing of it has changed.
+    plain, whole = (ppo_loss(**x, **EVERYTHING, impl=impl) for x in (constants, tensors))
+    assert torch.equal(plain.loss, whole.loss)
+    assert torch.equal(plain.metrics, whole.metrics)
+
+
+@each_impl
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_and_mixed_dtypes(impl, half):
+    tensors = batch(dtype=half)
+    low = ppo_loss(**{**tensors, "advantages": tensors["advantages"].double()}, impl=impl)
+    assert low.loss.dtype == torch.float32
+    wide = {k: x.detach().float() if k != "mask" else x for k, x in tensors.items()}
+    assert torch.equal(low.loss, ppo_loss(**wide, impl=impl).loss)
+    low.loss.backward()
+    assert tensors["logprobs"].grad.dtype == half
+
+
+@each_impl
+@pytest.mark.parametrize(
+    ("given", "nan", "none"),
+    [
+        ("logprobs", ["policy_loss", "ref_kl", "ratio_min", "max_log_ratio"], ["entropy"]),
+        ("ref_logprobs", ["kl_loss", "ref_kl"], ["policy_loss", "ratio_max", "entropy"]),
+        ("entropy", ["entropy"], ["policy_loss", "kl_loss", "ratio_min"]),
+        ("advantages", ["policy_loss"], ["kl_loss", "ratio_min", "clipped_low"]),
+    ],
+)
+def test_a_nan_at_a_valid_token_shows(impl, given, nan, none):
+    tensors = batch(B=3, T=40, valid=2.0)
+    with torch.no_grad():
+        tensors[given][1, 17] = math.nan
+    loss, metrics = ppo_loss(**tensors, **EVERYTHING, impl=impl)
+    assert loss.isnan()
+    metrics = dict(zip(PPO_STATS, metrics.tolist(), strict=True))
+    assert all(math.isnan(metrics[name]) for name in nan)
+    assert not any(math.isnan(metrics[name]) for name in none)
+
+
+@each_impl
+def test_what_is_only_a_metric_stays_out_of_the_loss(impl):
+    tensors = batch(valid=2.0)
+    plain = ppo_loss(**tensors, impl=impl).loss
+    with torch.no_grad():
+        tensors["entropy"][0, 0] = math.inf
+        tensors["ref_logprobs"][0, 0] = 800.0
+    loss, metrics = ppo_loss(**tensors, kl_estimator="k3", impl=impl)
+    loss.backward()
+    assert torch.equal(loss, plain)
+    assert tensors["logprobs"].grad.isfinite().all()
+    metrics = dict(zip(PPO_STATS, metrics.tolist(), strict=True))
+    assert metrics["entropy"] == metrics["kl_loss"] == math.inf
+
+
+@each_impl
+@pytest.mark.parametrize("side", [-1.0, 1.0])
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+def test_a_token_on_a_bound_is_not_clipped(impl, side, dual_clip):
+    """log r is the bound as float32 holds it, and the numbers next to it on either side."""
+    clip = (0.25, 0.5)
+    bounds = [math.log(1.5)] if side > 0 else [math.log(0.75), math.log(3.0)]
+    for bound in bounds if side > 0 or dual_clip else bounds[:1]:
+        inwards = -1.0 if bound == bounds[-1] and bound > 0 else 1.0
+        on = torch.tensor(bound)
+        near = [torch.nextafter(on, on + inwards * k) for k in (1.0, -1.0)]
+        logprobs = torch.stack([near[0], on, near[1]])[None].requires_grad_()
+        zero = torch.zeros(1, 3)
+        out = ppo_loss(
+            logprobs,
+            old_logprobs=zero,
+            advantages=zero + side,
+            mask=zero == 0,
+            clip=clip,
+            dual_clip=dual_clip,
+            impl=impl,
+        )
+        out.loss.backward()
+        assert (logprobs.grad != 0).tolist() == [[True, True, False]]
+        counts = dict(zip(PPO_STATS, out.metrics.tolist(), strict=True))
+        assert counts["clipped_high"] + counts["clipped_low"] + counts["dual_clipped"] == 1
+
+
+@each_aggregation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bits_do_not_depend_on_threads_or_other_rows(aggregation, dtype):
+    tensors = {**batch(B=37, T=700, dtype=dtype), "mask": padded_mask(37, 700)}
+    options = {**EVERYTHING, "aggregation": aggregation, "normalizer": 99.0, "impl": "cpp"}
+    assert_same_bits_with_any_number_of_threads(lambda: run_all(tensors, **options))
+    _, _, *whole = run_all(tensors, **options)
+    for b in (0, 1, 2, 17, 36):
+        _, _, *alone = run_all({k: x[b : b + 1] for k, x in tensors.items()}, **options)
+        assert all(torch.equal(x[0], y[b]) for x, y in zip(alone, whole, strict=True))
+
+
+def op_arguments(tensors, **changes):
+    number = torch.tensor(0.3, dtype=torch.float64)
+    names = ("logprobs", "entropy", "old_logprobs", "advantages", "ref_logprobs", "mask")
+    arguments = {name: tensors[name].detach() for name in names} | {
+        "clip_low": 0.2,
+        "clip_high": 0.3,
+        "dual_clip": 2.0,
+        "kl_coef": number,
+        "kl_estimator": "k3",
+        "entropy_coef": number,
+        "aggregation": "token-mean",
+        "normalizer": torch.tensor(7),
+        "num_gradients": 2,
+    }
+    return arguments | changes
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_gradients": 0, "aggregation": "seq-mean-token-mean", "normalizer": None},
+        {"num_gradients": 1, "dual_clip": None, "entropy": None, "entropy_coef": None},
+        {"ref_logprobs": None, "kl_coef": None, "kl_estimator": "k1"},
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck(changes, dtype):
+    arguments = op_arguments(batch(dtype=dtype), **changes)
+    torch.library.opcheck(library.ppo_loss_cpp, (), arguments)
+    gradients = library.ppo_loss_cpp(**arguments)[2]
+    assert gradients.shape == (arguments["num_gradients"], 3, 5)
+
+
+def test_raw_op_checks_what_it_hands_to_the_kernel():
+    tensors = batch(dtype=torch.float32)
+    for name in ("entropy", "old_logprobs", "advantages", "ref_logprobs"):
+        for bad in (torch.ones(3, 4), torch.ones(3, 5).double()):
+            with pytest.raises(ValueError, match=f"{name}: got"):
+                library.ppo_loss_cpp(**op_arguments(tensors, **{name: bad}))
+    with pytest.raises(ValueError, match="mask: got"):
+        library.ppo_loss_cpp(**op_arguments(tensors, mask=torch.ones(3, 5)))
+    for name in ("entropy", "ref_logprobs"):
+        with pytest.raises(ValueError, match="an address that must not be 0 is 0"):
+            library.ppo_loss_cpp(**op_arguments(tensors, **{name: None}))
+
+
+@each_impl
+def test_on_fake_tensors(impl):
+    with FakeTensorMode():
+        x, h = torch.zeros(3, 5, requires_grad=True), torch.zeros(3, 5, requires_grad=True)
+        tensors = dict.fromkeys(("old_logprobs", "advantages", "ref_logprobs"), torch.zeros(3, 5))
+        out = ppo_loss(x, **tensors, entropy=h, mask=x > 0, **EVERYTHING, impl=impl)
+        out.loss.backward()
+    assert out.loss.shape == ()
+    assert out.metrics.shape == (len(PPO_STATS),)
+    assert x.grad.shape == h.grad.shape == (3, 5)
+
+
+def test_auto_is_cpp_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(api.reference, "ppo_loss", None)
+    ppo_loss(**batch(), **EVERYTHING)
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,56 @@ def test_against_the_definition(impl, b, v, t, top_k, top_p, dtype, layout, hole
         assert out.sampling_logprobs[row].item() == pytest.approx(expected, abs=1e-5)
 
 
+# Words found by search, at position 0, with the noise that the docstring's formula gives them.
+RARE_WORDS = [
+    (1343428, 3, 32 * math.log(2)),  # 0, which counts as 1: the largest noise
+    (434540, 3396, 32 * math.log(2)),  # 1
+    (6020, 2075, -math.log(24 * math.log(2))),  # 0xfffffea3 rounds up to 1 - 2^-24
+    (207, 39758, -math.log(24 * math.log(2))),  # 0xffffffa2 rounds to 1: the smallest noise
+]
+
+
+@IMPLS
+@pytest.mark.parametrize(("seed", "token", "noise"), RARE_WORDS)
+def test_draws_with_rare_words(impl, seed, token, noise):
+    """The other token is drawn when it is worth a little more, and not when a little less."""
+    assert python_noise(seed, 0, token) == pytest.approx(noise, rel=1e-6)
+    other = 0 if token > 3 else 1
+    logits = torch.full((2, token + 1), -math.inf)
+    logits[:, token] = -100.0
+    logits[:, other] = noise - 100 - python_noise(seed, 0, other) + torch.tensor([1e-3, -1e-3])
+    seeds = torch.full((2,), seed)
+    out = sample_tokens(logits, seeds, torch.zeros_like(seeds), impl=impl)
+    assert out.tokens.tolist() == [other, token]
+
+
+@IMPLS
+def test_draws_count_the_low_32_bits_of_the_position_and_all_of_the_seed(impl):
+    logits, (seeds, positions) = torch.zeros(200, 41), rows(200)
+    tokens = sample_tokens(logits, seeds, positions, impl=impl).tokens
+    for far in (2**32, -(2**32), 2**62):
+        assert torch.equal(sample_tokens(logits, seeds, positions + far, impl=impl).tokens, tokens)
+    for other in (seeds + 2**32, seeds - 2**63):
+        assert not torch.equal(sample_tokens(logits, other, positions, impl=impl).tokens, tokens)
+
+
+@IMPLS
+def test_the_smaller_id_is_drawn_on_a_tie(impl):
+    """At 1e9 the step of float32 is 64: the noise is lost, and all are equal. At 1e8 it is 8:
+    noise above 4 lifts the first token to the last, which is likelier without it."""
+    flat = torch.full((50, 300), 1e9)
+    flat[:, :5] = -math.inf
+    assert (sample_tokens(flat, *rows(50), impl=impl).tokens == 5).all()
+    steps = torch.full((500, 300), -math.inf)
+    steps[:, 0], steps[:, 1], steps[:, 299] = 1e8, 1e8 - 8, 1e8 + 8
+    values = steps + reference.gumbel_noise(*rows(500), 300)
+    tied = values[:, 0] == values[:, 299]
+    assert tied.any()
+    tokens = sample_tokens(steps, *rows(500), impl=impl).tokens
+    assert (tokens[tied] == 0).all()
+    assert torch.equal(tokens, values.argmax(-1))
+
+
 # Quantiles 1 - 1e-4 of the chi-square distribution, by degrees of freedom.
 CHI_SQUARE_LIMIT = {2: 18.42, 6: 27.86}
 
@@ -296,11 +346,13 @@ def test_impossible_tokens_are_never_drawn(impl):
         (math.nan, (1, 3), "logits: row 1 holds NaN"),
         (math.inf, (2, 0), r"logits: row 2 holds \+inf"),
         (-math.inf, (1, slice(None)), "logits: row 1 holds nothing but -inf"),
+        (3e38, (0, 4), r"logits: row 0 holds \+inf, before or after division"),
     ],
 )
 def test_a_row_without_a_distribution_is_named(impl, options, fill, where, message):
     logits = torch.zeros(3, 5)
     logits[where] = fill
+    options = {"temperature": 0.5, **options}
     with pytest.raises(ValueError, match=message):
         sample_tokens(logits, *rows(3), impl=impl, **options)
 

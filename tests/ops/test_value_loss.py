@@ -8,10 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_checks import assert_same_bits_with_any_number_of_threads, padded_mask
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ppo_fast.ops import library
 from ppo_fast.ops.dispatch import COMPILED
 from ppo_fast.ops.stats import VALUE_STATS, merge_stats
-from ppo_fast.ops.value_loss import value_loss
+from ppo_fast.ops.value_loss import api, value_loss
 
 IMPLS = ["reference", *COMPILED["value_loss"]]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5}
@@ -245,6 +248,157 @@ def test_on_meta_tensors_and_compiled(clip):
     assert torch.equal(compiled.metrics, plain.metrics)
     gradients = [torch.autograd.grad(x.loss, tensors["values"])[0] for x in (plain, compiled)]
     assert torch.equal(*gradients)
+
+
+def run_all(tensors, **options):
+    """Loss, metrics and gradient of one call."""
+    values = tensors["values"].detach().requires_grad_()
+    out = value_loss(**{**tensors, "values": values}, **options)
+    return out.loss.detach(), out.metrics, torch.autograd.grad(-1.7 * out.loss, values)[0]
+
+
+@each_clip
+def test_rows_longer_than_what_the_kernel_takes_at_once(clip):
+    tensors = {**batch(B=6, T=1100)[0], "mask": padded_mask(6, 1100)}
+    ours, reference = (run_all(tensors, clip=clip, impl=x) for x in ("cpp", "reference"))
+    for i, (x, y) in enumerate(zip(ours, reference, strict=True)):
+        tolerance = 1e-6 if i == 1 else 1e-12
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+
+
+@each_clip
+def test_error_budget(clip):
+    """err(cpp) <= 2 err(eager in float32) + a few eps, both against float64."""
+    tensors = {**batch(B=6, T=700, dtype=torch.float32)[0], "mask": padded_mask(6, 700)}
+    wide = {k: x.double() if x.is_floating_point() else x for k, x in tensors.items()}
+    exact = run_all(wide, clip=clip, impl="reference")
+    eager, ours = (run_all(tensors, clip=clip, impl=x) for x in ("reference", "cpp"))
+    for x, y, truth in zip(ours, eager, exact, strict=True):
+        allowed = 2 * (y - truth).abs().amax() + 4 * torch.finfo(torch.float32).eps * truth.abs()
+        assert ((x - truth).abs() <= allowed).all()
+
+
+@each_impl
+@each_clip
+def test_backward_twice(impl, clip):
+    tensors, _ = batch()
+    loss = value_loss(**tensors, clip=clip, impl=impl).loss
+    (one,) = torch.autograd.grad(loss, tensors["values"], retain_graph=True)
+    (other,) = torch.autograd.grad(-2 * loss, tensors["values"])
+    assert torch.equal(-2 * one, other)
+
+
+@each_impl
+def test_no_graph_without_a_gradient(impl):
+    tensors, _ = batch()
+    whole = value_loss(**tensors, clip=0.4, impl=impl)
+    with torch.no_grad():
+        plain = value_loss(**tensors, clip=0.4, impl=impl)
+    assert not plain.loss.requires_grad
+    assert torch.equal(plain.loss, whole.loss)
+    assert torch.equal(plain.metrics, whole.metrics)
+    constants = {k: x.detach().requires_grad_(k != "mask") for k, x in tensors.items()}
+    constants["values"] = constants["values"].detach()
+    assert not value_loss(**constants, clip=0.4, impl=impl).loss.requires_grad
+
+
+@each_impl
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_and_mixed_dtypes(impl, half):
+    tensors, _ = batch(dtype=half)
+    low = value_loss(**{**tensors, "returns": tensors["returns"].double()}, clip=0.4, impl=impl)
+    assert low.loss.dtype == torch.float32
+    wide = {k: x.detach().float() if k != "mask" else x for k, x in tensors.items()}
+    assert torch.equal(low.loss, value_loss(**wide, clip=0.4, impl=impl).loss)
+    low.loss.backward()
+    assert tensors["values"].grad.dtype == half
+
+
+@each_impl
+def test_a_nan_at_a_valid_token_shows(impl):
+    tensors, _ = batch(B=3, T=40)
+    with torch.no_grad():
+        tensors["values"][1, 17] = math.nan
+    tensors["mask"][1, 17] = True
+    loss, metrics = value_loss(**tensors, clip=0.4, impl=impl)
+    assert loss.isnan()
+    metrics = dict(zip(VALUE_STATS, metrics.tolist(), strict=True))
+    assert {name for name, x in metrics.items() if not math.isnan(x)} == {
+        "tokens",
+        "clipped",
+        "returns",
+        "returns_squared",
+    }
+
+
+@each_impl
+def test_old_values_without_a_clip_are_ignored(impl):
+    tensors, _ = batch()
+    with_old = value_loss(**tensors, impl=impl)
+    without = value_loss(**{**tensors, "old_values": None}, impl=impl)
+    assert torch.equal(with_old.loss, without.loss)
+    assert torch.equal(with_old.metrics, without.metrics)
+
+
+@each_clip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bits_do_not_depend_on_threads_or_other_rows(clip, dtype):
+    tensors = {**batch(B=37, T=1400, dtype=dtype)[0], "mask": padded_mask(37, 1400)}
+    options = {"clip": clip, "normalizer": 99.0, "impl": "cpp"}
+    assert_same_bits_with_any_number_of_threads(lambda: run_all(tensors, **options))
+    *_, whole = run_all(tensors, **options)
+    for b in (0, 1, 2, 17, 36):
+        *_, alone = run_all({k: x[b : b + 1] for k, x in tensors.items()}, **options)
+        assert torch.equal(alone[0], whole[b])
+
+
+def op_arguments(tensors, **changes):
+    arguments = {name: x.detach() for name, x in tensors.items()}
+    return {**arguments, "clip": 0.2, "normalizer": None, "with_gradient": True, **changes}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"clip": None, "old_values": None}, {"normalizer": torch.tensor(7)}],
+)
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_opcheck(changes, dtype, with_gradient):
+    arguments = op_arguments(batch(dtype=dtype)[0], **changes, with_gradient=with_gradient)
+    torch.library.opcheck(library.value_loss_cpp, (), arguments)
+    gradient = library.value_loss_cpp(**arguments)[2]
+    assert gradient.shape == ((3, 5) if with_gradient else (0,))
+
+
+def test_raw_op_checks_what_it_hands_to_the_kernel():
+    tensors, _ = batch(dtype=torch.float32)
+    for name in ("old_values", "returns"):
+        for bad in (torch.ones(3, 4), torch.ones(3, 5).double()):
+            with pytest.raises(ValueError, match=f"{name}: got"):
+                library.value_loss_cpp(**op_arguments(tensors, **{name: bad}))
+    with pytest.raises(ValueError, match="mask: got"):
+        library.value_loss_cpp(**op_arguments(tensors, mask=torch.ones(3, 5)))
+
+
+@each_impl
+def test_fake_tensors_and_autocast(impl):
+    tensors, _ = batch(dtype=torch.float32)
+    plain = value_loss(**tensors, clip=0.4, impl=impl)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = value_loss(**tensors, clip=0.4, impl=impl)
+    assert torch.equal(plain.loss, inside.loss)
+    with FakeTensorMode():
+        x, constant = torch.zeros(3, 5, requires_grad=True), torch.zeros(3, 5)
+        options = {"old_values": constant, "returns": constant, "mask": x > 0, "clip": 0.4}
+        out = value_loss(x, **options, impl=impl)
+        out.loss.backward()
+    assert out.metrics.shape == (len(VALUE_STATS),)
+    assert x.grad.shape == (3, 5)
+
+
+def test_auto_is_cpp_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(api.reference, "value_loss", None)
+    value_loss(**batch()[0])
 
 
 @pytest.mark.parametrize(

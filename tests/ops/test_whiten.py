@@ -10,9 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_checks import assert_same_bits_with_any_number_of_threads, padded_mask
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ppo_fast.ops import library
 from ppo_fast.ops.dispatch import COMPILED
-from ppo_fast.ops.whiten import whiten
+from ppo_fast.ops.whiten import api, whiten
 
 IMPLS = ["reference", *COMPILED["whiten"]]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5}
@@ -132,6 +135,106 @@ def test_on_meta_tensors_and_compiled():
     run(values.to("meta"), mask.to("meta"))
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(values, mask)
     assert torch.equal(compiled, run(values, mask))
+
+
+def run_all(values, mask, impl, upstream):
+    values = values.detach().requires_grad_()
+    out = whiten(values, mask=mask, impl=impl)
+    return out.detach(), torch.autograd.grad(out, values, upstream)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_longer_than_what_the_kernel_takes_at_once(dtype):
+    values, mask = batch(B=6, T=1100, dtype=dtype)[0] * 3 + 5, padded_mask(6, 1100)
+    upstream = batch(seed=1, B=6, T=1100, dtype=dtype)[0]
+    wide = run_all(values.double(), mask, "reference", upstream.double())
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    for x, y in zip(run_all(values, mask, "cpp", upstream), wide, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=tolerance, atol=tolerance)
+
+
+def test_a_gradient_under_the_mask_goes_nowhere():
+    values, mask = batch()
+    upstream = torch.randn(3, 5, dtype=torch.float64)
+    clean = run_all(values, mask, "cpp", upstream)
+    dirty = run_all(values, mask, "cpp", upstream.masked_fill(~mask, math.nan))
+    assert torch.equal(clean[1], dirty[1])
+
+
+@each_impl
+def test_backward_twice(impl):
+    values, mask = batch()
+    values.requires_grad_()
+    upstream = torch.randn(3, 5, dtype=torch.float64)
+    out = whiten(values, mask=mask, impl=impl)
+    (one,) = torch.autograd.grad(out, values, upstream, retain_graph=True)
+    (other,) = torch.autograd.grad(out, values, -2 * upstream)
+    assert torch.equal(-2 * one, other)
+
+
+@each_impl
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision(impl, half):
+    values, mask = batch(dtype=half)
+    values.requires_grad_()
+    out = whiten(values, mask=mask, impl=impl)
+    assert torch.equal(out, whiten(values.detach().float(), mask=mask, impl=impl))
+    out.backward(torch.randn(3, 5))
+    assert values.grad.dtype == half
+
+
+@each_impl
+def test_no_graph_without_a_gradient(impl):
+    values, mask = batch()
+    assert not whiten(values, mask=mask, impl=impl).requires_grad
+    with torch.no_grad():
+        assert not whiten(values.requires_grad_(), mask=mask, impl=impl).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bits_do_not_depend_on_threads(dtype):
+    values, mask = batch(B=37, T=1400, dtype=dtype)[0], padded_mask(37, 1400)
+    upstream = batch(seed=1, B=37, T=1400, dtype=dtype)[0]
+    assert_same_bits_with_any_number_of_threads(lambda: run_all(values, mask, "cpp", upstream))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck(dtype):
+    values, mask = batch(dtype=dtype)
+    torch.library.opcheck(library.whiten_cpp, (values.T[::2], mask.T[::2]))
+    whitened, scale = library.whiten_cpp(values, mask)
+    torch.library.opcheck(library.whiten_backward_cpp, (values, whitened, mask, scale))
+
+
+def test_raw_ops_check_what_they_hand_to_the_kernels():
+    x = torch.ones(2, 3)
+    whitened, scale = library.whiten_cpp(x, x > 0)
+    with pytest.raises(ValueError, match="mask: got"):
+        library.whiten_cpp(x, x)
+    for name, arguments in {
+        "grad_whitened": (x.double(), whitened, x > 0, scale),
+        "mask": (x, whitened, x[:1] > 0, scale),
+        "scale": (x, whitened, x > 0, scale.float()),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name}: got"):
+            library.whiten_backward_cpp(*arguments)
+
+
+@each_impl
+def test_fake_tensors_and_autocast(impl):
+    values, mask = batch(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = whiten(values, mask=mask, impl=impl)
+    assert torch.equal(inside, whiten(values, mask=mask, impl=impl))
+    with FakeTensorMode():
+        x = torch.zeros(3, 5, requires_grad=True)
+        whiten(x, mask=x > 0, impl=impl).sum().backward()
+    assert x.grad.shape == (3, 5)
+
+
+def test_auto_is_cpp_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(api.reference, "whiten", None)
+    whiten(*batch()[:1], mask=batch()[1])
 
 
 @pytest.mark.parametrize(

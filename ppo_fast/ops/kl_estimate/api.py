@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from ppo_fast.ops import library
 from ppo_fast.ops.dispatch import Impl, choose
 from ppo_fast.ops.kl_estimate import reference
 from ppo_fast.ops.validation import check_choice, check_tokens
@@ -51,5 +54,38 @@ def kl_estimate(
     op = "kl_estimate"
     check_tokens(op, {"logprobs": logprobs, "ref_logprobs": ref_logprobs}, {"mask": mask})
     check_choice(op, "estimator", estimator, get_args(KLEstimator))
-    choose(op, impl, logprobs.device)
-    return reference.kl_estimate(logprobs, ref_logprobs, mask=mask, estimator=estimator)
+    chosen = choose(op, impl, logprobs.device).impl
+    if chosen == "reference":
+        return reference.kl_estimate(logprobs, ref_logprobs, mask=mask, estimator=estimator)
+    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+    logprobs, ref_logprobs = logprobs.to(dtype), ref_logprobs.to(dtype)
+    if estimator == "k1+k2":
+        ref_logprobs = ref_logprobs.detach()
+    if torch.is_grad_enabled() and (logprobs.requires_grad or ref_logprobs.requires_grad):
+        return _KLEstimate.apply(logprobs, ref_logprobs, mask, estimator)
+    return library.kl_estimate_cpp(logprobs, ref_logprobs, mask, estimator, False)[0]
+
+
+class _KLEstimate(torch.autograd.Function):
+    """Saves the slope of the estimate and the mask.
+
+    The context is an argument of ``forward``: with ``setup_context`` a call takes 90 us more.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, estimator: str
+    ) -> Tensor:
+        estimate, slope = library.kl_estimate_cpp(logprobs, ref_logprobs, mask, estimator, True)
+        ctx.save_for_backward(mask, slope)
+        return estimate
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        mask, slope = ctx.saved_tensors
+        grad = grad * slope
+        if mask is not None:
+            grad = torch.where(mask, grad, 0.0)
+        for_logprobs, for_ref, *_ = ctx.needs_input_grad
+        return grad if for_logprobs else None, -grad if for_ref else None, None, None

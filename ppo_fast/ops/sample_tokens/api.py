@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ppo_fast.ops import library
 from ppo_fast.ops.dispatch import Impl, choose
 from ppo_fast.ops.sample_tokens import reference
 from ppo_fast.ops.validation import (
@@ -61,9 +62,9 @@ def sample_tokens(
 
     Truncation ranks tokens by x / t, the smaller id first on a tie. top_k keeps the first k. Then
     top_p keeps the first n, for the smallest n >= 1 whose mass, in the distribution renormalised
-    over what top_k kept, is at least top_p (Holtzman et al. 2020, section 3.1). The reference adds
-    masses in float64; another implementation may decide otherwise where a sum equals top_p to
-    rounding.
+    over what top_k kept, is at least top_p (Holtzman et al. 2020, section 3.1). Masses are added in
+    float64, each of them computed in float64 in the reference and in the dtype of the results in
+    C++, which may decide otherwise where a sum equals top_p to rounding.
 
     Args:
         logits: [B, V], float32, float64, bfloat16 or float16, any strides; computed in float32
@@ -98,21 +99,24 @@ def sample_tokens(
         raise ValueError(f"top_k: got {top_k}, expected 0 (off) or more")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p: got {top_p}, expected above 0 and at most 1 (off)")
-    choose("sample_tokens", impl, logits.device)
-    sampled = Sampled(
-        *reference.sample_tokens(
-            logits.detach(), seeds, positions, temperature=temperature, top_k=top_k, top_p=top_p
+    logits = logits.detach()
+    if choose("sample_tokens", impl, logits.device).impl == "cpp":
+        drawn = library.sample_tokens_cpp(logits, seeds, positions, temperature, top_k, top_p)
+    else:
+        drawn = reference.sample_tokens(
+            logits, seeds, positions, temperature=temperature, top_k=top_k, top_p=top_p
         )
-    )
+    sampled = Sampled(*drawn)
     _check_rows(logits, sampled.logprobs)
     return sampled
 
 
 def _check_rows(logits: Tensor, logprobs: Tensor) -> None:
-    # A row without a distribution has a NaN log-prob: looking at [B] results is enough.
-    if not values_readable(logprobs) or not (bad := logprobs.isnan()).any():
+    # A row without a distribution has a NaN log-prob: looking at [B] results, or their sum, is
+    # enough.
+    if not values_readable(logprobs) or not math.isnan(logprobs.sum().item()):
         return
-    row = int(bad.nonzero()[0])
+    row = int(logprobs.isnan().nonzero()[0])
     if logits[row].isnan().any():
         what = "NaN"
     elif (logits[row] == -math.inf).all():

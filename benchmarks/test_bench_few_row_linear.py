@@ -1,0 +1,18 @@
+"""few_row_linear: the head's product of a decoding step, against F.linear."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sides import HIDDEN, VOCAB
+
+from ppo_fast.ops import few_row_linear
+
+
+@pytest.mark.parametrize("rows", [1, 4, 8, 16, 32])
+def test_few_row_linear(turns, rows):
+    x, weight = torch.randn(rows, HIDDEN), torch.randn(VOCAB, HIDDEN)
+    sides = {
+        "ppo_fast": lambda: few_row_linear(x, weight),
+        "F.linear": lambda: F.linear(x, weight),
+    }
+    turns(f"few_row_linear, {rows} rows", sides, rounds=15)

@@ -1,0 +1,41 @@
+"""Launcher of the C++ kernel, csrc/kl_estimate.hpp."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from ppo_fast.ops.kl_estimate.api import KLEstimator
+from ppo_fast.ops.launch import DTYPE_CODES, address, vouched, vouched_or_none
+
+# enum class KlEstimator in csrc/kl_estimate.hpp has the same order.
+ESTIMATOR_CODES = {name: code for code, name in enumerate(get_args(KLEstimator))}
+
+
+def kl_estimate(
+    logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, estimator: str, with_slope: bool
+) -> tuple[Tensor, Tensor]:
+    """The estimate [B, T] and, with ``with_slope``, its derivative in ``logprobs`` (else an empty
+    tensor), of CPU log-probs [B, T] of one dtype, float32 or float64, and a bool mask."""
+    from ppo_fast import _C
+
+    dtype, shape = logprobs.dtype, tuple(logprobs.shape)
+    logprobs = vouched("logprobs", logprobs, shape, dtype)
+    ref_logprobs = vouched("ref_logprobs", ref_logprobs, shape, dtype)
+    mask = vouched_or_none("mask", mask, shape, torch.bool)
+    estimate = torch.empty(shape, dtype=dtype)
+    slope = torch.empty(shape if with_slope else 0, dtype=dtype)
+    _C.kl_estimate(
+        dtype=DTYPE_CODES[dtype],
+        logprobs=address(logprobs),
+        ref_logprobs=address(ref_logprobs),
+        mask=address(mask),
+        estimator=ESTIMATOR_CODES[estimator],
+        estimate=address(estimate),
+        slope=address(slope) if with_slope else 0,
+        num_tokens=logprobs.numel(),
+        num_threads=torch.get_num_threads(),
+    )
+    return estimate, slope

@@ -1,0 +1,84 @@
+"""Launcher of the C++ kernel, csrc/ppo_loss.hpp."""
+
+from __future__ import annotations
+
+import math
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from ppo_fast.ops.kl_estimate.api import KLEstimator
+from ppo_fast.ops.launch import DTYPE_CODES, address, vouched, vouched_or_none
+from ppo_fast.ops.ppo_loss.api import Aggregation
+from ppo_fast.ops.stats import PPO_STATS
+
+# The enum classes in csrc/kl_estimate.hpp and csrc/ppo_loss.hpp have the same orders.
+ESTIMATOR_CODES = {name: code for code, name in enumerate(get_args(KLEstimator))}
+AGGREGATION_CODES = {name: code for code, name in enumerate(get_args(Aggregation))}
+
+
+def ppo_loss(
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    ref_logprobs: Tensor | None,
+    mask: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    kl_coef: Tensor | None,
+    kl_estimator: str,
+    entropy_coef: Tensor | None,
+    aggregation: str,
+    normalizer: Tensor | None,
+    num_gradients: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [], metrics [K] and gradients [num_gradients, B, T] (0: none, 1: of the log-probs,
+    2: of the entropy too), of CPU tensors [B, T] of one dtype, float32 or float64, and a mask."""
+    from ppo_fast import _C
+
+    dtype, shape = logprobs.dtype, tuple(logprobs.shape)
+    num_rows, num_steps = shape
+    logprobs = vouched("logprobs", logprobs, shape, dtype)
+    old_logprobs = vouched("old_logprobs", old_logprobs, shape, dtype)
+    advantages = vouched("advantages", advantages, shape, dtype)
+    mask = vouched("mask", mask, shape, torch.bool)
+    entropy = vouched_or_none("entropy", entropy, shape, dtype)
+    ref_logprobs = vouched_or_none("ref_logprobs", ref_logprobs, shape, dtype)
+    loss = torch.empty((), dtype=dtype)
+    stats = torch.empty(len(PPO_STATS), dtype=torch.float32)
+    gradients = torch.empty(num_gradients, num_rows, num_steps, dtype=dtype)
+    gradient_bytes = num_rows * num_steps * dtype.itemsize
+    _C.ppo_loss(
+        dtype=DTYPE_CODES[dtype],
+        logprobs=address(logprobs),
+        old_logprobs=address(old_logprobs),
+        advantages=address(advantages),
+        mask=address(mask),
+        entropy=address(entropy),
+        ref_logprobs=address(ref_logprobs),
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=math.inf if dual_clip is None else dual_clip,
+        kl_coef=_number(kl_coef),
+        kl_estimator=ESTIMATOR_CODES[kl_estimator],
+        entropy_coef=_number(entropy_coef),
+        aggregation=AGGREGATION_CODES[aggregation],
+        # 0 tokens count as 1, and 0 is "count them".
+        normalizer=0.0 if normalizer is None else _number(normalizer) or 1.0,
+        loss=address(loss),
+        stats=address(stats),
+        grad_logprobs=address(gradients) if num_gradients > 0 else 0,
+        grad_entropy=address(gradients) + gradient_bytes if num_gradients > 1 else 0,
+        num_rows=num_rows,
+        num_steps=num_steps,
+        num_threads=torch.get_num_threads(),
+    )
+    return loss, stats, gradients
+
+
+def _number(x: Tensor | None) -> float:
+    """A 0-dim tensor as a float, which on the CPU waits for nothing; 0 for None."""
+    return 0.0 if x is None else float(x.item())

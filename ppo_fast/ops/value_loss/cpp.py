@@ -1,0 +1,53 @@
+"""Launcher of the C++ kernel, csrc/value_loss.hpp."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ppo_fast.ops.launch import DTYPE_CODES, address, vouched
+from ppo_fast.ops.stats import VALUE_STATS
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor,
+    mask: Tensor,
+    clip: float | None,
+    normalizer: Tensor | None,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [], metrics [K] and, with ``with_gradient``, the gradient [B, T] of the values (else an
+    empty tensor), of CPU tensors [B, T] of one dtype, float32 or float64, and a bool mask."""
+    from ppo_fast import _C
+
+    dtype, shape = values.dtype, tuple(values.shape)
+    values = vouched("values", values, shape, dtype)
+    returns = vouched("returns", returns, shape, dtype)
+    mask = vouched("mask", mask, shape, torch.bool)
+    if clip is None or old_values is None:
+        clip, old_values = math.inf, values
+    old_values = vouched("old_values", old_values, shape, dtype)
+    loss = torch.empty((), dtype=dtype)
+    stats = torch.empty(len(VALUE_STATS), dtype=torch.float32)
+    gradient = torch.empty(shape if with_gradient else 0, dtype=dtype)
+    _C.value_loss(
+        dtype=DTYPE_CODES[dtype],
+        values=address(values),
+        old_values=address(old_values),
+        returns=address(returns),
+        mask=address(mask),
+        clip=clip,
+        # Reading a number on the CPU waits for nothing; 0 tokens count as 1, and 0 is "count them".
+        normalizer=0.0 if normalizer is None else float(normalizer.item()) or 1.0,
+        loss=address(loss),
+        stats=address(stats),
+        grad_values=address(gradient) if with_gradient else 0,
+        num_rows=shape[0],
+        num_steps=shape[1],
+        num_threads=torch.get_num_threads(),
+    )
+    return loss, stats, gradient

@@ -1,0 +1,54 @@
+"""Launchers of the C++ kernels, csrc/whiten.hpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ppo_fast.ops.launch import DTYPE_CODES, address, vouched
+
+
+def whiten(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Whitened values [B, T] and, for backward, what they were scaled with [] in float64, of CPU
+    values [B, T], float32 or float64, and a bool mask."""
+    from ppo_fast import _C
+
+    dtype, shape = values.dtype, tuple(values.shape)
+    values = vouched("values", values, shape, dtype)
+    mask = vouched("mask", mask, shape, torch.bool)
+    whitened, scale = torch.empty(shape, dtype=dtype), torch.empty((), dtype=torch.float64)
+    _C.whiten(
+        dtype=DTYPE_CODES[dtype],
+        values=address(values),
+        mask=address(mask),
+        whitened=address(whitened),
+        scale=address(scale),
+        num_rows=shape[0],
+        num_steps=shape[1],
+        num_threads=torch.get_num_threads(),
+    )
+    return whitened, scale
+
+
+def whiten_backward(grad_whitened: Tensor, whitened: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
+    """Gradient of the values, [B, T]."""
+    from ppo_fast import _C
+
+    dtype, shape = whitened.dtype, tuple(whitened.shape)
+    grad_whitened = vouched("grad_whitened", grad_whitened, shape, dtype)
+    whitened = vouched("whitened", whitened, shape, dtype)
+    mask = vouched("mask", mask, shape, torch.bool)
+    scale = vouched("scale", scale, (), torch.float64)
+    grad_values = torch.empty(shape, dtype=dtype)
+    _C.whiten_backward(
+        dtype=DTYPE_CODES[dtype],
+        grad_whitened=address(grad_whitened),
+        whitened=address(whitened),
+        mask=address(mask),
+        scale=address(scale),
+        grad_values=address(grad_values),
+        num_rows=shape[0],
+        num_steps=shape[1],
+        num_threads=torch.get_num_threads(),
+    )
+    return grad_values
