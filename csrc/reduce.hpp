@@ -32,10 +32,12 @@ struct RowLength {
 
 inline RowLength row_length(const std::uint8_t* mask, std::int64_t num_steps) {
   RowLength length;
-  std::uint64_t word = 0;
   std::int64_t end = num_steps;
-  for (; end >= 8 && word == 0; end -= 8) std::memcpy(&word, mask + end - 8, 8);
-  end = std::min(end + 8, num_steps);
+  for (; end >= 8; end -= 8) {  // eight at once
+    std::uint64_t valid;
+    std::memcpy(&valid, mask + end - 8, 8);
+    if (valid != 0) break;
+  }
   while (end > 0 && mask[end - 1] == 0) --end;
   length.end = end;
   for_blocks(end, [&](std::int64_t first, std::int64_t count) {

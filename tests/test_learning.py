@@ -23,11 +23,11 @@ class CountTarget(nn.Module):
 def fraction_after_training(seed, *, shuffle=False):
     """The share of TARGET among sampled tokens after training, on request with the advantages
     shuffled."""
-    config = PPOConfig(learning_rate=5e-3, critic="head", max_length=12, kl_penalty=0.01, seed=seed)
+    config = PPOConfig(learning_rate=3e-3, critic="head", max_length=12, kl_penalty=0.01, seed=seed)
     model = tiny_model("llama", seed=seed)
     trainer = PPOTrainer(model, None, CountTarget(), tiny_tokenizer(), "cpu", config=config)
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(30):
+    for _ in range(45):
         experience = trainer.make_experience(trainer.rollout(PROMPTS * 8))
         if shuffle:
             valid = experience.tokens.response_mask

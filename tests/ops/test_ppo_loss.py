@@ -539,6 +539,30 @@ def test_a_nan_at_a_valid_token_shows(impl, given, nan, none):
 
 
 @each_impl
+def test_a_token_without_advantage_is_not_counted_as_clipped(impl):
+    logprobs, zero = torch.tensor([[2.0, -2.0]]), torch.zeros(1, 2)
+    options = {"old_logprobs": zero, "advantages": zero, "mask": zero == 0, "dual_clip": 3.0}
+    metrics = ppo_metrics(ppo_loss(logprobs, **options, impl=impl).metrics)
+    assert metrics["clip_fraction"] == metrics["dual_clip_fraction"] == 0
+
+
+@each_impl
+def test_the_gradient_of_a_nan_ratio_is_that_of_torch_clamp(impl):
+    tensors = batch(B=1, T=2, valid=2.0)
+    tensors["old_logprobs"][:] = math.nan
+    ppo_loss(**tensors, impl=impl).loss.backward()
+    assert (tensors["logprobs"].grad == 0).all()
+
+
+@each_impl
+def test_approx_kl_k3_near_zero_is_not_lost_to_rounding(impl):
+    logprobs, zero = torch.full((2, 3), 1e-3), torch.zeros(2, 3)
+    options = {"old_logprobs": zero, "advantages": zero, "mask": zero == 0}
+    metrics = ppo_metrics(ppo_loss(logprobs, **options, impl=impl).metrics)
+    assert metrics["approx_kl_k3"] == pytest.approx(5.0017e-7, rel=2e-3)
+
+
+@each_impl
 def test_what_is_only_a_metric_stays_out_of_the_loss(impl):
     tensors = batch(valid=2.0)
     plain = ppo_loss(**tensors, impl=impl).loss

@@ -189,8 +189,8 @@ def test_draws_with_rare_words(impl, seed, token, noise):
     assert python_noise(seed, 0, token) == pytest.approx(noise, rel=1e-6)
     other = 0 if token > 3 else 1
     logits = torch.full((2, token + 1), -math.inf)
-    logits[:, token] = -100.0
-    logits[:, other] = noise - 100 - python_noise(seed, 0, other) + torch.tensor([1e-3, -1e-3])
+    logits[:, token] = 0.0
+    logits[:, other] = noise - python_noise(seed, 0, other) + torch.tensor([2e-5, -2e-5])
     seeds = torch.full((2,), seed)
     out = sample_tokens(logits, seeds, torch.zeros_like(seeds), impl=impl)
     assert out.tokens.tolist() == [other, token]
