@@ -83,16 +83,15 @@ void kl_tokens(const KlEstimateArgs& args, std::int64_t first, std::int64_t coun
   auto* slope = kSloped ? static_cast<Real*>(args.slope) + first : nullptr;
   for (std::int64_t j = 0; j < count; ++j) {
     const Real difference = logprobs[j] - ref_logprobs[j];
-    const bool valid = !kMasked || mask[j];
-    const KlTerm<Real> term = kl_term<kEstimator>(valid ? difference : Real(0));
+    const KlTerm<Real> term = kl_term<kEstimator>(!kMasked || mask[j] ? difference : Real(0));
     estimate[j] = term.value;
-    if (kSloped) slope[j] = valid ? term.slope : Real(0);
+    if (kSloped) slope[j] = term.slope;
   }
 }
 
-// Saved for backward: the slope, if it is asked for; the gradient in logprobs is it times the
-// upstream gradient, that in ref_logprobs is the negative. Bytes moved a token in float32: 12, and
-// 4 for the slope and 1 for the mask.
+// Saved for backward: the slope, if it is asked for. Where the mask is true, the gradient in
+// logprobs is it times the upstream gradient, and that in ref_logprobs the negative of it. Bytes
+// moved a token in float32: 12, and 4 for the slope and 1 for the mask.
 inline void kl_estimate(const KlEstimateArgs& args, int num_threads) {
   constexpr std::int64_t kTokens = 1024;  // at a time
   const std::int64_t num_parts = (args.num_tokens + kTokens - 1) / kTokens;
