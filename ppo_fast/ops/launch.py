@@ -18,10 +18,10 @@ def vouched(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtyp
 
     Raises ValueError unless it has this shape and dtype and is on the CPU.
     """
-    if tensor.shape != shape or tensor.dtype != dtype or tensor.device.type != "cpu":
-        got = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-        raise ValueError(f"{name}: got {got}, expected {dtype} {shape} on cpu")
-    return tensor.contiguous()
+    if tensor.shape == shape and tensor.dtype == dtype and tensor.is_cpu:
+        return tensor if tensor.is_contiguous() else tensor.contiguous()
+    got = f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+    raise ValueError(f"{name}: got {got}, expected {dtype} {shape} on cpu")
 
 
 def vouched_or_none(

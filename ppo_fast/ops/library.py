@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,11 +26,12 @@ def _define(schema: str, launcher: str, fake: Callable[..., Any]) -> torch._ops.
     name = schema.partition("(")[0]
     folder, _, function = launcher.partition("/")
 
-    def launch(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"ppo_fast.ops.{folder}.cpp"), function)(*args)
+    @cache
+    def load() -> Callable[..., Any]:
+        return getattr(importlib.import_module(f"ppo_fast.ops.{folder}.cpp"), function)
 
     _library.define(schema)
-    _library.impl(name, launch, "CPU")
+    _library.impl(name, lambda *args: load()(*args), "CPU")
     torch.library.register_fake(f"ppo_fast::{name}", fake, lib=_library)
     return getattr(torch.ops.ppo_fast, name).default
 

@@ -77,16 +77,23 @@ def gae(
         _check_fraction("lam", lam)
     _check_fraction("gamma", gamma)
 
-    dtype = torch.promote_types(torch.promote_types(rewards.dtype, values.dtype), torch.float32)
-    rewards, values = rewards.detach().to(dtype), values.detach().to(dtype)
+    double = torch.float64 in (rewards.dtype, values.dtype)
+    dtype = torch.float64 if double else torch.float32
+    rewards, values = _constant(rewards, dtype), _constant(values, dtype)
     if bootstrap_value is None:
-        bootstrap_value = rewards.new_zeros(num_rows)
+        bootstrap_value = torch.zeros(num_rows, dtype=dtype, device=device)
     if not isinstance(lam, Tensor):
-        lam = rewards.new_full((num_rows,), lam)
-    bootstrap_value, lam = bootstrap_value.detach().to(dtype), lam.detach().to(dtype)
+        lam = torch.full((num_rows,), lam, dtype=dtype, device=device)
+    bootstrap_value, lam = _constant(bootstrap_value, dtype), _constant(lam, dtype)
     chosen = choose("gae", impl, device).impl
     run = library.gae_cpp if chosen == "cpp" else reference.gae
     return GAE(*run(rewards, values, mask, dones, bootstrap_value, lam, float(gamma)))
+
+
+def _constant(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # A call that changes nothing still costs 2 us, which is felt at this size.
+    tensor = tensor.detach() if tensor.requires_grad else tensor
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _check_tensor(
