@@ -60,7 +60,7 @@ PPO_FAST_INLINE Rounded round_to_integer(float x) {
   return {shifted - kRounder, static_cast<std::int32_t>(n)};
 }
 
-// 2^f - 1 for |f| <= 1/2: the one polynomial of all exponentials, exact to 3.3e-8 of the result.
+// 2^f - 1 for |f| <= 1/2: the polynomial of the exponentials, exact to 3.3e-8 of the result.
 PPO_FAST_INLINE float exp2m1_polynomial(float f) {
   float p = 1.535354822408408e-4f;
   p = madd(p, f, 1.3398833107203245e-3f);
@@ -80,17 +80,16 @@ PPO_FAST_INLINE float exp2_nonpositive(float x) {
 }
 PPO_FAST_INLINE double exp2_nonpositive(double x) { return std::exp2(x); }
 
-// x = n log 2 + r with |r| <= log(2) / 2; f = r / log 2.
+// x = n log 2 + r with |r| <= log(2) / 2.
 struct Reduced {
   std::int32_t n;
-  float f;
+  float r;
 };
 
 PPO_FAST_INLINE Reduced reduce_by_log2(float x) {
   const Rounded rounded = round_to_integer(x * static_cast<float>(kLog2E));
   const float n = rounded.value;
-  const float r = madd(n, 2.12194440e-4f, madd(n, -0.693359375f, x));  // log 2 in two parts
-  return {rounded.n, r * static_cast<float>(kLog2E)};
+  return {rounded.n, madd(n, 2.12194440e-4f, madd(n, -0.693359375f, x))};  // log 2 in two parts
 }
 
 PPO_FAST_INLINE float exp(float x) {
@@ -98,18 +97,26 @@ PPO_FAST_INLINE float exp(float x) {
   const Reduced reduced = reduce_by_log2(above > kExpHighest ? kExpHighest : above);
   const std::int32_t half = reduced.n / 2;  // 2^128 is no float: in two factors
   const float scale = power_of_two(half);
-  const float result =
-      madd(exp2m1_polynomial(reduced.f), scale, scale) * power_of_two(reduced.n - half);
+  const float f = reduced.r * static_cast<float>(kLog2E);
+  const float result = madd(exp2m1_polynomial(f), scale, scale) * power_of_two(reduced.n - half);
   return x < kExpLowest ? 0.0f : (x > kExpHighest ? kInfinity : result);
 }
 PPO_FAST_INLINE double exp(double x) { return std::exp(x); }
 
+// With a polynomial of its own, in x instead of x / log 2: next to 0 a rounding of x would be all
+// that k3 = exp(x) - 1 - x has.
 PPO_FAST_INLINE float expm1(float x) {
   constexpr float kHighest = 25.0f;  // above it the 1 is lost in the rounding of exp
   const float above = x < kExpLowest ? kExpLowest : x;
   const Reduced reduced = reduce_by_log2(above > kHighest ? kHighest : above);
+  const float r = reduced.r;
+  float p = 1.3926213141530752e-3f;
+  p = madd(p, r, 8.363203145563602e-3f);
+  p = madd(p, r, 4.1666556149721146e-2f);
+  p = madd(p, r, 0.16666576266288757f);
+  p = madd(p, r, 0.5f);
   const float scale = power_of_two(reduced.n);
-  const float result = madd(exp2m1_polynomial(reduced.f), scale, scale - 1.0f);
+  const float result = madd(madd(r * r, p, r), scale, scale - 1.0f);
   return x > kHighest ? exp(x) : result;
 }
 PPO_FAST_INLINE double expm1(double x) { return std::expm1(x); }
