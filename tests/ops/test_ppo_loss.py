@@ -539,6 +539,29 @@ def test_a_nan_at_a_valid_token_shows(impl, given, nan, none):
 
 
 @each_impl
+@each_aggregation
+@pytest.mark.parametrize("zero", [torch.tensor(0), torch.tensor(0.0)])
+def test_a_normalizer_of_zero_counts_as_one(impl, aggregation, zero):
+    options = {**EVERYTHING, "aggregation": aggregation, "impl": impl}
+    one, other = (ppo_loss(**batch(), **options, normalizer=x).loss for x in (1, zero))
+    assert torch.equal(one, other)
+
+
+@each_impl
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_masked_tokens_are_no_extrema(impl, sign):
+    """Longer than a vector, and every ratio on the same side of 1."""
+    tensors = batch(B=3, T=40)
+    log_ratio = sign * (0.1 + torch.rand(3, 40, dtype=torch.float64))
+    tensors["old_logprobs"] = tensors["logprobs"].detach() - log_ratio
+    metrics = ppo_metrics(ppo_loss(**tensors, impl=impl).metrics)
+    valid = log_ratio[tensors["mask"]]
+    assert metrics["ratio_min"] == pytest.approx(valid.min().exp().item(), rel=1e-6)
+    assert metrics["ratio_max"] == pytest.approx(valid.max().exp().item(), rel=1e-6)
+    assert metrics["max_log_ratio"] == pytest.approx(valid.abs().max().item(), rel=1e-6)
+
+
+@each_impl
 def test_a_token_without_advantage_is_not_counted_as_clipped(impl):
     logprobs, zero = torch.tensor([[2.0, -2.0]]), torch.zeros(1, 2)
     options = {"old_logprobs": zero, "advantages": zero, "mask": zero == 0, "dual_clip": 3.0}

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ppo_fast.ops import library
 from ppo_fast.ops.dispatch import COMPILED
-from ppo_fast.ops.stats import VALUE_STATS, merge_stats
+from ppo_fast.ops.stats import VALUE_STATS, merge_stats, value_metrics
 from ppo_fast.ops.value_loss import api, value_loss
 
 IMPLS = ["reference", *COMPILED["value_loss"]]
@@ -329,6 +329,25 @@ def test_a_nan_at_a_valid_token_shows(impl):
         "returns",
         "returns_squared",
     }
+
+
+@each_impl
+@pytest.mark.parametrize("zero", [torch.tensor(0), torch.tensor(0.0)])
+def test_a_normalizer_of_zero_counts_as_one(impl, zero):
+    one, other = (value_loss(**batch()[0], normalizer=x, impl=impl).loss for x in (1, zero))
+    assert torch.equal(one, other)
+
+
+@each_impl
+@pytest.mark.parametrize("offset", [-9.0, 9.0])
+def test_masked_tokens_are_no_extrema(impl, offset):
+    """Longer than a vector, and every value on the same side of 0."""
+    tensors, _ = batch(B=3, T=40)
+    tensors["values"] = tensors["values"].detach() + offset
+    metrics = value_metrics(value_loss(**tensors, impl=impl).metrics)
+    valid = tensors["values"][tensors["mask"]]
+    assert metrics["value_min"] == pytest.approx(valid.min().item(), rel=1e-6)
+    assert metrics["value_max"] == pytest.approx(valid.max().item(), rel=1e-6)
 
 
 @each_impl
