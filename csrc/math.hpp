@@ -103,23 +103,37 @@ PPO_FAST_INLINE float exp(float x) {
 }
 PPO_FAST_INLINE double exp(double x) { return std::exp(x); }
 
-// With a polynomial of its own, in x instead of x / log 2: next to 0 a rounding of x would be all
-// that k3 = exp(x) - 1 - x has.
-PPO_FAST_INLINE float expm1(float x) {
+template <typename Real>
+struct Exponentials {
+  Real exp, expm1;
+};
+
+// Both from one polynomial, which is in x and not in x / log 2: next to 0 a rounding of x would be
+// all that k3 = exp(x) - 1 - x has.
+PPO_FAST_INLINE Exponentials<float> exp_and_expm1(float x) {
   constexpr float kHighest = 25.0f;  // above it the 1 is lost in the rounding of exp
   const float above = x < kExpLowest ? kExpLowest : x;
-  const Reduced reduced = reduce_by_log2(above > kHighest ? kHighest : above);
+  const Reduced reduced = reduce_by_log2(above > kExpHighest ? kExpHighest : above);
   const float r = reduced.r;
   float p = 1.3926213141530752e-3f;
   p = madd(p, r, 8.363203145563602e-3f);
   p = madd(p, r, 4.1666556149721146e-2f);
   p = madd(p, r, 0.16666576266288757f);
   p = madd(p, r, 0.5f);
-  const float scale = power_of_two(reduced.n);
-  const float result = madd(madd(r * r, p, r), scale, scale - 1.0f);
-  return x > kHighest ? exp(x) : result;
+  p = madd(r * r, p, r);
+  const std::int32_t half = reduced.n / 2;  // 2^128 is no float: in two factors
+  const float first = power_of_two(half), second = power_of_two(reduced.n - half);
+  const float in_range = madd(p, first, first) * second;
+  const float exp = x < kExpLowest ? 0.0f : (x > kExpHighest ? kInfinity : in_range);
+  const float scale = first * second;
+  return {exp, x > kHighest ? exp : madd(p, scale, scale - 1.0f)};
 }
-PPO_FAST_INLINE double expm1(double x) { return std::expm1(x); }
+PPO_FAST_INLINE Exponentials<double> exp_and_expm1(double x) { return {std::exp(x), std::expm1(x)}; }
+
+template <typename Real>
+PPO_FAST_INLINE Real expm1(Real x) {
+  return exp_and_expm1(x).expm1;
+}
 
 PPO_FAST_INLINE float log(float x) {
   // Subnormal numbers are scaled into the normal range first.

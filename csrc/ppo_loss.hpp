@@ -105,8 +105,9 @@ void policy_terms(const PpoLossArgs& args, PpoBounds<Real> bounds, std::int64_t 
   }
   for (std::int64_t j = 0; j < count; ++j) {
     const Real log_ratio = block->log_ratio[j];
-    block->ratio[j] = exp(log_ratio) * block->valid[j];
-    block->k3[j] = expm1(log_ratio) - log_ratio;
+    const Exponentials<Real> exponentials = exp_and_expm1(log_ratio);
+    block->ratio[j] = exponentials.exp * block->valid[j];
+    block->k3[j] = exponentials.expm1 - log_ratio;
   }
   constexpr Real kLowest = -std::numeric_limits<Real>::infinity();
   for (std::int64_t j = 0; j < count; ++j) {

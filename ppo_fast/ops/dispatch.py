@@ -60,13 +60,16 @@ def choose(op: str, impl: Impl, device: torch.device) -> Choice:
     Raises ValueError for an unknown ``impl``, NotImplementedError for one that ``op`` does not
     have, RuntimeError for one that cannot run here.
     """
-    source = f'impl="{impl}"'
-    if impl == "auto" and (named := os.environ.get("PPO_FAST_IMPL")):
-        source, impl = f"PPO_FAST_IMPL={named}", named  # type: ignore[assignment]
-    if impl not in ("auto", "reference", "cpp", "triton"):
-        raise ValueError(f"{source}: expected auto, reference, cpp or triton")
-    if impl == "auto":
+    named = os.environ.get("PPO_FAST_IMPL")
+    if impl == "auto" and not named:
         return _choose_by_device(op, device)
+    source = f'impl="{impl}"'
+    if impl == "auto":
+        source, impl = f"PPO_FAST_IMPL={named}", named  # type: ignore[assignment]
+        if impl == "auto":
+            return _choose_by_device(op, device)
+    if impl not in ("reference", "cpp", "triton"):
+        raise ValueError(f"{source}: expected auto, reference, cpp or triton")
     if impl == "reference":
         return Choice("reference", source)
     if impl not in COMPILED[op]:

@@ -14,42 +14,66 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from ppo_fast.ops.gradient import computed_in
 from ppo_fast.ops.stats import PPO_STATS, VALUE_STATS
 
 _library = torch.library.Library("ppo_fast", "DEF")
 
+# By implementation; the reference needs no op.
+RawOp = dict[str, Callable[..., Any]]
 
-def _define(schema: str, launcher: str, fake: Callable[..., Any]) -> torch._ops.OpOverload:
-    """An op on CPU tensors, launched by ``launcher`` ("op/function" of that op's cpp.py); ``fake``
-    makes outputs without values."""
-    name = schema.partition("(")[0]
+
+def _define(schema: str, launcher: str, fake: Callable[..., Any]) -> RawOp:
+    """An op, ``ppo_fast::<name>_<impl>`` for each implementation, launched by ``launcher``
+    ("op/function" of the file <impl>.py of that op); ``fake`` makes outputs without values.
+
+    What comes back takes the arguments by position, and a number where the schema has a 0-dim
+    Tensor: torch.compile would compile a float in, and again at the next step.
+    """
+    return {impl: _define_impl(schema, launcher, fake, impl) for impl in ("cpp",)}
+
+
+def _define_impl(
+    schema: str, launcher: str, fake: Callable[..., Any], impl: str
+) -> Callable[..., Any]:
+    stem, _, signature = schema.partition("(")
+    name = f"{stem}_{impl}"
     folder, _, function = launcher.partition("/")
 
     @cache
     def load() -> Callable[..., Any]:
-        return getattr(importlib.import_module(f"ppo_fast.ops.{folder}.cpp"), function)
+        return getattr(importlib.import_module(f"ppo_fast.ops.{folder}.{impl}"), function)
 
-    _library.define(schema)
+    _library.define(f"{name}({signature}")
     _library.impl(name, lambda *args: load()(*args), "CPU")
     torch.library.register_fake(f"ppo_fast::{name}", fake, lib=_library)
-    return getattr(torch.ops.ppo_fast, name).default
+    op = getattr(torch.ops.ppo_fast, name).default
+    takes_tensor = ["Tensor" in str(argument.type) for argument in op._schema.arguments]
+
+    def call(first: Tensor, *others: Any) -> Any:
+        # Nothing looks on: the dispatcher, 30 us of Python a call, would end at the launcher too.
+        if (
+            type(first) is Tensor
+            and not torch.compiler.is_compiling()
+            and not is_in_torch_dispatch_mode()
+        ):
+            return load()(first, *others)
+        pairs = zip(others, takes_tensor[1:], strict=True)
+        return op(first, *(_number(x) if t and isinstance(x, float) else x for x, t in pairs))
+
+    return call
 
 
-def number(x: float) -> Tensor:
-    """``x`` as a 0-dim tensor: how an op takes a number that may change from step to step, since
-    torch.compile would compile a float in, and again at the next step."""
+def _number(x: float) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.ones((), dtype=torch.float64) * x  # one of the few forms that it traces
     return torch.scalar_tensor(x, dtype=torch.float64)
 
 
-def _computed_in(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-gae_cpp = _define(
-    "gae_cpp(Tensor rewards, Tensor values, Tensor? mask, Tensor? dones, "
+gae = _define(
+    "gae(Tensor rewards, Tensor values, Tensor? mask, Tensor? dones, "
     "Tensor bootstrap_value, Tensor lam, float gamma) -> (Tensor advantages, Tensor returns)",
     "gae/gae",
     lambda rewards, *_: (rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)),
@@ -59,21 +83,21 @@ gae_cpp = _define(
 def _logprobs_forward_fake(
     logits: Tensor, labels: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    lead, dtype = logits.shape[:-1], _computed_in(logits.dtype)
+    lead, dtype = logits.shape[:-1], computed_in(logits.dtype)
     entropy_shape = lead if with_entropy else (0,)
     shapes = (lead, entropy_shape, (*lead, 2))
     return tuple(logits.new_empty(shape, dtype=dtype) for shape in shapes)  # type: ignore[return-value]
 
 
-logprobs_forward_cpp = _define(
-    "logprobs_forward_cpp(Tensor logits, Tensor labels, Tensor? mask, float temperature, "
+logprobs_forward = _define(
+    "logprobs_forward(Tensor logits, Tensor labels, Tensor? mask, float temperature, "
     "bool with_entropy) -> (Tensor logprobs, Tensor entropy, Tensor stats)",
     "logprobs/logprobs_forward",
     _logprobs_forward_fake,
 )
 
-logprobs_backward_cpp = _define(
-    "logprobs_backward_cpp(Tensor logits, Tensor labels, Tensor? mask, float temperature, "
+logprobs_backward = _define(
+    "logprobs_backward(Tensor logits, Tensor labels, Tensor? mask, float temperature, "
     "Tensor entropy, Tensor stats, Tensor? grad_logprobs, Tensor? grad_entropy) -> Tensor",
     "logprobs/logprobs_backward",
     lambda logits, *_: logits.new_empty(logits.shape),
@@ -92,14 +116,14 @@ def _linear_logprobs_forward_fake(
     with_entropy: bool,
     budget_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    num_rows, dtype = hidden.shape[0], _computed_in(torch.promote_types(hidden.dtype, weight.dtype))
+    num_rows, dtype = hidden.shape[0], computed_in(torch.promote_types(hidden.dtype, weight.dtype))
     kept = torch.sym_min(num_rows * weight.shape[0], budget_bytes // dtype.itemsize)
     shapes = ((num_rows,), (num_rows if with_entropy else 0,), (num_rows, 2), (kept,))
     return tuple(hidden.new_empty(shape, dtype=dtype) for shape in shapes)  # type: ignore[return-value]
 
 
-linear_logprobs_forward_cpp = _define(
-    "linear_logprobs_forward_cpp(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
+linear_logprobs_forward = _define(
+    "linear_logprobs_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
     "Tensor? mask, float temperature, float logit_scale, float? softcap, bool with_entropy, "
     "int budget_bytes) -> (Tensor logprobs, Tensor entropy, Tensor stats, Tensor kept)",
     "linear_logprobs/linear_logprobs_forward",
@@ -118,8 +142,8 @@ def _linear_logprobs_backward_fake(
     )
 
 
-linear_logprobs_backward_cpp = _define(
-    "linear_logprobs_backward_cpp(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
+linear_logprobs_backward = _define(
+    "linear_logprobs_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
     "Tensor? mask, float temperature, float logit_scale, float? softcap, Tensor entropy, "
     "Tensor stats, Tensor kept, Tensor? grad_logprobs, Tensor? grad_entropy, bool drop_zero_rows, "
     "bool[3] needs_grad) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
@@ -129,12 +153,12 @@ linear_logprobs_backward_cpp = _define(
 
 
 def _sample_tokens_fake(logits: Tensor, seeds: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    logprobs = logits.new_empty(logits.shape[:1], dtype=_computed_in(logits.dtype))
+    logprobs = logits.new_empty(logits.shape[:1], dtype=computed_in(logits.dtype))
     return torch.empty_like(seeds), logprobs, torch.empty_like(logprobs)
 
 
-sample_tokens_cpp = _define(
-    "sample_tokens_cpp(Tensor logits, Tensor seeds, Tensor positions, float temperature, "
+sample_tokens = _define(
+    "sample_tokens(Tensor logits, Tensor seeds, Tensor positions, float temperature, "
     "int top_k, float top_p) -> (Tensor tokens, Tensor logprobs, Tensor sampling_logprobs)",
     "sample_tokens/sample_tokens",
     _sample_tokens_fake,
@@ -148,8 +172,8 @@ def _kl_estimate_fake(
     return logprobs.new_empty(logprobs.shape), logprobs.new_empty(slope_shape)
 
 
-kl_estimate_cpp = _define(
-    "kl_estimate_cpp(Tensor logprobs, Tensor ref_logprobs, Tensor? mask, str estimator, "
+kl_estimate = _define(
+    "kl_estimate(Tensor logprobs, Tensor ref_logprobs, Tensor? mask, str estimator, "
     "bool with_slope) -> (Tensor estimate, Tensor slope)",
     "kl_estimate/kl_estimate",
     _kl_estimate_fake,
@@ -165,10 +189,10 @@ def _ppo_loss_fake(logprobs: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor
     )
 
 
-ppo_loss_cpp = _define(
-    "ppo_loss_cpp(Tensor logprobs, Tensor? entropy, Tensor old_logprobs, Tensor advantages, "
+ppo_loss = _define(
+    "ppo_loss(Tensor logprobs, Tensor? entropy, Tensor old_logprobs, Tensor advantages, "
     "Tensor? ref_logprobs, Tensor mask, float clip_low, float clip_high, float? dual_clip, "
-    "Tensor? kl_coef, str kl_estimator, Tensor? entropy_coef, str aggregation, "
+    "Tensor kl_coef, str kl_estimator, Tensor entropy_coef, str aggregation, "
     "Tensor? normalizer, "
     "int num_gradients) -> (Tensor loss, Tensor metrics, Tensor gradients)",
     "ppo_loss/ppo_loss",
@@ -177,23 +201,23 @@ ppo_loss_cpp = _define(
 
 
 def _value_loss_fake(values: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    with_gradient = rest[-1]
+    num_gradients = rest[-1]
     return (
         values.new_empty(()),
         values.new_empty(len(VALUE_STATS), dtype=torch.float32),
-        values.new_empty(values.shape if with_gradient else (0,)),
+        values.new_empty((num_gradients, *values.shape)),
     )
 
 
-value_loss_cpp = _define(
-    "value_loss_cpp(Tensor values, Tensor? old_values, Tensor returns, Tensor mask, float? clip, "
-    "Tensor? normalizer, bool with_gradient) -> (Tensor loss, Tensor metrics, Tensor gradient)",
+value_loss = _define(
+    "value_loss(Tensor values, Tensor? old_values, Tensor returns, Tensor mask, float? clip, "
+    "Tensor? normalizer, int num_gradients) -> (Tensor loss, Tensor metrics, Tensor gradients)",
     "value_loss/value_loss",
     _value_loss_fake,
 )
 
-whiten_cpp = _define(
-    "whiten_cpp(Tensor values, Tensor mask) -> (Tensor whitened, Tensor scale)",
+whiten = _define(
+    "whiten(Tensor values, Tensor mask) -> (Tensor whitened, Tensor scale)",
     "whiten/whiten",
     lambda values, _: (
         values.new_empty(values.shape),
@@ -201,9 +225,8 @@ whiten_cpp = _define(
     ),
 )
 
-whiten_backward_cpp = _define(
-    "whiten_backward_cpp(Tensor grad_whitened, Tensor whitened, Tensor mask, Tensor scale) "
-    "-> Tensor",
+whiten_backward = _define(
+    "whiten_backward(Tensor grad_whitened, Tensor whitened, Tensor mask, Tensor scale) -> Tensor",
     "whiten/whiten_backward",
     lambda grad_whitened, whitened, *_: whitened.new_empty(whitened.shape),
 )

@@ -238,7 +238,7 @@ def test_opcheck(left_out, dtype):
     case = {name: x.nan_to_num(0.5, 0.5) for name, x in case.items()}
     case["values"] = relaid(case["values"], "sliced")
     case |= dict.fromkeys(left_out)
-    torch.library.opcheck(library.gae_cpp, (), {**case, "gamma": 0.9})
+    torch.library.opcheck(torch.ops.ppo_fast.gae_cpp.default, (), {**case, "gamma": 0.9})
 
 
 def test_raw_op_checks_what_it_hands_to_the_kernel():
@@ -254,7 +254,7 @@ def test_raw_op_checks_what_it_hands_to_the_kernel():
     ):
         tensors = {"rewards": step, "values": step, "bootstrap_value": row, "lam": row}
         with pytest.raises(ValueError, match=f"{next(iter(bad))}: got"):
-            library.gae_cpp(**(good | tensors | bad))
+            torch.ops.ppo_fast.gae_cpp.default(**(good | tensors | bad))
 
 
 def test_compile_fullgraph(impl):
@@ -324,7 +324,7 @@ def test_auto_is_cpp_on_the_cpu(monkeypatch):
 
 def test_auto_falls_back_without_the_extension(monkeypatch):
     monkeypatch.setattr(dispatch, "missing", lambda impl: "it is gone")
-    monkeypatch.setattr(library, "gae_cpp", broken)
+    monkeypatch.setitem(library.gae, "cpp", broken)
     gae(STEP, STEP, gamma=0.9, lam=0.9)
 
 
@@ -347,7 +347,7 @@ def test_impl_from_the_environment(monkeypatch):
     gae(STEP, STEP, impl="cpp", **kwargs)
     monkeypatch.setenv("PPO_FAST_IMPL", "reference")
     with monkeypatch.context() as patch:
-        patch.setattr(library, "gae_cpp", broken)
+        patch.setitem(library.gae, "cpp", broken)
         gae(STEP, STEP, **kwargs)
     monkeypatch.setenv("PPO_FAST_IMPL", "cpp")
     with monkeypatch.context() as patch:

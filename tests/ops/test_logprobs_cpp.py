@@ -9,7 +9,7 @@ import pytest
 import torch
 from logprob_truth import assert_within_budget, true_logit_grad, true_logprobs
 
-from ppo_fast.ops import library, linear_logprobs, logprobs_from_logits
+from ppo_fast.ops import linear_logprobs, logprobs_from_logits
 from ppo_fast.ops.dispatch import missing
 from ppo_fast.ops.linear_logprobs import cpp as linear_cpp
 from ppo_fast.ops.logprobs.cpp import _rows
@@ -136,12 +136,16 @@ def test_offsets_beyond_32_bits():
 def test_a_label_outside_the_vocabulary_reads_nothing():
     """The public function refuses it; under a compiler nobody has looked."""
     logits, labels = torch.randn(3, 41), torch.tensor([7, -1, 41])  # the last one at the very end
-    logprobs, entropy, stats = library.logprobs_forward_cpp(logits, labels, None, 1.0, True)
+    logprobs, entropy, stats = torch.ops.ppo_fast.logprobs_forward_cpp.default(
+        logits, labels, None, 1.0, True
+    )
     assert logprobs.isnan().tolist() == [False, True, True]
     ones = torch.ones(3)
-    grad = library.logprobs_backward_cpp(logits, labels, None, 1.0, entropy, stats, ones, None)
+    grad = torch.ops.ppo_fast.logprobs_backward_cpp.default(
+        logits, labels, None, 1.0, entropy, stats, ones, None
+    )
     torch.testing.assert_close(grad[1:], -logits.softmax(-1)[1:])
-    kept = library.linear_logprobs_forward_cpp(
+    kept = torch.ops.ppo_fast.linear_logprobs_forward_cpp.default(
         torch.randn(3, 8), torch.randn(41, 8), None, labels, None, 1.0, 1.0, None, True, 0
     )
     assert kept[0].isnan().tolist() == [False, True, True]
@@ -154,11 +158,11 @@ def test_opcheck_logprobs():
     for given in (None, mask):
         for with_entropy in (True, False):
             forward = (logits, labels, given, 0.7, with_entropy)
-            torch.library.opcheck(library.logprobs_forward_cpp, forward)
-            _, entropy, stats = library.logprobs_forward_cpp(*forward)
+            torch.library.opcheck(torch.ops.ppo_fast.logprobs_forward_cpp.default, forward)
+            _, entropy, stats = torch.ops.ppo_fast.logprobs_forward_cpp.default(*forward)
             for grads in ((a, b if with_entropy else None), (a, None)):
                 backward = (logits, labels, given, 0.7, entropy, stats, *grads)
-                torch.library.opcheck(library.logprobs_backward_cpp, backward)
+                torch.library.opcheck(torch.ops.ppo_fast.logprobs_backward_cpp.default, backward)
 
 
 @pytest.mark.parametrize("budget", [0, 1000, 2**28])
@@ -171,11 +175,11 @@ def test_opcheck_linear_logprobs(budget, dtype):
     for given in (None, mask):
         head = (hidden, weight, bias, labels, given, 0.7, 0.5, 20.0)
         forward = (*head, True, budget)
-        torch.library.opcheck(library.linear_logprobs_forward_cpp, forward)
-        _, *saved = library.linear_logprobs_forward_cpp(*forward)
+        torch.library.opcheck(torch.ops.ppo_fast.linear_logprobs_forward_cpp.default, forward)
+        _, *saved = torch.ops.ppo_fast.linear_logprobs_forward_cpp.default(*forward)
         for needs in ([True, True, True], [True, False, False], [False, True, False]):
             backward = (*head, *saved, a, b, True, needs)
-            torch.library.opcheck(library.linear_logprobs_backward_cpp, backward)
+            torch.library.opcheck(torch.ops.ppo_fast.linear_logprobs_backward_cpp.default, backward)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -241,7 +245,7 @@ def test_tiles_are_kept_within_the_budget():
             hidden = torch.randn(5, 8, requires_grad=True)
             linear_logprobs(hidden, weight, labels, logits_budget_bytes=budget, impl="cpp")
         assert max(sizes) == max(expected, labels.nbytes)
-    _, _, _, kept = library.linear_logprobs_forward_cpp(
+    _, _, _, kept = torch.ops.ppo_fast.linear_logprobs_forward_cpp.default(
         torch.randn(5, 8), weight, None, labels, None, 1.0, 1.0, None, True, 400
     )
     assert kept.nbytes == 400

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppo_fast.ops import library, logprobs_from_logits, sample_tokens
+from ppo_fast.ops import logprobs_from_logits, sample_tokens
 from ppo_fast.ops.dispatch import missing
 from ppo_fast.ops.sample_tokens import reference
 
@@ -187,9 +187,11 @@ def test_draws_over_many_blocks_follow_the_distribution():
 def test_a_bad_row_is_nan_and_leaves_the_others_alone(options, poison):
     logits, index = logits_of("normal", 3, 5003), torch.arange(3)
     options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **options}
-    expected = library.sample_tokens_cpp(logits, index, index, *options.values())
+    expected = torch.ops.ppo_fast.sample_tokens_cpp.default(logits, index, index, *options.values())
     logits[1, slice(None) if poison == -math.inf else 4000] = poison
-    tokens, *logprobs = library.sample_tokens_cpp(logits, index, index, *options.values())
+    tokens, *logprobs = torch.ops.ppo_fast.sample_tokens_cpp.default(
+        logits, index, index, *options.values()
+    )
     assert 0 <= tokens[1] < 5003
     assert all(x[1].isnan() for x in logprobs)
     for got, before in zip((tokens, *logprobs), expected, strict=True):
@@ -201,7 +203,9 @@ def test_a_bad_row_is_nan_and_leaves_the_others_alone(options, poison):
 def test_raw_op(dtype, options):
     seeds, positions = torch.arange(3), torch.full((3,), 4)
     logits = torch.randn(3, 41).to(dtype)
-    torch.library.opcheck(library.sample_tokens_cpp, (logits, seeds, positions, *options))
+    torch.library.opcheck(
+        torch.ops.ppo_fast.sample_tokens_cpp.default, (logits, seeds, positions, *options)
+    )
 
 
 @pytest.mark.parametrize("wrong", ["int seeds", "two positions", "top_k", "top_p", "temperature"])
@@ -215,4 +219,4 @@ def test_the_raw_op_refuses_what_it_cannot_read(wrong):
         math.nan if wrong == "top_p" else 1.0,
     ]
     with pytest.raises(ValueError, match=r"seeds|positions|out of range"):
-        library.sample_tokens_cpp(logits, seeds, positions, *numbers)
+        torch.ops.ppo_fast.sample_tokens_cpp.default(logits, seeds, positions, *numbers)

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from loss_checks import assert_same_bits_with_any_number_of_threads, padded_mask
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ppo_fast.ops import library
 from ppo_fast.ops.dispatch import COMPILED
 from ppo_fast.ops.whiten import api, whiten
 
@@ -210,23 +209,25 @@ def test_bits_do_not_depend_on_threads(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck(dtype):
     values, mask = batch(dtype=dtype)
-    torch.library.opcheck(library.whiten_cpp, (values.T[::2], mask.T[::2]))
-    whitened, scale = library.whiten_cpp(values, mask)
-    torch.library.opcheck(library.whiten_backward_cpp, (values, whitened, mask, scale))
+    torch.library.opcheck(torch.ops.ppo_fast.whiten_cpp.default, (values.T[::2], mask.T[::2]))
+    whitened, scale = torch.ops.ppo_fast.whiten_cpp.default(values, mask)
+    torch.library.opcheck(
+        torch.ops.ppo_fast.whiten_backward_cpp.default, (values, whitened, mask, scale)
+    )
 
 
 def test_raw_ops_check_what_they_hand_to_the_kernels():
     x = torch.ones(2, 3)
-    whitened, scale = library.whiten_cpp(x, x > 0)
+    whitened, scale = torch.ops.ppo_fast.whiten_cpp.default(x, x > 0)
     with pytest.raises(ValueError, match="mask: got"):
-        library.whiten_cpp(x, x)
+        torch.ops.ppo_fast.whiten_cpp.default(x, x)
     for name, arguments in {
         "grad_whitened": (x.double(), whitened, x > 0, scale),
         "mask": (x, whitened, x[:1] > 0, scale),
         "scale": (x, whitened, x > 0, scale.float()),
     }.items():
         with pytest.raises(ValueError, match=f"{name}: got"):
-            library.whiten_backward_cpp(*arguments)
+            torch.ops.ppo_fast.whiten_backward_cpp.default(*arguments)
 
 
 @each_impl

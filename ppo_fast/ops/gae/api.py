@@ -10,6 +10,7 @@ from torch import Tensor
 from ppo_fast.ops import library
 from ppo_fast.ops.dispatch import Impl, choose
 from ppo_fast.ops.gae import reference
+from ppo_fast.ops.gradient import computed_in, constant
 from ppo_fast.ops.validation import check_tokens
 
 
@@ -77,23 +78,16 @@ def gae(
         _check_fraction("lam", lam)
     _check_fraction("gamma", gamma)
 
-    double = torch.float64 in (rewards.dtype, values.dtype)
-    dtype = torch.float64 if double else torch.float32
-    rewards, values = _constant(rewards, dtype), _constant(values, dtype)
+    dtype = computed_in(torch.promote_types(rewards.dtype, values.dtype))
+    rewards, values = constant(rewards, dtype), constant(values, dtype)
     if bootstrap_value is None:
         bootstrap_value = torch.zeros(num_rows, dtype=dtype, device=device)
     if not isinstance(lam, Tensor):
         lam = torch.full((num_rows,), lam, dtype=dtype, device=device)
-    bootstrap_value, lam = _constant(bootstrap_value, dtype), _constant(lam, dtype)
+    bootstrap_value, lam = constant(bootstrap_value, dtype), constant(lam, dtype)
     chosen = choose("gae", impl, device).impl
-    run = library.gae_cpp if chosen == "cpp" else reference.gae
+    run = reference.gae if chosen == "reference" else library.gae[chosen]
     return GAE(*run(rewards, values, mask, dones, bootstrap_value, lam, float(gamma)))
-
-
-def _constant(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    # A call that changes nothing still costs 2 us, which is felt at this size.
-    tensor = tensor.detach() if tensor.requires_grad else tensor
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _check_tensor(

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ppo_fast.ops import library
 from ppo_fast.ops.dispatch import Impl, choose
+from ppo_fast.ops.gradient import as_dtype, computed_in
 from ppo_fast.ops.kl_estimate import reference
 from ppo_fast.ops.validation import check_choice, check_tokens
 
@@ -57,13 +58,13 @@ def kl_estimate(
     chosen = choose(op, impl, logprobs.device).impl
     if chosen == "reference":
         return reference.kl_estimate(logprobs, ref_logprobs, mask=mask, estimator=estimator)
-    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
-    logprobs, ref_logprobs = logprobs.to(dtype), ref_logprobs.to(dtype)
+    dtype = computed_in(logprobs.dtype)
+    logprobs, ref_logprobs = as_dtype(logprobs, dtype), as_dtype(ref_logprobs, dtype)
     if estimator == "k1+k2":
         ref_logprobs = ref_logprobs.detach()
     if torch.is_grad_enabled() and (logprobs.requires_grad or ref_logprobs.requires_grad):
-        return _KLEstimate.apply(logprobs, ref_logprobs, mask, estimator)
-    return library.kl_estimate_cpp(logprobs, ref_logprobs, mask, estimator, False)[0]
+        return _KLEstimate.apply(logprobs, ref_logprobs, mask, estimator, chosen)
+    return library.kl_estimate[chosen](logprobs, ref_logprobs, mask, estimator, False)[0]
 
 
 class _KLEstimate(torch.autograd.Function):
@@ -74,9 +75,14 @@ class _KLEstimate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, estimator: str
+        ctx: Any,
+        logprobs: Tensor,
+        ref_logprobs: Tensor,
+        mask: Tensor | None,
+        estimator: str,
+        impl: Impl,
     ) -> Tensor:
-        estimate, slope = library.kl_estimate_cpp(logprobs, ref_logprobs, mask, estimator, True)
+        estimate, slope = library.kl_estimate[impl](logprobs, ref_logprobs, mask, estimator, True)
         ctx.save_for_backward(mask, slope)
         return estimate
 
@@ -88,4 +94,4 @@ class _KLEstimate(torch.autograd.Function):
         if mask is not None:
             grad = torch.where(mask, grad, 0.0)
         for_logprobs, for_ref, *_ = ctx.needs_input_grad
-        return grad if for_logprobs else None, -grad if for_ref else None, None, None
+        return grad if for_logprobs else None, -grad if for_ref else None, None, None, None

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ppo_fast.ops import library
 from ppo_fast.ops.dispatch import Impl, choose
+from ppo_fast.ops.gradient import (
+    as_dtype,
+    computed_in,
+    constant,
+    constant_or_none,
+    with_gradients,
+)
 from ppo_fast.ops.kl_estimate import KLEstimator
 from ppo_fast.ops.ppo_loss import reference
 from ppo_fast.ops.validation import check_choice, check_normalizer, check_number, check_tokens
@@ -116,7 +122,8 @@ def ppo_loss(
             f"{op}: aggregation 'seq-mean-token-sum' needs a normalizer: the number of sequences "
             "of the step times a constant length"
         )
-    if choose(op, impl, logprobs.device).impl == "reference":
+    chosen = choose(op, impl, logprobs.device).impl
+    if chosen == "reference":
         return PPOLoss(
             *reference.ppo_loss(
                 logprobs,
@@ -134,58 +141,34 @@ def ppo_loss(
                 normalizer=normalizer,
             )
         )
-    if entropy is not None and entropy_coef == 0:
-        entropy = entropy.detach()
-    if isinstance(normalizer, (int, float)):
-        normalizer = library.number(normalizer)
-    return _fused(
-        [logprobs, entropy, old_logprobs, advantages, ref_logprobs],
+    dtype = computed_in(logprobs.dtype)
+    logprobs = as_dtype(logprobs, dtype)
+    entropy = None if entropy is None else as_dtype(entropy, dtype)
+    num_gradients = 0  # of none, of the log-probs, of the entropy too
+    if torch.is_grad_enabled():
+        if entropy is not None and entropy_coef != 0 and entropy.requires_grad:
+            num_gradients = 2
+        elif logprobs.requires_grad:
+            num_gradients = 1
+    loss, metrics, gradients = library.ppo_loss[chosen](
+        constant(logprobs, dtype),
+        constant_or_none(entropy, dtype),
+        constant(old_logprobs, dtype),
+        constant(advantages, dtype),
+        constant_or_none(ref_logprobs, dtype),
         mask,
         *clip,
         dual_clip,
-        library.number(kl_coef) if kl_coef > 0 else None,
+        float(kl_coef),
         kl_estimator,
-        library.number(entropy_coef) if entropy_coef != 0 else None,
+        float(entropy_coef),
         aggregation,
-        normalizer,
+        float(normalizer) if isinstance(normalizer, int) else normalizer,
+        num_gradients,
     )
-
-
-def _fused(tensors: list[Any], *options: Any) -> PPOLoss:
-    """The op and its gradient; ``tensors`` and ``options`` are its arguments, in its order."""
-    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-    tensors = [x if x is None or x.dtype == dtype else x.to(dtype) for x in tensors]
-    logprobs, entropy, *_ = tensors
-    with_entropy = entropy is not None and entropy.requires_grad
-    if torch.is_grad_enabled() and (logprobs.requires_grad or with_entropy):
-        return PPOLoss(*_PPOLoss.apply(*tensors, *options, 2 if with_entropy else 1))
-    constants = [None if x is None else x.detach() for x in tensors]
-    loss, metrics, _ = library.ppo_loss_cpp(*constants, *options, 0)
+    if num_gradients > 0:
+        loss = with_gradients(loss, gradients, logprobs, entropy)
     return PPOLoss(loss, metrics)
-
-
-class _PPOLoss(torch.autograd.Function):
-    """Saves the gradients of the log-probs and, where it has one, of the entropy.
-
-    The context is an argument of ``forward``: with ``setup_context`` a call takes 90 us more.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        loss, metrics, gradients = library.ppo_loss_cpp(*arguments)
-        ctx.mark_non_differentiable(metrics)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(gradients)
-        return loss, metrics
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if grad_loss is None:
-            return (None,) * 15
-        (gradients,) = ctx.saved_tensors
-        grad_logprobs, *grad_entropy = (gradients * grad_loss).unbind()
-        return grad_logprobs, *(grad_entropy or [None]), *(None,) * 13
 
 
 def _check_clip(op: str, clip: tuple[float, float], dual_clip: float | None) -> None:

@@ -28,11 +28,11 @@ def ppo_loss(
     clip_low: float,
     clip_high: float,
     dual_clip: float | None,
-    kl_coef: Tensor | None,
+    kl_coef: float | Tensor,
     kl_estimator: str,
-    entropy_coef: Tensor | None,
+    entropy_coef: float | Tensor,
     aggregation: str,
-    normalizer: Tensor | None,
+    normalizer: float | Tensor | None,
     num_gradients: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [], metrics [K] and gradients [num_gradients, B, T] (0: none, 1: of the log-probs,
@@ -62,12 +62,12 @@ def ppo_loss(
         clip_low=clip_low,
         clip_high=clip_high,
         dual_clip=math.inf if dual_clip is None else dual_clip,
-        kl_coef=_number(kl_coef),
+        kl_coef=float(kl_coef),
         kl_estimator=ESTIMATOR_CODES[kl_estimator],
-        entropy_coef=_number(entropy_coef),
+        entropy_coef=float(entropy_coef),
         aggregation=AGGREGATION_CODES[aggregation],
         # 0 tokens count as 1, and 0 is "count them".
-        normalizer=0.0 if normalizer is None else _number(normalizer) or 1.0,
+        normalizer=0.0 if normalizer is None else float(normalizer) or 1.0,
         loss=address(loss),
         stats=address(stats),
         grad_logprobs=address(gradients) if num_gradients > 0 else 0,
@@ -77,8 +77,3 @@ def ppo_loss(
         num_threads=torch.get_num_threads(),
     )
     return loss, stats, gradients
-
-
-def _number(x: Tensor | None) -> float:
-    """A 0-dim tensor as a float, which on the CPU waits for nothing; 0 for None."""
-    return 0.0 if x is None else float(x.item())

@@ -100,12 +100,14 @@ def sample_tokens(
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p: got {top_p}, expected above 0 and at most 1 (off)")
     logits = logits.detach()
-    if choose("sample_tokens", impl, logits.device).impl == "cpp":
-        drawn = library.sample_tokens_cpp(logits, seeds, positions, temperature, top_k, top_p)
-    else:
+    chosen = choose("sample_tokens", impl, logits.device).impl
+    if chosen == "reference":
         drawn = reference.sample_tokens(
             logits, seeds, positions, temperature=temperature, top_k=top_k, top_p=top_p
         )
+    else:
+        run = library.sample_tokens[chosen]
+        drawn = run(logits, seeds, positions, float(temperature), top_k, float(top_p))
     sampled = Sampled(*drawn)
     _check_rows(logits, sampled.logprobs)
     return sampled

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ppo_fast.ops import library
 from ppo_fast.ops.dispatch import Impl, choose
+from ppo_fast.ops.gradient import as_dtype, computed_in, constant, constant_or_none, with_gradients
 from ppo_fast.ops.validation import check_normalizer, check_number, check_tokens
 from ppo_fast.ops.value_loss import reference
 
@@ -67,7 +67,8 @@ def value_loss(
         check_number(op, "clip", clip, above=0)
         if old_values is None:
             raise ValueError(f"{op}: clip is {clip} but old_values is None; give old_values [B, T]")
-    if choose(op, impl, values.device).impl == "reference":
+    chosen = choose(op, impl, values.device).impl
+    if chosen == "reference":
         return ValueLoss(
             *reference.value_loss(
                 values,
@@ -78,40 +79,18 @@ def value_loss(
                 normalizer=normalizer,
             )
         )
-    if isinstance(normalizer, (int, float)):
-        normalizer = library.number(normalizer)
-    return _fused([values, old_values, returns], mask, clip, normalizer)
-
-
-def _fused(tensors: list[Any], *options: Any) -> ValueLoss:
-    """The op and its gradient; ``tensors`` and ``options`` are its arguments, in its order."""
-    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-    tensors = [x if x is None or x.dtype == dtype else x.to(dtype) for x in tensors]
-    if torch.is_grad_enabled() and tensors[0].requires_grad:
-        return ValueLoss(*_ValueLoss.apply(*tensors, *options))
-    constants = [None if x is None else x.detach() for x in tensors]
-    loss, metrics, _ = library.value_loss_cpp(*constants, *options, False)
+    dtype = computed_in(values.dtype)
+    values = as_dtype(values, dtype)
+    num_gradients = int(torch.is_grad_enabled() and values.requires_grad)
+    loss, metrics, gradients = library.value_loss[chosen](
+        constant(values, dtype),
+        constant_or_none(old_values, dtype),
+        constant(returns, dtype),
+        mask,
+        clip,
+        float(normalizer) if isinstance(normalizer, int) else normalizer,
+        num_gradients,
+    )
+    if num_gradients > 0:
+        loss = with_gradients(loss, gradients, values)
     return ValueLoss(loss, metrics)
-
-
-class _ValueLoss(torch.autograd.Function):
-    """Saves the gradient of the values.
-
-    The context is an argument of ``forward``: with ``setup_context`` a call takes 90 us more.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        loss, metrics, gradient = library.value_loss_cpp(*arguments, True)
-        ctx.mark_non_differentiable(metrics)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(gradient)
-        return loss, metrics
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        if grad_loss is None:
-            return (None,) * 6
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_loss, None, None, None, None, None

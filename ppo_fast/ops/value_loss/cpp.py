@@ -17,11 +17,11 @@ def value_loss(
     returns: Tensor,
     mask: Tensor,
     clip: float | None,
-    normalizer: Tensor | None,
-    with_gradient: bool,
+    normalizer: float | Tensor | None,
+    num_gradients: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [], metrics [K] and, with ``with_gradient``, the gradient [B, T] of the values (else an
-    empty tensor), of CPU tensors [B, T] of one dtype, float32 or float64, and a bool mask."""
+    """Loss [], metrics [K] and gradients [num_gradients, B, T] (0: none, 1: of the values), of CPU
+    tensors [B, T] of one dtype, float32 or float64, and a bool mask."""
     from ppo_fast import _C
 
     dtype, shape = values.dtype, tuple(values.shape)
@@ -33,7 +33,7 @@ def value_loss(
     old_values = vouched("old_values", old_values, shape, dtype)
     loss = torch.empty((), dtype=dtype)
     stats = torch.empty(len(VALUE_STATS), dtype=torch.float32)
-    gradient = torch.empty(shape if with_gradient else 0, dtype=dtype)
+    gradients = torch.empty(num_gradients, *shape, dtype=dtype)
     _C.value_loss(
         dtype=DTYPE_CODES[dtype],
         values=address(values),
@@ -41,13 +41,13 @@ def value_loss(
         returns=address(returns),
         mask=address(mask),
         clip=clip,
-        # Reading a number on the CPU waits for nothing; 0 tokens count as 1, and 0 is "count them".
-        normalizer=0.0 if normalizer is None else float(normalizer.item()) or 1.0,
+        # 0 tokens count as 1, and 0 is "count them".
+        normalizer=0.0 if normalizer is None else float(normalizer) or 1.0,
         loss=address(loss),
         stats=address(stats),
-        grad_values=address(gradient) if with_gradient else 0,
+        grad_values=address(gradients) if num_gradients > 0 else 0,
         num_rows=shape[0],
         num_steps=shape[1],
         num_threads=torch.get_num_threads(),
     )
-    return loss, stats, gradient
+    return loss, stats, gradients

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ppo_fast.ops import library
 from ppo_fast.ops.dispatch import Impl, choose
+from ppo_fast.ops.gradient import as_dtype, computed_in
 from ppo_fast.ops.validation import check_tokens
 from ppo_fast.ops.whiten import reference
 
@@ -36,12 +37,13 @@ def whiten(values: Tensor, *, mask: Tensor, impl: Impl = "auto") -> Tensor:
     ``dispatch.choose`` raises.
     """
     check_tokens("whiten", {"values": values, "mask": mask})
-    if choose("whiten", impl, values.device).impl == "reference":
+    chosen = choose("whiten", impl, values.device).impl
+    if chosen == "reference":
         return reference.whiten(values, mask=mask)
-    values = values.to(torch.float64 if values.dtype == torch.float64 else torch.float32)
+    values = as_dtype(values, computed_in(values.dtype))
     if torch.is_grad_enabled() and values.requires_grad:
-        return _Whiten.apply(values, mask)
-    return library.whiten_cpp(values, mask)[0]
+        return _Whiten.apply(values, mask, chosen)
+    return library.whiten[chosen](values, mask)[0]
 
 
 class _Whiten(torch.autograd.Function):
@@ -51,12 +53,13 @@ class _Whiten(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, mask: Tensor) -> Tensor:
-        whitened, scale = library.whiten_cpp(values, mask)
+    def forward(ctx: Any, values: Tensor, mask: Tensor, impl: Impl) -> Tensor:
+        whitened, scale = library.whiten[impl](values, mask)
+        ctx.impl = impl
         ctx.save_for_backward(whitened, mask, scale)
         return whitened
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return library.whiten_backward_cpp(grad, *ctx.saved_tensors), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return library.whiten_backward[ctx.impl](grad, *ctx.saved_tensors), None, None

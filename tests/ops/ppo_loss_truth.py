@@ -1,0 +1,112 @@
+"""Batches for the tests of ppo_loss, and the papers' formulas token by token in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ppo_fast.ops.dispatch import COMPILED
+from ppo_fast.ops.ppo_loss import ppo_loss
+from ppo_fast.ops.stats import PPO_STATS
+
+IMPLS = ["reference", *COMPILED["ppo_loss"]]
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 3e-6}
+AGGREGATIONS = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
+EVERYTHING = {
+    "clip": (0.2, 0.3),
+    "dual_clip": 2.0,
+    "kl_coef": 0.3,
+    "kl_estimator": "k3",
+    "entropy_coef": 0.1,
+}
+
+# Value and slope of the KL estimators in d = logprobs - ref_logprobs.
+KL = {
+    "k1": lambda d: (d, 1.0),
+    "abs": lambda d: (abs(d), float((d > 0) - (d < 0))),
+    "k2": lambda d: (d * d / 2, d),
+    "k3": lambda d: (math.exp(-d) - 1 + d, 1 - math.exp(-d)),
+    "k1+k2": lambda d: (d, d),
+}
+
+each_impl = pytest.mark.parametrize("impl", IMPLS)
+each_aggregation = pytest.mark.parametrize("aggregation", AGGREGATIONS)
+
+
+def batch(seed=0, B=3, T=5, dtype=torch.float64, valid=0.7, scale=0.5, offset=-1.0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(5, B, T, generator=g, dtype=torch.float64)
+    logprobs = (offset + x[0]).to(dtype).requires_grad_()
+    return {
+        "logprobs": logprobs,
+        "old_logprobs": (logprobs.detach() + scale * x[1]).to(dtype),
+        "ref_logprobs": (logprobs.detach() + scale * x[2]).to(dtype),
+        "advantages": x[3].to(dtype),
+        "entropy": x[4].abs().to(dtype).requires_grad_(),
+        "mask": torch.rand(B, T, generator=g) < valid,
+    }
+
+
+def default_normalizer(mask, aggregation):
+    per_sequence = [sum(row) for row in mask.tolist()]
+    if aggregation == "seq-mean-token-mean":
+        return max(sum(n > 0 for n in per_sequence), 1)
+    return max(sum(per_sequence), 1)
+
+
+def truth(
+    tensors, *, clip, dual_clip, kl_coef, kl_estimator, entropy_coef, aggregation, normalizer
+):
+    """Written as the papers do: (loss, dlogprobs, dentropy, stats, size of what was summed)."""
+    low, high = clip
+    mask = tensors["mask"]
+    normalizer = normalizer or default_normalizer(mask, aggregation)
+    loss, size = 0.0, 1.0
+    dlogprobs, dentropy = torch.zeros(2, *mask.shape, dtype=torch.float64)
+    neutral = {"sum": 0.0, "min": math.inf, "max": -math.inf}
+    stats = {name: neutral[reduction] for name, reduction in PPO_STATS.items()}
+    for b, t in mask.nonzero().tolist():
+        x = {name: tensor[b, t].item() for name, tensor in tensors.items()}
+        adv, log_ratio = x["advantages"], x["logprobs"] - x["old_logprobs"]
+        ratio = math.exp(log_ratio)
+        objective, active = ratio * adv, True
+        clipped = min(max(ratio, 1 - low), 1 + high) * adv
+        if clipped < objective:  # Schulman et al. 2017, eq. 7
+            objective, active = clipped, False
+            stats["clipped_high" if adv > 0 else "clipped_low"] += 1
+        if dual_clip is not None and adv < 0 and objective < dual_clip * adv:  # Ye 2020, eq. 5
+            objective, active = dual_clip * adv, False
+            stats["dual_clipped"] += 1
+        d = x["logprobs"] - x["ref_logprobs"]
+        kl, kl_slope = KL[kl_estimator](d)
+
+        weight = 1 / normalizer
+        if aggregation == "seq-mean-token-mean":
+            weight /= sum(mask[b].tolist())
+        loss += weight * (-objective + kl_coef * kl - entropy_coef * x["entropy"])
+        dlogprobs[b, t] = weight * (-adv * ratio * active + kl_coef * kl_slope)
+        dentropy[b, t] = -weight * entropy_coef
+        size += abs(objective) + (1 + kl_coef) * (abs(kl) + abs(d)) + ratio + x["entropy"]
+
+        stats["tokens"] += 1
+        stats["policy_loss"] -= objective
+        stats["kl_loss"] += kl
+        stats["ref_kl"] += d
+        stats["entropy"] += x["entropy"]
+        stats["approx_kl"] -= log_ratio
+        stats["approx_kl_k3"] += ratio - 1 - log_ratio
+        stats["ratio"] += ratio
+        stats["ratio_min"] = min(stats["ratio_min"], ratio)
+        stats["ratio_max"] = max(stats["ratio_max"], ratio)
+        stats["max_log_ratio"] = max(stats["max_log_ratio"], abs(log_ratio))
+    return loss, dlogprobs, dentropy, [stats[name] for name in PPO_STATS], size
+
+
+def run_all(tensors, **options):
+    """Loss, metrics and both gradients of one call."""
+    leaves = [tensors[k].detach().requires_grad_() for k in ("logprobs", "entropy")]
+    tensors = {**tensors, "logprobs": leaves[0], "entropy": leaves[1]}
+    out = ppo_loss(**tensors, **options)
+    return out.loss.detach(), out.metrics, *torch.autograd.grad(-1.7 * out.loss, leaves)
