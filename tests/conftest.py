@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import random
 
 import numpy as np
@@ -11,6 +12,43 @@ from hypothesis import settings
 # in CI is a failure here.
 settings.register_profile("ppo_fast", deadline=None, derandomize=True)
 settings.load_profile("ppo_fast")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--triton",
+        action="store_true",
+        help="run the tests of the Triton kernels alone: on the GPU, or in Triton's interpreter",
+    )
+
+
+def pytest_configure(config):
+    if not config.getoption("--triton"):
+        return
+    os.environ["PPO_FAST_TEST_TRITON"] = "1"  # read by ops/runnable.py
+    if torch.cuda.is_available():
+        torch.set_default_device("cuda")
+    else:
+        os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
+
+
+def pytest_ignore_collect(collection_path, config):
+    if collection_path.name == "interpreter" and not config.getoption("--triton"):
+        return True
+    return None
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--triton"):
+        return
+
+    def of_triton(item):
+        parameters = getattr(item, "callspec", None)
+        given = parameters is not None and parameters.params.get("impl") == "triton"
+        return given or "interpreter" in item.path.parts
+
+    config.hook.pytest_deselected(items=[item for item in items if not of_triton(item)])
+    items[:] = [item for item in items if of_triton(item)]
 
 
 @pytest.fixture(autouse=True)

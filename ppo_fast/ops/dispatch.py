@@ -1,8 +1,9 @@
 """Which implementation an op runs on, and why.
 
 ``impl="auto"`` picks by device: the Triton kernel for CUDA tensors, the C++ kernel for CPU tensors,
-and the reference where an op has no kernel for the device. An explicit ``impl=`` (the environment
-variable ``PPO_FAST_IMPL`` counts as one) never falls back: it raises, saying what is missing.
+and the reference where an op has no kernel for the device, or Triton none for float64. An explicit
+``impl=`` (the environment variable ``PPO_FAST_IMPL`` counts as one) never falls back: it raises,
+saying what is missing.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Impl = Literal["auto", "reference", "cpp", "triton"]
 
 # Every op has a reference; these are the compiled implementations that exist beside it.
 COMPILED: dict[str, tuple[Impl, ...]] = {
-    "logprobs_from_logits": ("cpp",),
+    "logprobs_from_logits": ("cpp", "triton"),
     "linear_logprobs": ("cpp",),
     "gae": ("cpp",),
     "kl_estimate": ("cpp",),
@@ -54,20 +55,20 @@ def missing(impl: Impl) -> str | None:
 
 
 @torch.compiler.assume_constant_result  # torch.compile takes the answer and traces nothing of it
-def choose(op: str, impl: Impl, device: torch.device) -> Choice:
-    """The implementation that ``op`` uses for tensors on ``device``.
+def choose(op: str, impl: Impl, device: torch.device, dtype: torch.dtype = torch.float32) -> Choice:
+    """The implementation that ``op`` uses for tensors of ``dtype`` on ``device``.
 
     Raises ValueError for an unknown ``impl``, NotImplementedError for one that ``op`` does not
-    have, RuntimeError for one that cannot run here.
+    have (Triton: for float64), RuntimeError for one that cannot run here.
     """
     named = os.environ.get("PPO_FAST_IMPL")
     if impl == "auto" and not named:
-        return _choose_by_device(op, device)
+        return _choose_by_device(op, device, dtype)
     source = f'impl="{impl}"'
     if impl == "auto":
         source, impl = f"PPO_FAST_IMPL={named}", named  # type: ignore[assignment]
         if impl == "auto":
-            return _choose_by_device(op, device)
+            return _choose_by_device(op, device, dtype)
     if impl not in ("reference", "cpp", "triton"):
         raise ValueError(f"{source}: expected auto, reference, cpp or triton")
     if impl == "reference":
@@ -77,18 +78,26 @@ def choose(op: str, impl: Impl, device: torch.device) -> Choice:
         raise NotImplementedError(f"{source}: {op} has no such implementation; it has {have}")
     if reason := missing(impl):
         raise RuntimeError(f"{source}: {reason}; or use impl='reference'")
-    wanted = "cpu" if impl == "cpp" else "cuda"
+    if impl == "triton" and dtype == torch.float64:
+        raise NotImplementedError(f"{source}: {op} got float64; use float32 or impl='reference'")
+    wanted = "cpu" if impl == "cpp" or _triton_interpreted() else "cuda"
     if device.type != wanted:
         raise RuntimeError(f"{source}: {op} got tensors on {device}, expected {wanted}")
     return Choice(impl, source)
 
 
-def _choose_by_device(op: str, device: torch.device) -> Choice:
+def _triton_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _choose_by_device(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
     compiled: Impl | None = {"cpu": "cpp", "cuda": "triton"}.get(device.type)  # type: ignore[assignment]
     if compiled is None:
         return Choice("reference", f"no kernels for {device.type}")
     if compiled not in COMPILED[op]:
         return Choice("reference", f"no {compiled} kernel yet")
+    if compiled == "triton" and dtype == torch.float64:
+        return Choice("reference", "the triton kernels have no float64")
     if reason := missing(compiled):
         return Choice("reference", reason)
     return Choice(compiled, f"fastest on {device.type}")

@@ -1,6 +1,6 @@
-"""What the launchers of the C++ kernels share: how a tensor is handed over.
+"""What the launchers share: how a tensor is handed over.
 
-A kernel gets addresses, since a call costs 5 us so and 14 us with numpy arrays. It trusts them:
+A C++ kernel gets addresses, since a call costs 5 us so and 14 us with numpy arrays. It trusts them:
 the launchers, not their callers, vouch for shapes, dtypes, devices and layout.
 """
 
@@ -44,3 +44,19 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
         _C.prefer_huge_pages(start=tensor.data_ptr(), num_bytes=tensor.nbytes)
     return tensor
+
+
+def merged_strides(logits: Tensor) -> tuple[list[int], list[int]]:
+    """Sizes and strides of the leading dimensions, with neighbours merged where one stride will
+    do."""
+    sizes: list[int] = []
+    strides: list[int] = []
+    for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if sizes and strides[-1] == size * stride:
+            sizes[-1], strides[-1] = sizes[-1] * size, stride
+        else:
+            sizes.append(size)
+            strides.append(stride)
+    return sizes, strides

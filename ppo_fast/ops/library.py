@@ -32,7 +32,7 @@ def _define(schema: str, launcher: str, fake: Callable[..., Any]) -> RawOp:
     What comes back takes the arguments by position, and a number where the schema has a 0-dim
     Tensor: torch.compile would compile a float in, and again at the next step.
     """
-    return {impl: _define_impl(schema, launcher, fake, impl) for impl in ("cpp",)}
+    return {impl: _define_impl(schema, launcher, fake, impl) for impl in ("cpp", "triton")}
 
 
 def _define_impl(
@@ -47,7 +47,9 @@ def _define_impl(
         return getattr(importlib.import_module(f"ppo_fast.ops.{folder}.{impl}"), function)
 
     _library.define(f"{name}({signature}")
-    _library.impl(name, lambda *args: load()(*args), "CPU")
+    # Triton's interpreter takes CPU tensors.
+    for device in ("CPU",) if impl == "cpp" else ("CUDA", "CPU"):
+        _library.impl(name, lambda *args: load()(*args), device)
     torch.library.register_fake(f"ppo_fast::{name}", fake, lib=_library)
     op = getattr(torch.ops.ppo_fast, name).default
     takes_tensor = ["Tensor" in str(argument.type) for argument in op._schema.arguments]

@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
+from runnable import TRITON
 from torch import Tensor
-
-from ppo_fast.ops.dispatch import COMPILED, missing
-
-
-def implementations(op: str) -> list:
-    """Parameters for ``impl``: the reference and each compiled implementation of ``op``."""
-    compiled = [
-        pytest.param(impl, marks=pytest.mark.skipif(bool(missing(impl)), reason=str(missing(impl))))
-        for impl in COMPILED[op]
-    ]
-    return ["reference", *compiled]
 
 
 def distribution(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,6 +56,8 @@ def assert_within_budget(got: Tensor, eager: Tensor, truth: Tensor) -> None:
     stored = torch.zeros_like(truth)
     if got.dtype in (torch.bfloat16, torch.float16):
         info = torch.finfo(got.dtype)
-        stored = truth.abs() * info.eps / 2 * 1.01 + info.smallest_normal * info.eps
+        # Triton's interpreter truncates to bfloat16.
+        ulps = 1.0 if TRITON and not got.is_cuda else 0.5
+        stored = truth.abs() * info.eps * ulps * 1.01 + info.smallest_normal * info.eps
     error = (got64 - truth).abs()
     assert (error <= budget + stored).all(), f"{error.amax():.3g} over a budget of {budget:.3g}"

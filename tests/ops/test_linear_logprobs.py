@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from logprob_truth import (
     assert_within_budget,
-    implementations,
     true_logit_grad,
     true_logprobs,
 )
+from runnable import implementations
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ppo_fast.ops.linear_logprobs import cpp, linear_logprobs

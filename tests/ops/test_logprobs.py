@@ -8,17 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from logprob_truth import (
     assert_within_budget,
-    implementations,
     true_logit_grad,
     true_logprobs,
 )
+from runnable import FLOATS, examples, generator, implementations
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ppo_fast.ops.logprobs import TokenLogprobs, logprobs_from_logits
 
 pytestmark = pytest.mark.parametrize("impl", implementations("logprobs_from_logits"))
 
-FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "sliced", "transposed", "every other row"]
 
 
@@ -51,9 +50,7 @@ def eager(logits, labels, mask, t, a, b):
 
 def hold_against_truth(logits, labels, mask, t, impl, *, pass_mask=True, seed=0):
     """Forward and gradient, with random upstream gradients."""
-    generator = torch.Generator().manual_seed(seed)
-    n = len(logits)
-    a, b = torch.randn(2, n, generator=generator)
+    a, b = torch.randn(2, len(logits), generator=generator(seed))
     before = logits.detach().clone()
     logits = logits.detach().requires_grad_()
     out = logprobs_from_logits(
@@ -76,7 +73,7 @@ def hold_against_truth(logits, labels, mask, t, impl, *, pass_mask=True, seed=0)
     return out, grad
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(
     n=st.sampled_from([0, 1, 2, 7]),
     v=st.sampled_from([1, 2, 41, 423, 507]),
@@ -87,14 +84,14 @@ def hold_against_truth(logits, labels, mask, t, impl, *, pass_mask=True, seed=0)
     seed=st.integers(0, 1000),
 )
 def test_against_float64(impl, n, v, layout, masking, t, dtype, seed):
-    generator = torch.Generator().manual_seed(seed)
-    values = (torch.randn(n, v, generator=generator, dtype=torch.float64) * 4).to(dtype)
-    labels = torch.randint(v, (n,), generator=generator)
+    g = generator(seed)
+    values = (torch.randn(n, v, generator=g, dtype=torch.float64) * 4).to(dtype)
+    labels = torch.randint(v, (n,), generator=g)
     mask = torch.ones(n, dtype=torch.bool)
     if masking == "all masked":
         mask[:] = False
     if masking == "some masked":
-        mask = torch.rand(n, generator=generator) < 0.5
+        mask = torch.rand(n, generator=g) < 0.5
     values[~mask] = math.nan
     labels[~mask] = -100
     logits = layout_of(values, layout)
@@ -103,8 +100,7 @@ def test_against_float64(impl, n, v, layout, masking, t, dtype, seed):
 
 
 def test_the_vocabulary_of_gpt2(impl):
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 50257, generator=generator) * 5
+    logits = torch.randn(3, 50257, generator=generator(0)) * 5
     labels, mask = torch.tensor([0, 50256, 777]), torch.ones(3, dtype=torch.bool)
     hold_against_truth(logits, labels, mask, 1.0, impl)
 
@@ -112,7 +108,7 @@ def test_the_vocabulary_of_gpt2(impl):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("v", [507, 5003])  # within one block of a kernel, and over several
 def test_rows_that_break_online_softmax(impl, v, dtype):
-    base = torch.randn(6, v, generator=torch.Generator().manual_seed(1))
+    base = torch.randn(6, v, generator=generator(1))
     base[0, : v * 3 // 5] = -math.inf  # the first blocks hold nothing
     base[1, :-1] = -math.inf  # one token is left
     base[2] -= 200 - base[2].amax()  # a running maximum that starts at 0 is never replaced

@@ -82,7 +82,7 @@ def logprobs_from_logits(
     check_mask(mask, labels.shape, logits.device)
     check_temperature(temperature)
     check_labels_in_range(labels, logits.shape[-1], mask)
-    chosen = choose("logprobs_from_logits", impl, logits.device).impl
+    chosen = choose("logprobs_from_logits", impl, logits.device, logits.dtype).impl
     if chosen == "reference":
         return TokenLogprobs(
             *reference.logprobs_from_logits(

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppo_fast.ops.launch import DTYPE_CODES, address, empty, vouched, vouched_or_none
+from ppo_fast.ops.launch import (
+    DTYPE_CODES,
+    address,
+    empty,
+    merged_strides,
+    vouched,
+    vouched_or_none,
+)
 
 
 def logprobs_forward(
@@ -78,10 +85,10 @@ def _rows(logits: Tensor) -> tuple[Tensor, dict[str, int]]:
     as at most two strides, as in logits[:, :-1] of [B, T, V]. Other layouts are copied."""
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         logits = logits.contiguous()
-    sizes, strides = _merged(logits)
+    sizes, strides = merged_strides(logits)
     if len(sizes) > 2:
         logits = logits.contiguous()
-        sizes, strides = _merged(logits)
+        sizes, strides = merged_strides(logits)
     outer_stride, inner, inner_stride = 0, 1, 0
     if len(sizes) == 2:
         outer_stride, inner, inner_stride = strides[0], sizes[1], strides[1]
@@ -96,19 +103,3 @@ def _rows(logits: Tensor) -> tuple[Tensor, dict[str, int]]:
         "num_rows": logits.numel() // logits.shape[-1],
         "vocab_size": logits.shape[-1],
     }
-
-
-def _merged(logits: Tensor) -> tuple[list[int], list[int]]:
-    """Sizes and strides of the leading dimensions, with neighbours merged where one stride will
-    do."""
-    sizes: list[int] = []
-    strides: list[int] = []
-    for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if sizes and strides[-1] == size * stride:
-            sizes[-1], strides[-1] = sizes[-1] * size, stride
-        else:
-            sizes.append(size)
-            strides.append(stride)
-    return sizes, strides

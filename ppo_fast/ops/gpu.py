@@ -1,0 +1,122 @@
+"""What the Triton kernels share: how they are compiled and launched, and how a row is read.
+
+Scalars of a kernel are annotated ("i64", "fp32") and never specialised on: a length, a temperature
+or a coefficient that changes compiles nothing anew. Constexprs are what the launch tables and a few
+flags say. All address arithmetic is int64.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import nullcontext
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Annotations of a kernel's scalars; Triton reads their names.
+i64: TypeAlias = Any
+fp32: TypeAlias = Any
+
+
+class Launch(NamedTuple):
+    """An entry of a launch table: how a kernel is launched, and what its code may use.
+
+    The budgets are held on compiled code, see tests/ops/test_compiled.py.
+    """
+
+    block: int
+    """Elements that a program takes at once."""
+    num_warps: int
+    registers: int
+    """A thread, at most, on every architecture."""
+
+
+def kernel(fn: Any) -> Any:
+    """``triton.jit`` that specialises on no scalar, for functions whose scalars are annotated."""
+    scalars = [
+        name
+        for name, parameter in inspect.signature(fn).parameters.items()
+        if parameter.annotation in ("i64", "fp32")  # strings: from __future__ import annotations
+    ]
+    return triton.jit(do_not_specialize=scalars)(fn)
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def launch(
+    fn: Any, num_programs: int, how: Launch, device: torch.device, *arguments: Any, **constants: Any
+) -> None:
+    """Launch ``fn`` on the current stream of ``device``, on a grid of one dimension: the others
+    end at 65,535. Nothing for no programs."""
+    if num_programs == 0:
+        return
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        fn[(num_programs,)](
+            *arguments,
+            **constants,
+            BLOCK=how.block,
+            num_warps=how.num_warps,
+            num_stages=1,
+            enable_fp_fusion=True,  # its default differs between versions
+        )
+
+
+class Rows(NamedTuple):
+    """[..., V] as a kernel reads it: row i starts (i // inner) * outer_stride + (i % inner) *
+    inner_stride + offset elements after ``start``, which lies on a multiple of 16 bytes."""
+
+    start: Tensor
+    offset: int
+    outer_stride: int
+    inner: int
+    inner_stride: int
+
+    def in_phase(self, num_rows: int, length: int) -> bool:
+        """Whether each row starts as far from a multiple of 16 bytes as the same row of a
+        contiguous [num_rows, length] that starts on one."""
+        vec = 16 // self.start.element_size()
+        steps = [(self.offset, 0)]
+        if self.inner > 1:
+            steps.append((self.inner_stride, length))
+        if num_rows > self.inner:
+            steps.append((self.outer_stride, self.inner * length))
+        return all((ours - theirs) % vec == 0 for ours, theirs in steps)
+
+
+def aligned(tensor: Tensor) -> tuple[Tensor, int]:
+    """A view that starts on the last multiple of 16 bytes at or before ``tensor``, and how many
+    elements further ``tensor`` starts."""
+    offset = tensor.data_ptr() % 16 // tensor.element_size()
+    if offset == 0:
+        return tensor, 0
+    return tensor.as_strided((1,), (1,), tensor.storage_offset() - offset), offset
+
+
+@triton.jit
+def row_offset(row, offset, outer_stride, inner, inner_stride):
+    """Where a row of Rows starts. All int64."""
+    return offset + (row // inner) * outer_stride + (row % inner) * inner_stride
+
+
+@triton.jit
+def split_row(start, length, VEC: tl.constexpr):
+    """A row that starts anywhere, as a head of less than VEC elements, a body of whole 16 bytes,
+    and a tail: (length of the head, where the body starts, its length). The compiler sees that the
+    last two are multiples of VEC, and loads 16 bytes at once."""
+    body = (start + VEC - 1) // VEC * VEC
+    head = tl.minimum(body - start, length)
+    return head, body, (length - head) // VEC * VEC
+
+
+@triton.jit
+def edge_columns(head, body_length, length, VEC: tl.constexpr):
+    """Columns of head and tail, 2 * VEC of them, and which of those exist."""
+    lane = tl.arange(0, 2 * VEC)
+    column = tl.where(lane < VEC, lane, head + body_length + lane - VEC)
+    return column, tl.where(lane < VEC, lane < head, column < length)
