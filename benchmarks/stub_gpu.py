@@ -119,7 +119,9 @@ class _StubDriver(DriverBase):
         def run(x: int, y: int, z: int, *rest: Any) -> None:
             if not code:  # not yet among the kernels when the launcher is made
                 code.extend(Code(k, self.arch) for k in kernels if k.src is source)
-            self.launched.append(Launched(code[0], (x, y, z), rest[6:]))
+            # A kernel keeps its launcher, so this may be that of an earlier stub.
+            active = triton.runtime.driver.active
+            active.launched.append(Launched(code[0], (x, y, z), rest[6:]))
 
         return run
 

@@ -1,24 +1,20 @@
 """What the Triton kernels share: how they are compiled and launched, and how a row is read.
 
-Scalars of a kernel are annotated ("i64", "fp32") and never specialised on: a length, a temperature
-or a coefficient that changes compiles nothing anew. Constexprs are what the launch tables and a few
-flags say. All address arithmetic is int64.
+Scalars of a kernel are annotated (tl.int64, tl.float32) and never specialised on: a length, a
+temperature or a coefficient that changes compiles nothing anew. Constexprs are what the launch
+tables and a few flags say. All address arithmetic is int64.
 """
 
 from __future__ import annotations
 
 import inspect
 from contextlib import nullcontext
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-# Annotations of a kernel's scalars; Triton reads their names.
-i64: TypeAlias = Any
-fp32: TypeAlias = Any
 
 
 class Launch(NamedTuple):
@@ -39,7 +35,7 @@ def kernel(fn: Any) -> Any:
     scalars = [
         name
         for name, parameter in inspect.signature(fn).parameters.items()
-        if parameter.annotation in ("i64", "fp32")  # strings: from __future__ import annotations
+        if parameter.annotation in ("tl.int64", "tl.float32")  # strings: the future import
     ]
     return triton.jit(do_not_specialize=scalars)(fn)
 

@@ -16,8 +16,6 @@ from ppo_fast.ops.gpu import (
     Rows,
     aligned,
     edge_columns,
-    fp32,
-    i64,
     kernel,
     launch,
     row_offset,
@@ -60,12 +58,12 @@ def logprobs_forward_kernel(
     logprobs,  # out, float32 [N]
     entropies,  # out, float32 [N]; untouched without ENTROPY
     stats,  # out, float32 [N, 2]: the maximum m and sum_j exp((x_j - m) / t)
-    offset: i64,
-    outer_stride: i64,
-    inner: i64,
-    inner_stride: i64,
-    vocab_size: i64,
-    inverse_temperature: fp32,
+    offset: tl.int64,
+    outer_stride: tl.int64,
+    inner: tl.int64,
+    inner_stride: tl.int64,
+    vocab_size: tl.int64,
+    inverse_temperature: tl.float32,
     ENTROPY: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -143,13 +141,13 @@ def logprobs_backward_kernel(
     grad_logprobs,  # float32 [N], a; or None: 0
     grad_entropy,  # float32 [N], b; or None: 0
     grad_logits,  # out, of the logits' dtype, [N, V] contiguous
-    offset: i64,
-    outer_stride: i64,
-    inner: i64,
-    inner_stride: i64,
-    vocab_size: i64,
-    parts: i64,
-    inverse_temperature: fp32,
+    offset: tl.int64,
+    outer_stride: tl.int64,
+    inner: tl.int64,
+    inner_stride: tl.int64,
+    vocab_size: tl.int64,
+    parts: tl.int64,
+    inverse_temperature: tl.float32,
     IN_PHASE: tl.constexpr,  # rows of both start alike between multiples of 16 bytes
     VEC: tl.constexpr,
     BLOCK: tl.constexpr,
