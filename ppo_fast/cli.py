@@ -1,4 +1,4 @@
-"""The command line: ``ppo-fast train``, ``ppo-fast demo``, ``ppo-fast env``."""
+"""The command line: ``ppo-fast train``, ``demo``, ``env`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -76,10 +76,21 @@ class Env:
     """A model directory or name; says which path its LM head takes."""
 
 
+@dataclass(frozen=True)
+class Doctor:
+    """Check every kernel on this machine; on a GPU measure them too. Status 1 if one is wrong."""
+
+    json: Path | None = None
+    """Where to write the findings, for a bug report; None: they are printed."""
+    interpret: bool = False
+    """Check the values of the Triton kernels in Triton's interpreter, on the CPU (a minute)."""
+
+
 Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Env, tyro.conf.subcommand("env")]
+    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
 )
 
 
@@ -94,6 +105,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from ppo_fast.demo import run_demo
 
             run_demo(Console(), command.output_dir, num_steps=command.num_steps, seed=command.seed)
+        elif isinstance(command, Doctor):
+            from ppo_fast.doctor import run_doctor
+
+            if not run_doctor(Console(), command.json, interpret=command.interpret):
+                raise SystemExit(1)
         else:
             print_environment(Console(), command.policy)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
@@ -103,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from error
 
 
-def parse(arguments: list[str]) -> Train | Demo | Env:
+def parse(arguments: list[str]) -> Train | Demo | Env | Doctor:
     """The command of the arguments, with the defaults of its ``--config`` file, if any."""
     default = _config_defaults(arguments)
     if default is None:

@@ -10,37 +10,68 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ppo_fast.ops import self_check
 from ppo_fast.ops.dispatch import COMPILED, choose, missing
 
 PACKAGES = ("ppo_fast", "torch", "transformers", "triton", "numpy", "tokenizers")
 
 
 def print_environment(console: Console, policy: str | None = None) -> None:
-    """Print the report that a bug report should hold.
+    """Print the report that a bug report should hold. On a GPU, kernels that were not used on it
+    yet go through the check of their first use.
 
     Args:
         policy: a model directory or name; its LM head is then checked too.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    facts = Table("what", "found", title="ppo_fast environment")
-    facts.add_row("python", f"{platform.python_version()} on {platform.platform()}")
-    for package in PACKAGES:
-        facts.add_row(package, _version(package))
-    facts.add_row("device", _describe(device))
-    facts.add_row("threads", str(torch.get_num_threads()))
-    facts.add_row("PPO_FAST_IMPL", os.environ.get("PPO_FAST_IMPL", "(not set)"))
-    facts.add_row("C++ kernels", missing("cpp") or f"built, running {_instruction_set()}")
-    facts.add_row("Triton kernels", missing("triton") or "triton can be imported")
-    console.print(facts)
+    device = main_device()
+    choices = {}
+    with console.status("checking kernels that were not used here yet"):
+        for op in COMPILED:
+            try:
+                choices[op] = choose(op, "auto", device)
+            except (ValueError, RuntimeError) as error:  # PPO_FAST_IMPL asks for what is not there
+                choices[op] = ("none", str(error))
+        triton_kernels = _triton_kernels(device)
+    table = Table("what", "found", title="ppo_fast environment")
+    for what, found in (facts(device) | {"Triton kernels": triton_kernels}).items():
+        table.add_row(what, found)
+    console.print(table)
     ops = Table("op", "implementation", "why", title=f"ops on {device.type}")
-    for op in COMPILED:
-        try:
-            ops.add_row(op, *choose(op, "auto", device))
-        except (ValueError, RuntimeError) as error:  # PPO_FAST_IMPL asks for what is not there
-            ops.add_row(op, "none", str(error))
+    for op, choice in choices.items():
+        ops.add_row(op, *choice)
     console.print(ops)
     if policy is not None:
         console.print(f"LM head of {policy}: {_head_path(policy)}")
+
+
+def main_device() -> torch.device:
+    """What this machine computes on."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def facts(device: torch.device) -> dict[str, str]:
+    """Versions and hardware."""
+    return {
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        **{package: _version(package) for package in PACKAGES},
+        "device": _describe(device),
+        "threads": str(torch.get_num_threads()),
+        "PPO_FAST_IMPL": os.environ.get("PPO_FAST_IMPL", "(not set)"),
+        "C++ kernels": missing("cpp") or f"built, running {_instruction_set()}",
+    }
+
+
+def _triton_kernels(device: torch.device) -> str:
+    if reason := missing("triton"):
+        return reason
+    if device.type != "cuda":
+        return "can be imported; no GPU here to run them on"
+    results = {
+        op: self_check.first_use(op, device) for op, impls in COMPILED.items() if "triton" in impls
+    }
+    wrong = [op for op, result in results.items() if not result.ok]
+    right = f"{len(results) - len(wrong)} ops right"
+    return f"checked on this GPU: {', '.join([right, *(f'{op} wrong' for op in wrong)])}"
 
 
 def _head_path(policy: str) -> str:
@@ -66,6 +97,11 @@ def _version(package: str) -> str:
 
 
 def _describe(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
-    return f"CPU, {torch.backends.cpu.get_cpu_capability()}"
+    if device.type != "cuda":
+        return f"CPU, {torch.backends.cpu.get_cpu_capability()}"
+    gpu = torch.cuda.get_device_properties(device)
+    return (
+        f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, "
+        f"{gpu.multi_processor_count} multiprocessors, {gpu.total_memory / 2**30:.1f} GiB, "
+        f"driver {self_check.driver()}, CUDA {torch.version.cuda}"
+    )

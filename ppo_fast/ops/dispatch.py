@@ -1,9 +1,10 @@
 """Which implementation an op runs on, and why.
 
 ``impl="auto"`` picks by device: the Triton kernel for CUDA tensors, the C++ kernel for CPU tensors,
-and the reference where an op has no kernel for the device, or Triton none for float64. An explicit
-``impl=`` (the environment variable ``PPO_FAST_IMPL`` counts as one) never falls back: it raises,
-saying what is missing.
+and the reference where an op has no kernel for the device, Triton none for float64, or where its
+Triton kernels failed the check of their first use (self_check.py). An explicit ``impl=`` (the
+environment variable ``PPO_FAST_IMPL`` counts as one) never falls back: it raises, saying what is
+missing.
 """
 
 from __future__ import annotations
@@ -15,20 +16,24 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from ppo_fast.ops import self_check
+
 Impl = Literal["auto", "reference", "cpp", "triton"]
 
 # Every op has a reference; these are the compiled implementations that exist beside it.
 COMPILED: dict[str, tuple[Impl, ...]] = {
     "logprobs_from_logits": ("cpp", "triton"),
-    "linear_logprobs": ("cpp",),
-    "gae": ("cpp",),
-    "kl_estimate": ("cpp",),
-    "ppo_loss": ("cpp",),
-    "value_loss": ("cpp",),
-    "whiten": ("cpp",),
-    "sample_tokens": ("cpp",),
+    "linear_logprobs": ("cpp", "triton"),
+    "gae": ("cpp", "triton"),
+    "kl_estimate": ("cpp", "triton"),
+    "ppo_loss": ("cpp", "triton"),
+    "value_loss": ("cpp", "triton"),
+    "whiten": ("cpp", "triton"),
+    "sample_tokens": ("cpp", "triton"),
     "few_row_linear": (),
 }
+
+FASTEST: dict[str, Impl] = {"cpu": "cpp", "cuda": "triton"}
 
 
 class Choice(NamedTuple):
@@ -91,7 +96,7 @@ def _triton_interpreted() -> bool:
 
 
 def _choose_by_device(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
-    compiled: Impl | None = {"cpu": "cpp", "cuda": "triton"}.get(device.type)  # type: ignore[assignment]
+    compiled = FASTEST.get(device.type)
     if compiled is None:
         return Choice("reference", f"no kernels for {device.type}")
     if compiled not in COMPILED[op]:
@@ -100,4 +105,6 @@ def _choose_by_device(op: str, device: torch.device, dtype: torch.dtype) -> Choi
         return Choice("reference", "the triton kernels have no float64")
     if reason := missing(compiled):
         return Choice("reference", reason)
+    if compiled == "triton" and not (result := self_check.first_use(op, device)).ok:
+        return Choice("reference", f"its triton kernels failed their check: {result.detail}")
     return Choice(compiled, f"fastest on {device.type}")

@@ -54,7 +54,7 @@ def gae(
         gamma: discount, in [0, 1].
         lam: a number in [0, 1], or one for each row as a [B] tensor, whose range is not checked
             (on an accelerator that would wait for the device).
-        impl: "auto" (by device), "reference" or "cpp".
+        impl: see ppo_fast.ops.dispatch.
 
     Returns:
         GAE(advantages, returns): [B, T] each, float64 if rewards or values are and float32
@@ -85,7 +85,7 @@ def gae(
     if not isinstance(lam, Tensor):
         lam = torch.full((num_rows,), lam, dtype=dtype, device=device)
     bootstrap_value, lam = constant(bootstrap_value, dtype), constant(lam, dtype)
-    chosen = choose("gae", impl, device).impl
+    chosen = choose("gae", impl, device, dtype).impl
     run = reference.gae if chosen == "reference" else library.gae[chosen]
     return GAE(*run(rewards, values, mask, dones, bootstrap_value, lam, float(gamma)))
 

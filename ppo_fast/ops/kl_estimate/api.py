@@ -55,7 +55,7 @@ def kl_estimate(
     op = "kl_estimate"
     check_tokens(op, {"logprobs": logprobs, "ref_logprobs": ref_logprobs}, {"mask": mask})
     check_choice(op, "estimator", estimator, get_args(KLEstimator))
-    chosen = choose(op, impl, logprobs.device).impl
+    chosen = choose(op, impl, logprobs.device, logprobs.dtype).impl
     if chosen == "reference":
         return reference.kl_estimate(logprobs, ref_logprobs, mask=mask, estimator=estimator)
     dtype = computed_in(logprobs.dtype)

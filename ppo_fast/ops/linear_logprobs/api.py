@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from ppo_fast.ops import library
@@ -76,7 +77,9 @@ def linear_logprobs(
         TokenLogprobs of [...] float32 tensors (float64 if an operand is).
 
     Raises:
-        TypeError: operands that are not floating point, labels not int64, a mask not bool.
+        TypeError: operands that are not floating point, or a DTensor or another subclass of Tensor
+            (gather a sharded weight first: ``weight.full_tensor()``); labels not int64, a mask not
+            bool.
         ValueError: shapes or devices that do not fit, a number out of its range, an unmasked label
             outside [0, V) (checked on CPU tensors, see ``logprobs_from_logits``).
     """
@@ -86,7 +89,8 @@ def linear_logprobs(
     check_temperature(temperature)
     _check_numbers(logit_scale, softcap, logits_budget_bytes)
     check_labels_in_range(labels, weight.shape[0], mask)
-    chosen = choose("linear_logprobs", impl, hidden.device).impl
+    work = torch.promote_types(hidden.dtype, weight.dtype)
+    chosen = choose("linear_logprobs", impl, hidden.device, work).impl
     if chosen == "reference":
         return reference.linear_logprobs(
             hidden,
@@ -168,8 +172,10 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    check_floating("hidden", hidden)
-    check_floating("weight", weight)
+    for name, operand in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if operand is not None:
+            _check_plain(name, operand)
+            check_floating(name, operand)
     if weight.ndim != 2 or weight.shape[0] == 0:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected [V, D] with V >= 1")
     vocab_size, hidden_size = weight.shape
@@ -181,10 +187,19 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_same_device("weight", weight, hidden.device)
     if bias is None:
         return
-    check_floating("bias", bias)
     if bias.shape != (vocab_size,):
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({vocab_size},)")
     check_same_device("bias", bias, hidden.device)
+
+
+def _check_plain(name: str, tensor: Tensor) -> None:
+    """Raises TypeError for a DTensor and the like: kernels would read one rank's part as all."""
+    if type(tensor) in (Tensor, nn.Parameter, FakeTensor):
+        return
+    raise TypeError(
+        f"{name}: got a {type(tensor).__name__}, expected a plain tensor; gather or unwrap it "
+        f"first, e.g. a DTensor with {name}.full_tensor()"
+    )
 
 
 def _check_numbers(logit_scale: float, softcap: float | None, logits_budget_bytes: int) -> None:

@@ -51,6 +51,14 @@ def softmax_fold(x, maximum, total, weighted, scale, ENTROPY: tl.constexpr):
     return higher, total * shrink + share, weighted
 
 
+@triton.jit
+def moved_sums(total, weighted, before, maximum, scale):
+    """The sums of softmax_fold under the maximum ``before``, as they are under a later one."""
+    fall = tl.where(before == float("-inf"), 0.0, (before - maximum) * scale)
+    shrink = tl.exp2(fall)
+    return total * shrink, (weighted + fall * total) * shrink
+
+
 @kernel
 def logprobs_forward_kernel(
     logits,  # [N, V] as Rows
@@ -100,9 +108,10 @@ def logprobs_forward_kernel(
         ahead = tl.load(logits + body + column, mask=column < body_length, other=float("-inf"))
         maximum, total, weighted = softmax_fold(x, maximum, total, weighted, scale, ENTROPY)
     # The edges' sums move to the last maximum at once.
-    fall = tl.where(before == float("-inf"), 0.0, (before - maximum) * scale)
-    shrink = tl.exp2(fall)
-    sum_total = tl.sum(total, 0) + tl.sum(edge_total, 0) * shrink
+    moved_total, moved_weighted = moved_sums(
+        tl.sum(edge_total, 0), tl.sum(edge_weighted, 0), before, maximum, scale
+    )
+    sum_total = tl.sum(total, 0) + moved_total
     log_total = tl.log(sum_total)
 
     label = tl.load(labels + row)
@@ -114,8 +123,7 @@ def logprobs_forward_kernel(
     tl.store(stats + 2 * row, maximum)
     tl.store(stats + 2 * row + 1, sum_total)
     if ENTROPY:
-        moved = (tl.sum(edge_weighted, 0) + fall * tl.sum(edge_total, 0)) * shrink
-        sum_weighted = tl.sum(weighted, 0) + moved
+        sum_weighted = tl.sum(weighted, 0) + moved_weighted
         tl.store(entropies + row, log_total - LOG_2 * sum_weighted / sum_total)
 
 

@@ -122,7 +122,7 @@ def ppo_loss(
             f"{op}: aggregation 'seq-mean-token-sum' needs a normalizer: the number of sequences "
             "of the step times a constant length"
         )
-    chosen = choose(op, impl, logprobs.device).impl
+    chosen = choose(op, impl, logprobs.device, logprobs.dtype).impl
     if chosen == "reference":
         return PPOLoss(
             *reference.ppo_loss(

@@ -64,7 +64,9 @@ def sample_tokens(
     top_p keeps the first n, for the smallest n >= 1 whose mass, in the distribution renormalised
     over what top_k kept, is at least top_p (Holtzman et al. 2020, section 3.1). Masses are added in
     float64, each of them computed in float64 in the reference and in the dtype of the results in
-    C++, which may decide otherwise where a sum equals top_p to rounding.
+    C++; in Triton, all of it is in float32. The kernels may therefore decide otherwise where a sum
+    equals top_p to rounding, and Triton where two logits differ by a rounding of the division: it
+    ranks by x itself.
 
     Args:
         logits: [B, V], float32, float64, bfloat16 or float16, any strides; computed in float32
@@ -100,7 +102,7 @@ def sample_tokens(
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p: got {top_p}, expected above 0 and at most 1 (off)")
     logits = logits.detach()
-    chosen = choose("sample_tokens", impl, logits.device).impl
+    chosen = choose("sample_tokens", impl, logits.device, logits.dtype).impl
     if chosen == "reference":
         drawn = reference.sample_tokens(
             logits, seeds, positions, temperature=temperature, top_k=top_k, top_p=top_p

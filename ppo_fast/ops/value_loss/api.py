@@ -67,7 +67,7 @@ def value_loss(
         check_number(op, "clip", clip, above=0)
         if old_values is None:
             raise ValueError(f"{op}: clip is {clip} but old_values is None; give old_values [B, T]")
-    chosen = choose(op, impl, values.device).impl
+    chosen = choose(op, impl, values.device, values.dtype).impl
     if chosen == "reference":
         return ValueLoss(
             *reference.value_loss(

@@ -37,10 +37,11 @@ def whiten(values: Tensor, *, mask: Tensor, impl: Impl = "auto") -> Tensor:
     ``dispatch.choose`` raises.
     """
     check_tokens("whiten", {"values": values, "mask": mask})
-    chosen = choose("whiten", impl, values.device).impl
+    dtype = computed_in(values.dtype)
+    chosen = choose("whiten", impl, values.device, dtype).impl
     if chosen == "reference":
         return reference.whiten(values, mask=mask)
-    values = as_dtype(values, computed_in(values.dtype))
+    values = as_dtype(values, dtype)
     if torch.is_grad_enabled() and values.requires_grad:
         return _Whiten.apply(values, mask, chosen)
     return library.whiten[chosen](values, mask)[0]
