@@ -10,14 +10,19 @@ ARGS ?=
 BIN := .venv/bin
 SET_UP := .venv/set-up
 BASELINES := .venv-baselines
+# Beside the one of the test extra: the lowest supported (PyTorch 2.8 brings it), and the newest.
+TRITON_VERSIONS ?= 3.4.0 3.9.0
+# Of the tests of values: a few an op.
+QUICK := against or float64 or backwards or order or written
 SANITIZED := build/sanitize
 SANITIZERS := -fsanitize=address,undefined
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test sanitize bench baselines lint format
+.PHONY: help install demo test compiled triton-versions sanitize bench baselines lint format
+.SECONDARY:
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):[^#]*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1	/p' $(MAKEFILE_LIST) | expand -t 17
 
 install: $(SET_UP) ## .venv with everything in it; again when pyproject.toml or csrc/ change
 
@@ -32,8 +37,31 @@ $(SET_UP): pyproject.toml $(wildcard csrc/* csrc/bindings/*)
 demo: $(SET_UP) ## train a real model to write kinder film reviews
 	$(BIN)/ppo-fast demo
 
+# The Triton kernels in a process of their own: on the GPU where there is one, else interpreted. Of
+# what ARGS selects, it may have nothing (5).
 test: $(SET_UP) ## all tests
 	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --triton tests/ops tests/interpreter $(ARGS) || test $$? = 5 -a -n "$(ARGS)"
+
+compiled: $(SET_UP) ## tests/ops/compiled.json anew, after a look at a changed kernel's code
+	PYTHONPATH=benchmarks $(BIN)/python tests/ops/test_compiled.py
+
+.venv-triton-%/set-up: Makefile pyproject.toml $(wildcard csrc/* csrc/bindings/*)
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	echo '*' > $(@D)/.gitignore
+	$(@D)/bin/python -m pip install "$(TORCH)" -e ".[test]" \
+		--config-settings=build-dir=build/triton-$*
+	$(@D)/bin/python -m pip install --no-deps triton==$*
+	touch $@
+
+# What does not depend on the version is left out; so are most of the examples. The interpreter's
+# import needs no GPU, nor does the stub.
+.PHONY: $(TRITON_VERSIONS:%=triton-%)
+$(TRITON_VERSIONS:%=triton-%): triton-%: .venv-triton-%/set-up
+	.venv-triton-$*/bin/pytest tests/ops/test_compiled.py tests/ops/test_launches.py $(ARGS)
+	.venv-triton-$*/bin/pytest --triton tests/ops tests/interpreter -k "$(QUICK)" $(ARGS)
+
+triton-versions: $(TRITON_VERSIONS:%=triton-%) ## the Triton kernels' tests under other versions of it
 
 # -S leaves out the editable install's finder, which would come before the copy of the package with
 # the other extension in it. The sanitizer has to be loaded before Python, and libstdc++ with it, for

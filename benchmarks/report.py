@@ -11,13 +11,18 @@ from sides import ratios_to_ours
 HERE = Path(__file__).parent
 MARK = "<!-- From here on written by report.py. -->\n"
 TITLES = {"cpu": "On the CPU", "baselines": "Against TRL and torchrl"}  # results/NAME.json
+COMPUTED = "gpu_computed"  # by gpu_report.py; all other results are GPUs'
 
 
 def main() -> None:
     readme = HERE / "README.md"
     intro, mark, _ = readme.read_text().partition(MARK)
-    files = [HERE / "results" / f"{name}.json" for name in TITLES]
-    sections = [section(path) for path in files if path.exists()]
+    results = {path.stem: path for path in sorted((HERE / "results").glob("*.json"))}
+    sections = [section(results[name]) for name in TITLES if name in results]
+    sections += [
+        gpu_section(results[name]) for name in sorted(results.keys() - {*TITLES, COMPUTED})
+    ]
+    sections += [computed_section(results[COMPUTED])] if COMPUTED in results else []
     readme.write_text(intro + mark + "".join(sections))
 
 
@@ -66,6 +71,69 @@ def remark(name: str, sides: dict[str, float]) -> str:
     eager = {other: amount for other, amount in sides.items() if other.startswith("eager, ")}
     best = len(eager) > 1 and name == min(eager, key=lambda other: eager[other])
     return " (the best eager form)" if best else ""
+
+
+def gpu_section(path: Path) -> str:
+    """What test_bench_gpu.py measured on one GPU."""
+    run = json.loads(path.read_text())
+    copying, *works = run["benchmarks"]
+    (copy_rate,) = copying["sides"].values()
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    lines = [f"\n## On {run['gpu']}\n", f"{versions}; {run['datetime'][:10]}.\n"]
+    lines += [ceiling(copying), "", "| work | side | takes | ratio | GB/s | peak memory |"]
+    lines.append("|---|---|---|---|---|---|")
+    for work in works:
+        label, sides = work["work"], work["sides"]
+        for name, ms in sides.items():
+            ratio = " / ".join(ratios_to_ours(name, sides))
+            rate = work["bytes"] / ms / 1e6
+            of_copy = f"{rate:.0f} ({rate / copy_rate:.0%})" if rate else ""
+            memory = f"{work['megabytes'][name]:.0f} MB"
+            lines.append(f"| {label} | {name} | {ms:.3g} ms | {ratio} | {of_copy} | {memory} |")
+            label = ""
+        lines += [f"|  | {name} | {why} | | | |" for name, why in work["missing"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def computed_section(path: Path) -> str:
+    """What gpu_report.py computed, a line a kernel and a line a work."""
+    run = json.loads(path.read_text())
+    gpus, archs = run["gpus"], ("80", "89", "90", "120")
+    lines = [
+        "\n## The Triton kernels: computed, not measured\n",
+        f"{run['caveat']}\n",
+        "Bytes and instructions an element (for sm_90), registers and occupancy for sm_"
+        f"{' / '.join(archs)}. All the figures: `python -m benchmarks.gpu_report`.\n",
+        "| kernel | registers | occupancy, % | shared, B | B | instructions |",
+        "|---|---|---|---|---|---|",
+    ]
+    for line in run["kernels"]:
+        by_arch = [line["arch"][arch] for arch in archs]
+        registers = " / ".join(str(it["registers"]) for it in by_arch)
+        occupancy = " / ".join(f"{100 * it['occupancy']:.0f}" for it in by_arch)
+        it = line["arch"]["90"]
+        lines.append(
+            f"| {line['kernel'].removesuffix('_kernel')}, {line['dtype']} | {registers} | "
+            f"{occupancy} | {it['shared']} | {it['bytes']:.3g} | {it['instructions']:.3g} |"
+        )
+    lines += [
+        "\nLeast milliseconds; the bound is bandwidth where none is named. Bytes an element, moved "
+        "by the kernels (not by products) and beside it the floor: what launchers are given and "
+        "return.\n",
+        f"| work | B (floor) | {' | '.join(gpus)} | published by others, measured, ms |",
+        "|---|---|" + len(gpus) * "---|" + "---|",
+    ]
+    for line in run["works"]:
+        least = [
+            f"{it['least']:.3g}" + (f" {it['bound']}" if it["bound"] != "bandwidth" else "")
+            for it in line["gpus"].values()
+        ]
+        published = "; ".join(f"{gpu}: {text}" for gpu, text in line["published"].items())
+        lines.append(
+            f"| {line['work']} | {line['bytes']:.3g} ({line['floor']:.3g}) | "
+            f"{' | '.join(least)} | {published} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

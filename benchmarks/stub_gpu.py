@@ -7,6 +7,7 @@ launch instead of making it. Outputs stay as they were allocated.
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import tempfile
@@ -15,14 +16,22 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
+from ppo_fast.ops import gpu
+
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 SHARED_BYTES = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a program may have
+# A multiprocessor, by the table "Technical Specifications per Compute Capability" of the CUDA
+# programming guide; KiB of shared memory, of which each program takes one more than it asks for.
+SM_WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
+SM_PROGRAMS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
+SM_SHARED = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
+SM_REGISTERS = 65536
 _BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -31,6 +40,13 @@ class Code:
 
     def __init__(self, compiled: Any, arch: int) -> None:
         self.name: str = compiled.name
+        self.fn: Any = compiled.src.fn
+        """What was decorated."""
+        names = compiled.src.fn.arg_names
+        self.types: dict[str, str] = {name: compiled.src.signature[name] for name in names}
+        """Of its arguments: "*bf16", "i64", "fp32"; "constexpr" for those compiled in."""
+        self.aligned = {names[index[0]] for index, hints in compiled.src.attrs.items() if hints}
+        """Pointers that it takes to lie on 16 bytes."""
         self.arch = arch
         self.num_warps: int = compiled.metadata.num_warps
         self.shared: int = compiled.metadata.shared
@@ -53,6 +69,23 @@ class Code:
         """Bytes a thread: what did not fit the registers."""
         return self._resources["STACK"]
 
+    @property
+    def resident_warps(self) -> int:
+        """A multiprocessor, as far as registers, shared memory and its own limits let them in."""
+        registers_a_warp = -(-self.registers * 32 // 256) * 256
+        programs = min(
+            SM_WARPS[self.arch] // self.num_warps,
+            SM_PROGRAMS[self.arch],
+            SM_REGISTERS // registers_a_warp // self.num_warps,
+            SM_SHARED[self.arch] * 1024 // (self.shared + 1024),
+        )
+        return programs * self.num_warps
+
+    @property
+    def occupancy(self) -> float:
+        """The share of a multiprocessor's warps that can be there at once."""
+        return self.resident_warps / SM_WARPS[self.arch]
+
     @cached_property
     def sass(self) -> list[str]:
         """The instructions, in order; labels are lines that end with a colon."""
@@ -68,11 +101,15 @@ class Code:
             return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-class Launched:
+class Launched(NamedTuple):
     """A launch that was recorded."""
 
-    def __init__(self, code: Code, grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
-        self.code, self.grid, self.arguments = code, grid, arguments
+    code: Code
+    grid: tuple[int, int, int]
+    arguments: dict[str, Any]
+    """By the kernel's names, constexprs among them."""
+    how: gpu.Launch
+    """The entry of the launch table."""
 
 
 class _StubDriver(DriverBase):
@@ -82,13 +119,8 @@ class _StubDriver(DriverBase):
         self.launched: list[Launched] = []
         self.utils = SimpleNamespace(
             get_device_properties=lambda _: {"max_shared_mem": SHARED_BYTES[arch] * 1024},
-            load_binary=lambda *_: (
-                0,
-                0,
-                0,
-                0,
-                1024,
-            ),  # module, function, registers, spills, threads
+            # module, function, registers, spills, threads
+            load_binary=lambda *_: (0, 0, 0, 0, 1024),
         )
 
     def is_active(self) -> bool:
@@ -119,20 +151,33 @@ class _StubDriver(DriverBase):
         def run(x: int, y: int, z: int, *rest: Any) -> None:
             if not code:  # not yet among the kernels when the launcher is made
                 code.extend(Code(k, self.arch) for k in kernels if k.src is source)
+            # stream, function, two of metadata, two hooks
+            arguments = dict(zip(source.fn.arg_names, rest[6:], strict=True))
             # A kernel keeps its launcher, so this may be that of an earlier stub.
             active = triton.runtime.driver.active
-            active.launched.append(Launched(code[0], (x, y, z), rest[6:]))
+            active.launched.append(Launched(code[0], (x, y, z), arguments, _table_entry()))
 
         return run
+
+
+def _table_entry() -> gpu.Launch:
+    """What ``gpu.launch``, somewhere up the stack, was called with."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not gpu.launch.__code__:
+        frame = frame.f_back
+    assert frame is not None, "a kernel was not launched by gpu.launch"
+    return frame.f_locals["how"]
 
 
 @contextmanager
 def stub_gpu(arch: int) -> Iterator[list[Launched]]:
     """The launches within, in order, as they would be on an NVIDIA GPU of this architecture."""
-    driver = _StubDriver(arch)
-    active = triton.runtime.driver._active
-    triton.runtime.driver.set_active(driver)
+    driver, config = _StubDriver(arch), triton.runtime.driver
+    # Asking for what is active where nothing was asked for yet would look for a GPU.
+    place = "_active" if hasattr(config, "_active") else "active"  # as Triton 3.4 has it
+    active = getattr(config, place)
+    config.set_active(driver)
     try:
         yield driver.launched
     finally:
-        triton.runtime.driver._active = active
+        setattr(config, place, active)

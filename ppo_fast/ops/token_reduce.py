@@ -20,7 +20,7 @@ from ppo_fast.ops.stats import Reduction
 
 VEC = tl.constexpr(4)  # float32 numbers in 16 bytes
 MAX_PROGRAMS = 1024
-REDUCE = Launch(MAX_PROGRAMS, 4, registers=40)
+REDUCE = Launch(MAX_PROGRAMS, 4, registers=32)
 
 
 @triton.jit

@@ -4,13 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
+from runnable import WIDE, generator, implementations
 from torch import Tensor
+
+
+def compiled(op: str) -> list:
+    """Parameters for ``impl``: those that can be compared with the reference."""
+    return [impl for impl in implementations(op) if impl.values != ("reference",)]
+
+
+def tolerance(double: float, single: float) -> float:
+    """For tensors of WIDE."""
+    return {torch.float64: double, torch.float32: single}[WIDE]
+
+
+def programs_take_several_blocks(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a Triton kernel: what large batches do, with few tokens."""
+    if impl == "triton":
+        monkeypatch.setattr("ppo_fast.ops.token_reduce.MAX_PROGRAMS", 4)
 
 
 def padded_mask(num_rows: int, num_steps: int) -> Tensor:
     """Rows of every kind: whole, empty, one token, gaps, and padding from anywhere on."""
-    g = torch.Generator().manual_seed(3)
+    g = generator(3)
     mask = torch.rand(num_rows, num_steps, generator=g) < 0.8
     ends = torch.randint(num_steps + 1, (num_rows, 1), generator=g)
     mask &= torch.arange(num_steps) < ends

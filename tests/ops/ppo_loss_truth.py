@@ -6,13 +6,13 @@ import math
 
 import pytest
 import torch
+from runnable import FLOATS, WIDE, generator, implementations
 
-from ppo_fast.ops.dispatch import COMPILED
 from ppo_fast.ops.ppo_loss import ppo_loss
 from ppo_fast.ops.stats import PPO_STATS
 
-IMPLS = ["reference", *COMPILED["ppo_loss"]]
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 3e-6}
+DTYPES = [dtype for dtype in TOLERANCE if dtype in FLOATS]
 AGGREGATIONS = ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
 EVERYTHING = {
     "clip": (0.2, 0.3),
@@ -31,12 +31,12 @@ KL = {
     "k1+k2": lambda d: (d, d),
 }
 
-each_impl = pytest.mark.parametrize("impl", IMPLS)
+each_impl = pytest.mark.parametrize("impl", implementations("ppo_loss"))
 each_aggregation = pytest.mark.parametrize("aggregation", AGGREGATIONS)
 
 
-def batch(seed=0, B=3, T=5, dtype=torch.float64, valid=0.7, scale=0.5, offset=-1.0):
-    g = torch.Generator().manual_seed(seed)
+def batch(seed=0, B=3, T=5, dtype=WIDE, valid=0.7, scale=0.5, offset=-1.0):
+    g = generator(seed)
     x = torch.randn(5, B, T, generator=g, dtype=torch.float64)
     logprobs = (offset + x[0]).to(dtype).requires_grad_()
     return {

@@ -8,13 +8,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_checks import assert_same_bits_with_any_number_of_threads, padded_mask
+from loss_checks import (
+    assert_same_bits_with_any_number_of_threads,
+    compiled,
+    padded_mask,
+    tolerance,
+)
+from runnable import FLOATS, WIDE, examples, generator, implementations
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ppo_fast.ops.dispatch import COMPILED
 from ppo_fast.ops.kl_estimate import api, kl_estimate
 
-IMPLS = ["reference", *COMPILED["kl_estimate"]]
 VALUE = {
     "k1": lambda d: d,
     "abs": abs,
@@ -31,27 +35,28 @@ SLOPE = {
 }
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 3e-6}
 
-each_impl = pytest.mark.parametrize("impl", IMPLS)
+each_impl = pytest.mark.parametrize("impl", implementations("kl_estimate"))
 each_estimator = pytest.mark.parametrize("estimator", list(VALUE))
 
 
-def batch(seed=0, B=3, T=5, dtype=torch.float64, valid=0.7):
-    g = torch.Generator().manual_seed(seed)
+def batch(seed=0, B=3, T=5, dtype=WIDE, valid=0.7):
+    g = generator(seed)
     logprobs, ref, upstream = torch.randn(3, B, T, generator=g, dtype=torch.float64).unbind()
     mask = torch.rand(B, T, generator=g) < valid
+    upstream = upstream.to(WIDE)
     return logprobs.to(dtype).requires_grad_(), ref.to(dtype).requires_grad_(), mask, upstream
 
 
 @each_impl
 @each_estimator
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=examples(25))
 @given(
     seed=st.integers(0, 10**6),
     B=st.integers(0, 3),
     T=st.integers(0, 7),
     valid=st.sampled_from([0.0, 0.5, 1.0]),
     masked=st.booleans(),
-    dtype=st.sampled_from(list(TOLERANCE)),
+    dtype=st.sampled_from([dtype for dtype in TOLERANCE if dtype in FLOATS]),
 )
 def test_value_and_gradients(impl, estimator, seed, B, T, valid, masked, dtype):
     logprobs, ref, mask, upstream = batch(seed, B, T, dtype, valid)
@@ -107,8 +112,7 @@ def test_what_stands_under_the_mask_never_travels(impl, estimator, poison):
 @each_estimator
 def test_expectations_by_enumeration(impl, estimator):
     """Over all tokens of a small vocabulary: which estimators have the KL, which its gradient."""
-    g = torch.Generator().manual_seed(1)
-    logits, ref_logits = torch.randn(2, 1, 6, generator=g, dtype=torch.float64).unbind()
+    logits, ref_logits = torch.randn(2, 1, 6, generator=generator(1), dtype=WIDE).unbind()
     logits.requires_grad_()
     logprobs, ref = logits.log_softmax(-1), ref_logits.log_softmax(-1)
     p = logprobs.detach().exp()
@@ -117,12 +121,13 @@ def test_expectations_by_enumeration(impl, estimator):
 
     expected = (p * kl_estimate(logprobs, ref, estimator=estimator, impl=impl)).sum()
     (gradient,) = torch.autograd.grad(expected, logits)
+    limit = tolerance(1e-14, 1e-7)
     if estimator in ("k1", "k3", "k1+k2"):
-        torch.testing.assert_close(expected, kl, rtol=1e-12, atol=0)
+        torch.testing.assert_close(expected, kl, rtol=tolerance(1e-12, 1e-5), atol=0)
     if estimator in ("k2", "k1+k2"):
-        torch.testing.assert_close(gradient, true_gradient, rtol=0, atol=1e-14)
+        torch.testing.assert_close(gradient, true_gradient, rtol=0, atol=limit)
     if estimator == "k1":
-        torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-14)
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=limit)
 
 
 @each_impl
@@ -141,6 +146,20 @@ def test_k3_near_zero_is_not_lost_to_rounding(impl):
     d = torch.tensor([[5e-5]])
     out = kl_estimate(d, torch.zeros(1, 1), estimator="k3", impl=impl)
     assert out.item() == pytest.approx(VALUE["k3"](5e-5), abs=4e-12)
+
+
+@pytest.mark.parametrize("impl", compiled("kl_estimate"))
+def test_k3_of_any_difference(impl):
+    """Value and slope, over everything that exp can hold in float32."""
+    d = torch.cat([torch.linspace(-88.7, 88.7, 999), torch.linspace(-0.5, 0.5, 999)])[None]
+    d.requires_grad_()
+    out = kl_estimate(d, torch.zeros_like(d), estimator="k3", impl=impl)
+    out.sum().backward()
+    wide = d.detach().double()
+    slope = -torch.expm1(-wide)
+    error = (out.double() - (wide - slope)).abs()
+    assert (error <= 3e-7 * (slope.abs() + wide.abs())).all()
+    assert ((d.grad.double() - slope).abs() <= 3e-7 * slope.abs()).all()
 
 
 @each_impl
@@ -162,15 +181,22 @@ def test_partial_gradients(impl):
 
 
 @each_estimator
-def test_on_meta_tensors_and_compiled(estimator):
+def test_on_meta_tensors(estimator):
+    logprobs, ref, mask, _ = (x.detach().to("meta") for x in batch())
+    assert kl_estimate(logprobs, ref, mask=mask, estimator=estimator).shape == (3, 5)
+
+
+@each_impl
+@each_estimator
+def test_compiled(impl, estimator):
     def run(x, y, m):
-        return kl_estimate(x, y, mask=m, estimator=estimator)
+        return kl_estimate(x, y, mask=m, estimator=estimator, impl=impl)
 
     logprobs, ref, mask, upstream = batch(dtype=torch.float32)
-    run(*(x.detach().to("meta") for x in (logprobs, ref, mask)))
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(logprobs, ref, mask)
-    assert torch.equal(compiled, run(logprobs, ref, mask))
-    (one,) = torch.autograd.grad(compiled, logprobs, upstream.float())
+    torch.compiler.reset()
+    out = torch.compile(run, fullgraph=True, backend="aot_eager")(logprobs, ref, mask)
+    assert torch.equal(out, run(logprobs, ref, mask))
+    (one,) = torch.autograd.grad(out, logprobs, upstream.float())
     (other,) = torch.autograd.grad(run(logprobs, ref, mask), logprobs, upstream.float())
     assert torch.equal(one, other)
 
@@ -188,7 +214,8 @@ def test_rows_longer_than_what_a_kernel_takes_at_once(impl, estimator):
         expected = torch.tensor(flat, dtype=torch.float64).reshape(d.shape) * mask
         if tensor is not out:
             expected = expected * upstream
-        torch.testing.assert_close(tensor, expected, rtol=1e-12, atol=1e-12)
+        limit = tolerance(1e-12, 3e-6)
+        torch.testing.assert_close(tensor.double(), expected, rtol=limit, atol=limit)
 
 
 @each_impl
@@ -233,19 +260,22 @@ def test_half_precision_and_mixed_dtypes(impl, half):
     assert logprobs.grad.dtype == half
 
 
+@each_impl
 @each_estimator
-def test_bits_do_not_depend_on_threads_or_other_rows(estimator):
-    logprobs, ref, mask, _ = batch(B=37, T=1400, dtype=torch.float32)
+def test_bits_do_not_depend_on_threads_or_other_rows(impl, estimator):
+    B, T = (5, 301) if impl == "triton" else (37, 1400)
+    logprobs, ref, mask, _ = batch(B=B, T=T, dtype=torch.float32)
 
     def run(rows=slice(None)):
         x = logprobs.detach()[rows].requires_grad_()
-        out = kl_estimate(x, ref.detach()[rows], mask=mask[rows], estimator=estimator, impl="cpp")
+        out = kl_estimate(x, ref.detach()[rows], mask=mask[rows], estimator=estimator, impl=impl)
         out.sum().backward()
         return out.detach(), x.grad
 
-    assert_same_bits_with_any_number_of_threads(run)
+    if impl == "cpp":
+        assert_same_bits_with_any_number_of_threads(run)
     whole = run()
-    for b in (0, 17, 36):
+    for b in (0, B // 2, B - 1):
         alone = run(slice(b, b + 1))
         assert all(torch.equal(x[0], y[b]) for x, y in zip(alone, whole, strict=True))
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_checks import padded_mask
+from loss_checks import compiled, padded_mask, tolerance
 from ppo_loss_truth import (
     AGGREGATIONS,
+    DTYPES,
     EVERYTHING,
     TOLERANCE,
     batch,
@@ -20,13 +21,14 @@ from ppo_loss_truth import (
     run_all,
     truth,
 )
+from runnable import WIDE, examples
 
 from ppo_fast.ops.ppo_loss import ppo_loss
 from ppo_fast.ops.stats import PPO_STATS, merge_stats, ppo_metrics
 
 
 @each_impl
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(
     data=st.fixed_dictionaries(
         {
@@ -34,7 +36,7 @@ from ppo_fast.ops.stats import PPO_STATS, merge_stats, ppo_metrics
             "B": st.integers(0, 4),
             "T": st.integers(0, 7),
             "valid": st.sampled_from([0.0, 0.3, 1.0]),
-            "dtype": st.sampled_from(list(TOLERANCE)),
+            "dtype": st.sampled_from(DTYPES),
             "scale": st.sampled_from([0.0, 0.1, 1.0]),
             "offset": st.sampled_from([-2.0, 1.5]),
         }
@@ -64,12 +66,12 @@ def test_loss_gradients_and_metrics(impl, data, options, normalizer, as_tensor, 
     (loss * upstream).backward()
 
     dtype = data["dtype"]
-    tolerance = TOLERANCE[dtype] * expected[4]  # sums cancel: errors are of the size of the terms
-    close = {"rtol": TOLERANCE[dtype], "atol": tolerance * abs(upstream)}
-    stored = {"rtol": 2**-8, "atol": tolerance} if dtype == torch.bfloat16 else close
+    limit = TOLERANCE[dtype] * expected[4]  # sums cancel: errors are of the size of the terms
+    close = {"rtol": TOLERANCE[dtype], "atol": limit * abs(upstream)}
+    stored = {"rtol": 2**-8, "atol": limit} if dtype == torch.bfloat16 else close
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert (metrics.dtype, metrics.requires_grad) == (torch.float32, False)
-    assert loss.item() == pytest.approx(expected[0], rel=TOLERANCE[dtype], abs=tolerance)
+    assert loss.item() == pytest.approx(expected[0], rel=TOLERANCE[dtype], abs=limit)
     gradient = tensors["logprobs"].grad
     torch.testing.assert_close(gradient.double(), expected[1] * upstream, **stored)
     if options["entropy_coef"] != 0:
@@ -113,8 +115,9 @@ def test_the_two_coefficients_of_a_token(impl, estimator):
     d = (tensors["logprobs"] - tensors["ref_logprobs"]).detach()
     slope = {"abs": d.sign(), "k2": d, "k3": 1 - (-d).exp(), "k1+k2": d}[estimator]
     expected = torch.where(inactive, 0, -adv * ratio) + 0.3 * slope
-    torch.testing.assert_close(a, 2.5 * expected * mask, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(b, -0.25 * mask.double(), rtol=0, atol=1e-15)
+    limits = {"rtol": tolerance(1e-12, 1e-6), "atol": tolerance(1e-14, 1e-6)}
+    torch.testing.assert_close(a, 2.5 * expected * mask, **limits)
+    torch.testing.assert_close(b, -0.25 * mask.to(WIDE), rtol=0, atol=tolerance(1e-15, 1e-7))
 
     without_kl = ppo_loss(**tensors, **{**options, "kl_coef": 0.0}, impl=impl).loss
     (a,) = torch.autograd.grad(without_kl, tensors["logprobs"])
@@ -149,7 +152,8 @@ def test_what_stands_under_the_mask_never_travels(impl, aggregation, poison):
     options = {**EVERYTHING, "aggregation": aggregation, "normalizer": 4, "impl": impl}
     one = ppo_loss(**clean, **options)
     wanted = torch.autograd.grad(one.loss, (clean["logprobs"], clean["entropy"]))
-    for name in ("logprobs", "old_logprobs", "ref_logprobs", "advantages", "entropy", "all"):
+    names = ("logprobs", "old_logprobs", "ref_logprobs", "advantages", "entropy", "all")
+    for name in names if impl != "triton" or math.isnan(poison) else names[-1:]:
         dirty = {
             k: x.detach().masked_fill(~mask, poison) if k != "mask" and name in (k, "all") else x
             for k, x in clean.items()
@@ -186,9 +190,10 @@ def test_splitting_a_step_changes_nothing(impl, aggregation, as_tensor):
         for rows in (slice(0, 3), slice(3, 4), slice(4, 5), slice(5, 6))
     ]
     loss = sum(part.loss for part in parts)
-    torch.testing.assert_close(loss, whole.loss, rtol=1e-13, atol=1e-15)
+    limits = {"rtol": tolerance(1e-13, 1e-6), "atol": tolerance(1e-15, 1e-7)}
+    torch.testing.assert_close(loss, whole.loss, **limits)
     for x, y in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-15)
+        torch.testing.assert_close(x, y, **limits)
     merged = merge_stats(PPO_STATS, [part.metrics for part in parts])
     torch.testing.assert_close(merged, whole.metrics, rtol=1e-6, atol=1e-6)
 
@@ -202,7 +207,8 @@ def test_padding_and_order_do_not_matter(impl, aggregation):
     order = torch.tensor([2, 0, 3, 1])
     moved = {k: torch.nn.functional.pad(x[order], (0, 3)) for k, x in tensors.items()}
     other = ppo_loss(**moved, **options)
-    torch.testing.assert_close(other.loss, whole.loss, rtol=1e-13, atol=1e-15)
+    limits = {"rtol": tolerance(1e-13, 1e-6), "atol": tolerance(1e-15, 1e-7)}
+    torch.testing.assert_close(other.loss, whole.loss, **limits)
     torch.testing.assert_close(other.metrics, whole.metrics, rtol=1e-6, atol=1e-6)
 
 
@@ -288,14 +294,15 @@ def test_k1_is_a_metric_where_there_is_no_coefficient(impl):
     assert metrics["kl_loss"] == metrics["ref_kl"] != 0
 
 
+@pytest.mark.parametrize("impl", compiled("ppo_loss"))
 @each_aggregation
-def test_error_budget(aggregation):
-    """err(cpp) <= 2 err(eager in float32) + a few eps, both against float64."""
+def test_error_budget(impl, aggregation):
+    """err(kernel) <= 2 err(eager in float32) + a few eps, both against float64."""
     tensors = {**batch(B=6, T=700, dtype=torch.float32), "mask": padded_mask(6, 700)}
     options = {**EVERYTHING, "aggregation": aggregation, "normalizer": 2000.0}
     wide = {k: x.double() if x.is_floating_point() else x for k, x in tensors.items()}
     exact = run_all(wide, **options, impl="reference")
-    eager, ours = (run_all(tensors, **options, impl=x) for x in ("reference", "cpp"))
+    eager, ours = (run_all(tensors, **options, impl=x) for x in ("reference", impl))
     for name, x, y, exactly in zip("lmab", ours, eager, exact, strict=True):
         size = exactly.abs().clamp(min=1.0) if name == "m" else exactly.abs().amax().clamp(min=1e-3)
         error, allowed = (x - exactly).abs(), 2 * (y - exactly).abs().amax() if name != "m" else 0

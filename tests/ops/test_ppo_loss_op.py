@@ -6,7 +6,13 @@ import math
 
 import pytest
 import torch
-from loss_checks import assert_same_bits_with_any_number_of_threads, padded_mask
+from loss_checks import (
+    assert_same_bits_with_any_number_of_threads,
+    compiled,
+    padded_mask,
+    programs_take_several_blocks,
+    tolerance,
+)
 from ppo_loss_truth import (
     AGGREGATIONS,
     EVERYTHING,
@@ -15,6 +21,7 @@ from ppo_loss_truth import (
     each_impl,
     run_all,
 )
+from runnable import FLOATS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -72,19 +79,20 @@ def test_on_meta_tensors(aggregation):
     assert merge_stats(PPO_STATS, [out.metrics] * 2).shape == (len(PPO_STATS),)
 
 
-def test_compiled_with_coefficients_that_change():
+@each_impl
+def test_compiled_with_coefficients_that_change(impl):
     """Whole graph, same bits; a schedule of coefficients and normalizers does not recompile."""
 
     def run(tensors, kl_coef, normalizer):
         options = {**EVERYTHING, "kl_coef": kl_coef}
-        return ppo_loss(**tensors, **options, normalizer=normalizer)
+        return ppo_loss(**tensors, **options, normalizer=normalizer, impl=impl)
 
     torch.compiler.reset()
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    one_graph = torch.compile(run, fullgraph=True, backend="aot_eager")
     tensors = batch(dtype=torch.float32)
     for step in range(4):
         with torch.compiler.set_stance("fail_on_recompile" if step > 1 else "default"):
-            one, other = (f(tensors, 0.1 + 0.1 * step, 7.0 + step) for f in (run, compiled))
+            one, other = (f(tensors, 0.1 + 0.1 * step, 7.0 + step) for f in (run, one_graph))
         assert torch.equal(one.loss, other.loss)
         assert torch.equal(one.metrics, other.metrics)
         leaves = (tensors["logprobs"], tensors["entropy"])
@@ -92,16 +100,23 @@ def test_compiled_with_coefficients_that_change():
         torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("impl", compiled("ppo_loss"))
 @each_aggregation
 @pytest.mark.parametrize("estimator", ["abs", "k2", "k3", "k1+k2"])
-def test_rows_longer_than_what_the_kernel_takes_at_once(aggregation, estimator):
+def test_more_tokens_than_the_kernel_takes_at_once(impl, aggregation, estimator, monkeypatch):
+    programs_take_several_blocks(impl, monkeypatch)
     tensors = {**batch(B=6, T=1100), "mask": padded_mask(6, 1100)}
+    # The extrema stand in the first block.
+    tensors["old_logprobs"][0, 0] = tensors["logprobs"][0, 0].detach() + 3
+    tensors["old_logprobs"][0, 1] = tensors["logprobs"][0, 1].detach() - 3
     options = {**EVERYTHING, "aggregation": aggregation, "kl_estimator": estimator}
     options["normalizer"] = 7 if aggregation == "seq-mean-token-sum" else None
-    ours, reference = (run_all(tensors, **options, impl=x) for x in ("cpp", "reference"))
+    ours = run_all(tensors, **options, impl=impl)
+    wide = {k: x.double() if x.is_floating_point() else x for k, x in tensors.items()}
+    reference = run_all(wide, **options, impl="reference")
     for i, (x, y) in enumerate(zip(ours, reference, strict=True)):
-        tolerance = 1e-6 if i == 1 else 1e-12
-        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+        limit = 1e-6 if i == 1 else tolerance(1e-12, 1e-6)
+        torch.testing.assert_close(x.to(y.dtype), y, rtol=limit, atol=limit)
 
 
 @each_impl
@@ -143,14 +158,17 @@ def test_half_precision_and_mixed_dtypes(impl, half):
     assert tensors["logprobs"].grad.dtype == half
 
 
+@each_impl
 @each_aggregation
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_bits_do_not_depend_on_threads_or_other_rows(aggregation, dtype):
-    tensors = {**batch(B=37, T=700, dtype=dtype), "mask": padded_mask(37, 700)}
-    options = {**EVERYTHING, "aggregation": aggregation, "normalizer": 99.0, "impl": "cpp"}
-    assert_same_bits_with_any_number_of_threads(lambda: run_all(tensors, **options))
+@pytest.mark.parametrize("dtype", [x for x in FLOATS if x.itemsize >= 4])
+def test_bits_do_not_depend_on_threads_or_other_rows(impl, aggregation, dtype):
+    B, T = (5, 301) if impl == "triton" else (37, 700)
+    tensors = {**batch(B=B, T=T, dtype=dtype), "mask": padded_mask(B, T)}
+    options = {**EVERYTHING, "aggregation": aggregation, "normalizer": 99.0, "impl": impl}
+    if impl == "cpp":
+        assert_same_bits_with_any_number_of_threads(lambda: run_all(tensors, **options))
     _, _, *whole = run_all(tensors, **options)
-    for b in (0, 1, 2, 17, 36):
+    for b in (0, 1, 2, B // 2 + 1, B - 1):
         _, _, *alone = run_all({k: x[b : b + 1] for k, x in tensors.items()}, **options)
         assert all(torch.equal(x[0], y[b]) for x, y in zip(alone, whole, strict=True))
 

@@ -20,9 +20,10 @@ from torch import Tensor
 from ppo_fast.ops.gpu import Launch, aligned, kernel, launch
 from ppo_fast.ops.logprobs.triton import LOG2_E, softmax_fold
 
-# By the bytes of a logit. Longer blocks take registers, and the noise is more work than the loads.
-PLAIN = {2: Launch(2048, 8, registers=112), 4: Launch(2048, 8, registers=112)}
-TRUNCATED = {2: Launch(2048, 8, registers=96), 4: Launch(2048, 8, registers=96)}
+# By the bytes of a logit. Longer blocks of a thread take registers, and the noise is more work than
+# the loads.
+PLAIN = {2: Launch(2048, 8, registers=104), 4: Launch(2048, 8, registers=104)}
+TRUNCATED = {2: Launch(2048, 8, registers=104), 4: Launch(2048, 8, registers=104)}
 
 # Low bits that are the same in all keys of a dtype's numbers, see ordered_key.
 IDLE_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
@@ -303,7 +304,6 @@ def sample_truncated_kernel(
     """One program a row."""
     i = tl.program_id(0).to(tl.int64)
     row, length = row_of(logits, i, offset, row_stride, vocab_size, ALIGNED, VEC)
-    seed, position = tl.load(seeds + i), tl.load(positions + i).to(tl.uint32)
     scale = inverse_temperature * LOG2_E
     maximum = float("-inf")
     total = tl.zeros([BLOCK], tl.float32)
@@ -339,6 +339,7 @@ def sample_truncated_kernel(
     if room < ties:
         last_id = id_of_tie(row, length, last, room, ALIGNED, BLOCK)
 
+    seed, position = tl.load(seeds + i), tl.load(positions + i).to(tl.uint32)
     best, best_id = float("-inf"), tl.zeros([], tl.int32)
     for first in range(0, length, BLOCK):
         x = load_block(row, first, length, ALIGNED, BLOCK)

@@ -1,0 +1,37 @@
+"""Programs of a grid, in any order, and the arithmetic of their addresses."""
+
+from __future__ import annotations
+
+import pytest
+from interpreted import (
+    assert_same_bits,
+    backwards,
+    example_of,
+    needs_interpreter,
+    outputs,
+    overflow_checked,
+    variants,
+)
+from placed import far_apart
+from triton_cases import CASES
+
+pytestmark = needs_interpreter
+
+
+@pytest.mark.parametrize(("name", "dtype"), variants())
+def test_programs_may_run_in_any_order(name, dtype):
+    launcher, arguments = CASES[name].prepare(example_of(CASES[name], dtype))
+    expected = outputs(launcher, arguments)
+    with backwards():
+        assert_same_bits(outputs(launcher, arguments), expected)
+
+
+@pytest.mark.parametrize(("name", "dtype"), variants())
+def test_no_int32_overflows(name, dtype):
+    launcher, arguments = CASES[name].prepare(example_of(CASES[name], dtype, aligned=True))
+    expected = outputs(launcher, arguments)
+    first, *others = arguments
+    if name.startswith(("logprobs", "sample")):
+        first = far_apart(first, 2**31 + first.shape[1])  # rows split alike at 16 bytes
+    with overflow_checked():
+        assert_same_bits(outputs(launcher, (first, *others)), expected)

@@ -1,0 +1,364 @@
+"""The check of first use. In an ordinary process the C++ kernels stand where Triton's would."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from runnable import TRITON
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import ppo_fast
+from ppo_fast import ops
+from ppo_fast.ops import dispatch, library, self_check
+from ppo_fast.ops.dispatch import COMPILED, choose
+from ppo_fast.ops.self_check import CASES, Result, check, first_use
+
+pytestmark = [
+    pytest.mark.parametrize("impl", ["triton" if TRITON else "cpp"]),
+    pytest.mark.skipif(bool(dispatch.missing("triton")), reason=str(dispatch.missing("triton"))),
+    pytest.mark.skipif(bool(dispatch.missing("cpp")), reason=str(dispatch.missing("cpp"))),
+]
+
+OPS = [op for op in CASES if not TRITON or "triton" in COMPILED[op]]
+RAW_OPS = {
+    "logprobs_from_logits": ("logprobs_forward", "logprobs_backward"),
+    "linear_logprobs": ("linear_logprobs_forward", "linear_logprobs_backward"),
+    "whiten": ("whiten", "whiten_backward"),
+}
+OUTPUTS = [
+    (op, raw, place)
+    for op in (OPS if not TRITON else ["logprobs_from_logits"])  # seconds a case in the interpreter
+    for raw in RAW_OPS.get(op, (op,))
+    for place, output in enumerate(
+        getattr(torch.ops.ppo_fast, f"{raw}_cpp").default._schema.returns
+    )
+    if output.name != "kept"  # the case recomputes all tiles
+]
+
+
+@pytest.fixture(autouse=True)
+def gpu(impl, tmp_path, monkeypatch):
+    """The device, as first use takes it: a GPU on which nothing was checked yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(self_check, "_known", {})
+    device = torch.get_default_device()
+    if device.type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    monkeypatch.setattr(self_check, "_can_run_on", lambda device: True)
+    monkeypatch.setattr(self_check, "installation", lambda device: "a GPU")
+    monkeypatch.setitem(dispatch.FASTEST, "cpu", "triton")
+    if impl == "cpp":
+        monkeypatch.setattr(dispatch, "_triton_interpreted", lambda: True)
+        for op in OPS:
+            monkeypatch.setitem(COMPILED, op, ("cpp", "triton"))
+            for raw in RAW_OPS.get(op, (op,)):
+                launchers = getattr(library, raw)
+                monkeypatch.setitem(launchers, "triton", launchers["cpp"])
+    return device
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """spoil(raw op, change): its launcher's outputs, a tuple, go through ``change``."""
+
+    def patch(raw, change):
+        launch = getattr(library, raw)["triton"]
+
+        def wrong(*arguments):
+            out = launch(*arguments)
+            return change((out,))[0] if isinstance(out, torch.Tensor) else change(out)
+
+        monkeypatch.setitem(getattr(library, raw), "triton", wrong)
+
+    return patch
+
+
+def logprobs_off(outputs):
+    logprobs, *others = outputs
+    return logprobs + 0.01, *others
+
+
+def never(*_):
+    raise AssertionError("is not to be called")
+
+
+def use_logprobs(device, **how):
+    logits = torch.randn(3, 41, device=device)
+    return logits, ops.logprobs_from_logits(logits, torch.tensor([1, 2, 3], device=device), **how)
+
+
+def next_process(monkeypatch):
+    monkeypatch.setattr(self_check, "_known", {})
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_right_kernels_pass_without_another_choice(op, gpu, monkeypatch):
+    monkeypatch.setattr(dispatch, "_choose_by_device", never)  # within a check it would not end
+    result = check(op, gpu)
+    assert result.ok
+    assert 0 < result.error < 1e-2
+    assert "e-08" in result.detail or "e-07" in result.detail
+
+
+@pytest.mark.parametrize(("op", "raw", "place"), OUTPUTS)
+def test_every_output_counts(op, raw, place, gpu, spoil):
+    def off(outputs):
+        x = outputs[place]
+        assert x.numel() > 0
+        x = x * 1.05 if x.is_floating_point() else x + 1
+        return (*outputs[:place], x, *outputs[place + 1 :])
+
+    spoil(raw, off)
+    assert not check(op, gpu).ok
+
+
+def test_auto_falls_to_the_reference_with_one_warning(gpu, spoil, monkeypatch):
+    spoil("logprobs_forward", logprobs_off)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        logits, out = use_logprobs(gpu)
+        use_logprobs(gpu)
+        choice = choose("logprobs_from_logits", "auto", gpu)
+    (warning,) = caught
+    said = str(warning.message)
+    assert warning.filename == __file__  # who called the op
+    assert "logprobs_from_logits" in said
+    assert "logprobs (float32)" in said
+    assert "entropy" not in said  # is right
+    assert "ppo-fast doctor" in said
+    assert choice.impl == "reference"
+    assert "logprobs (float32)" in choice.reason
+    wanted = torch.log_softmax(logits, -1)[torch.arange(3), [1, 2, 3]]
+    torch.testing.assert_close(out.logprobs, wanted)
+    # Other ops are judged by themselves.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose("kl_estimate", "auto", gpu).impl == "triton"
+
+
+def test_an_explicit_impl_is_not_stopped(gpu, spoil, monkeypatch):
+    spoil("logprobs_forward", logprobs_off)
+    monkeypatch.setattr(self_check, "check", never)
+    logits, out = use_logprobs(gpu, impl="triton")
+    wanted = torch.log_softmax(logits, -1)[torch.arange(3), [1, 2, 3]]
+    torch.testing.assert_close(out.logprobs, wanted + 0.01)
+    monkeypatch.setenv("PPO_FAST_IMPL", "triton")
+    assert choose("logprobs_from_logits", "auto", gpu).impl == "triton"
+
+
+def test_a_wrong_gradient_and_nan_are_named(gpu, spoil):
+    spoil("logprobs_backward", lambda out: (out[0] * 1.1,))
+    result = check("logprobs_from_logits", gpu)
+    assert not result.ok
+    assert result.detail.startswith("relative errors: gradient of logits (float32) 1.0e-01")
+    spoil("logprobs_forward", lambda out: (out[0].fill_(math.nan), *out[1:]))
+    result = check("logprobs_from_logits", gpu)
+    assert "logprobs (float32) inf" in result.detail
+    assert result.error == math.inf
+    assert self_check._error(torch.zeros(2), torch.zeros(3)) == math.inf  # another shape
+
+
+def test_a_kernel_that_raises_is_not_used_and_tried_again_later(gpu, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no compiler found\nand a long listing")
+
+    with monkeypatch.context() as broken:
+        broken.setitem(library.logprobs_forward, "triton", fail)
+        with pytest.warns(RuntimeWarning, match="RuntimeError: no compiler found"):
+            assert choose("logprobs_from_logits", "auto", gpu).impl == "reference"
+        assert choose("logprobs_from_logits", "auto", gpu).impl == "reference"
+    assert not self_check.memory_path().exists()
+    next_process(monkeypatch)
+    assert choose("logprobs_from_logits", "auto", gpu).impl == "triton"
+
+
+def test_the_answer_is_remembered(gpu, monkeypatch):
+    found = first_use("logprobs_from_logits", gpu)
+    assert found.ok
+    with monkeypatch.context() as later:
+        later.setattr(self_check, "check", never)
+        later.setattr(self_check, "_can_run_on", never)
+        assert first_use("logprobs_from_logits", gpu) is found
+    next_process(monkeypatch)
+    with monkeypatch.context() as later:
+        later.setattr(self_check, "check", never)
+        assert first_use("logprobs_from_logits", gpu) == found
+    next_process(monkeypatch)
+    monkeypatch.setattr(self_check, "installation", lambda device: "another driver")
+    monkeypatch.setattr(self_check, "check", lambda *_: Result(0.5, False, "is off"))
+    with pytest.warns(RuntimeWarning, match="is off"):
+        assert not first_use("logprobs_from_logits", gpu).ok
+    assert len(json.loads(self_check.memory_path().read_text())) == 2
+
+
+def test_a_wrong_kernel_is_remembered_and_warned_of_in_each_process(gpu, spoil, monkeypatch):
+    spoil("logprobs_forward", logprobs_off)
+    for _ in range(2):
+        next_process(monkeypatch)
+        with pytest.warns(RuntimeWarning, match="failed the check of their first use"):
+            assert not first_use("logprobs_from_logits", gpu).ok
+        monkeypatch.setattr(self_check, "check", never)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[]",
+        b"null",
+        b'{"a GPU": 3}',
+        b'{"a GPU": {"logprobs_from_logits": {"error": 0}}}',
+        b'{"a GPU": {"logprobs_from_logits": [0, true, ""]}}',
+        b'{"a GPU": {"logprobs_from_logits": {"error": 0, "ok": "no", "detail": ""}}}',
+    ],
+)
+def test_a_broken_memory_is_written_anew(gpu, text, monkeypatch):
+    path = self_check.memory_path()
+    path.parent.mkdir()
+    path.write_bytes(text)
+    monkeypatch.setattr(self_check, "installation", lambda device: "a GPU")
+    found = first_use("logprobs_from_logits", gpu)
+    assert found.ok
+    assert self_check.remembered("logprobs_from_logits", gpu) == found
+
+
+def test_a_folder_that_cannot_be_written_only_means_another_check(gpu, tmp_path, monkeypatch):
+    (tmp_path / "ppo_fast").write_text("is a file")
+    calls = []
+    monkeypatch.setattr(self_check, "check", lambda *_: calls.append(1) or Result(0.0, True, ""))
+    for _ in range(2):
+        assert first_use("logprobs_from_logits", gpu).ok
+    next_process(monkeypatch)
+    assert first_use("logprobs_from_logits", gpu).ok
+    assert len(calls) == 2
+
+
+def test_writers_at_once_leave_a_whole_file(tmp_path):
+    result = Result(1e-7, True, "x" * 5000)
+
+    def write(i):
+        self_check._remember(f"op {i}", "a GPU", result)
+        json.loads(self_check.memory_path().read_text())
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(100)))
+    assert [p.name for p in (tmp_path / "ppo_fast").iterdir()] == ["self_check.json"]
+
+
+def test_callers_at_once_check_once(gpu, monkeypatch):
+    calls = []
+
+    def slow(*_):
+        calls.append(1)
+        time.sleep(0.1)
+        return Result(0.0, True, "")
+
+    monkeypatch.setattr(self_check, "check", slow)
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda _: first_use("gae", gpu), range(8)))
+    assert len(calls) == 1
+    assert all(r.ok for r in results)
+
+
+@pytest.mark.parametrize("mode", ["fake", "inference", "autocast", "meta device", "no grad"])
+def test_modes_of_the_caller_do_not_reach_the_check(mode, gpu):
+    modes = {
+        "fake": FakeTensorMode(),
+        "inference": torch.inference_mode(),
+        "autocast": torch.autocast(gpu.type, dtype=torch.bfloat16),
+        "meta device": torch.device("meta"),
+        "no grad": torch.no_grad(),
+    }
+    with modes[mode]:
+        assert check("logprobs_from_logits", gpu).ok
+
+
+def test_compiled_callers_check_too(gpu, spoil):
+    def run(logits, labels):
+        return ops.logprobs_from_logits(logits, labels).logprobs
+
+    logits, labels = torch.randn(3, 41, device=gpu), torch.tensor([1, 2, 3], device=gpu)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(logits, labels), run(logits, labels))
+    assert self_check.remembered("logprobs_from_logits", gpu).ok
+
+
+def test_a_compiled_caller_falls_to_the_reference(gpu, spoil):
+    spoil("logprobs_forward", logprobs_off)
+    logits, labels = torch.randn(3, 41, device=gpu), torch.tensor([1, 2, 3], device=gpu)
+
+    def run(logits, labels):
+        return ops.logprobs_from_logits(logits, labels).logprobs
+
+    with pytest.warns(RuntimeWarning, match="failed the check"):
+        out = torch.compile(run, fullgraph=True, backend="aot_eager")(logits, labels)
+    torch.testing.assert_close(out, torch.log_softmax(logits, -1)[torch.arange(3), labels])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands for a machine without a GPU")
+def test_kernels_are_trusted_where_they_cannot_run_now(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(self_check, "check", never)
+    device = torch.device("cuda", 0)
+    assert choose("logprobs_from_logits", "auto", device).impl == "triton"
+    # A GPU whose stream is being captured, and a fake tensor's device beyond the real ones.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert first_use("logprobs_from_logits", device).ok
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert first_use("logprobs_from_logits", torch.device("cuda", 1)).ok
+    assert not self_check._known
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands for machines with other GPUs")
+def test_an_answer_holds_for_one_installation(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
+    monkeypatch.setattr(self_check, "driver", lambda: "570.1")
+    words = self_check.installation(torch.device("cuda", 0))
+    assert words.startswith(f"NVIDIA X, driver 570.1, torch {torch.__version__}, triton ")
+    assert f", ppo_fast {ppo_fast.__version__}, kernels " in words
+
+
+@pytest.mark.parametrize(
+    "kind", ["UNIX x86_64 Kernel Module", "UNIX Open Kernel Module for x86_64"]
+)
+def test_the_driver_by_its_version(kind, monkeypatch):
+    text = f"NVRM version: NVIDIA {kind}  570.86.15  Release Build\nGCC version:  gcc 12.2.0"
+    monkeypatch.setattr(Path, "read_text", lambda path: text)
+    assert self_check.driver() == "570.86.15"
+
+
+def test_the_driver_where_it_is_hidden(monkeypatch):
+    def hidden(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", hidden)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
+    assert self_check.driver() == "of CUDA 12080"
+
+
+def test_no_draw_of_the_case_is_close(gpu):
+    """Kernels that round otherwise must draw the same tokens."""
+    case, _ = CASES["sample_tokens"]
+    side = ("reference", torch.device("cpu"), torch.float32)
+
+    class Shifted(self_check.Side):
+        def normal(self, *shape, scale=1.0):
+            x = super().normal(*shape, scale=scale)
+            return x + 1e-4 * torch.randn_like(x)
+
+    exact = case(self_check.Side(*side, torch.float64))
+    shifted = case(Shifted(*side, torch.float64))
+    for name in ("tokens", "truncated tokens"):
+        assert torch.equal(exact[name], shifted[name])

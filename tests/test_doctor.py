@@ -1,0 +1,208 @@
+"""``ppo-fast doctor`` through the command line, and its measuring with another clock."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+from ppo_fast import doctor, env
+from ppo_fast.cli import main
+from ppo_fast.doctor import Sizes, measure
+from ppo_fast.ops import dispatch, library, self_check
+from ppo_fast.ops.dispatch import COMPILED
+from ppo_fast.ops.self_check import CASES, Result
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="stands for a machine without a GPU"),
+    pytest.mark.skipif(bool(dispatch.missing("cpp")), reason=str(dispatch.missing("cpp"))),
+]
+
+TINY = Sizes(
+    rows=32, vocab_size=48, odd_vocab_size=41, hidden_size=8, sequences=3, steps=5, copied=64
+)
+
+
+@pytest.fixture(autouse=True)
+def _screen(monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(self_check, "_known", {})
+
+
+def run(capsys, *flags):
+    """Status and what it printed."""
+    try:
+        main(["doctor", *flags])
+    except SystemExit as end:
+        return end.code, capsys.readouterr().out
+    return 0, capsys.readouterr().out
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """C++ kernels where Triton's would be."""
+    launchers = [x for x in vars(library).values() if isinstance(x, dict) and "triton" in x]
+    for launcher in launchers:
+        monkeypatch.setitem(launcher, "triton", launcher["cpp"])
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch, stand_ins):
+    """A GPU, with a clock that says 2 ms."""
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(doctor, "main_device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(env, "main_device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(env, "_describe", lambda device: "a GPU")
+    monkeypatch.setattr(self_check, "installation", lambda device: "a GPU")
+    monkeypatch.setattr(self_check, "_can_run_on", lambda device: True)
+    monkeypatch.setattr(dispatch, "_triton_interpreted", lambda: True)
+    check, measure = self_check.check, doctor.measure
+    monkeypatch.setattr(self_check, "check", lambda op, device, impl="triton": check(op, cpu, impl))
+    monkeypatch.setattr(
+        doctor, "measure", lambda device, *_: measure(cpu, "cpp", TINY, doctor._median_ms)
+    )
+    monkeypatch.setattr(doctor, "_median_ms", lambda work: (work(), 2.0)[1])
+
+
+def test_without_a_gpu(capsys):
+    status, out = run(capsys)
+    assert status == 0
+    assert "No GPU here" in out
+    assert "All checks passed." in out
+    report = json.loads(out[out.index("{") : out.rindex("}") + 1])
+    assert report["facts"]["torch"] == torch.__version__
+    assert {c["op"] for c in report["checks"]} == set(CASES)
+    assert all(c["ok"] and c["impl"] == "cpp" and c["error"] < 1e-2 for c in report["checks"])
+    assert "speeds" not in report
+
+
+def test_a_wrong_kernel_is_status_1(capsys, monkeypatch, tmp_path):
+    launch = library.gae["cpp"]
+    monkeypatch.setitem(library.gae, "cpp", lambda *a: (launch(*a)[0] + 1, launch(*a)[1]))
+    status, out = run(capsys, "--json", str(tmp_path / "report.json"))
+    assert status == 1
+    assert "wrong: gae, cpp: relative errors: advantages (float32)" in out
+    assert "All checks passed" not in out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [c["op"] for c in report["checks"] if not c["ok"]] == ["gae"]
+
+
+def test_a_missing_extension_is_status_1(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "missing", lambda impl: "no compiler" if impl == "cpp" else None)
+    monkeypatch.setattr(env, "missing", lambda impl: "no compiler" if impl == "cpp" else None)
+    status, out = run(capsys)
+    assert status == 1
+    assert "wrong: gae, cpp: no compiler" in out
+    assert '"error": "nan"' in out  # plain JSON has no NaN
+
+
+@pytest.mark.slow
+def test_interpreted(capfd, tmp_path):
+    path = tmp_path / "report.json"
+    main(["doctor", "--interpret", "--json", str(path)])
+    assert "TRITON_INTERPRET" not in os.environ
+    out = capfd.readouterr().out
+    assert "cpu, interpreted" in out
+    assert "No GPU here" not in out
+    checks = json.loads(path.read_text())["checks"]
+    interpreted = {c["op"] for c in checks if c["on"] == "cpu, interpreted"}
+    assert interpreted == {op for op, impls in COMPILED.items() if "triton" in impls}
+    assert all(c["ok"] for c in checks)
+
+
+def test_in_a_process_that_interprets(capsys, monkeypatch, stand_ins):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    status, out = run(capsys, "--interpret")  # starts no other
+    assert status == 0
+    assert out.count("cpu, interpreted") == 2 * len(CASES)  # in the table and in the JSON
+    assert "No GPU here" not in out
+
+
+def test_on_a_gpu(capsys, pretended_gpu):
+    status, out = run(capsys)
+    assert status == 0
+    report = json.loads(out[out.index("\n{") : out.rindex("}") + 1])
+    assert report["facts"]["device"] == "a GPU"
+    on_gpu = {c["op"] for c in report["checks"] if c["impl"] == "triton" and c["on"] == "cuda"}
+    assert on_gpu == {op for op, impls in COMPILED.items() if "triton" in impls}
+    assert {c["on"] for c in report["checks"] if c["impl"] == "cpp"} == {"cpu"}
+    assert "speed; copying" in out
+    assert len(report["speeds"]["works"]) == 11
+    # It asked anew and told the next processes.
+    assert set(json.loads(self_check.memory_path().read_text())["a GPU"]) == on_gpu
+
+
+def test_a_kernel_that_fails_at_full_size_is_status_1(capsys, monkeypatch, pretended_gpu):
+    def fail(*_):
+        raise RuntimeError("invalid argument\nand more")
+
+    monkeypatch.setattr(doctor, "WORKS", (fail, doctor._token_ops))
+    status, out = run(capsys)
+    assert status == 1
+    assert "wrong: fail: RuntimeError: invalid argument" in out
+    assert '"work": "whiten, 3 x 5, float32"' in out  # the others were measured
+
+
+def test_too_little_memory_is_no_failure(capsys, monkeypatch, pretended_gpu):
+    def fail(*_):
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    monkeypatch.setattr(doctor, "WORKS", (fail,))
+    status, out = run(capsys)
+    assert status == 0
+    assert "not measured" in out
+
+
+def test_floors(monkeypatch):
+    """At 1 ms for everything: what must move or be multiplied, against what was."""
+    speeds = measure(torch.device("cpu"), "cpp", TINY, lambda work: (work(), 1.0)[1])
+    works = {work["work"]: work for work in speeds["works"]}
+    assert all("error" not in work for work in works.values())
+    copied = 2 * 4 * TINY.copied
+    assert speeds["copy_gb_s"] == pytest.approx(copied / 1e6)
+    forward = works["logprobs_from_logits forward, 32 x 41, bfloat16"]
+    assert forward["gb_s"] == pytest.approx(32 * 41 * 2 / 1e6)
+    assert forward["share_of_floor"] == pytest.approx(32 * 41 * 2 / copied)
+    gae = works["gae, 3 x 5, float32"]
+    assert gae["floor_ms"] == pytest.approx(15 * 17 / copied)
+    # Four products of the size that was measured, and the operands once in and out.
+    linear = works["linear_logprobs forward and backward, 32 x 48 x 8, bfloat16"]
+    moved = 2 * 2 * (32 * 8 + 48 * 8)
+    assert linear["share_of_floor"] == pytest.approx(4 + moved / copied)
+
+
+@pytest.mark.parametrize("ok", [True, False])
+def test_env_says_what_was_checked_on_the_gpu(capsys, monkeypatch, pretended_gpu, ok):
+    monkeypatch.setattr(self_check, "check", lambda op, *_: Result(0.1, ok or op != "gae", "off"))
+    if ok:
+        main(["env"])
+    else:
+        with pytest.warns(RuntimeWarning, match="gae uses the slower reference"):
+            main(["env"])
+    out = " ".join(capsys.readouterr().out.split())
+    number = sum("triton" in impls for impls in COMPILED.values())
+    if ok:
+        assert f"checked on this GPU: {number} ops right │" in out
+    else:
+        assert f"checked on this GPU: {number - 1} ops right, gae wrong │" in out
+        assert "│ gae │ reference │ its triton kernels failed their check: off" in out
+
+
+def test_env_without_a_gpu(capsys):
+    main(["env"])
+    assert "no GPU here to run them on" in capsys.readouterr().out
+
+
+def test_env_without_what_is_asked_for(capsys, monkeypatch):
+    monkeypatch.setenv("PPO_FAST_IMPL", "triton")
+    monkeypatch.setattr(env, "PACKAGES", ("no-such-package",))
+    monkeypatch.setattr(env, "missing", lambda impl: f"no {impl} here")
+    main(["env"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "│ few_row_linear │ none │ PPO_FAST_IMPL=triton: few_row_linear has no such" in out
+    assert "│ no-such-package │ not installed │" in out
+    assert "│ Triton kernels │ no triton here │" in out
