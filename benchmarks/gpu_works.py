@@ -73,7 +73,7 @@ def of_head(tokens: int, hidden: int, vocab: int, *, products: int, **published:
         blank = Blank(tokens, hidden, torch.bfloat16)
         states, weight = blank.logits(), blank.floats(vocab, hidden).bfloat16()
         head = (states, weight, None, blank.ints(vocab, tokens), None, 1.0, 1.0, None)
-        budget = 0
+        budget = 4 * tokens * (vocab + 8) if products == 3 else 0
         yield triton.linear_logprobs_forward, (*head, True, budget)
         if products > 1:
             of_tokens = [blank.floats(tokens, *more) for more in ((), (2,), (), ())]

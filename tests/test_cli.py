@@ -392,7 +392,7 @@ def test_every_field_of_the_config_is_a_flag(capsys, monkeypatch):
 
 
 def test_commands_are_listed(capsys):
-    assert {"train", "demo", "env"} <= set(help_of(capsys).split())
+    assert {"train", "demo", "env", "doctor"} <= set(help_of(capsys).split())
 
 
 # env

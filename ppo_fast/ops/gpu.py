@@ -96,8 +96,11 @@ def aligned(tensor: Tensor) -> tuple[Tensor, int]:
 
 @triton.jit
 def row_offset(row, offset, outer_stride, inner, inner_stride):
-    """Where a row of Rows starts. All int64."""
-    return offset + (row // inner) * outer_stride + (row % inner) * inner_stride
+    """Where a row of Rows starts; int64. A row's number fits 32 bits, as a grid does, and dividing
+    those takes a few instructions where 64 bits take a hundred."""
+    number, per_outer = row.to(tl.int32), inner.to(tl.int32)
+    outer = (number // per_outer).to(tl.int64)
+    return offset + outer * outer_stride + (number % per_outer).to(tl.int64) * inner_stride
 
 
 @triton.jit

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logprob_truth import assert_within_budget, implementations
+from logprob_truth import assert_within_budget
+from runnable import implementations
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ppo_fast.ops.few_row_linear import few_row_linear

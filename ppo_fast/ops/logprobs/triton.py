@@ -1,7 +1,9 @@
 """The Triton kernels of logprobs_from_logits, and their launchers.
 
 As csrc/logprobs.hpp, which states the formulas. Bytes moved: forward reads the logits once;
-backward reads them once and writes their gradient once. Masked rows are not read.
+backward reads them once and writes their gradient once. Masked rows are not read. A row that starts
+elsewhere between two multiples of 16 bytes is added up in another order, so that its last bit may
+differ; it depends on nothing else.
 """
 
 from __future__ import annotations
@@ -27,9 +29,10 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LOG_2 = tl.constexpr(0.6931471805599453)
 
 # By the bytes of a logit. Forward: four or five programs of eight warps an SM, with two blocks each
-# on their way, are 32 KB, what an H200 needs. Backward: two loads of 16 bytes a thread.
-FORWARD = {2: Launch(2048, 8, registers=56), 4: Launch(2048, 8, registers=64)}
-BACKWARD = {2: Launch(4096, 8, registers=48), 4: Launch(2048, 8, registers=48)}
+# on their way, are 32 KB, what an H200 needs.
+FORWARD = {2: Launch(2048, 8, registers=64), 4: Launch(2048, 8, registers=64)}
+BACKWARD = {2: Launch(2048, 8, registers=64), 4: Launch(2048, 8, registers=64)}
+SPAN = 4  # blocks a program of the backward takes: its beginning costs as much as one
 
 
 @triton.jit
@@ -160,12 +163,13 @@ def logprobs_backward_kernel(
     parts: tl.int64,
     inverse_temperature: tl.float32,
     IN_PHASE: tl.constexpr,  # rows of both start alike between multiples of 16 bytes
+    SPAN: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``parts`` programs a row, a block of columns each; the first takes the edges too."""
-    program = tl.program_id(0).to(tl.int64)
-    row, part = program // parts, program % parts
+    """``parts`` programs a row, SPAN blocks of columns each; the first takes the edges too."""
+    row = (tl.program_id(0) // parts.to(tl.int32)).to(tl.int64)
+    part = (tl.program_id(0) % parts.to(tl.int32)).to(tl.int64)
     a, b = 0.0, 0.0
     if grad_logprobs is not None:
         a = tl.load(grad_logprobs + row)
@@ -183,15 +187,17 @@ def logprobs_backward_kernel(
         _, to_body, _ = split_row(to, vocab_size, VEC)
     else:
         to_body = to + head
-    column = part * BLOCK + tl.arange(0, BLOCK)
-    inside = column < body_length
+    lane = tl.arange(0, BLOCK)
+    part_start = part * (SPAN * BLOCK)
+    part_end = tl.minimum(part_start + SPAN * BLOCK, body_length)
     edge, exists = edge_columns(head, body_length, vocab_size, VEC)
     exists = exists & (part == 0)
     if (a == 0.0) & (b == 0.0):
-        nothing = tl.zeros([BLOCK], tl.float32).to(grad_logits.dtype.element_ty)
-        tl.store(grad_logits + to_body + column, nothing, mask=inside)
-        nothing = tl.zeros([2 * VEC], tl.float32).to(grad_logits.dtype.element_ty)
-        tl.store(grad_logits + to + edge, nothing, mask=exists)
+        zeros = tl.zeros([BLOCK], tl.float32).to(grad_logits.dtype.element_ty)
+        for first in range(part_start, part_end, BLOCK):
+            tl.store(grad_logits + to_body + first + lane, zeros, mask=first + lane < body_length)
+        edge_zeros = tl.zeros([2 * VEC], tl.float32).to(grad_logits.dtype.element_ty)
+        tl.store(grad_logits + to + edge, edge_zeros, mask=exists)
         return
     maximum = tl.load(stats + 2 * row)
     total = tl.load(stats + 2 * row + 1)
@@ -203,12 +209,16 @@ def logprobs_backward_kernel(
     label = tl.load(labels + row)
     at_label = a * inverse_temperature
 
-    x = tl.load(logits + body + column, mask=inside, other=0.0)
-    gradient = logit_gradient(x, head + column, label, maximum, scale, c0, c1, at_label)
-    tl.store(grad_logits + to_body + column, gradient.to(grad_logits.dtype.element_ty), mask=inside)
     x = tl.load(logits + start + edge, mask=exists, other=0.0)
-    gradient = logit_gradient(x, edge, label, maximum, scale, c0, c1, at_label)
-    tl.store(grad_logits + to + edge, gradient.to(grad_logits.dtype.element_ty), mask=exists)
+    at_edge = logit_gradient(x, edge, label, maximum, scale, c0, c1, at_label)
+    tl.store(grad_logits + to + edge, at_edge.to(grad_logits.dtype.element_ty), mask=exists)
+    for first in range(part_start, part_end, BLOCK):
+        column = first + lane
+        inside = column < body_length
+        block = tl.load(logits + body + column, mask=inside, other=0.0)
+        gradient = logit_gradient(block, head + column, label, maximum, scale, c0, c1, at_label)
+        gradient = gradient.to(grad_logits.dtype.element_ty)
+        tl.store(grad_logits + to_body + column, gradient, mask=inside)
 
 
 def logprobs_forward(
@@ -255,7 +265,7 @@ def logprobs_backward(
     how = BACKWARD[logits.element_size()]
     rows = _rows(logits)
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    parts = triton.cdiv(vocab_size, how.block)
+    parts = triton.cdiv(vocab_size, SPAN * how.block)
     launch(
         logprobs_backward_kernel,
         num_rows * parts,
@@ -274,6 +284,7 @@ def logprobs_backward(
         parts,
         1 / temperature,
         IN_PHASE=rows.in_phase(num_rows, vocab_size),
+        SPAN=SPAN,
         VEC=16 // logits.element_size(),
     )
     return grad_logits

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ppo_fast.ops.gpu import Launch, kernel, launch
 
-TOKENS = Launch(4096, 8, registers=80)
+TOKENS = Launch(2048, 8, registers=80)
 MERGED = 256  # blocks whose statistics are merged at once
 
 
