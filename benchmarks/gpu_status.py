@@ -196,7 +196,7 @@ def document(found: dict[str, Found]) -> str:
 
 
 def block(name: str, lines: list[str]) -> str:
-    return f"`{name}`\n\n```python\n" + "\n".join(lines) + "\n```\n"
+    return f"`{name}`\n\n```text\n" + "\n".join(lines) + "\n```\n"
 
 
 def row(name: str, kernels: dict[str, bool]) -> str:

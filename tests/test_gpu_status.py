@@ -17,7 +17,7 @@ MISSING, ELSEWHERE, KERNELS, UNPROVEN = SECTIONS
 
 def listed(title):
     blocks = re.findall(
-        r"^`([^`\n]*)`\n\n```python\n(.*?)```", SECTIONS[title], re.DOTALL | re.MULTILINE
+        r"^`([^`\n]*)`\n\n```text\n(.*?)```", SECTIONS[title], re.DOTALL | re.MULTILINE
     )
     return {name: lines.splitlines() for name, lines in blocks}
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from runnable import TRITON
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -24,6 +25,7 @@ from ppo_fast.ops.stats import PPO_STATS, VALUE_STATS, merge_stats
 
 B, T, D, V = 3, 5, 8, 41
 AGGREGATIONS = pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
+pytestmark = pytest.mark.skipif(TRITON, reason="the interpreter takes CPU tensors alone")
 needs_triton = pytest.mark.skipif(bool(missing("triton")), reason=str(missing("triton")))
 
 Make = Callable[..., Tensor]
