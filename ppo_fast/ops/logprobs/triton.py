@@ -192,30 +192,26 @@ def logprobs_backward_kernel(
     part_end = tl.minimum(part_start + SPAN * BLOCK, body_length)
     edge, exists = edge_columns(head, body_length, vocab_size, VEC)
     exists = exists & (part == 0)
-    if (a == 0.0) & (b == 0.0):
-        zeros = tl.zeros([BLOCK], tl.float32).to(grad_logits.dtype.element_ty)
-        for first in range(part_start, part_end, BLOCK):
-            tl.store(grad_logits + to_body + first + lane, zeros, mask=first + lane < body_length)
-        edge_zeros = tl.zeros([2 * VEC], tl.float32).to(grad_logits.dtype.element_ty)
-        tl.store(grad_logits + to + edge, edge_zeros, mask=exists)
-        return
-    maximum = tl.load(stats + 2 * row)
-    total = tl.load(stats + 2 * row + 1)
+    live = (a != 0.0) | (b != 0.0)
+    readable = tl.where(live, vocab_size, 0)  # columns; of other rows the gradient is 0
+    readable_body = tl.where(live, body_length, 0)
+    maximum = tl.load(stats + 2 * row, mask=live, other=0.0)
+    total = tl.load(stats + 2 * row + 1, mask=live, other=1.0)
     entropy = 0.0
     if grad_entropy is not None:
-        entropy = tl.load(entropies + row)
+        entropy = tl.load(entropies + row, mask=live, other=0.0)
     c0, c1 = gradient_coefficients(a, b, entropy, total, inverse_temperature)
     scale = inverse_temperature * LOG2_E
     label = tl.load(labels + row)
     at_label = a * inverse_temperature
 
-    x = tl.load(logits + start + edge, mask=exists, other=0.0)
+    x = tl.load(logits + start + edge, mask=exists & (edge < readable), other=0.0)
     at_edge = logit_gradient(x, edge, label, maximum, scale, c0, c1, at_label)
     tl.store(grad_logits + to + edge, at_edge.to(grad_logits.dtype.element_ty), mask=exists)
     for first in range(part_start, part_end, BLOCK):
         column = first + lane
         inside = column < body_length
-        block = tl.load(logits + body + column, mask=inside, other=0.0)
+        block = tl.load(logits + body + column, mask=column < readable_body, other=0.0)
         gradient = logit_gradient(block, head + column, label, maximum, scale, c0, c1, at_label)
         gradient = gradient.to(grad_logits.dtype.element_ty)
         tl.store(grad_logits + to_body + column, gradient, mask=inside)
