@@ -145,8 +145,8 @@ def find(coverage: Coverage, interpreted: set[str]) -> dict[str, Found]:
 def is_for_gpus(name: str) -> bool:
     """Whether all of a file is looked at; of others, lines that speak of CUDA."""
     files = ("gpu.py", "self_check.py", "token_reduce.py", "dispatch.py", "library.py")
-    of_ops = name.startswith("ppo_fast/ops/") and name.endswith(("/triton.py", *files))
-    return of_ops or name in ("ppo_fast/doctor.py", "ppo_fast/env.py")
+    of_op = name.startswith("ppo_fast/ops/") and Path(name).name.startswith("triton")
+    return of_op or name.endswith(files) or name in ("ppo_fast/doctor.py", "ppo_fast/env.py")
 
 
 def triton_functions(text: str) -> Iterator[Kernel]:

@@ -184,7 +184,7 @@ def installation(device: torch.device) -> str:
     from ppo_fast import __version__
 
     here = Path(__file__).parent
-    sources = sorted([*here.glob("*.py"), *here.glob("*/triton.py")])
+    sources = sorted([*here.glob("*.py"), *here.glob("*/triton*.py")])
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     return (
         f"{torch.cuda.get_device_name(device)}, driver {driver()}, torch {torch.__version__}, "

@@ -4,7 +4,6 @@ The tokens of contiguous [B, T] tensors are one sequence of N = B * T numbers. P
 it, a block each at a time, and end as columns of ``partials`` [1 + K, P]: the loss before the
 normalizer, and K statistics. A second kernel reduces the rows in a fixed order.
 """
-# mypy: disallow-untyped-defs=False
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from triton_cases import CASES, Case, Example
 
 from ppo_fast.ops import gpu
 from ppo_fast.ops.gae import triton as gae
-from ppo_fast.ops.linear_logprobs import triton as linear_logprobs
+from ppo_fast.ops.linear_logprobs import triton_tiles
 
 needs_interpreter = pytest.mark.skipif(
     not gpu.interpreted(), reason="a GPU runs the kernels: memory and programs are not ours to lay"
@@ -37,7 +37,7 @@ def small_parts() -> Iterator[None]:
     tile of the vocabulary is as large as memory allows."""
     with (
         patch.object(gae, "SCAN", gae.SCAN._replace(block=64)),
-        patch.multiple(linear_logprobs, _TILE_BYTES=1024, _MIN_COLUMNS=1024),
+        patch.multiple(triton_tiles, _TILE_BYTES=1024, _MIN_COLUMNS=1024),
     ):
         yield
 

@@ -24,7 +24,9 @@ from ppo_fast.ops.linear_logprobs import linear_logprobs
 
 pytestmark = pytest.mark.parametrize("impl", implementations("linear_logprobs"))
 
-TILED = importlib.import_module(f"ppo_fast.ops.linear_logprobs.{'triton' if TRITON else 'cpp'}")
+TILED = importlib.import_module(
+    f"ppo_fast.ops.linear_logprobs.{'triton_tiles' if TRITON else 'cpp'}"
+)
 BUDGETS = [0, 4096, 2**28]  # everything recomputed, some tiles kept, all kept
 
 

@@ -14,18 +14,22 @@ them they are not read. Products of float32 operands are as exact as
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cache
-from itertools import pairwise
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ppo_fast.ops.gpu import Launch, kernel, launch
+from ppo_fast.ops.linear_logprobs.triton_tiles import (
+    VEC,
+    Scratch,
+    add_product,
+    columns_of,
+    head_of,
+    multiply,
+    pitch_of,
+    tiles_of,
+)
 from ppo_fast.ops.logprobs.triton import (
     LOG2_E,
     LOG_2,
@@ -33,21 +37,14 @@ from ppo_fast.ops.logprobs.triton import (
     logit_gradient,
     moved_sums,
     softmax_fold,
+    store_masked_row,
+    upstream_of,
 )
 
 # A block is two loads of 16 bytes a thread. FOLD: eight programs an SM with the next block each on
 # its way are 32 KB, what an H200 needs. (With a softcap, blocks of 2048 would take 79 registers.)
 FOLD = Launch(1024, 4, registers=64)
 GRADIENT = Launch(2048, 8, registers=48)
-
-# Columns of a tile. The gradient of hidden, N * D, is read and written once a tile: with 4096
-# columns that takes a quarter of the time of the product that it is added in (H100), and a tile is
-# no larger than that gradient is where D is 4096. Fewer rows leave room for more columns. Whole
-# multiples of 128, which the BLAS divides its work by.
-_TILE_BYTES, _MIN_COLUMNS, _COLUMN_STEP = 2**28, 4096, 128
-
-# Columns that fill 16 bytes, of half precision too: each row of a tile starts on a multiple.
-_VEC = 8
 
 
 @triton.jit
@@ -103,11 +100,7 @@ def fold_tile_kernel(
     row = tl.program_id(0).to(tl.int64)
     counts = True if mask is None else tl.load(mask + row) != 0
     if not counts:
-        tl.store(logprobs + row, 0.0)
-        tl.store(stats + 2 * row, 0.0)
-        tl.store(stats + 2 * row + 1, 0.0)
-        if ENTROPY:
-            tl.store(entropies + row, 0.0)
+        store_masked_row(row, logprobs, entropies, stats, ENTROPY)
         return
     scale = inverse_temperature * LOG2_E
     begun = first_token > 0
@@ -186,17 +179,9 @@ def tile_gradient_kernel(
     BLOCK: tl.constexpr,
 ):
     """``parts`` programs a row, a block of columns each."""
-    program = tl.program_id(0).to(tl.int64)
-    row, part = program // parts, program % parts
-    a, b = 0.0, 0.0
-    if grad_logprobs is not None:
-        a = tl.load(grad_logprobs + row)
-    if grad_entropy is not None:
-        b = tl.load(grad_entropy + row)
-    if mask is not None:
-        counts = tl.load(mask + row) != 0
-        a = tl.where(counts, a, 0.0)
-        b = tl.where(counts, b, 0.0)
+    row = (tl.program_id(0) // parts.to(tl.int32)).to(tl.int64)
+    part = (tl.program_id(0) % parts.to(tl.int32)).to(tl.int64)
+    a, b = upstream_of(row, mask, grad_logprobs, grad_entropy)
 
     pitch = (width + VEC - 1) // VEC * VEC
     column = part * BLOCK + tl.arange(0, BLOCK)
@@ -223,44 +208,6 @@ def tile_gradient_kernel(
     tl.store(to, (of_logit * slope).to(gradient.dtype.element_ty), mask=inside)
 
 
-class _Head(NamedTuple):
-    """An LM head, a tile at a time."""
-
-    weight: Tensor  # [V, D]
-    bias: Tensor | None  # float32 [V] and up to _VEC - 1 more
-    operands: torch.dtype  # of the products
-
-    def rows(self, tile: _Tile) -> Tensor:
-        """The weight of a tile, [width, D]."""
-        return self.weight[tile.first : tile.first + tile.width].to(self.operands)
-
-    def bias_of(self, tile: _Tile) -> Tensor | None:
-        return None if self.bias is None else self.bias[tile.first :]
-
-
-class _Tile(NamedTuple):
-    first: int
-    """Token of the first column."""
-    width: int
-    kept: Tensor | None
-    """float32 [N, width]: where its products stay for the backward, if they do."""
-
-
-class _Scratch:
-    """Room for a tile of N rows, made when it is first asked for and used again."""
-
-    def __init__(self, num_rows: int, columns: int, dtype: torch.dtype, like: Tensor) -> None:
-        self.num_rows, self.count = num_rows, num_rows * _pitch(columns)
-        self.dtype, self.device = dtype, like.device
-        self.memory: Tensor | None = None
-
-    def tile(self, width: int) -> Tensor:
-        if self.memory is None:
-            self.memory = torch.empty(self.count, dtype=self.dtype, device=self.device)
-        pitch = _pitch(width)
-        return self.memory[: self.num_rows * pitch].view(self.num_rows, pitch)[:, :width]
-
-
 @torch.no_grad()
 def linear_logprobs_forward(
     hidden: Tensor,
@@ -275,7 +222,7 @@ def linear_logprobs_forward(
     budget_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As cpp.linear_logprobs_forward, on the device of hidden; what is kept are products W h."""
-    head = _head(hidden, weight, bias)
+    head = head_of(hidden, weight, bias)
     n, vocab_size, device = len(hidden), len(weight), hidden.device
     kept = torch.empty(min(n * vocab_size, budget_bytes // 4), dtype=torch.float32, device=device)
     logprobs = torch.empty(n, dtype=torch.float32, device=device)
@@ -283,14 +230,14 @@ def linear_logprobs_forward(
     entropy = torch.empty(n if with_entropy else 0, dtype=torch.float32, device=device)
     hidden, labels = hidden.to(head.operands).contiguous(), labels.contiguous()
     mask = mask if mask is None else mask.contiguous()
-    columns = _columns(n, head)
-    tiles = list(_tiles(n, vocab_size, columns, kept))
+    columns = columns_of(n, head)
+    tiles = list(tiles_of(n, vocab_size, columns, kept))
     # The rest is never read; so that equal calls give equal outputs.
     kept[sum(tile.kept.numel() for tile in tiles if tile.kept is not None) :] = 0.0
-    scratch = _Scratch(n, columns, torch.float32, hidden)
+    scratch = Scratch(n, columns, torch.float32, hidden)
     for tile in tiles:
         products = scratch.tile(tile.width) if tile.kept is None else tile.kept
-        _multiply(hidden, head.rows(tile).T, products)
+        multiply(hidden, head.rows(tile).T, products)
         launch(
             fold_tile_kernel,
             n,
@@ -311,7 +258,7 @@ def linear_logprobs_forward(
             1 / temperature,
             ENTROPY=with_entropy,
             CAPPED=softcap is not None,
-            VEC=_VEC,
+            VEC=VEC,
         )
     return logprobs, entropy, stats, kept
 
@@ -336,7 +283,7 @@ def linear_logprobs_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As cpp.linear_logprobs_backward, on the device of hidden; ``drop_zero_rows`` is ignored:
     finding them would wait for the device."""
-    head = _head(hidden, weight, bias)
+    head = head_of(hidden, weight, bias)
     n, device, hidden_dtype = len(hidden), hidden.device, hidden.dtype
     if mask is not None and needs_grad[1]:  # 0 * NaN would reach the gradient of the weight
         hidden = hidden.masked_fill(~mask[:, None], 0.0)
@@ -348,19 +295,19 @@ def linear_logprobs_backward(
     grad_hidden = hidden.new_zeros(hidden.shape if needs_grad[0] else 0, dtype=torch.float32)
     grad_weight = weight.new_empty(weight.shape if needs_grad[1] else 0)
     grad_bias = (weight if bias is None else bias).new_empty(len(weight) if needs_grad[2] else 0)
-    columns = _columns(n, head)
-    room = _Scratch(n, columns, torch.float32, hidden)
+    columns = columns_of(n, head)
+    room = Scratch(n, columns, torch.float32, hidden)
     # A kept tile stays whole for another backward, and operands of a product have one dtype.
-    narrow = _Scratch(n, columns, head.operands, hidden)
-    for tile in _tiles(n, len(weight), columns, kept):
+    narrow = Scratch(n, columns, head.operands, hidden)
+    for tile in tiles_of(n, len(weight), columns, kept):
         weight_rows, tokens = head.rows(tile), slice(tile.first, tile.first + tile.width)
         products = tile.kept
         if products is None:
             products = room.tile(tile.width)
-            _multiply(hidden, weight_rows.T, products)
+            multiply(hidden, weight_rows.T, products)
         in_place = tile.kept is None and head.operands == torch.float32
         gradient = products if in_place else narrow.tile(tile.width)
-        parts = triton.cdiv(_pitch(tile.width), GRADIENT.block)
+        parts = triton.cdiv(pitch_of(tile.width), GRADIENT.block)
         launch(
             tile_gradient_kernel,
             n * parts,
@@ -377,86 +324,12 @@ def linear_logprobs_backward(
             softcap or 0.0,
             1 / temperature,
             CAPPED=softcap is not None,
-            VEC=_VEC,
+            VEC=VEC,
         )
         if needs_grad[0]:
-            _add_product(grad_hidden, gradient, weight_rows)
+            add_product(grad_hidden, gradient, weight_rows)
         if needs_grad[1]:
-            _multiply(gradient.T, hidden, grad_weight[tokens])
+            multiply(gradient.T, hidden, grad_weight[tokens])
         if needs_grad[2]:
             grad_bias[tokens] = gradient.sum(0, dtype=torch.float32)
     return grad_hidden.to(hidden_dtype), grad_weight, grad_bias
-
-
-def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _Head:
-    is_half = hidden.dtype == weight.dtype and weight.dtype.itemsize == 2
-    if bias is not None:
-        bias = F.pad(bias.float(), (0, -len(bias) % _VEC))
-    return _Head(weight, bias, weight.dtype if is_half else torch.float32)
-
-
-def _columns(num_rows: int, head: _Head) -> int:
-    """Of every tile but the last."""
-    vocab_size, hidden_size = head.weight.shape
-    # A slice of the weight that must be converted takes room as well.
-    converted = hidden_size if head.weight.dtype != head.operands else 1
-    columns = max(_TILE_BYTES // (4 * max(num_rows, converted)), _MIN_COLUMNS)
-    return min(triton.cdiv(columns, _COLUMN_STEP) * _COLUMN_STEP, vocab_size)
-
-
-def _pitch(width: int) -> int:
-    return triton.cdiv(width, _VEC) * _VEC
-
-
-def _tiles(num_rows: int, vocab_size: int, columns: int, kept: Tensor) -> Iterator[_Tile]:
-    """The tiles of a vocabulary; those that ``kept`` [K] has room for stay there.
-
-    What a vocabulary has over a multiple of _VEC is a tile of its own: no other needs padding.
-    """
-    whole = vocab_size // _VEC * _VEC
-    for first, end in pairwise(sorted({*range(0, whole, columns), whole, vocab_size})):
-        place = None
-        if end <= whole and num_rows * end <= kept.numel():
-            place = kept[num_rows * first : num_rows * end].view(num_rows, end - first)
-        yield _Tile(first, end - first, place)
-
-
-def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """out = left @ right, summed in float32 and rounded to the dtype of ``out`` once: the BLAS may
-    round parts of a sum that it writes in half precision (allow_bf16_reduced_precision_reduction).
-
-    Autocast lets products alone whose output is given.
-    """
-    product = out
-    if out.dtype != torch.float32:
-        product = torch.empty(out.shape, dtype=torch.float32, device=out.device)
-    if left.is_cuda and left.dtype != torch.float32:
-        torch.mm(left, right, out_dtype=torch.float32, out=product)
-    else:
-        torch.mm(left.float(), right.float(), out=product)
-    if product is not out:
-        out.copy_(product)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, in float32."""
-    if left.dtype == torch.float32:
-        total.addmm_(left, right)
-    elif left.is_cuda and _adds_half_products(left.device, left.dtype):
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    else:
-        product = torch.empty_like(total)
-        _multiply(left, right, product)
-        total.add_(product)
-
-
-@cache
-def _adds_half_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether addmm adds products of half precision operands to a float32 tensor. Early versions
-    refuse: https://github.com/pytorch/pytorch/issues/154086."""
-    total, half = torch.zeros(8, 8, device=device), torch.zeros(8, 8, device=device, dtype=dtype)
-    try:
-        torch.addmm(total, half, half, out_dtype=torch.float32, out=total)
-    except RuntimeError:
-        return False
-    return True

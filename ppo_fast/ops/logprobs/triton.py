@@ -62,6 +62,16 @@ def moved_sums(total, weighted, before, maximum, scale):
     return total * shrink, (weighted + fall * total) * shrink
 
 
+@triton.jit
+def store_masked_row(row, logprobs, entropies, stats, ENTROPY: tl.constexpr):
+    """The forward's outputs of a row that does not count."""
+    tl.store(logprobs + row, 0.0)
+    tl.store(stats + 2 * row, 0.0)
+    tl.store(stats + 2 * row + 1, 0.0)
+    if ENTROPY:
+        tl.store(entropies + row, 0.0)
+
+
 @kernel
 def logprobs_forward_kernel(
     logits,  # [N, V] as Rows
@@ -84,11 +94,7 @@ def logprobs_forward_kernel(
     row = tl.program_id(0).to(tl.int64)
     counts = True if mask is None else tl.load(mask + row) != 0
     if not counts:
-        tl.store(logprobs + row, 0.0)
-        tl.store(stats + 2 * row, 0.0)
-        tl.store(stats + 2 * row + 1, 0.0)
-        if ENTROPY:
-            tl.store(entropies + row, 0.0)
+        store_masked_row(row, logprobs, entropies, stats, ENTROPY)
         return
     start = row_offset(row, offset, outer_stride, inner, inner_stride)
     head, body, body_length = split_row(start, vocab_size, VEC)
@@ -145,6 +151,21 @@ def gradient_coefficients(a, b, entropy, total, inverse_temperature):
     return share * (a + b * (entropy - tl.log(total))), share * b * LOG_2
 
 
+@triton.jit
+def upstream_of(row, mask, grad_logprobs, grad_entropy):
+    """a and b of a row; 0 where it does not count, and for a gradient that is None."""
+    a, b = 0.0, 0.0
+    if grad_logprobs is not None:
+        a = tl.load(grad_logprobs + row)
+    if grad_entropy is not None:
+        b = tl.load(grad_entropy + row)
+    if mask is not None:
+        counts = tl.load(mask + row) != 0
+        a = tl.where(counts, a, 0.0)
+        b = tl.where(counts, b, 0.0)
+    return a, b
+
+
 @kernel
 def logprobs_backward_kernel(
     logits,  # [N, V] as Rows
@@ -170,15 +191,7 @@ def logprobs_backward_kernel(
     """``parts`` programs a row, SPAN blocks of columns each; the first takes the edges too."""
     row = (tl.program_id(0) // parts.to(tl.int32)).to(tl.int64)
     part = (tl.program_id(0) % parts.to(tl.int32)).to(tl.int64)
-    a, b = 0.0, 0.0
-    if grad_logprobs is not None:
-        a = tl.load(grad_logprobs + row)
-    if grad_entropy is not None:
-        b = tl.load(grad_entropy + row)
-    if mask is not None:
-        counts = tl.load(mask + row) != 0
-        a = tl.where(counts, a, 0.0)
-        b = tl.where(counts, b, 0.0)
+    a, b = upstream_of(row, mask, grad_logprobs, grad_entropy)
 
     start = row_offset(row, offset, outer_stride, inner, inner_stride)
     head, body, body_length = split_row(start, vocab_size, VEC)
