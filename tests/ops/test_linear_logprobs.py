@@ -434,9 +434,11 @@ def test_no_value_is_read_on_the_host(impl, budget):
         pytest.skip("on the CPU looking costs nothing")
     head = (torch.randn(5, 8), torch.randn(41, 8), torch.randn(41), torch.randint(41, (5,)))
     numbers, mask, upstream = (0.7, 0.5, 20.0), torch.rand(5) < 0.5, torch.randn(2, 5)
+    launchers = importlib.import_module("ppo_fast.ops.linear_logprobs.triton")
     with Unseen():
-        _, *saved = TILED.linear_logprobs_forward(*head, mask, *numbers, True, budget)
-        TILED.linear_logprobs_backward(*head, mask, *numbers, *saved, *upstream, True, [True] * 3)
+        _, *saved = launchers.linear_logprobs_forward(*head, mask, *numbers, True, budget)
+        backward = (*numbers, *saved, *upstream, True, [True] * 3)
+        launchers.linear_logprobs_backward(*head, mask, *backward)
 
 
 @pytest.mark.parametrize("budget", [0, 700])
