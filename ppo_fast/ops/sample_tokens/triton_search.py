@@ -96,8 +96,8 @@ def last_kept(
         from_high = tl.where(in_3, from_high, tl.where(in_2, sum_3, tl.where(in_1, sum_2, sum_1)))
         from_low = tl.where(in_3, sum_3, tl.where(in_2, sum_2, tl.where(in_1, sum_1, from_low)))
         # The idle bits of a negative number are ones in its key.
-        key = (low << IDLE_BITS).to(tl.int32) | tl.where(low < 0, (1 << IDLE_BITS) - 1, 0)
-        last = (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        key_0 = (low << IDLE_BITS).to(tl.int32) | tl.where(low < 0, (1 << IDLE_BITS) - 1, 0)
+        last = (key_0 ^ ((key_0 >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
         least = tl.exp2((last - maximum) * scale) if MASS else 1.0
         several = from_low - from_high > 1.5 * least
     return last
