@@ -10,6 +10,8 @@ namespace ppo_fast {
 
 const Kernels PPO_FAST_TABLE(PPO_FAST_ISA) = {
     PPO_FAST_NAME(PPO_FAST_ISA),
+    PPO_FAST_ISA::decode_layer,
+    PPO_FAST_ISA::few_row_linear,
     PPO_FAST_ISA::gae,
     PPO_FAST_ISA::logprobs_forward,
     PPO_FAST_ISA::logprobs_backward,

@@ -1,6 +1,8 @@
 // One set of kernels for each instruction set that they were compiled for, and the choice.
 #pragma once
 
+#include "decode_layer.hpp"
+#include "few_row_linear.hpp"
 #include "gae.hpp"
 #include "kl_estimate.hpp"
 #include "linear_logprobs.hpp"
@@ -14,6 +16,8 @@ namespace ppo_fast {
 
 struct Kernels {
   const char* instruction_set;
+  void (*decode_layer)(const DecodeLayerArgs&, int num_threads);
+  void (*few_row_linear)(const FewRowLinearArgs&, int num_threads);
   void (*gae)(const GaeArgs&, int num_threads);
   void (*logprobs_forward)(const LogprobsArgs&, int num_threads);
   void (*logprobs_backward)(const LogprobsBackwardArgs&, int num_threads);

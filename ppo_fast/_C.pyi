@@ -5,6 +5,38 @@ def instruction_set() -> str: ...
 def instruction_sets() -> list[str]: ...
 def use_instruction_set(name: str) -> None: ...
 def prefer_huge_pages(*, start: int, num_bytes: int) -> None: ...
+def few_row_linear(
+    *,
+    dtype: int,
+    x: int,
+    weight: int,
+    bias: int,
+    y: int,
+    num_rows: int,
+    num_inputs: int,
+    num_outputs: int,
+    weight_stride: int,
+    num_threads: int,
+) -> None: ...
+
+class DecodeLayer:
+    def __init__(self, weights_and_sizes: dict[str, float]) -> None: ...
+    def __call__(
+        self,
+        *,
+        x: int,
+        cos: int,
+        sin: int,
+        keys: int,
+        values: int,
+        capacity: int,
+        lengths: int,
+        y: int,
+        scratch: int,
+        num_rows: int,
+        num_threads: int,
+    ) -> None: ...
+
 def gae(
     *,
     dtype: int,

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Literal
 
+from ppo_fast.rollout.sampling import Sampling
+
 Critic = Literal["model", "head", "baseline"]
 
 
@@ -87,6 +89,15 @@ class PPOConfig:
     sampling_logprobs."""
     top_p: float = 1.0
     """Sample from the likeliest tokens that hold this much probability; 1: from all."""
+    min_new_tokens: int = 0
+    """A response's first tokens, this many, are drawn among those that end nothing."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Ids that end a response, beside the tokenizer's EOS and the model's."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts that end a response; the token that completes one belongs to it."""
+    rollout_slots: int | None = None
+    """Sequences decoded at a time: where one ends, the next prompt takes its place. Bounds the KV
+    cache; None: the whole batch."""
     seed: int = 0
     """Seed of everything random: prompt order, minibatches, and, with a sequence's number and a
     token's position, each draw."""
@@ -116,6 +127,13 @@ class PPOConfig:
             self._check(name, self._whole(name) and getattr(self, name) >= 1, "a whole number >= 1")
         self._check("top_k", self._whole("top_k") and self.top_k >= 0, "a whole number >= 0")
         self._check("seed", self._whole("seed") and 0 <= self.seed < 2**31, "in [0, 2**31)")
+        for name in ("stop_token_ids", "stop_strings"):  # a config file has lists
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        self.sampling()  # which checks what it is made of
+        slots = self.rollout_slots
+        ok = slots is None or (self._whole("rollout_slots") and slots >= 1)
+        self._check("rollout_slots", ok, "a whole number >= 1, or None")
         k = self.num_layers_unfrozen
         ok = k is None or (self._whole("num_layers_unfrozen") and k >= 1)
         self._check("num_layers_unfrozen", ok, "a whole number >= 1, or None")
@@ -144,6 +162,18 @@ class PPOConfig:
     def clip(self) -> tuple[float, float]:
         """(low, high) clip ranges."""
         return self.clip_epsilon, self.clip_epsilon_high or self.clip_epsilon
+
+    def sampling(self, max_length: int | None = None, temperature: float | None = None) -> Sampling:
+        """How responses are drawn; an argument comes before the setting of its name."""
+        return Sampling(
+            max_length=self.max_length if max_length is None else max_length,
+            temperature=self.temperature if temperature is None else temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_new_tokens=self.min_new_tokens,
+            stop_token_ids=self.stop_token_ids,
+            stop_strings=self.stop_strings,
+        )
 
     def estimator(self) -> Literal["k1", "abs", "k2", "k3", "k1+k2"]:
         """The KL estimator, with None resolved by ``kl_in``."""

@@ -75,6 +75,7 @@ def evaluate(trainer: PPOTrainer, prompts: list[str]) -> Evaluation:
 
     with torch.no_grad():
         ref = in_batches(logprobs, tokens, None, trainer.config.forward_batch_tokens)
+    assert rollout.logprobs is not None
     scores = torch.tensor(positivity(rollout.prompts, rollout.completions))
     return Evaluation(
         rollout,

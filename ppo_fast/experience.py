@@ -83,16 +83,16 @@ def make_experience(
         return model.logprobs(model.forward(part, below), part, temperature=temperature).logprobs
 
     ref = in_batches(lambda *a: logprobs(reference, *a), tokens, trunk, budget)
-    # a truncated sampler, autocast or TF32: what was drawn is not what the update will compute
-    exact = not rollout.sampling.truncates and computes_in_float32(policy)
-    old = (
-        rollout.logprobs
-        if exact
-        else in_batches(lambda *a: logprobs(policy, *a), tokens, trunk, budget)
-    )
+    # another engine, a truncated sampler, autocast or TF32: what was drawn is not what the update
+    # will compute
+    old = rollout.logprobs
+    if old is None or rollout.sampling.truncates or not computes_in_float32(policy):
+        old = in_batches(lambda *a: logprobs(policy, *a), tokens, trunk, budget)
     rewards = token_rewards(scores, old, ref, tokens, config)
     if critic is None:
         values = batch_baseline(scores, tokens, config.gamma)
+    elif critic.reads_states and rollout.states is not None:
+        values = critic.values(tokens, rollout.states)
     elif critic.reads_states:
         values = in_batches(
             lambda part, below: critic.values(part, policy.forward(part, below).states),

@@ -21,6 +21,7 @@ from ppo_fast.ops import (
     linear_logprobs,
     logprobs_from_logits,
 )
+from ppo_fast.ops.gradient import computed_in
 from ppo_fast.tokens import Tokens
 
 # Largest difference between the two paths, relative to the largest logit, that rounding explains.
@@ -35,6 +36,14 @@ class Forward(NamedTuple):
 
     states: Tensor | None
     logits: Tensor | None
+
+
+class Next(NamedTuple):
+    """What the next token of n sequences is drawn from: logits [n, V], float64 where the model is,
+    else float32, and the states [n, D] that they were made from (None on the ordinary path)."""
+
+    logits: Tensor
+    states: Tensor | None
 
 
 class LanguageModel:
@@ -61,9 +70,9 @@ class LanguageModel:
             self.body = None
         self.head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
         config: Any = model.config
-        text_config = config.get_text_config()
-        self.logit_scale = float(getattr(text_config, "logit_scale", None) or 1.0)
-        self.softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
+        self.text_config: Any = config.get_text_config()
+        self.logit_scale = float(getattr(self.text_config, "logit_scale", None) or 1.0)
+        self.softcap: float | None = getattr(self.text_config, "final_logit_softcapping", None)
         self.lower: list[nn.Module] = []
         if num_layers_unfrozen is not None:
             self.lower = lower_layers(self.body, num_layers_unfrozen)
@@ -75,6 +84,14 @@ class LanguageModel:
                 f"num_layers_unfrozen: {type(model).__name__} cannot be split into a trunk and a "
                 f"top ({reason}); use num_layers_unfrozen=None"
             )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
 
     def forward(self, tokens: Tokens, trunk: Tensor | None = None) -> Forward:
         """One pass over prompts and responses, from the tokens or from the trunk's states
@@ -143,22 +160,20 @@ class LanguageModel:
             handle.remove()
 
     @torch.no_grad()
-    def step(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
-        """A decoding step: new tokens [B, n] at positions [B, n], after those in ``cache`` (which
-        grows); ``mask`` [B, all so far]. Returns the float32 logits [B, V] of the next token."""
-        arguments = {
-            "input_ids": input_ids,
-            "attention_mask": mask,
-            "position_ids": positions,
-            "past_key_values": cache,
-            "use_cache": True,
-        }
+    def next(self, last: Tensor | None = None, **arguments: Any) -> Next:
+        """What follows the tokens of one pass with a cache: ``arguments`` are the model's own,
+        ``last`` [n] the column of each row's last token. None: the last one, and the only one that
+        the ordinary path can give."""
         if not self.fused:
-            return self.model(**arguments, logits_to_keep=1).logits[:, -1].float()
+            logits = self.model(**arguments, use_cache=True, logits_to_keep=1).logits[:, -1]
+            return Next(logits.to(computed_in(logits.dtype)), None)
         assert self.body is not None
-        state = self.body(**arguments).last_hidden_state[:, -1]
+        states = self.body(**arguments, use_cache=True).last_hidden_state
+        rows = torch.arange(len(states), device=states.device)
+        states = states[:, -1] if last is None else states[rows, last]
         weight, bias = self._head_weights()
-        return self._shape(few_row_linear(state, weight, bias).float())
+        logits = few_row_linear(states, weight, bias)
+        return Next(self._shape(logits.to(computed_in(logits.dtype))), states)
 
     def _shape(self, logits: Tensor) -> Tensor:
         logits = logits * self.logit_scale if self.logit_scale != 1.0 else logits

@@ -90,7 +90,8 @@ class SpecMethods:
         """(responses, their log-probs [B, T]), sampled from the current policy; ``max_length``
         (150) counts response tokens, ``temperature`` is 1.0 by default."""
         rollout = self.rollout(prompts, max_length, temperature)
-        return rollout.completions, rollout.logprobs
+        known = rollout.sampling_logprobs if rollout.logprobs is None else rollout.logprobs
+        return rollout.completions, known
 
     def compute_rewards(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """[B, T]: the reward model's score on each response's last token, 0 elsewhere."""

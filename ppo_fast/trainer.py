@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from ppo_fast.experience import Experience, make_experience
 from ppo_fast.language_model import LanguageModel, freeze_trunk
 from ppo_fast.models import disable_dropout
 from ppo_fast.rewards import RewardFunction, check_reward_model, check_scores, score
-from ppo_fast.rollout import Rollout, Sampling, decode
+from ppo_fast.rollout import Engine, LocalEngine, Rollout, eos_ids
 from ppo_fast.spec_methods import SpecMethods
 from ppo_fast.training import TrainingLoop
 from ppo_fast.update import Learner
@@ -59,6 +60,7 @@ class PPOTrainer(SpecMethods, TrainingLoop):
         config: every other setting; ``PPOConfig()`` has what works for language models. The
             arguments above, where given, come before it; without one, the defaults above hold
             (``PPOConfig.spec()``).
+        engine: who samples (``ppo_fast.rollout``); None: the policy, in this process.
 
     Attributes:
         policy_model, value_model, reward_model, tokenizer, device: as given.
@@ -90,6 +92,7 @@ class PPOTrainer(SpecMethods, TrainingLoop):
         max_grad_norm: float | None = None,
         *,
         config: PPOConfig | None = None,
+        engine: Engine | None = None,
     ) -> None:
         given = {
             "learning_rate": learning_rate,
@@ -128,6 +131,7 @@ class PPOTrainer(SpecMethods, TrainingLoop):
         path = "fused" if self.policy.fused else "ordinary"
         logger.info("log-probs of policy_model: %s path (%s)", path, self.policy.reason)
         self._check_shared_weights()
+        self.engine = engine or self._local_engine()
         self.policy_optimizer = self._adamw(policy_model, self.config.learning_rate)
         self.value_optimizer = None
         if self.critic is not None:
@@ -155,34 +159,26 @@ class PPOTrainer(SpecMethods, TrainingLoop):
             seeds: [B] int64, what each draw depends on beside the token's place; None: the next
                 ones of the trainer's own.
         """
-        sampling = Sampling(
-            self.config.max_length if max_length is None else max_length,
-            self.config.temperature if temperature is None else temperature,
-            self.config.top_k,
-            self.config.top_p,
-        )
+        sampling = self.config.sampling(max_length, temperature)
         self._warn_of_discount(sampling.max_length)
         prompts = validation.check_prompts(prompts)
         prompt_ids = self.tokenizer(prompts)["input_ids"]
         limit = validation.context_limit(self.policy_model)
         validation.check_prompt_ids(prompts, prompt_ids, sampling.max_length, limit)
-        decoded = decode(
-            self.policy,
+        self.engine.sync_weights(self.policy_model)
+        rollout = self.engine.generate(
             prompt_ids,
             sampling,
             seeds=self._next_seeds(len(prompts)) if seeds is None else seeds,
-            eos_ids=self._eos_ids(),
-            pad_id=self.tokenizer.pad_token_id,
         )
-        lengths = decoded.tokens.response_lengths.tolist()
-        rows = zip(decoded.tokens.response_ids.tolist(), lengths, strict=True)
+        lengths = rollout.tokens.response_lengths.tolist()
+        rows = zip(rollout.tokens.response_ids.tolist(), lengths, strict=True)
         completions = self.tokenizer.batch_decode(
             [ids[:length] for ids, length in rows], skip_special_tokens=True
         )
-        rollout = Rollout(
-            **decoded._asdict(), sampling=sampling, prompts=prompts, completions=completions
-        )
-        self.last_rollout = replace(rollout, trunk=None)  # which is large, and read by no one
+        rollout = replace(rollout, prompts=prompts, completions=completions)
+        # without what is large, and read by no one
+        self.last_rollout = replace(rollout, trunk=None, states=None)
         return rollout
 
     def make_experience(
@@ -288,6 +284,17 @@ class PPOTrainer(SpecMethods, TrainingLoop):
 
     # Construction
 
+    def _local_engine(self) -> LocalEngine:
+        return LocalEngine(
+            self.policy,
+            eos_ids=partial(eos_ids, self.policy_model, self.tokenizer),
+            pad_id=self.tokenizer.pad_token_id,
+            slots=self.config.rollout_slots,
+            prompt_tokens=self.config.forward_batch_tokens,
+            to_text=partial(self.tokenizer.decode, skip_special_tokens=False),
+            keep_states=self.critic is not None and self.critic.reads_states,
+        )
+
     def _which_critic(self, value_model: nn.Module | None) -> str:
         critic = self.config.critic or ("baseline" if value_model is None else "model")
         if critic == "model" and not isinstance(value_model, nn.Module):
@@ -388,11 +395,3 @@ class PPOTrainer(SpecMethods, TrainingLoop):
                 "response's first token; gamma=1 counts it in full",
                 stacklevel=3,
             )
-
-    def _eos_ids(self) -> list[int]:
-        """The tokenizer's EOS and those of the model's generation config."""
-        configured: Any = getattr(
-            getattr(self.policy_model, "generation_config", None), "eos_token_id", None
-        )
-        ids = configured if isinstance(configured, (list, tuple)) else [configured]
-        return sorted({i for i in (*ids, self.tokenizer.eos_token_id) if i is not None})

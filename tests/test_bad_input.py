@@ -159,6 +159,10 @@ OUT_OF_RANGE = {
     "max_length": [0, -1, 2.0],
     "temperature": [0, -1, NAN, INF],
     "top_k": [-1, 1.5],
+    "min_new_tokens": [-1, 0.5, 151],
+    "stop_token_ids": [2, "2", (2.0,)],
+    "stop_strings": ["stop", (3,), ("",)],
+    "rollout_slots": [0, 1.5],
     "top_p": [0, 1.1, NAN],
     "seed": [-1, 2**31, 0.5],
 }

@@ -224,7 +224,7 @@ def rollout_of(policy: LanguageModel, temperature: float = 0.7, **sampling: int)
     decoded = decode(policy, PROMPTS, settings, seeds=torch.arange(4), eos_ids=range(60), pad_id=0)
     assert len(set(decoded.tokens.response_lengths.tolist())) > 1
     texts = list("abcd")
-    return Rollout(**decoded._asdict(), sampling=settings, prompts=texts, completions=texts)
+    return replace(decoded, prompts=texts, completions=texts)
 
 
 def critic_of(kind: str) -> object:
@@ -391,10 +391,12 @@ def test_the_trunk_changes_nothing_but_time(critic, family, recorded):
         )
         assert split.trunk.shape == (*rollout.tokens.input_ids.shape, 64)
         # a state is read only where a response token follows
-        read = rollout.tokens.attention_mask.bool()
-        read[:, -1] = False
+        tokens = rollout.tokens
+        read = tokens.attention_mask.bool()
+        last = tokens.prompt_ids.shape[1] + tokens.response_lengths - 1
+        read[torch.arange(len(tokens)), last] = False
         torch.testing.assert_close(
-            split.trunk[read], policy.trunk(rollout.tokens)[read], rtol=1e-4, atol=1e-4
+            split.trunk[read], policy.trunk(tokens)[read], rtol=1e-4, atol=1e-4
         )
         assert_same(split, ordinary)
 

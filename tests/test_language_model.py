@@ -259,7 +259,13 @@ def assert_step_is_the_full_forward(lm: LanguageModel, prompt: int = 4) -> None:
     cache = DynamicCache(config=lm.model.config)
     start = 0
     for end in range(prompt, 11):
-        logits = lm.step(rows[:, start:end], mask[:, :end], positions[:, start:end], cache)
+        logits, states = lm.next(
+            input_ids=rows[:, start:end],
+            attention_mask=mask[:, :end],
+            position_ids=positions[:, start:end],
+            past_key_values=cache,
+        )
+        assert (states is not None) == lm.fused
         assert logits.shape == (3, VOCAB_SIZE)
         assert logits.dtype == torch.float32
         torch.testing.assert_close(logits, full[:, end - 1].float(), rtol=1e-4, atol=1e-4)

@@ -99,10 +99,14 @@ def test_samples_are_a_line_a_sequence(tmp_path):
 
 
 def test_config_holds_every_setting(tmp_path):
-    config = PPOConfig(gamma=0.9, adam_betas=(0.8, 0.9), critic="head")
+    config = PPOConfig(gamma=0.9, adam_betas=(0.8, 0.9), critic="head", stop_token_ids=(7,))
     RunFolder(tmp_path).write_config(config, policy="model", output_dir=Path("a/b"), resume=False)
     settings = yaml.safe_load((tmp_path / "config.yaml").read_text("utf-8"))
-    expected = asdict(config) | {"adam_betas": [0.8, 0.9]}
+    expected = asdict(config) | {
+        "adam_betas": [0.8, 0.9],
+        "stop_token_ids": [7],
+        "stop_strings": [],
+    }
     assert settings == expected | {"policy": "model", "output_dir": "a/b", "resume": False}
 
 

@@ -1,6 +1,7 @@
 """Ways to go wrong without a word, each seen once in review."""
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,8 +32,13 @@ def test_gradient_checkpointing_in_train_mode_decodes_with_its_cache(family):
 
 def test_ratios_that_do_not_start_at_one_are_said(monkeypatch):
     trainer = tiny_trainer(critic="head")
-    step = trainer.policy.step
-    monkeypatch.setattr(trainer.policy, "step", lambda *a: 2 * step(*a))
+    generate = trainer.engine.generate
+
+    def wrong(*args, **kwargs):
+        rollout = generate(*args, **kwargs)
+        return replace(rollout, logprobs=2 * rollout.logprobs)
+
+    monkeypatch.setattr(trainer.engine, "generate", wrong)
     with pytest.warns(UserWarning, match="ratios are not 1"):
         trainer.train_step(PROMPTS)
 

@@ -11,7 +11,7 @@ from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 
 from ppo_fast.language_model import LanguageModel
 from ppo_fast.ops import sample_tokens
-from ppo_fast.rollout import Decoded, Sampling, decode
+from ppo_fast.rollout import Rollout, Sampling, decode
 
 PROMPTS = [[5, 61, 7, 300, 12, 8], [44], [3, 2, 91, 250], [90, 90, 90]]
 SEEDS = torch.tensor([11, 2**40 + 3, 0, -7])
@@ -36,18 +36,18 @@ def sample(
     pad_id: int = PAD_ID,
     max_length: int = 8,
     **sampling: float,
-) -> Decoded:
+) -> Rollout:
     settings = Sampling(max_length, **sampling)
     return decode(model, prompts, settings, seeds=seeds, eos_ids=eos_ids, pad_id=pad_id)
 
 
-def responses(decoded: Decoded) -> list[list[int]]:
+def responses(decoded: Rollout) -> list[list[int]]:
     tokens = decoded.tokens
     rows = zip(tokens.response_ids.tolist(), tokens.response_lengths.tolist(), strict=True)
     return [ids[:length] for ids, length in rows]
 
 
-def logits_row_by_row(model: LanguageModel, decoded: Decoded) -> list[torch.Tensor]:
+def logits_row_by_row(model: LanguageModel, decoded: Rollout) -> list[torch.Tensor]:
     """[length, V] float64: what each response token was drawn from, each row alone."""
     exact = copy.deepcopy(model.model).double()
     out = []
@@ -173,7 +173,7 @@ def test_one_prompt_of_one_token(llama):
     assert responses(decoded)[0] == responses(sample(llama, eos_ids=[]))[1][:1]
 
 
-def passes(model: LanguageModel, **arguments) -> tuple[list[torch.Size], Decoded]:
+def passes(model: LanguageModel, **arguments) -> tuple[list[torch.Size], Rollout]:
     """The shapes of the ids that the body was called with."""
     shapes: list[torch.Size] = []
 
@@ -256,7 +256,9 @@ def test_the_trunk_is_recorded_on_the_way(family, fused):
     assert trunk.shape == (*tokens.input_ids.shape, 64)
     assert (trunk[:, -1] == 0).all()
     followed = tokens.attention_mask.bool()
-    followed[:, -1] = False
+    last = tokens.prompt_ids.shape[1] + tokens.response_lengths - 1
+    followed[torch.arange(len(tokens)), last] = False
+    assert (trunk[~followed] == 0).all()
     torch.testing.assert_close(trunk[followed], model.trunk(tokens)[followed], rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         found, expected = (

@@ -34,6 +34,8 @@ inline void check(std::initializer_list<std::int64_t> sizes, int num_threads,
   }
 }
 
+void bind_decode_layer(py::module_& m);
+void bind_few_row_linear(py::module_& m);
 void bind_gae(py::module_& m);
 void bind_kl_estimate(py::module_& m);
 void bind_linear_logprobs(py::module_& m);

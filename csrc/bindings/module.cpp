@@ -49,6 +49,8 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   }, "The instruction sets that this processor has kernels for, the best first.");
   m.def("use_instruction_set", &use_instruction_set, py::arg("name"),
         "Use other kernels from now on: for tests, and to compare results between machines.");
+  bind_decode_layer(m);
+  bind_few_row_linear(m);
   bind_gae(m);
   bind_kl_estimate(m);
   bind_linear_logprobs(m);

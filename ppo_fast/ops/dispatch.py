@@ -30,7 +30,7 @@ COMPILED: dict[str, tuple[Impl, ...]] = {
     "value_loss": ("cpp", "triton"),
     "whiten": ("cpp", "triton"),
     "sample_tokens": ("cpp", "triton"),
-    "few_row_linear": (),
+    "few_row_linear": ("cpp",),
 }
 
 FASTEST: dict[str, Impl] = {"cpu": "cpp", "cuda": "triton"}

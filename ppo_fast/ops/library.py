@@ -25,14 +25,19 @@ _library = torch.library.Library("ppo_fast", "DEF")
 RawOp = dict[str, Callable[..., Any]]
 
 
-def _define(schema: str, launcher: str, fake: Callable[..., Any]) -> RawOp:
+def _define(
+    schema: str,
+    launcher: str,
+    fake: Callable[..., Any],
+    impls: tuple[str, ...] = ("cpp", "triton"),
+) -> RawOp:
     """An op, ``ppo_fast::<name>_<impl>`` for each implementation, launched by ``launcher``
     ("op/function" of the file <impl>.py of that op); ``fake`` makes outputs without values.
 
     What comes back takes the arguments by position, and a number where the schema has a 0-dim
     Tensor: torch.compile would compile a float in, and again at the next step.
     """
-    return {impl: _define_impl(schema, launcher, fake, impl) for impl in ("cpp", "triton")}
+    return {impl: _define_impl(schema, launcher, fake, impl) for impl in impls}
 
 
 def _define_impl(
@@ -231,4 +236,11 @@ whiten_backward = _define(
     "whiten_backward(Tensor grad_whitened, Tensor whitened, Tensor mask, Tensor scale) -> Tensor",
     "whiten/whiten_backward",
     lambda grad_whitened, whitened, *_: whitened.new_empty(whitened.shape),
+)
+
+few_row_linear = _define(
+    "few_row_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    "few_row_linear/few_row_linear",
+    lambda x, weight, _: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    impls=("cpp",),
 )

@@ -1,64 +1,30 @@
-"""One batched, KV-cached pass that samples a response for every prompt."""
+"""Batched, KV-cached decoding: prompts stream through slots, a response each."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
-from ppo_fast.language_model import LanguageModel
-from ppo_fast.ops import sample_tokens
-from ppo_fast.tokens import Tokens, pad_left, position_ids
+from ppo_fast.language_model import LanguageModel, Next
+from ppo_fast.ops import Sampled, logprobs_from_logits, sample_tokens
+from ppo_fast.rollout.checks import layers_can_be_fused
+from ppo_fast.rollout.few_rows import few_row_products
+from ppo_fast.rollout.layers import fused_layers
+from ppo_fast.rollout.prompts import Prompt, PromptBatch, Prompts
+from ppo_fast.rollout.rollout import Rollout
+from ppo_fast.rollout.sampling import Sampling, Stops
+from ppo_fast.rollout.slots import SlotCache, step_arguments
+from ppo_fast.tokens import make_tokens
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How responses are drawn: at most ``max_length`` tokens each, from softmax(logits /
-    temperature), cut to the ``top_k`` likeliest tokens (0: all) and to the likeliest that hold
-    ``top_p`` of the probability (1: all)."""
-
-    max_length: int
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        whole = {n: isinstance(getattr(self, n), Integral) for n in ("max_length", "top_k")}
-        real = {n: isinstance(getattr(self, n), Real) for n in ("temperature", "top_p")}
-        for name, ok, expected in (
-            ("max_length", whole["max_length"] and self.max_length >= 1, "a whole number >= 1"),
-            ("temperature", real["temperature"] and 0 < self.temperature < math.inf, "above 0"),
-            ("top_k", whole["top_k"] and self.top_k >= 0, "0 (off) or more"),
-            ("top_p", real["top_p"] and 0 < self.top_p <= 1, "in (0, 1]"),
-        ):
-            if not ok:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected {expected}")
-
-    @property
-    def truncates(self) -> bool:
-        """Whether tokens are drawn from another distribution than softmax(logits / t)."""
-        return self.top_k > 0 or self.top_p < 1.0
-
-
-class Decoded(NamedTuple):
-    """Tokens with their log-probs as they were drawn, [B, T] float32, 0 beyond a response:
-    ``logprobs`` under softmax(logits / t), ``sampling_logprobs`` under the truncated distribution.
-    ``finished`` [B] bool on the CPU: the response ended with EOS, not at ``max_length``. ``trunk``
-    [B, P + T, D]: the frozen trunk's activations, 0 for a row's last column (which no log-prob
-    needs); None without a trunk."""
-
-    tokens: Tokens
-    logprobs: Tensor
-    sampling_logprobs: Tensor
-    finished: Tensor
-    trunk: Tensor | None
+NOT_FINITE = (
+    "policy_model: its logits were NaN or infinite while it sampled; look at its weights (was the "
+    "learning rate too high?) and at its dtype"
+)
 
 
 @torch.no_grad()
@@ -70,58 +36,245 @@ def decode(
     seeds: Tensor,
     eos_ids: Sequence[int],
     pad_id: int,
-) -> Decoded:
-    """Sample a response for every prompt, all prompts at once.
+    slots: int | None = None,
+    prompt_tokens: int = 8192,
+    max_lengths: Sequence[int] | None = None,
+    to_text: Callable[[list[int]], str] | None = None,
+    keep_states: bool = False,
+) -> Rollout:
+    """Sample a response for every prompt.
 
-    A response ends with the first EOS token, which belongs to it. Draws depend on a sequence's seed
-    and the token's place in the response alone, not on the batch.
+    Draws depend on a sequence's seed and the token's place in the response alone, not on what else
+    is decoded, in which order or in how many slots. Equal prompts are computed once.
 
     Args:
         model: the policy.
         prompt_ids: B lists of ids, none empty.
-        sampling: lengths and the distribution drawn from.
+        sampling: lengths, the distribution drawn from, and what ends a response.
         seeds: [B] int64.
         eos_ids: ids that end a response; may be empty.
         pad_id: what stands at padded places; it may be an EOS id.
+        slots: sequences decoded at a time, which bounds the KV cache; where one ends, the next
+            prompt takes its place. None: all.
+        prompt_tokens: most tokens, with padding, of the prompts computed in one pass.
+        max_lengths: B numbers, the most tokens of each response; None: ``sampling.max_length``.
+        to_text: ids -> text, for stop strings.
+        keep_states: whether the rollout's ``states`` are wanted.
+
+    Returns the rollout, without its texts.
+
+    Raises:
+        ValueError: stop strings without ``to_text``, or a model whose layers cannot be cached.
+        FloatingPointError: the model gave NaN or infinite logits.
     """
-    device = next(model.model.parameters()).device
-    prompts = pad_left(prompt_ids, pad_id, device)
-    prompt_lengths = torch.tensor([len(row) for row in prompt_ids])
-    rows, width = prompts.shape
-    mask = (torch.arange(width) >= width - prompt_lengths[:, None]).long().to(device)
-    positions = position_ids(mask)
-    seeds, eos = seeds.to(device), torch.tensor(list(eos_ids), device=device)
-    cache = DynamicCache(config=model.model.config)
-    alive = torch.ones(rows, dtype=torch.bool, device=device)
-    input_ids, drawn, living = prompts, [], []
-    with _evaluating(model.model), model.recording_trunk() as trunk:
-        for t in range(sampling.max_length):
-            logits = model.step(input_ids, mask, positions, cache)
-            sampled = sample_tokens(
-                logits,
-                seeds,
-                torch.full_like(seeds, t),
-                temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                top_p=sampling.top_p,
-            )
-            drawn.append(sampled)
-            living.append(alive)
-            alive = alive & ~torch.isin(sampled.tokens, eos)
-            if not alive.any():
-                break
-            input_ids = sampled.tokens[:, None]
-            mask = torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
-            positions = positions[:, -1:] + 1
-    response_mask = torch.stack(living, dim=1)
-    ids = torch.stack([s.tokens for s in drawn], dim=1).masked_fill(~response_mask, pad_id)
-    return Decoded(
-        Tokens(prompts, prompt_lengths, ids, response_mask.sum(dim=1).cpu()),
-        torch.stack([s.logprobs for s in drawn], dim=1).masked_fill(~response_mask, 0.0),
-        torch.stack([s.sampling_logprobs for s in drawn], dim=1).masked_fill(~response_mask, 0.0),
-        ~alive.cpu(),
-        nn.functional.pad(torch.cat(trunk, dim=1), (0, 0, 0, 1)) if trunk else None,
-    )
+    with (
+        _evaluating(model.model),
+        # which looks for layers as they are
+        fused_layers(model) if layers_can_be_fused(model) else nullcontext(),
+        few_row_products(model.model),
+        model.recording_trunk() as trunk,
+    ):
+        decoding = _Decoding(
+            model,
+            [tuple(ids) for ids in prompt_ids],
+            sampling,
+            Stops(sampling, eos_ids, to_text),
+            seeds=seeds,
+            slots=min(slots or len(prompt_ids), len(prompt_ids)),
+            max_lengths=max_lengths or [sampling.max_length] * len(prompt_ids),
+            keep_states=keep_states,
+            trunk_pieces=trunk,
+        )
+        prompts = Prompts(model, decoding.prompts, prompt_tokens, pad_id, trunk)
+        decoding.admit(prompts)
+        while decoding.running:
+            decoding.step()
+            decoding.admit(prompts)
+    return decoding.rollout(pad_id)
+
+
+class _Decoding:
+    """Who sits in which slot, and what was drawn. A step computes the first ``len(running)`` slots;
+    none of them is empty when it begins."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompts: list[Prompt],
+        sampling: Sampling,
+        stops: Stops,
+        *,
+        seeds: Tensor,
+        slots: int,
+        max_lengths: Sequence[int],
+        keep_states: bool,
+        trunk_pieces: list[Tensor],
+    ) -> None:
+        self.model, self.prompts, self.sampling, self.stops = model, prompts, sampling, stops
+        self.max_lengths, self.keep_states, self.trunk_pieces = (
+            max_lengths,
+            keep_states,
+            trunk_pieces,
+        )
+        self.waiting = deque(range(len(prompts)))
+        self.running: list[int | None] = []  # by slot the sequence; None: it has ended
+        self.responses: list[list[int]] = [[] for _ in prompts]
+        self.finished = [False] * len(prompts)
+        self.prompt_width, self.longest = max(map(len, prompts)), max(max_lengths)
+        self.cache = SlotCache(model.text_config, slots, self.prompt_width + self.longest)
+        device, vocab_size = model.device, model.text_config.vocab_size
+        if outside := [i for i in sampling.stop_token_ids if not 0 <= i < vocab_size]:
+            raise ValueError(f"stop_token_ids: got {outside[0]}, expected 0 to {vocab_size - 1}")
+        self.seeds, self.stop_ids = (
+            seeds.to(device),
+            torch.tensor([i for i in sorted(stops.ids) if i < vocab_size], device=device),
+        )
+        # by slot: the sequence, the tokens in the cache, those drawn, and the last one
+        self.sequence, self.length, self.place, self.token = torch.zeros(
+            4, slots, dtype=torch.int64, device=device
+        )
+        # by sequence
+        self.logprobs, self.sampling_logprobs = torch.zeros(
+            2, len(prompts), self.longest, device=device
+        )
+        self.states: Tensor | None = None  # [B, longest, D], when the first are known
+        self.trunk: Tensor | None = None  # [B, P + longest, D]
+
+    def admit(self, prompts: Prompts) -> None:
+        """Give free slots to sequences that wait, and close the gaps that remain."""
+        while self.waiting and (free := self._free_slots()):
+            count = min(len(free), len(self.waiting))
+            sequences = [self.waiting.popleft() for _ in range(count)]
+            prompts.read([self.prompts[i] for i in sequences], self.cache)
+            for batch, rows, chosen in prompts.take([self.prompts[i] for i in sequences]):
+                self._start(batch, rows, [sequences[i] for i in chosen], [free[i] for i in chosen])
+        for slot in reversed([s for s, sequence in enumerate(self.running) if sequence is None]):
+            self._move_last_to(slot)
+
+    def step(self) -> None:
+        """One more token for every running sequence."""
+        n = len(self.running)
+        most = max(map(self._cached, range(n)))
+        arguments = step_arguments(self.model, self.cache, self.token[:n], self.length[:n], most)
+        next_ = self.model.next(**arguments)
+        if self.trunk_pieces:
+            columns = self.prompt_width + self.place[:n] - 1
+            piece = self.trunk_pieces.pop()
+            self._trunk_like(piece)[self.sequence[:n], columns] = piece[:, 0]
+        self.length[:n] += 1
+        self._draw(list(range(n)), next_)
+
+    def rollout(self, pad_id: int) -> Rollout:
+        tokens = make_tokens(self.prompts, self.responses, pad_id, self.model.device)
+        if not torch.isfinite(self.logprobs).all():
+            raise FloatingPointError(NOT_FINITE)
+        longest = tokens.response_ids.shape[1]
+        return Rollout(
+            tokens,
+            self.logprobs[:, :longest],
+            self.sampling_logprobs[:, :longest],
+            torch.tensor(self.finished),
+            self.sampling,
+            None if self.trunk is None else self.trunk[:, : self.prompt_width + longest],
+            None if self.states is None else self.states[:, :longest],
+        )
+
+    def _cached(self, slot: int) -> int:
+        """Tokens of a slot in the cache: all but the one drawn last."""
+        sequence = self.running[slot]
+        assert sequence is not None
+        return len(self.prompts[sequence]) + len(self.responses[sequence]) - 1
+
+    def _free_slots(self) -> list[int]:
+        ended = [slot for slot, sequence in enumerate(self.running) if sequence is None]
+        return ended + list(range(len(self.running), self.cache.slots))
+
+    def _start(
+        self, batch: PromptBatch, rows: list[int], sequences: list[int], slots: list[int]
+    ) -> None:
+        """Seat sequences whose prompts are ``rows`` of a batch, and draw their first tokens."""
+        self.running += [None] * (max(slots) + 1 - len(self.running))
+        for slot, sequence in zip(slots, sequences, strict=True):
+            self.running[slot] = sequence
+        lengths = [len(self.prompts[sequence]) for sequence in sequences]
+        source, target = self._tensor(rows), self._tensor(slots)
+        self.cache.place(batch.keys_values, source, target)
+        self.sequence[target], self.length[target] = self._tensor(sequences), self._tensor(lengths)
+        self.place[target] = 0
+        if batch.trunk is not None:
+            trunk = self._trunk_like(batch.trunk)
+            for row, sequence, length in zip(rows, sequences, lengths, strict=True):
+                columns = slice(self.prompt_width - length, self.prompt_width)
+                trunk[sequence, columns] = batch.trunk[row, :length]
+        states = None if batch.next.states is None else batch.next.states[source]
+        self._draw(slots, Next(batch.next.logits[source], states))
+
+    def _draw(self, slots: list[int], next_: Next) -> None:
+        """Draw the next token of the sequences in ``slots`` [n] from their logits [n, V]."""
+        index = self._tensor(slots)
+        at = self.sequence[index], self.place[index]
+        sampled = self._sample(next_.logits, *at)
+        self.logprobs[at] = sampled.logprobs.float()
+        self.sampling_logprobs[at] = sampled.sampling_logprobs.float()
+        if self.keep_states and next_.states is not None:
+            if self.states is None:
+                self.states = self._room(next_.states, self.longest)
+            self.states[at] = next_.states
+        self.token[index] = sampled.tokens
+        self.place[index] += 1
+        for slot, token in zip(slots, sampled.tokens.tolist(), strict=True):
+            self._note(slot, token)
+
+    def _sample(self, logits: Tensor, sequence: Tensor, place: Tensor) -> Sampled:
+        """One token a row; those that may not end yet, among tokens that end nothing."""
+        s, seeds = self.sampling, self.seeds[sequence]
+        drawn_from = logits
+        if s.min_new_tokens > 0:
+            ends = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
+            ends[self.stop_ids] = True
+            early = place < s.min_new_tokens
+            drawn_from = logits.masked_fill(early[:, None] & ends, -torch.inf)
+        draw = partial(sample_tokens, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
+        try:
+            sampled = draw(drawn_from, seeds, place)
+        except ValueError as error:  # on the CPU it looks; elsewhere ``rollout`` does at the end
+            raise FloatingPointError(NOT_FINITE) from error
+        if drawn_from is logits:
+            return sampled
+        full = logprobs_from_logits(
+            logits, sampled.tokens, temperature=s.temperature, entropy=False
+        )
+        return sampled._replace(logprobs=full.logprobs)
+
+    def _note(self, slot: int, token: int) -> None:
+        sequence = self.running[slot]
+        assert sequence is not None
+        response = self.responses[sequence]
+        response.append(token)
+        self.finished[sequence] = self.stops.ends(response)
+        if self.finished[sequence] or len(response) == self.max_lengths[sequence]:
+            self.running[slot] = None
+
+    def _move_last_to(self, slot: int) -> None:
+        """Drop an empty slot; the last one, if it is another, takes its place."""
+        last = len(self.running) - 1
+        if slot != last:
+            self.cache.copy(last, slot, self._cached(last))
+            for by_slot in (self.sequence, self.length, self.place, self.token):
+                by_slot[slot] = by_slot[last]
+            self.running[slot] = self.running[last]
+        self.running.pop()
+
+    def _tensor(self, numbers: Sequence[int]) -> Tensor:
+        return torch.tensor(numbers, device=self.model.device)
+
+    def _room(self, like: Tensor, columns: int) -> Tensor:
+        return like.new_zeros(len(self.prompts), columns, like.shape[-1])
+
+    def _trunk_like(self, piece: Tensor) -> Tensor:
+        if self.trunk is None:
+            self.trunk = self._room(piece, self.prompt_width + self.longest)
+        return self.trunk
 
 
 @contextmanager

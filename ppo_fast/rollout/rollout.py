@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ppo_fast.rollout.decode import Sampling
+from ppo_fast.rollout.sampling import Sampling
 from ppo_fast.tokens import Tokens
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Sampled responses. Legend: B sequences, T response tokens.
+    """Sampled responses. Legend: B sequences, P prompt and T response tokens, D hidden size.
 
     tokens: the ids, and all masks by their lengths.
     logprobs: [B, T] float32, of the tokens under softmax(logits / temperature), 0 beyond a
-        response.
+        response; None: the engine does not know them.
     sampling_logprobs: [B, T] float32, under the distribution really drawn from.
-    finished: [B] bool on the CPU, whether a response ended with EOS.
+    finished: [B] bool on the CPU, whether a response ended by itself, not at its largest length.
     sampling: how they were drawn.
     trunk: [B, P + T, D], the activations of the policy's frozen trunk, as decoding computed them;
-        None without a trunk.
+        0 where no log-prob needs them: padding, and each row's last token. None without a trunk.
+    states: [B, T, D], what the policy's LM head read before each token, 0 beyond a response; None
+        where nobody asked for them, or the model gives logits alone.
     prompts, completions: B texts, for reward functions and for reading; never tokenised again.
     """
 
     tokens: Tokens
-    logprobs: Tensor
+    logprobs: Tensor | None
     sampling_logprobs: Tensor
     finished: Tensor
     sampling: Sampling
-    trunk: Tensor | None
-    prompts: list[str]
-    completions: list[str]
+    trunk: Tensor | None = None
+    states: Tensor | None = None
+    prompts: list[str] = field(default_factory=list)
+    completions: list[str] = field(default_factory=list)

@@ -1,12 +1,21 @@
-"""``few_row_linear``: validation and dispatch."""
+"""few_row_linear: ``F.linear`` for the few rows of a decoding step."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ppo_fast.ops import library
 from ppo_fast.ops.dispatch import Impl, choose
 from ppo_fast.ops.few_row_linear import reference
 from ppo_fast.ops.validation import check_floating, check_same_device
+
+# Up to this number the C++ kernel is the faster one: see few_row_linear.
+MOST_ROWS = 128
 
 
 def few_row_linear(
@@ -60,5 +69,31 @@ def few_row_linear(
         check_same_device(name, operand, x.device)
         if operand.dtype != x.dtype:
             raise TypeError(f"{name}: got {operand.dtype}, expected {x.dtype}, the dtype of x")
-    choose("few_row_linear", impl, x.device)
-    return reference.few_row_linear(x, weight, bias)
+    chosen = choose("few_row_linear", impl, x.device).impl
+    if impl == "auto" and chosen == "cpp" and x.numel() > MOST_ROWS * x.shape[-1]:
+        return F.linear(x, weight, bias)
+    if chosen == "reference":
+        return reference.few_row_linear(x, weight, bias)
+    operands = [x, weight] if bias is None else [x, weight, bias]
+    if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands):
+        return _FewRowLinear.apply(x, weight, bias)
+    return library.few_row_linear["cpp"](x, weight, bias)
+
+
+class _FewRowLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return library.few_row_linear["cpp"](x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, weight.shape[0])
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            (rows @ weight).view(x.shape) if needs_x else None,
+            rows.T @ x.reshape(-1, weight.shape[1]) if needs_weight else None,
+            rows.sum(dim=0) if needs_bias else None,
+        )

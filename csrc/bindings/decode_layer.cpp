@@ -1,0 +1,82 @@
+#include "bind.hpp"
+
+namespace ppo_fast {
+
+namespace {
+
+// A layer's weights and sizes, said once; each step names the rest.
+DecodeLayerArgs of_dict(const py::dict& given) {
+  const auto address = [&](const char* name) {
+    return pointer<const void>(given[name].cast<Address>());
+  };
+  const auto size = [&](const char* name) { return given[name].cast<std::int64_t>(); };
+  const auto real = [&](const char* name) { return given[name].cast<double>(); };
+  DecodeLayerArgs args{};
+  args.dtype = static_cast<Dtype>(given["dtype"].cast<int>());
+  args.hidden_size = size("hidden_size");
+  args.num_heads = size("num_heads");
+  args.num_kv_heads = size("num_kv_heads");
+  args.head_size = size("head_size");
+  args.intermediate_size = size("intermediate_size");
+  args.window = size("window");
+  args.scaling = real("scaling");
+  args.attention_norm = address("attention_norm");
+  args.mlp_norm = address("mlp_norm");
+  args.q_weight = address("q_weight");
+  args.k_weight = address("k_weight");
+  args.v_weight = address("v_weight");
+  args.o_weight = address("o_weight");
+  args.q_bias = address("q_bias");
+  args.k_bias = address("k_bias");
+  args.v_bias = address("v_bias");
+  args.o_bias = address("o_bias");
+  args.q_norm = address("q_norm");
+  args.k_norm = address("k_norm");
+  args.gate_weight = address("gate_weight");
+  args.up_weight = address("up_weight");
+  args.down_weight = address("down_weight");
+  args.gate_bias = address("gate_bias");
+  args.up_bias = address("up_bias");
+  args.down_bias = address("down_bias");
+  args.attention_eps = real("attention_eps");
+  args.mlp_eps = real("mlp_eps");
+  args.q_eps = real("q_eps");
+  args.k_eps = real("k_eps");
+  return args;
+}
+
+}  // namespace
+
+void bind_decode_layer(py::module_& m) {
+  py::class_<DecodeLayerArgs>(
+      m, "DecodeLayer",
+      "A transformer layer of the Llama kind, for decoding steps; see csrc/decode_layer.hpp. Weights "
+      "are addresses, 0 where there is none; they must outlive it.")
+      .def(py::init(&of_dict), py::arg("weights_and_sizes"))
+      .def(
+          "__call__",
+          [](const DecodeLayerArgs& layer, Address x, Address cos, Address sin, Address keys,
+             Address values, std::int64_t capacity, Address lengths, Address y, Address scratch,
+             std::int64_t num_rows, int num_threads) {
+            check({num_rows, capacity}, num_threads,
+                  {x, cos, sin, keys, values, lengths, y, scratch});
+            DecodeLayerArgs args = layer;
+            args.x = pointer<const void>(x);
+            args.cos = pointer<const void>(cos);
+            args.sin = pointer<const void>(sin);
+            args.keys = pointer<void>(keys);
+            args.values = pointer<void>(values);
+            args.capacity = capacity;
+            args.lengths = pointer<const std::int64_t>(lengths);
+            args.y = pointer<void>(y);
+            args.scratch = pointer<void>(scratch);
+            args.num_rows = num_rows;
+            py::gil_scoped_release release;
+            kernels().decode_layer(args, num_threads);
+          },
+          py::kw_only(), py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("keys"),
+          py::arg("values"), py::arg("capacity"), py::arg("lengths"), py::arg("y"),
+          py::arg("scratch"), py::arg("num_rows"), py::arg("num_threads"));
+}
+
+}  // namespace ppo_fast

@@ -1,0 +1,33 @@
+"""Launcher of the C++ kernel, csrc/few_row_linear.hpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ppo_fast.ops.launch import DTYPE_CODES, address, vouched, vouched_or_none
+
+
+def few_row_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[..., V] from x [..., D], weight [V, D] and bias [V], CPU tensors of one dtype."""
+    from ppo_fast import _C
+
+    dtype, (num_outputs, num_inputs) = x.dtype, weight.shape
+    x = vouched("x", x, (*x.shape[:-1], num_inputs), dtype)
+    if weight.stride(1) != 1 or not weight.is_cpu or weight.dtype != dtype:
+        weight = vouched("weight", weight, (num_outputs, num_inputs), dtype)
+    bias = vouched_or_none("bias", bias, (num_outputs,), dtype)
+    y = torch.empty((*x.shape[:-1], num_outputs), dtype=dtype)
+    _C.few_row_linear(
+        dtype=DTYPE_CODES[dtype],
+        x=x.data_ptr(),
+        weight=weight.data_ptr(),
+        bias=address(bias),
+        y=y.data_ptr(),
+        num_rows=y.shape[:-1].numel(),
+        num_inputs=num_inputs,
+        num_outputs=num_outputs,
+        weight_stride=weight.stride(0),
+        num_threads=torch.get_num_threads(),
+    )
+    return y

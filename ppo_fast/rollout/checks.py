@@ -1,0 +1,83 @@
+"""Whether decoding by slots computes what the model does: asked once, before it decodes."""
+
+from __future__ import annotations
+
+import logging
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ppo_fast.language_model import HALF_TOLERANCE, HEAD_TOLERANCE, LanguageModel
+from ppo_fast.rollout.layers import fused_layers
+from ppo_fast.rollout.prompts import Prompts
+from ppo_fast.rollout.slots import SlotCache, step_arguments
+
+logger = logging.getLogger(__name__)
+
+# Lengths differ, so that every row stands at a place of its own.
+PROBE = ((1, 5, 2, 7, 3), (4, 1, 6), (2, 8, 5, 1))
+
+_fusable: WeakKeyDictionary[LanguageModel, bool] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def layers_can_be_fused(model: LanguageModel) -> bool:
+    """Whether the model's steps may run on ``fused_layers``. Remembered.
+
+    Raises:
+        ValueError: with its own layers, a prompt and a step by slots give other logits than one
+            pass over all tokens.
+    """
+    if model not in _fusable:
+        _fusable[model] = _check(model)
+    return _fusable[model]
+
+
+def _check(model: LanguageModel) -> bool:
+    vocab_size = model.text_config.vocab_size
+    rows = [tuple(token % vocab_size for token in row) for row in PROBE]
+    expected = torch.cat([_whole_pass(model, row) for row in rows])
+    if not torch.isfinite(expected).all():
+        return False  # nothing can be compared; decoding says so
+    difference = _difference(_by_slots(model, rows), expected)
+    if not difference <= _tolerance(model):
+        raise ValueError(
+            f"policy_model: {type(model.model).__name__} gives other logits token by token with a "
+            f"cache than in one pass (they differ by {difference:.1e}), so that its responses "
+            "would not be samples of what is trained"
+        )
+    with fused_layers(model) as count:
+        difference = _difference(_by_slots(model, rows), expected)
+    fits = count > 0 and difference <= _tolerance(model)
+    if count:
+        reason = "" if fits else f": their logits differ by {difference:.1e}"
+        logger.info("decoding runs %d layers %s%s", count, "fused" if fits else "unfused", reason)
+    return fits
+
+
+def _whole_pass(model: LanguageModel, row: tuple[int, ...]) -> Tensor:
+    ids = torch.tensor([row], device=model.device)
+    return model.model(input_ids=ids, use_cache=False).logits[:, -1]
+
+
+def _by_slots(model: LanguageModel, rows: list[tuple[int, ...]]) -> Tensor:
+    """Logits [n, V] of the last token: all before it as prompts, itself in a step."""
+    heads = [row[:-1] for row in rows]
+    cache = SlotCache(model.text_config, len(rows), max(map(len, rows)))
+    prompts = Prompts(model, heads, 1 << 20, 0, [])
+    prompts.read(heads, cache)
+    for batch, sources, slots in prompts.take(heads):
+        index = torch.tensor(sources, device=model.device)
+        cache.place(batch.keys_values, index, torch.tensor(slots, device=model.device))
+    lengths = torch.tensor([len(head) for head in heads], device=model.device)
+    last = torch.tensor([row[-1] for row in rows], device=model.device)
+    return model.next(**step_arguments(model, cache, last, lengths, int(lengths.max()))).logits
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def _tolerance(model: LanguageModel) -> float:
+    return HEAD_TOLERANCE.get(model.dtype, HALF_TOLERANCE)

@@ -1,0 +1,96 @@
+"""Who samples: an engine turns prompts into a Rollout; the local one decodes with the policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from ppo_fast.language_model import LanguageModel
+from ppo_fast.rollout.decode import decode
+from ppo_fast.rollout.rollout import Rollout
+from ppo_fast.rollout.sampling import Sampling
+
+
+class Engine(Protocol):
+    """Samples responses. ``PPOTrainer(..., engine=...)`` takes one; another process may stand
+    behind it. ``Rollout.sampling_logprobs`` must be filled; with ``logprobs`` None the trainer
+    computes the old log-probs itself."""
+
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, *, seeds: Tensor
+    ) -> Rollout:
+        """A response for each of B prompts (lists of ids), drawn as ``sampling`` says.
+
+        ``seeds`` [B] int64: equal seeds, equal responses, as far as the engine can.
+        """
+        ...
+
+    def sync_weights(self, model: nn.Module) -> None:
+        """The policy was updated: called before the next ``generate``."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds."""
+        ...
+
+
+def eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokenizer's EOS and those of the model's generation config."""
+    configured: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = configured if isinstance(configured, (list, tuple)) else [configured]
+    return sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})
+
+
+class LocalEngine:
+    """Decodes with the policy in this process; see ``decode``.
+
+    Args:
+        model: the policy, read at every call: there is nothing to synchronise.
+        eos_ids: gives the ids that end a response, asked for at every call.
+        pad_id: what stands at padded places.
+        slots: sequences decoded at a time; None: all.
+        prompt_tokens: most tokens of the prompts computed in one pass.
+        to_text: ids -> text, for stop strings.
+        keep_states: whether rollouts keep the states that the LM head read.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        eos_ids: Callable[[], Sequence[int]],
+        pad_id: int,
+        slots: int | None = None,
+        prompt_tokens: int = 8192,
+        to_text: Callable[[list[int]], str] | None = None,
+        keep_states: bool = False,
+    ) -> None:
+        self.model, self.eos_ids, self.pad_id = model, eos_ids, pad_id
+        self.slots, self.prompt_tokens = slots, prompt_tokens
+        self.to_text, self.keep_states = to_text, keep_states
+
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, *, seeds: Tensor
+    ) -> Rollout:
+        return decode(
+            self.model,
+            prompt_ids,
+            sampling,
+            seeds=seeds,
+            eos_ids=self.eos_ids(),
+            pad_id=self.pad_id,
+            slots=self.slots,
+            prompt_tokens=self.prompt_tokens,
+            to_text=self.to_text,
+            keep_states=self.keep_states,
+        )
+
+    def sync_weights(self, model: nn.Module) -> None:
+        if model is not self.model.model:
+            raise ValueError("model: a LocalEngine decodes with the model that it was made with")
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,46 @@
+"""Linear layers at the speed of memory while a few rows pass through them, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ppo_fast.ops.dispatch import choose
+from ppo_fast.ops.few_row_linear.api import MOST_ROWS
+from ppo_fast.ops.few_row_linear.cpp import few_row_linear
+
+
+@contextmanager
+def few_row_products(model: nn.Module) -> Iterator[None]:
+    """For the block, the ``nn.Linear`` layers of a model on the CPU compute few rows by
+    ``few_row_linear``. Hooks stay in force. Layers of other classes, layers whose forward somebody
+    replaced, and all of them under autocast or without the compiled extension, stay as they are."""
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and _can_be_patched(m)]
+    try:
+        for layer in layers:
+            layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)  # the class's own again
+
+
+def _can_be_patched(module: nn.Linear) -> bool:
+    return (
+        type(module) is nn.Linear
+        and "forward" not in vars(module)
+        and module.weight.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+        and choose("few_row_linear", "auto", module.weight.device).impl == "cpp"
+    )
+
+
+def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
+    if 0 < x.numel() <= MOST_ROWS * layer.in_features and x.dtype == layer.weight.dtype:
+        return few_row_linear(x, layer.weight, layer.bias)
+    return F.linear(x, layer.weight, layer.bias)

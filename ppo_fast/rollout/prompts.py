@@ -1,0 +1,93 @@
+"""Prompts, computed once however many responses each gets."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppo_fast.language_model import LanguageModel, Next
+from ppo_fast.rollout.slots import SlotCache
+from ppo_fast.tokens import batches_by_tokens, pad_right
+
+Prompt = tuple[int, ...]
+
+
+class PromptBatch(NamedTuple):
+    """What one pass over k prompts gave: by layer the keys and values [k, heads, P, size], what the
+    next tokens are drawn from, and the frozen trunk's activations [k, P, D] (None without one).
+    Padding is on the right."""
+
+    keys_values: list[tuple[Tensor, Tensor]]
+    next: Next
+    trunk: Tensor | None
+
+
+class Prompts:
+    """Computes prompts when their turn comes, and keeps one while further responses want it.
+
+    Args:
+        model: the policy.
+        prompts: of all sequences; equal ones share a pass.
+        budget: most tokens, with padding, of a pass.
+        pad_id: what stands at padded places.
+        trunk: where ``LanguageModel.recording_trunk`` records.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompts: Sequence[Prompt],
+        budget: int,
+        pad_id: int,
+        trunk: list[Tensor],
+    ) -> None:
+        self._model, self._budget, self._pad_id, self._trunk = model, budget, pad_id, trunk
+        self._wanted = Counter(prompts)
+        self._computed: dict[Prompt, tuple[PromptBatch, int]] = {}
+
+    def read(self, prompts: Sequence[Prompt], cache: SlotCache) -> None:
+        """Compute those that have not been."""
+        missing = [p for p in dict.fromkeys(prompts) if p not in self._computed]
+        for together in self._batches(missing):
+            batch = self._compute(together, cache)
+            self._computed |= {prompt: (batch, row) for row, prompt in enumerate(together)}
+
+    def take(self, prompts: Sequence[Prompt]) -> list[tuple[PromptBatch, list[int], list[int]]]:
+        """The passes that computed ``prompts``; of each the rows that are meant, and which of
+        ``prompts`` these are. What nobody will ask for again is forgotten."""
+        taken: dict[int, tuple[PromptBatch, list[int], list[int]]] = {}
+        for i, prompt in enumerate(prompts):
+            batch, row = self._computed[prompt]
+            _, rows, chosen = taken.setdefault(id(batch), (batch, [], []))
+            rows.append(row)
+            chosen.append(i)
+            self._wanted[prompt] -= 1
+            if not self._wanted[prompt]:
+                del self._computed[prompt]
+        return list(taken.values())
+
+    def _batches(self, prompts: list[Prompt]) -> Iterator[list[Prompt]]:
+        lengths = {len(prompt) for prompt in prompts}
+        # On the ordinary path the model gives the logits of the last column alone.
+        for together in [lengths] if self._model.fused else [{n} for n in sorted(lengths)]:
+            group = [prompt for prompt in prompts if len(prompt) in together]
+            batches = batches_by_tokens(torch.tensor([len(p) for p in group]), self._budget)
+            yield from ([group[row] for row in batch.tolist()] for batch in batches)
+
+    def _compute(self, prompts: list[Prompt], cache: SlotCache) -> PromptBatch:
+        input_ids = pad_right(prompts, self._pad_id, self._model.device)
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=input_ids.device)
+        cache.begin_prompts()
+        next_ = self._model.next(
+            last,
+            input_ids=input_ids,
+            position_ids=places.expand_as(input_ids),
+            attention_mask=torch.ones_like(input_ids),  # no token looks at padding after it
+            past_key_values=cache,
+        )
+        return PromptBatch(cache.prompts(), next_, self._trunk.pop() if self._trunk else None)

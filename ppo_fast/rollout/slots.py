@@ -1,0 +1,163 @@
+"""The KV cache of sequences that come and go: a row (slot) each, at lengths of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from ppo_fast.language_model import LanguageModel
+
+# What a model may mix: attention over everything before, and over a window of the last tokens.
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+class SlotCache(Cache):
+    """Keys and values of every layer, [slots, capacity, heads, head size], column i of a row being
+    the sequence's token i. A prompt is computed for itself and copied to a slot for each of
+    its responses (``place``); then each step adds one token to the first n rows (``begin_step``).
+
+    Args:
+        config: the model's text config.
+        slots: rows.
+        capacity: the most tokens of a sequence.
+    """
+
+    def __init__(self, config: Any, slots: int, capacity: int) -> None:
+        super().__init__(layers=[_SlotLayer(slots, capacity) for _ in layer_types(config)])
+        self.slots, self.capacity = slots, capacity
+        self.lengths: Tensor | None = None  # [n] of a step; None while prompts are computed
+        self._scratch: Tensor | None = None
+
+    def begin_prompts(self) -> None:
+        """The next pass computes prompts [k, P], which see themselves alone."""
+        self.lengths = None
+        for layer in self.layers:
+            layer.cells = None
+
+    def prompts(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values [k, heads, P, size] of the prompts just computed, by layer."""
+        return [layer.prompts for layer in self.layers]
+
+    def place(self, keys_values: list[tuple[Tensor, Tensor]], rows: Tensor, slots: Tensor) -> None:
+        """Copy ``rows`` [m] of prompts' keys and values to ``slots`` [m]."""
+        for layer, (keys, values) in zip(self.layers, keys_values, strict=True):
+            layer.keys[slots, : keys.shape[2]] = keys.transpose(1, 2)[rows]
+            layer.values[slots, : values.shape[2]] = values.transpose(1, 2)[rows]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first ``length`` tokens of a slot to another."""
+        for layer in self.layers:
+            layer.keys[target, :length] = layer.keys[source, :length]
+            layer.values[target, :length] = layer.values[source, :length]
+
+    def begin_step(self, lengths: Tensor, longest: int) -> None:
+        """The next pass adds a token to each of the first n slots, which hold ``lengths`` [n]
+        tokens, and reads the first ``longest`` columns."""
+        rows = torch.arange(len(lengths), device=lengths.device)
+        cells = rows * self.capacity + lengths
+        self.lengths = lengths
+        for layer in self.layers:
+            layer.cells, layer.longest = cells, longest
+
+    def scratch(self, count: int, like: Tensor) -> Tensor:
+        """Room for ``count`` numbers until somebody asks again."""
+        if self._scratch is None or self._scratch.numel() < count:
+            self._scratch = like.new_empty(count)
+        return self._scratch
+
+
+class _SlotLayer(DynamicLayer):
+    """One layer's keys and values."""
+
+    def __init__(self, slots: int, capacity: int) -> None:
+        super().__init__()
+        self.slots, self.capacity = slots, capacity
+        self.cells: Tensor | None = None  # [n], where a step's tokens go in [slots * capacity]
+        self.longest = 0
+        self.prompts: tuple[Tensor, Tensor] | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        def room(states: Tensor) -> Tensor:
+            # zeros: what no token has written is multiplied by a weight of 0, and may not be NaN
+            return states.new_zeros(self.slots, self.capacity, states.shape[1], states.shape[3])
+
+        self.keys, self.values = room(key_states), room(value_states)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Takes the new tokens' [n, heads, tokens, size]; returns all that they may look at."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.cells is None:
+            self.prompts = key_states, value_states
+            return self.prompts
+        read = len(self.cells), self.longest
+        return (
+            self._written(self.keys, key_states, *read),
+            self._written(self.values, value_states, *read),
+        )
+
+    def _written(self, room: Tensor, states: Tensor, rows: int, longest: int) -> Tensor:
+        assert self.cells is not None
+        room.view(-1, *room.shape[2:]).index_copy_(0, self.cells, states[:, :, 0])
+        return room[:rows, :longest].transpose(1, 2)
+
+    def get_seq_length(self) -> int:
+        return 0 if self.cells is None else self.longest - 1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return (query_length if self.cells is None else self.longest), 0
+
+
+def layer_types(config: Any) -> list[str]:
+    """How each layer attends.
+
+    Raises:
+        ValueError: a layer is neither ordinary attention nor one over a sliding window.
+    """
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        window = getattr(config, "sliding_window", None)
+        types = [FULL if window is None else SLIDING] * config.num_hidden_layers
+    if others := sorted(set(types) - {FULL, SLIDING}):
+        raise ValueError(
+            f"policy_model: its layers of type {', '.join(others)} have no keys and values "
+            "that the rollout could keep by sequence"
+        )
+    return list(types)
+
+
+def step_arguments(
+    model: LanguageModel, cache: SlotCache, tokens: Tensor, lengths: Tensor, most: int
+) -> dict[str, Any]:
+    """What the model is called with for one more token each: ``tokens`` [n] for the first n slots,
+    which hold ``lengths`` [n] before it, none more than ``most``."""
+    cache.begin_step(lengths, most + 1)
+    return {
+        "input_ids": tokens[:, None],
+        "position_ids": lengths[:, None],
+        "attention_mask": step_mask(model.text_config, lengths, most + 1, model.dtype),
+        "past_key_values": cache,
+    }
+
+
+def step_mask(config: Any, lengths: Tensor, longest: int, dtype: torch.dtype) -> Any:
+    """What a step's tokens may look at, as the model takes it: [n, 1, 1, longest], 0 or the lowest
+    number, by type of attention where the model mixes several."""
+    distance = lengths[:, None] - torch.arange(longest, device=lengths.device)
+    types = set(layer_types(config))
+    masks = {}
+    for kind in types:
+        seen = distance >= 0
+        if kind == SLIDING:
+            seen = seen & (distance < config.sliding_window)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=lengths.device)
+        masks[kind] = mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None, None]
+    mixes = getattr(config, "layer_types", None) is not None and len(types) > 1
+    return masks if mixes else masks[types.pop()]
