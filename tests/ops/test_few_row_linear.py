@@ -9,7 +9,9 @@ from logprob_truth import assert_within_budget
 from runnable import implementations
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ppo_fast import _C
 from ppo_fast.ops.few_row_linear import few_row_linear
+from ppo_fast.ops.few_row_linear.api import MOST_ROWS
 
 pytestmark = pytest.mark.parametrize("impl", implementations("few_row_linear"))
 
@@ -81,6 +83,54 @@ def test_runs_where_there_are_no_values(impl):
         assert few_row_linear(x, weight, impl=impl).shape == (2, 3, 41)
     with FakeTensorMode():
         assert few_row_linear(torch.randn(3, 8), torch.randn(41, 8), impl=impl).shape == (3, 41)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("isa", _C.instruction_sets())
+def test_a_rows_bits_depend_on_the_row_alone(impl, dtype, isa):
+    """Not on which rows come with it, their number, or the number of threads."""
+    if impl == "reference":
+        pytest.skip("products of the BLAS")
+    x, weight = torch.randn(11, 77).to(dtype), torch.randn(100, 77).to(dtype)
+    default, threads = _C.instruction_set(), torch.get_num_threads()
+    _C.use_instruction_set(isa)
+    try:
+        expected = few_row_linear(x, weight, impl=impl)
+        for rows in ([0], [10, 3], [4, 5, 6], list(range(11))[::-1]):
+            for count in (1, 2, 5):
+                torch.set_num_threads(count)
+                assert torch.equal(few_row_linear(x[rows], weight, impl=impl), expected[rows])
+    finally:
+        torch.set_num_threads(threads)
+        _C.use_instruction_set(default)
+
+
+def test_rows_of_the_weight_may_lie_apart(impl):
+    x, weight = torch.randn(5, 33), torch.randn(80, 70)
+    for part in (weight[:, :33], weight[::2, 37:], weight[3:4, :33]):
+        expected = few_row_linear(x, part.contiguous(), impl=impl)
+        torch.testing.assert_close(few_row_linear(x, part, impl=impl), expected)
+
+
+def test_raw_op(impl):
+    if impl == "cpp":
+        op = torch.ops.ppo_fast.few_row_linear_cpp.default
+        for bias in (None, torch.randn(41)):
+            torch.library.opcheck(op, (torch.randn(2, 3, 8), torch.randn(41, 8), bias))
+
+
+def test_auto_asks_the_blas_where_rows_are_many(impl, monkeypatch):
+    from ppo_fast.ops import library
+
+    calls = []
+    kernel = library.few_row_linear["cpp"]
+    counted = {"cpp": lambda *operands: calls.append(1) or kernel(*operands)}
+    monkeypatch.setattr(library, "few_row_linear", counted)
+    weight = torch.randn(41, 8)
+    for rows in (1, MOST_ROWS, MOST_ROWS + 1):
+        x = torch.randn(rows, 8)
+        torch.testing.assert_close(few_row_linear(x, weight), F.linear(x, weight))
+    assert len(calls) == 2
 
 
 X, WEIGHT = torch.zeros(2, 3), torch.zeros(5, 3)

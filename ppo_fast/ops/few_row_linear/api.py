@@ -14,7 +14,9 @@ from ppo_fast.ops.dispatch import Impl, choose
 from ppo_fast.ops.few_row_linear import reference
 from ppo_fast.ops.validation import check_floating, check_same_device
 
-# Up to this number the C++ kernel is the faster one: see few_row_linear.
+# Up to this number the C++ kernel is the faster one in the table of few_row_linear, and beyond it
+# where the BLAS is not made for the processor. One number, not a measurement at run time: the same
+# seeds give the same bits in every process.
 MOST_ROWS = 128
 
 
@@ -23,22 +25,19 @@ def few_row_linear(
 ) -> Tensor:
     """``F.linear`` for the few rows of a decoding step: ``y = x W^T + bias``.
 
-    On the CPU it is computed as ``(W x^T)^T``. Asked for ``x W^T`` with few rows, the BLAS first
-    copies the whole weight into another layout, at every call; the transposed product reads it as
-    it lies. Other devices use ``F.linear``. Differentiable. The bits of a row depend on how many
-    rows come with it, as with any product of the BLAS.
+    Asked for ``x W^T`` with few rows, the BLAS first copies the whole weight into another layout,
+    at every call. The C++ kernel (csrc/few_row_linear.hpp) streams it once, as it lies; the
+    reference asks for ``(W x^T)^T``, which the BLAS can compute so as well. Milliseconds, D = 576,
+    V = 49152, float32, two threads of an AVX2 machine (`make bench`)::
 
-    The result is contiguous: the product's rows come interleaved, and turning them costs less than
-    one log_softmax over the interleaved ones. At 4, 8, 16, 32 rows (float32, D = 576, V = 49152,
-    one thread of a busy machine, ms)::
+        rows                        1     4     8    16    32    64   128
+        C++ kernel                  6     9    12    18    30    55   110
+        F.linear                   13    42    47    54    70   101   164
+        the transposed product     14    10    14    30    43    75   142
 
-        F.linear                             64    73    69    94
-        the transposed product               27    37    46    75
-        making it contiguous                 0.5   0.9   1.7   3.5
-        log_softmax, interleaved rows        2.0   5.0   9.5   19
-        log_softmax, contiguous rows         1.2   2.6   5.3   11
-        argmax, interleaved rows             0.7   0.8   1.6   16
-        argmax, contiguous rows              0.5   0.7   1.3   2.8
+    ``impl="auto"`` takes the kernel up to ``MOST_ROWS`` rows and ``F.linear`` above, and on other
+    devices. With the kernel a row's bits depend on the row alone, not on how many come with it, as
+    they do with any product of the BLAS. Differentiable.
 
     Args:
         x: [..., D], float32, float64, bfloat16 or float16.
