@@ -1,5 +1,6 @@
-// One decoding step through a transformer layer of the Llama kind: RMS norms before attention and
-// MLP, rotary positions, keys and values in a cache, a gated MLP. All of it in one parallel region.
+// Tokens through a transformer layer of the Llama kind: RMS norms before attention and MLP, rotary
+// positions, keys and values in a cache, a gated MLP. All of it in one parallel region. The tokens
+// are the last ones of as many sequences (a decoding step), or all those of some prompts.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +14,7 @@
 
 namespace ppo_fast {
 
-// Real is float or double, by `dtype`; all contiguous. N rows (sequences, one token each), D hidden
+// Real is float or double, by `dtype`; all contiguous. N rows (tokens), D hidden
 // size, H heads on K key-value heads of size S, I inputs of the last product.
 struct DecodeLayerArgs {
   Dtype dtype;
@@ -29,9 +30,10 @@ struct DecodeLayerArgs {
   std::int64_t window;  // how many of the last tokens attention sees; 0: all
   const void* x;        // [N, D]
   const void *cos, *sin;  // [N, S]
-  void *keys, *values;    // [slots, capacity, K, S]; row r of x is slot r
+  void *keys, *values;    // [slots, capacity, K, S]
   std::int64_t capacity;
-  const std::int64_t* lengths;  // [N], tokens of the slot before this one
+  const std::int64_t* slots;    // [N], a token's sequence
+  const std::int64_t* lengths;  // [N], its place there: the tokens before it
   void* y;                      // out, [N, D]
   void* scratch;                // Real [N (D + (H + 2 K) S + H S + 2 I)]
 };
@@ -147,24 +149,37 @@ struct DecodeLayer {
     }
   }
 
+  // Where a head of a row's sequence starts in the cache.
+  std::int64_t in_cache(std::int64_t row, std::int64_t head) const {
+    return args.slots[row] * args.capacity * kv_outputs + head * size;
+  }
+
+  // Positions of a row's queries and keys; its keys and values into the cache.
+  void place(std::int64_t row) const {
+    const Real* cos = static_cast<const Real*>(args.cos) + row * size;
+    const Real* sin = static_cast<const Real*>(args.sin) + row * size;
+    const auto turn = [&](Real* x, const void* norm, double eps) {
+      if (norm != nullptr) rms_norm(x, static_cast<const Real*>(norm), size, eps, x);
+      rotate(x, cos, sin, size);
+    };
+    for (std::int64_t h = 0; h < args.num_heads; ++h) {
+      turn(q + row * q_outputs + h * size, args.q_norm, args.q_eps);
+    }
+    Real *key = k + row * kv_outputs, *value = v + row * kv_outputs;
+    for (std::int64_t h = 0; h < args.num_kv_heads; ++h) turn(key + h * size, args.k_norm, args.k_eps);
+    const std::int64_t cell = in_cache(row, 0) + args.lengths[row] * kv_outputs;
+    std::copy_n(key, kv_outputs, static_cast<Real*>(args.keys) + cell);
+    std::copy_n(value, kv_outputs, static_cast<Real*>(args.values) + cell);
+  }
+
   // The heads that share one key-value head of one row.
   void attention(std::int64_t i) const {
     const std::int64_t row = i / args.num_kv_heads, head = i % args.num_kv_heads;
     const std::int64_t group = args.num_heads / args.num_kv_heads;
     const std::int64_t stride = kv_outputs, length = args.lengths[row];
-    const Real* cos = static_cast<const Real*>(args.cos) + row * size;
-    const Real* sin = static_cast<const Real*>(args.sin) + row * size;
-    const std::int64_t slot = row * args.capacity * stride + head * size;
-    Real* keys = static_cast<Real*>(args.keys) + slot;
-    Real* values = static_cast<Real*>(args.values) + slot;
-
-    Real* queries = q + row * q_outputs + head * group * size;
-    for (std::int64_t g = 0; g < group; ++g) place(queries + g * size, args.q_norm, args.q_eps, cos, sin);
-    Real* new_key = k + row * kv_outputs + head * size;
-    place(new_key, args.k_norm, args.k_eps, cos, sin);
-    std::copy_n(new_key, size, keys + length * stride);
-    std::copy_n(v + row * kv_outputs + head * size, size, values + length * stride);
-
+    const Real* keys = static_cast<const Real*>(args.keys) + in_cache(row, head);
+    const Real* values = static_cast<const Real*>(args.values) + in_cache(row, head);
+    const Real* queries = q + row * q_outputs + head * group * size;
     const std::int64_t first =
         args.window > 0 ? std::max<std::int64_t>(length + 1 - args.window, 0) : 0;
     const std::int64_t count = length + 1 - first;
@@ -178,11 +193,6 @@ struct DecodeLayer {
       attend(to + g * count, values + first * stride, stride, count, size,
              attended + row * q_outputs + (head * group + g) * size);
     }
-  }
-
-  void place(Real* heads, const void* norm, double eps, const Real* cos, const Real* sin) const {
-    if (norm != nullptr) rms_norm(heads, static_cast<const Real*>(norm), size, eps, heads);
-    rotate(heads, cos, sin, size);
   }
 
   // gate = silu(gate) * up.
@@ -208,6 +218,7 @@ struct DecodeLayer {
       // every loop but the last ends in a barrier
       each(n, [&](auto r) { rms_norm(x + r * hidden, norms[0], hidden, args.attention_eps, normed + r * hidden); });
       each(blocks(q_outputs) + 2 * blocks(kv_outputs), [&](auto i) { qkv(i); });
+      each(n, [&](auto r) { place(r); });
       each(n * args.num_kv_heads, [&](auto i) { attention(i); });
       each(blocks(hidden), [&](auto i) { product(i, attended, args.o_weight, args.o_bias, q_outputs, hidden, x, y); });
       each(n, [&](auto r) { rms_norm(y + r * hidden, norms[1], hidden, args.mlp_eps, normed + r * hidden); });

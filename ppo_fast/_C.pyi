@@ -30,6 +30,7 @@ class DecodeLayer:
         keys: int,
         values: int,
         capacity: int,
+        slots: int,
         lengths: int,
         y: int,
         scratch: int,

@@ -160,17 +160,16 @@ class LanguageModel:
             handle.remove()
 
     @torch.no_grad()
-    def next(self, last: Tensor | None = None, **arguments: Any) -> Next:
-        """What follows the tokens of one pass with a cache: ``arguments`` are the model's own,
-        ``last`` [n] the column of each row's last token. None: the last one, and the only one that
-        the ordinary path can give."""
+    def next(self, at: tuple[Tensor, Tensor] | None = None, **arguments: Any) -> Next:
+        """What follows tokens of one pass with a cache: ``arguments`` are the model's own, ``at``
+        the rows [n] and columns [n] of those tokens. None: of every row the last column, which is
+        all that the ordinary path can give."""
         if not self.fused:
             logits = self.model(**arguments, use_cache=True, logits_to_keep=1).logits[:, -1]
             return Next(logits.to(computed_in(logits.dtype)), None)
         assert self.body is not None
         states = self.body(**arguments, use_cache=True).last_hidden_state
-        rows = torch.arange(len(states), device=states.device)
-        states = states[:, -1] if last is None else states[rows, last]
+        states = states[:, -1] if at is None else states[at]
         weight, bias = self._head_weights()
         logits = few_row_linear(states, weight, bias)
         return Next(self._shape(logits.to(computed_in(logits.dtype))), states)

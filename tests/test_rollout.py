@@ -188,7 +188,7 @@ def passes(model: LanguageModel, **arguments) -> tuple[list[torch.Size], Rollout
 
 def test_all_prompts_decode_in_one_pass_a_token(llama):
     shapes, decoded = passes(llama, eos_ids=[], max_length=9)
-    assert shapes == [(4, 6), *[(4, 1)] * 8]
+    assert shapes == [(sum(map(len, PROMPTS)), 1), *[(4, 1)] * 8]
     assert decoded.tokens.response_ids.shape == (4, 9)
 
 

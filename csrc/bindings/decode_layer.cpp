@@ -56,10 +56,10 @@ void bind_decode_layer(py::module_& m) {
       .def(
           "__call__",
           [](const DecodeLayerArgs& layer, Address x, Address cos, Address sin, Address keys,
-             Address values, std::int64_t capacity, Address lengths, Address y, Address scratch,
+             Address values, std::int64_t capacity, Address slots, Address lengths, Address y, Address scratch,
              std::int64_t num_rows, int num_threads) {
             check({num_rows, capacity}, num_threads,
-                  {x, cos, sin, keys, values, lengths, y, scratch});
+                  {x, cos, sin, keys, values, slots, lengths, y, scratch});
             DecodeLayerArgs args = layer;
             args.x = pointer<const void>(x);
             args.cos = pointer<const void>(cos);
@@ -67,6 +67,7 @@ void bind_decode_layer(py::module_& m) {
             args.keys = pointer<void>(keys);
             args.values = pointer<void>(values);
             args.capacity = capacity;
+            args.slots = pointer<const std::int64_t>(slots);
             args.lengths = pointer<const std::int64_t>(lengths);
             args.y = pointer<void>(y);
             args.scratch = pointer<void>(scratch);
@@ -75,7 +76,7 @@ void bind_decode_layer(py::module_& m) {
             kernels().decode_layer(args, num_threads);
           },
           py::kw_only(), py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("keys"),
-          py::arg("values"), py::arg("capacity"), py::arg("lengths"), py::arg("y"),
+          py::arg("values"), py::arg("capacity"), py::arg("slots"), py::arg("lengths"), py::arg("y"),
           py::arg("scratch"), py::arg("num_rows"), py::arg("num_threads"));
 }
 

@@ -70,7 +70,7 @@ def decode(
     with (
         _evaluating(model.model),
         # which looks for layers as they are
-        fused_layers(model) if layers_can_be_fused(model) else nullcontext(),
+        fused_layers(model) if layers_can_be_fused(model) else nullcontext(0) as fused,
         few_row_products(model.model),
         model.recording_trunk() as trunk,
     ):
@@ -85,7 +85,14 @@ def decode(
             keep_states=keep_states,
             trunk_pieces=trunk,
         )
-        prompts = Prompts(model, decoding.prompts, prompt_tokens, pad_id, trunk)
+        prompts = Prompts(
+            model,
+            decoding.prompts,
+            prompt_tokens,
+            pad_id,
+            trunk,
+            fused=fused == model.text_config.num_hidden_layers,
+        )
         decoding.admit(prompts)
         while decoding.running:
             decoding.step()

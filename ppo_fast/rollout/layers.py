@@ -62,8 +62,8 @@ def _is_hooked(module: nn.Module) -> bool:
 
 @contextmanager
 def fused_layers(model: LanguageModel) -> Iterator[int]:
-    """For the block, the layers of a model that qualify take a decoding step as one call each;
-    hooks on a layer stay in force. Gives their number. Not under autocast."""
+    """For the block, the layers of a model that qualify take rows of SlotCache as one call each;
+    hooks on a layer stay in force. Gives their number. None under autocast."""
     layers = _layers(model)
     try:
         for layer, window in layers:
@@ -105,7 +105,7 @@ class _StepForward:
         self._q_size, self._kv_size, self._inner = (
             x.out_features for x in (attention.q_proj, attention.k_proj, layer.mlp.gate_proj)
         )
-        size = attention.head_dim
+        size = self._head_size = attention.head_dim
         eps = {
             "attention_eps": layer.input_layernorm.variance_epsilon,
             "mlp_eps": layer.post_attention_layernorm.variance_epsilon,
@@ -148,6 +148,10 @@ class _StepForward:
         cache, lengths, x = past_key_values, past_key_values.lengths, hidden_states.contiguous()
         room = cache.layers[self._index]
         rows, _, hidden_size = x.shape
+        if not room.is_initialized:
+            like = x.view(rows, 1, 1, hidden_size)[..., : self._head_size]
+            like = like.expand(-1, self._kv_size // self._head_size, -1, -1)
+            room.lazy_initialization(like, like)
         cos, sin = (t.expand(rows, 1, -1).contiguous() for t in position_embeddings)
         y = torch.empty_like(x)
         self._kernel(
@@ -157,6 +161,7 @@ class _StepForward:
             keys=room.keys.data_ptr(),
             values=room.values.data_ptr(),
             capacity=cache.capacity,
+            slots=cache.row_slots.data_ptr(),
             lengths=lengths.data_ptr(),
             y=y.data_ptr(),
             scratch=cache.scratch(

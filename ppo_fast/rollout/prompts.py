@@ -35,6 +35,7 @@ class Prompts:
         budget: most tokens, with padding, of a pass.
         pad_id: what stands at padded places.
         trunk: where ``LanguageModel.recording_trunk`` records.
+        fused: whether all layers are fused (layers.py), so that prompts need no padding.
     """
 
     def __init__(
@@ -44,9 +45,11 @@ class Prompts:
         budget: int,
         pad_id: int,
         trunk: list[Tensor],
+        *,
+        fused: bool,
     ) -> None:
         self._model, self._budget, self._pad_id, self._trunk = model, budget, pad_id, trunk
-        self._wanted = Counter(prompts)
+        self._fused, self._wanted = fused, Counter(prompts)
         self._computed: dict[Prompt, tuple[PromptBatch, int]] = {}
 
     def read(self, prompts: Sequence[Prompt], cache: SlotCache) -> None:
@@ -79,15 +82,45 @@ class Prompts:
             yield from ([group[row] for row in batch.tolist()] for batch in batches)
 
     def _compute(self, prompts: list[Prompt], cache: SlotCache) -> PromptBatch:
-        input_ids = pad_right(prompts, self._pad_id, self._model.device)
+        device = self._model.device
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        return (
+            self._flat(prompts, lengths) if self._fused else self._padded(prompts, lengths, cache)
+        )
+
+    def _padded(self, prompts: list[Prompt], lengths: Tensor, cache: SlotCache) -> PromptBatch:
+        """A row a prompt."""
+        input_ids = pad_right(prompts, self._pad_id, lengths.device)
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
-        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=input_ids.device)
         cache.begin_prompts()
         next_ = self._model.next(
-            last,
+            (torch.arange(len(prompts), device=lengths.device), lengths - 1),
             input_ids=input_ids,
             position_ids=places.expand_as(input_ids),
             attention_mask=torch.ones_like(input_ids),  # no token looks at padding after it
             past_key_values=cache,
         )
         return PromptBatch(cache.prompts(), next_, self._trunk.pop() if self._trunk else None)
+
+    def _flat(self, prompts: list[Prompt], lengths: Tensor) -> PromptBatch:
+        """A row a token, without padding."""
+        rows = torch.repeat_interleave(torch.arange(len(prompts)), lengths)
+        places = torch.cat([torch.arange(len(prompt)) for prompt in prompts])
+        tokens = torch.tensor([token for prompt in prompts for token in prompt])
+        ends = lengths.cumsum(0) - 1
+        cache = SlotCache(self._model.text_config, len(prompts), int(lengths.max()))
+        cache.begin_rows(rows, places)
+        next_ = self._model.next(
+            (ends, torch.zeros_like(ends)),
+            input_ids=tokens[:, None],
+            position_ids=places[:, None],
+            # fused layers need none, and the model makes none where it gets one of four dimensions
+            attention_mask=torch.zeros(1, 1, 1, 1, dtype=self._model.dtype),
+            past_key_values=cache,
+        )
+        trunk = None
+        if self._trunk:
+            piece = self._trunk.pop()[:, 0]
+            trunk = piece.new_zeros(len(prompts), cache.capacity, piece.shape[1])
+            trunk[rows, places] = piece
+        return PromptBatch(cache.contents(), next_, trunk)

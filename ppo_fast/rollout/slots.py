@@ -29,7 +29,8 @@ class SlotCache(Cache):
     def __init__(self, config: Any, slots: int, capacity: int) -> None:
         super().__init__(layers=[_SlotLayer(slots, capacity) for _ in layer_types(config)])
         self.slots, self.capacity = slots, capacity
-        self.lengths: Tensor | None = None  # [n] of a step; None while prompts are computed
+        self.lengths: Tensor | None = None  # [n] by row; None while padded prompts are computed
+        self.row_slots: Tensor  # [n]
         self._scratch: Tensor | None = None
 
     def begin_prompts(self) -> None:
@@ -39,12 +40,18 @@ class SlotCache(Cache):
             layer.cells = None
 
     def prompts(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values [k, heads, P, size] of the prompts just computed, by layer."""
+        """Keys and values [k, heads, P, size] of the padded prompts just computed, by layer."""
         return [layer.prompts for layer in self.layers]
+
+    def contents(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values [slots, heads, capacity, size] by layer."""
+        return [(x.keys.transpose(1, 2), x.values.transpose(1, 2)) for x in self.layers]
 
     def place(self, keys_values: list[tuple[Tensor, Tensor]], rows: Tensor, slots: Tensor) -> None:
         """Copy ``rows`` [m] of prompts' keys and values to ``slots`` [m]."""
         for layer, (keys, values) in zip(self.layers, keys_values, strict=True):
+            if not layer.is_initialized:
+                layer.lazy_initialization(keys, values)
             layer.keys[slots, : keys.shape[2]] = keys.transpose(1, 2)[rows]
             layer.values[slots, : values.shape[2]] = values.transpose(1, 2)[rows]
 
@@ -57,11 +64,14 @@ class SlotCache(Cache):
     def begin_step(self, lengths: Tensor, longest: int) -> None:
         """The next pass adds a token to each of the first n slots, which hold ``lengths`` [n]
         tokens, and reads the first ``longest`` columns."""
-        rows = torch.arange(len(lengths), device=lengths.device)
-        cells = rows * self.capacity + lengths
-        self.lengths = lengths
+        self.begin_rows(torch.arange(len(lengths), device=lengths.device), lengths)
         for layer in self.layers:
-            layer.cells, layer.longest = cells, longest
+            layer.cells, layer.longest = self.row_slots * self.capacity + lengths, longest
+
+    def begin_rows(self, slots: Tensor, lengths: Tensor) -> None:
+        """The next pass takes n tokens, one a row: of ``slots`` [n], each after ``lengths`` [n]
+        others. Only fused layers (layers.py) can do so when a slot has several."""
+        self.row_slots, self.lengths = slots, lengths
 
     def scratch(self, count: int, like: Tensor) -> Tensor:
         """Room for ``count`` numbers until somebody asks again."""
