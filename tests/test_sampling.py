@@ -77,7 +77,6 @@ def letters(ids):
         ("say STOP", 0, True),
         ("say STO", 0, False),
         ("STOP it", 0, False),
-        ("STOP and STOP", 0, False),
         ("x" * 100 + "STOP", 0, True),
         ("STOP", 5, False),
         ("STOP", 4, True),

@@ -49,7 +49,8 @@ class Prompts:
         fused: bool,
     ) -> None:
         self._model, self._budget, self._pad_id, self._trunk = model, budget, pad_id, trunk
-        self._fused, self._wanted = fused, Counter(prompts)
+        # the ordinary path gives the logits of every row's last column
+        self._fused, self._wanted = fused and model.fused, Counter(prompts)
         self._computed: dict[Prompt, tuple[PromptBatch, int]] = {}
 
     def read(self, prompts: Sequence[Prompt], cache: SlotCache) -> None:
