@@ -12,6 +12,7 @@ from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 from ppo_fast.language_model import LanguageModel
 from ppo_fast.ops import sample_tokens
 from ppo_fast.rollout import Rollout, Sampling, decode
+from ppo_fast.rollout.checks import layers_can_be_fused
 
 PROMPTS = [[5, 61, 7, 300, 12, 8], [44], [3, 2, 91, 250], [90, 90, 90]]
 SEEDS = torch.tensor([11, 2**40 + 3, 0, -7])
@@ -24,7 +25,9 @@ each_family = pytest.mark.parametrize("family", FAMILIES)
 
 @pytest.fixture(scope="module")
 def llama() -> LanguageModel:
-    return LanguageModel(tiny_model("llama"))
+    model = LanguageModel(tiny_model("llama"))
+    layers_can_be_fused(model)  # asked before the first rollout, in passes of its own
+    return model
 
 
 def sample(
