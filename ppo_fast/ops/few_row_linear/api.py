@@ -31,9 +31,9 @@ def few_row_linear(
     V = 49152, float32, two threads of an AVX2 machine (`make bench`)::
 
         rows                        1     4     8    16    32    64   128
-        C++ kernel                  6     9    12    18    30    55   110
-        F.linear                   13    42    47    54    70   101   164
-        the transposed product     14    10    14    30    43    75   142
+        C++ kernel                  6     9    11    18    27    52   108
+        F.linear                   11    33    42    49    60    88   151
+        the transposed product     11     9    13    25    36    63   127
 
     ``impl="auto"`` takes the kernel up to ``MOST_ROWS`` rows and ``F.linear`` above, and on other
     devices. With the kernel a row's bits depend on the row alone, not on how many come with it, as
