@@ -118,11 +118,8 @@ class _Decoding:
         trunk_pieces: list[Tensor],
     ) -> None:
         self.model, self.prompts, self.sampling, self.stops = model, prompts, sampling, stops
-        self.max_lengths, self.keep_states, self.trunk_pieces = (
-            max_lengths,
-            keep_states,
-            trunk_pieces,
-        )
+        self.max_lengths, self.keep_states = max_lengths, keep_states
+        self.trunk_pieces = trunk_pieces
         self.waiting = deque(range(len(prompts)))
         self.running: list[int | None] = []  # by slot the sequence; None: it has ended
         self.responses: list[list[int]] = [[] for _ in prompts]
