@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import PAD_ID, tiny_model, tiny_tokenizer
@@ -104,6 +105,11 @@ def test_stop_strings_need_a_tokenizer():
 def test_stop_tokens_are_of_the_vocabulary(model, wrong):
     with pytest.raises(ValueError, match=rf"stop_token_ids: got {wrong}, expected 0 to 306"):
         sample(model, Sampling(8, stop_token_ids=(wrong,)))
+
+
+def test_numbers_of_numpy_are_numbers():
+    sampling = Sampling(np.int64(8), top_k=np.int32(3), stop_token_ids=(np.int64(7),))
+    assert sampling == Sampling(8, top_k=3, stop_token_ids=(7,))
 
 
 @pytest.mark.parametrize("slots", [None, 2])

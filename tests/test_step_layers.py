@@ -17,6 +17,8 @@ from ppo_fast.rollout.checks import layers_can_be_fused
 from ppo_fast.rollout.few_rows import few_row_products
 from ppo_fast.rollout.layers import fused_layers
 
+ONE = {"prompt_ids": [[3, 9]], "sampling": Sampling(6), "seeds": torch.arange(1)}
+ONE |= {"eos_ids": [], "pad_id": PAD_ID}
 FUSED = {"llama": 3, "qwen2": 3, "gpt2": 0, "gemma2": 0, "gpt_neox": 0, "cohere": 0}
 
 
@@ -70,6 +72,16 @@ def test_nothing_is_fused_under_autocast():
         assert count == 0
         with few_row_products(model.model):
             assert "forward" not in vars(model.model.lm_head)
+
+
+def test_a_body_without_a_list_of_layers_decodes_as_it_is():
+    raw = tiny_model("llama")
+    expected = decode(LanguageModel(raw), **ONE)
+    raw.model.layers = torch.nn.ModuleList([*raw.model.layers, torch.nn.Identity()])
+    model = LanguageModel(raw)
+    with fused_layers(model) as count:
+        assert count == 0
+    assert torch.equal(decode(model, **ONE).tokens.response_ids, expected.tokens.response_ids)
 
 
 class Raised(BaseException):

@@ -29,7 +29,8 @@ class Engine(Protocol):
         ...
 
     def sync_weights(self, model: nn.Module) -> None:
-        """The policy was updated: called before the next ``generate``."""
+        """Take the policy's weights: called before every ``generate``, for whoever holds the open
+        loop may change them between any two."""
         ...
 
     def close(self) -> None:

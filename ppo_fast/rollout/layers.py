@@ -84,7 +84,10 @@ def _layers(model: LanguageModel) -> list[tuple[nn.Module, int]]:
     ):
         return []
     kinds = layer_types(model.text_config)
-    layers = list(layer_list(model.body))
+    try:
+        layers = list(layer_list(model.body))
+    except ValueError:  # a body of another shape decodes as it is
+        return []
     windows = [model.text_config.sliding_window if kind == SLIDING else 0 for kind in kinds]
     pairs = zip(layers, windows, strict=True)
     return [(layer, window) for layer, window in pairs if is_llama_like(layer)]

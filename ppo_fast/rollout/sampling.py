@@ -30,7 +30,8 @@ class Sampling:
     def __post_init__(self) -> None:
         def whole(name: str, least: int) -> bool:
             value = getattr(self, name)
-            return isinstance(value, int) and not isinstance(value, bool) and value >= least
+            is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+            return is_whole and int(value) >= least
 
         def all_are(name: str, kind: type) -> bool:
             values = getattr(self, name)
