@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ppo_fast.forwards import replaced_forwards
 from ppo_fast.ops import (
     TokenLogprobs,
     few_row_linear,
@@ -197,7 +198,10 @@ class LanguageModel:
         if trunk is not None:
             arguments["inputs_embeds"] = trunk
             del arguments["input_ids"]
-        with _starting_from(trunk, self.lower):
+        # With the trunk's states, the lower layers hand them on instead of computing them: masks,
+        # rotary tables and the final norm stay the model's own.
+        lower = self.lower if trunk is not None else []
+        with replaced_forwards([(layer, lambda *_, **__: trunk) for layer in lower]):
             if self.fused:
                 assert self.body is not None
                 return self.body(**arguments, use_cache=False).last_hidden_state, None
@@ -334,26 +338,6 @@ def _stopping_before(layer: nn.Module) -> Iterator[list[Tensor]]:
         yield reached
     finally:
         handle.remove()
-
-
-@contextmanager
-def _starting_from(trunk: Tensor | None, lower: list[nn.Module]) -> Iterator[None]:
-    """The lower layers hand on the trunk's states instead of computing them: masks, rotary tables
-    and the final norm stay the model's own. Without ``trunk`` nothing changes."""
-    if trunk is None:
-        yield
-        return
-    own = [layer.__dict__.get("forward") for layer in lower]  # an accelerate hook, if any
-    for layer in lower:
-        layer.forward = lambda *args, **kwargs: trunk
-    try:
-        yield
-    finally:
-        for layer, forward in zip(lower, own, strict=True):
-            if forward is None:
-                del layer.forward
-            else:
-                layer.forward = forward
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ppo_fast.forwards import replaced_forwards
 from ppo_fast.ops.dispatch import choose
 from ppo_fast.ops.few_row_linear.api import MOST_ROWS
 from ppo_fast.ops.few_row_linear.cpp import few_row_linear
@@ -20,24 +21,17 @@ def few_row_products(model: nn.Module) -> Iterator[None]:
     """For the block, the ``nn.Linear`` layers of a model on the CPU compute few rows by
     ``few_row_linear``. Hooks stay in force. Layers of other classes, layers whose forward somebody
     replaced, and all of them under autocast or without the compiled extension, stay as they are."""
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and _can_be_patched(m)]
-    try:
-        for layer in layers:
-            layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
+    device = next(model.parameters()).device
+    if (
+        device.type != "cpu"
+        or torch.is_autocast_enabled("cpu")
+        or choose("few_row_linear", "auto", device).impl != "cpp"
+    ):
         yield
-    finally:
-        for layer in layers:
-            vars(layer).pop("forward", None)  # the class's own again
-
-
-def _can_be_patched(module: nn.Linear) -> bool:
-    return (
-        type(module) is nn.Linear
-        and "forward" not in vars(module)
-        and module.weight.device.type == "cpu"
-        and not torch.is_autocast_enabled("cpu")
-        and choose("few_row_linear", "auto", module.weight.device).impl == "cpp"
-    )
+        return
+    layers = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
+    with replaced_forwards([(layer, partial(_forward, layer)) for layer in layers]):
+        yield
 
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppo_fast.forwards import replaced_forwards
 from ppo_fast.language_model import LanguageModel, layer_list
 from ppo_fast.ops.dispatch import choose
 from ppo_fast.ops.launch import DTYPE_CODES, address
@@ -64,14 +65,9 @@ def _is_hooked(module: nn.Module) -> bool:
 def fused_layers(model: LanguageModel) -> Iterator[int]:
     """For the block, the layers of a model that qualify take rows of SlotCache as one call each;
     hooks on a layer stay in force. Gives their number. None under autocast."""
-    layers = _layers(model)
-    try:
-        for layer, window in layers:
-            layer.forward = _StepForward(layer, window)
-        yield len(layers)
-    finally:
-        for layer, _ in layers:
-            vars(layer).pop("forward", None)  # the class's own again
+    forwards = [(layer, _StepForward(layer, window)) for layer, window in _layers(model)]
+    with replaced_forwards(forwards):
+        yield len(forwards)
 
 
 def _layers(model: LanguageModel) -> list[tuple[nn.Module, int]]:
