@@ -98,6 +98,9 @@ class PPOConfig:
     rollout_slots: int | None = None
     """Sequences decoded at a time: where one ends, the next prompt takes its place. Bounds the KV
     cache; None: the whole batch."""
+    cuda_graphs: bool = True
+    """On a GPU, capture decoding steps and replay them: a small model's take less than launching
+    their kernels one by one. Off by itself, with a warning, where that changes a token."""
     seed: int = 0
     """Seed of everything random: prompt order, minibatches, and, with a sequence's number and a
     token's position, each draw."""
@@ -142,6 +145,7 @@ class PPOConfig:
         ok = ok and all(isinstance(b, Real) and 0 <= b < 1 for b in betas)
         self._check("adam_betas", ok, "two numbers in [0, 1)")
         self._check_choice("whiten_advantages", (True, False))
+        self._check_choice("cuda_graphs", (True, False))
         self._check_choice("kl_in", ("reward", "loss"))
         self._check_choice("kl_estimator", (None, "k1", "abs", "k2", "k3", "k1+k2"))
         self._check_choice("aggregation", ("token-mean", "seq-mean-token-mean"))

@@ -293,6 +293,7 @@ class PPOTrainer(SpecMethods, TrainingLoop):
             prompt_tokens=self.config.forward_batch_tokens,
             to_text=partial(self.tokenizer.decode, skip_special_tokens=False),
             keep_states=self.critic is not None and self.critic.reads_states,
+            cuda_graphs=self.config.cuda_graphs,
         )
 
     def _which_critic(self, value_model: nn.Module | None) -> str:

@@ -73,7 +73,7 @@ def _by_slots(model: LanguageModel, rows: list[tuple[int, ...]], *, fused: bool)
         cache.place(batch.keys_values, index, torch.tensor(slots, device=model.device))
     lengths = torch.tensor([len(head) for head in heads], device=model.device)
     last = torch.tensor([row[-1] for row in rows], device=model.device)
-    return model.next(**step_arguments(model, cache, last, lengths, int(lengths.max()))).logits
+    return model.next(**step_arguments(model, cache, last, lengths, int(lengths.max()) + 1)).logits
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:

@@ -14,6 +14,7 @@ from ppo_fast.language_model import LanguageModel, Next
 from ppo_fast.ops import Sampled, logprobs_from_logits, sample_tokens
 from ppo_fast.rollout.checks import layers_can_be_fused
 from ppo_fast.rollout.few_rows import few_row_products
+from ppo_fast.rollout.graphs import Capture, Steps
 from ppo_fast.rollout.layers import fused_layers
 from ppo_fast.rollout.prompts import Prompt, PromptBatch, Prompts
 from ppo_fast.rollout.rollout import Rollout
@@ -41,6 +42,7 @@ def decode(
     max_lengths: Sequence[int] | None = None,
     to_text: Callable[[list[int]], str] | None = None,
     keep_states: bool = False,
+    capture: Capture | None = None,
 ) -> Rollout:
     """Sample a response for every prompt.
 
@@ -60,6 +62,7 @@ def decode(
         max_lengths: B numbers, the most tokens of each response; None: ``sampling.max_length``.
         to_text: ids -> text, for stop strings.
         keep_states: whether the rollout's ``states`` are wanted.
+        capture: how steps are recorded, to be replayed (graphs.py); None: they are not.
 
     Returns the rollout, without its texts.
 
@@ -84,6 +87,7 @@ def decode(
             max_lengths=max_lengths or [sampling.max_length] * len(prompt_ids),
             keep_states=keep_states,
             trunk_pieces=trunk,
+            capture=capture,
         )
         prompts = Prompts(
             model,
@@ -101,8 +105,9 @@ def decode(
 
 
 class _Decoding:
-    """Who sits in which slot, and what was drawn. A step computes the first ``len(running)`` slots;
-    none of them is empty when it begins."""
+    """Who sits in which slot, and what was drawn. A step computes the first ``len(running)`` slots,
+    none of which is empty when it begins, or a few more: those belong to a sequence that nobody
+    asked for, the last one in all tensors by sequence, and stay where they are."""
 
     def __init__(
         self,
@@ -116,6 +121,7 @@ class _Decoding:
         max_lengths: Sequence[int],
         keep_states: bool,
         trunk_pieces: list[Tensor],
+        capture: Capture | None,
     ) -> None:
         self.model, self.prompts, self.sampling, self.stops = model, prompts, sampling, stops
         self.max_lengths, self.keep_states = max_lengths, keep_states
@@ -126,23 +132,25 @@ class _Decoding:
         self.finished = [False] * len(prompts)
         self.prompt_width, self.longest = max(map(len, prompts)), max(max_lengths)
         self.cache = SlotCache(model.text_config, slots, self.prompt_width + self.longest)
+        self.steps = Steps(self._advance, slots, self.cache.capacity, capture)
         device, vocab_size = model.device, model.text_config.vocab_size
         if outside := [i for i in sampling.stop_token_ids if not 0 <= i < vocab_size]:
             raise ValueError(f"stop_token_ids: got {outside[0]}, expected 0 to {vocab_size - 1}")
-        self.seeds, self.stop_ids = (
-            seeds.to(device),
-            torch.tensor([i for i in sorted(stops.ids) if i < vocab_size], device=device),
-        )
-        # by slot: the sequence, the tokens in the cache, those drawn, and the last one
-        self.sequence, self.length, self.place, self.token = torch.zeros(
+        self.ends = torch.zeros(vocab_size, dtype=torch.bool, device=device)  # [V]
+        self.ends[self._tensor([i for i in stops.ids if i < vocab_size])] = True
+        # by slot: the tokens in the cache, those drawn, the last one, and the sequence
+        self.length, self.place, self.token, self.sequence = torch.zeros(
             4, slots, dtype=torch.int64, device=device
         )
-        # by sequence
+        self.sequence += len(prompts)
+        self.slots = torch.arange(slots, device=device)
+        # by sequence, and for nobody's
+        self.seeds = nn.functional.pad(seeds.to(device), (0, 1))
         self.logprobs, self.sampling_logprobs = torch.zeros(
-            2, len(prompts), self.longest, device=device
+            2, len(prompts) + 1, self.longest, device=device
         )
-        self.states: Tensor | None = None  # [B, longest, D], when the first are known
-        self.trunk: Tensor | None = None  # [B, P + longest, D]
+        self.states: Tensor | None = None  # [B + 1, longest, D], when the first are known
+        self.trunk: Tensor | None = None  # [B + 1, P + longest, D]
 
     def admit(self, prompts: Prompts) -> None:
         """Give free slots to sequences that wait, and close the gaps that remain."""
@@ -157,30 +165,36 @@ class _Decoding:
 
     def step(self) -> None:
         """One more token for every running sequence."""
-        n = len(self.running)
-        most = max(map(self._cached, range(n)))
-        arguments = step_arguments(self.model, self.cache, self.token[:n], self.length[:n], most)
+        slots = range(len(self.running))
+        self.steps(len(slots), max(map(self._cached, slots)) + 1)
+        self._note(list(slots), self.token[: len(slots)])
+
+    def _advance(self, rows: int, columns: int) -> None:
+        """One more token for the first ``rows`` slots, which look at the first ``columns`` of their
+        rows in the cache. Device work alone, on tensors that stay where they are."""
+        slots, lengths = self.slots[:rows], self.length[:rows]
+        arguments = step_arguments(self.model, self.cache, self.token[:rows], lengths, columns)
         next_ = self.model.next(**arguments)
         if self.trunk_pieces:
-            columns = self.prompt_width + self.place[:n] - 1
             piece = self.trunk_pieces.pop()
-            self._trunk_like(piece)[self.sequence[:n], columns] = piece[:, 0]
-        self.length[:n] += 1
-        self._draw(list(range(n)), next_)
+            at = self.prompt_width + self.place[:rows] - 1
+            self._trunk_like(piece)[self.sequence[:rows], at] = piece[:, 0]
+        lengths += self._is_somebodys(slots)
+        self._draw(slots, next_)
 
     def rollout(self, pad_id: int) -> Rollout:
         tokens = make_tokens(self.prompts, self.responses, pad_id, self.model.device)
-        if not torch.isfinite(self.logprobs).all():
+        real, longest = slice(len(self.prompts)), tokens.response_ids.shape[1]
+        if not torch.isfinite(self.logprobs[real]).all():
             raise FloatingPointError(NOT_FINITE)
-        longest = tokens.response_ids.shape[1]
         return Rollout(
             tokens,
-            self.logprobs[:, :longest],
-            self.sampling_logprobs[:, :longest],
+            self.logprobs[real, :longest],
+            self.sampling_logprobs[real, :longest],
             torch.tensor(self.finished),
             self.sampling,
-            None if self.trunk is None else self.trunk[:, : self.prompt_width + longest],
-            None if self.states is None else self.states[:, :longest],
+            None if self.trunk is None else self.trunk[real, : self.prompt_width + longest],
+            None if self.states is None else self.states[real, :longest],
         )
 
     def _cached(self, slot: int) -> int:
@@ -211,12 +225,12 @@ class _Decoding:
                 columns = slice(self.prompt_width - length, self.prompt_width)
                 trunk[sequence, columns] = batch.trunk[row, :length]
         states = None if batch.next.states is None else batch.next.states[source]
-        self._draw(slots, Next(batch.next.logits[source], states))
+        self._draw(target, Next(batch.next.logits[source], states))
+        self._note(slots, self.token[target])
 
-    def _draw(self, slots: list[int], next_: Next) -> None:
+    def _draw(self, slots: Tensor, next_: Next) -> None:
         """Draw the next token of the sequences in ``slots`` [n] from their logits [n, V]."""
-        index = self._tensor(slots)
-        at = self.sequence[index], self.place[index]
+        at = self.sequence[slots], self.place[slots]
         sampled = self._sample(next_.logits, *at)
         self.logprobs[at] = sampled.logprobs.float()
         self.sampling_logprobs[at] = sampled.sampling_logprobs.float()
@@ -224,20 +238,19 @@ class _Decoding:
             if self.states is None:
                 self.states = self._room(next_.states, self.longest)
             self.states[at] = next_.states
-        self.token[index] = sampled.tokens
-        self.place[index] += 1
-        for slot, token in zip(slots, sampled.tokens.tolist(), strict=True):
-            self._note(slot, token)
+        self.token[slots] = sampled.tokens
+        self.place[slots] += self._is_somebodys(slots)
+
+    def _is_somebodys(self, slots: Tensor) -> Tensor:
+        return self.sequence[slots] < len(self.prompts)
 
     def _sample(self, logits: Tensor, sequence: Tensor, place: Tensor) -> Sampled:
         """One token a row; those that may not end yet, among tokens that end nothing."""
         s, seeds = self.sampling, self.seeds[sequence]
         drawn_from = logits
         if s.min_new_tokens > 0:
-            ends = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
-            ends[self.stop_ids] = True
             early = place < s.min_new_tokens
-            drawn_from = logits.masked_fill(early[:, None] & ends, -torch.inf)
+            drawn_from = logits.masked_fill(early[:, None] & self.ends, -torch.inf)
         draw = partial(sample_tokens, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
         try:
             sampled = draw(drawn_from, seeds, place)
@@ -250,14 +263,16 @@ class _Decoding:
         )
         return sampled._replace(logprobs=full.logprobs)
 
-    def _note(self, slot: int, token: int) -> None:
-        sequence = self.running[slot]
-        assert sequence is not None
-        response = self.responses[sequence]
-        response.append(token)
-        self.finished[sequence] = self.stops.ends(response)
-        if self.finished[sequence] or len(response) == self.max_lengths[sequence]:
-            self.running[slot] = None
+    def _note(self, slots: list[int], tokens: Tensor) -> None:
+        """The tokens [n] that were drawn in ``slots``, which end some of the sequences there."""
+        for slot, token in zip(slots, tokens.tolist(), strict=True):
+            sequence = self.running[slot]
+            assert sequence is not None
+            response = self.responses[sequence]
+            response.append(token)
+            self.finished[sequence] = self.stops.ends(response)
+            if self.finished[sequence] or len(response) == self.max_lengths[sequence]:
+                self.running[slot] = None
 
     def _move_last_to(self, slot: int) -> None:
         """Drop an empty slot; the last one, if it is another, takes its place."""
@@ -267,13 +282,14 @@ class _Decoding:
             for by_slot in (self.sequence, self.length, self.place, self.token):
                 by_slot[slot] = by_slot[last]
             self.running[slot] = self.running[last]
+        self.sequence[last], self.length[last], self.place[last] = len(self.prompts), 0, 0
         self.running.pop()
 
     def _tensor(self, numbers: Sequence[int]) -> Tensor:
-        return torch.tensor(numbers, device=self.model.device)
+        return torch.tensor(numbers, dtype=torch.int64, device=self.model.device)
 
     def _room(self, like: Tensor, columns: int) -> Tensor:
-        return like.new_zeros(len(self.prompts), columns, like.shape[-1])
+        return like.new_zeros(len(self.prompts) + 1, columns, like.shape[-1])
 
     def _trunk_like(self, piece: Tensor) -> Tensor:
         if self.trunk is None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_fast.language_model import LanguageModel
 from ppo_fast.rollout.decode import decode
+from ppo_fast.rollout.graph_check import capture_for
 from ppo_fast.rollout.rollout import Rollout
 from ppo_fast.rollout.sampling import Sampling
 
@@ -56,6 +57,7 @@ class LocalEngine:
         prompt_tokens: most tokens of the prompts computed in one pass.
         to_text: ids -> text, for stop strings.
         keep_states: whether rollouts keep the states that the LM head read.
+        cuda_graphs: on a GPU, capture steps and replay them, after a check that it changes nothing.
     """
 
     def __init__(
@@ -68,10 +70,11 @@ class LocalEngine:
         prompt_tokens: int = 8192,
         to_text: Callable[[list[int]], str] | None = None,
         keep_states: bool = False,
+        cuda_graphs: bool = True,
     ) -> None:
         self.model, self.eos_ids, self.pad_id = model, eos_ids, pad_id
         self.slots, self.prompt_tokens = slots, prompt_tokens
-        self.to_text, self.keep_states = to_text, keep_states
+        self.to_text, self.keep_states, self.cuda_graphs = to_text, keep_states, cuda_graphs
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, *, seeds: Tensor
@@ -87,6 +90,7 @@ class LocalEngine:
             prompt_tokens=self.prompt_tokens,
             to_text=self.to_text,
             keep_states=self.keep_states,
+            capture=capture_for(self.model) if self.cuda_graphs else None,
         )
 
     def sync_weights(self, model: nn.Module) -> None:

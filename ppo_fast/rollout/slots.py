@@ -144,15 +144,15 @@ def layer_types(config: Any) -> list[str]:
 
 
 def step_arguments(
-    model: LanguageModel, cache: SlotCache, tokens: Tensor, lengths: Tensor, most: int
+    model: LanguageModel, cache: SlotCache, tokens: Tensor, lengths: Tensor, columns: int
 ) -> dict[str, Any]:
     """What the model is called with for one more token each: ``tokens`` [n] for the first n slots,
-    which hold ``lengths`` [n] before it, none more than ``most``."""
-    cache.begin_step(lengths, most + 1)
+    which hold ``lengths`` [n] before it, each less than ``columns``."""
+    cache.begin_step(lengths, columns)
     return {
         "input_ids": tokens[:, None],
         "position_ids": lengths[:, None],
-        "attention_mask": step_mask(model.text_config, lengths, most + 1, model.dtype),
+        "attention_mask": step_mask(model.text_config, lengths, columns, model.dtype),
         "past_key_values": cache,
     }
 

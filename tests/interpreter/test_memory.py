@@ -36,8 +36,8 @@ def exit_code_of_fork(function, *arguments) -> int:
     return process.exitcode
 
 
-def run_between_guards(name: str, dtype: torch.dtype, at_end: bool) -> None:
-    launcher, arguments = CASES[name].prepare(example_of(CASES[name], dtype))
+def run_between_guards(name: str, dtype: torch.dtype, at_end: bool, aligned: bool) -> None:
+    launcher, arguments = CASES[name].prepare(example_of(CASES[name], dtype, aligned=aligned))
 
     def place(tensor: Tensor) -> Tensor:
         return guarded(tensor, at_end=at_end)
@@ -57,10 +57,11 @@ def test_guards_guard(exit_code, at_end):
     assert exit_code(read_a_byte_too_far, at_end) == -signal.SIGSEGV
 
 
+@pytest.mark.parametrize("aligned", [False, True], ids=["unaligned", "aligned"])
 @pytest.mark.parametrize("at_end", [True, False], ids=["end", "start"])
 @pytest.mark.parametrize(("name", "dtype"), variants())
-def test_nothing_outside_a_tensor_is_touched(exit_code, name, dtype, at_end):
-    assert exit_code(run_between_guards, name, dtype, at_end) == 0
+def test_nothing_outside_a_tensor_is_touched(exit_code, name, dtype, at_end, aligned):
+    assert exit_code(run_between_guards, name, dtype, at_end, aligned) == 0
 
 
 @pytest.mark.parametrize(("name", "dtype"), variants())

@@ -229,6 +229,20 @@ def test_truncation_keeps_the_smallest_set(impl, logits, options, kept):
 
 
 @IMPLS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tied", [-3.0, 0.0, 3.0])
+def test_ties_at_the_edge_are_told_apart_whatever_their_bits(impl, dtype, tied):
+    """Below 0 the order of numbers is not that of their bits."""
+    logits = torch.tensor([[tied - 1.5] * 3 + [tied] * 5 + [tied + 1.0]], dtype=dtype)
+    for kept, options in ((3, {"top_k": 3}), (2, {"top_p": 0.4})):
+        out = sample_tokens(logits, *rows(1), impl=impl, **options)
+        mass = math.exp(1.0) + kept - 1
+        drawn = 1.0 if out.tokens.item() == 8 else 0.0
+        assert out.tokens.item() in (8, *range(3, 2 + kept))
+        assert out.sampling_logprobs.item() == pytest.approx(drawn - math.log(mass), abs=1e-5)
+
+
+@IMPLS
 def test_impossible_tokens_are_never_drawn(impl):
     n = 20 if INTERPRETED else 500
     logits = torch.full((n, 41), -math.inf)

@@ -1,0 +1,61 @@
+"""A capture for the CPU that holds as little as a CUDA graph does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+# What a stream that is being captured refuses: to wait for the device, and to read the host's
+# memory, which may have changed when the graph is replayed.
+REFUSED = {
+    aten._local_scalar_dense.default,
+    aten.is_nonzero.default,
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten.unique_dim.default,
+    aten.lift_fresh.default,
+}
+
+
+class RecordedOps(TorchDispatchMode):
+    """The tensor operations within, as they come: addresses, sizes and numbers stay what they were,
+    and no Python runs again. ``replay`` repeats them into the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        index = tree_leaves(args[1]) if func is aten.index.Tensor else []
+        if func in REFUSED or any(x is not None and x.dtype == torch.bool for x in index):
+            raise RuntimeError(f"{func}: operation not permitted when stream is capturing")
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    def replay(self) -> None:
+        for func, args, kwargs, recorded in self.calls:
+            again = func(*args, **kwargs)
+            pairs = zip(tree_leaves(recorded), tree_leaves(again), strict=True)
+            for (old, new), returned in zip(pairs, func._schema.returns, strict=False):
+                if isinstance(old, Tensor) and returned.alias_info is None:
+                    old.copy_(new)
+
+
+def recorded_ops(device: torch.device) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """As ``cuda_graphs``."""
+
+    def capture(step: Callable[[], None]) -> Callable[[], None]:
+        with RecordedOps() as ops:
+            step()
+        return ops.replay
+
+    return capture
