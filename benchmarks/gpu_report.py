@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))  # with -m it is not there
 
+import gpu_steps
 import torch
 import triton
 from gpu_works import WORKS, Work
@@ -194,7 +195,8 @@ def compute(progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     versions = {"torch": torch.__version__, "triton": triton.__version__}
     gpus = {name: gpu._asdict() for name, gpu in GPUS.items()}
     about = {"versions": versions, "caveat": CAVEAT, "gpus": gpus}
-    return about | {"kernels": kernels(works), "works": lines}
+    decoding = gpu_steps.as_lines({name: gpu.bandwidth for name, gpu in GPUS.items()})
+    return about | {"kernels": kernels(works), "works": lines, "decoding": decoding}
 
 
 def _rounded(x: float) -> float:
@@ -207,6 +209,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     console.print(f"[bold]{HEADER}[/] ({versions})\n{report['caveat']}")
     console.print(kernel_table(report["kernels"]))
     console.print(work_table(report["works"]))
+    console.print(decoding_table(report["decoding"]))
 
 
 def kernel_table(lines: list[dict[str, Any]]) -> Table:
@@ -241,6 +244,17 @@ def work_table(lines: list[dict[str, Any]]) -> Table:
             table.add_row(*label, gpu, *shown, it["bound"], line["published"].get(gpu, ""))
             label = "", ""
         table.add_section()
+    return table
+
+
+def decoding_table(lines: list[dict[str, Any]]) -> Table:
+    title = f"A decoding step, {gpu_steps.ROWS} rows of {gpu_steps.TOKENS} tokens, bfloat16"
+    table = Table("model", title=f"{title} ({HEADER.lower()})")
+    for column in ("kernels", "launched from Python, ms", *(f"read, {gpu}, ms" for gpu in GPUS)):
+        table.add_column(column, justify="right")
+    for line in lines:
+        read = [f"{ms:.3g}" for ms in line["bytes_ms"].values()]
+        table.add_row(line["model"], str(line["launches"]), f"{line['launch_ms']:.3g}", *read)
     return table
 
 

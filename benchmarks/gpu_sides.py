@@ -13,10 +13,14 @@ from typing import Any, NamedTuple
 
 import eager
 import torch
+from gpu_steps import MODELS
 from sides import Side
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ppo_fast import ops
+from ppo_fast.language_model import LanguageModel
+from ppo_fast.rollout import LocalEngine, Sampling
 
 EAGER = "eager, log_softmax and gather"
 COMPILED = "torch.compile of the reference"
@@ -200,6 +204,36 @@ def sample(rows: int, vocab: int, *, impl: Any = "triton") -> GpuWork:
     return GpuWork(f"sample_tokens, {rows} x {vocab}", logits.nbytes, sides)
 
 
+def decoding(settings: dict[str, Any], rows: int, prompt: int, new: int) -> GpuWork:
+    """A rollout, and ``generate``, of a model with random bfloat16 weights."""
+    config = AutoConfig.for_model(**settings, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    prompts = torch.randint(2, config.vocab_size, (rows, prompt))
+    policy, seeds = LanguageModel(model), torch.arange(rows)
+
+    def ours(cuda_graphs: bool) -> Any:
+        engine = LocalEngine(policy, eos_ids=list, pad_id=0, cuda_graphs=cuda_graphs)
+        return engine.generate(prompts.tolist(), Sampling(new), seeds=seeds)
+
+    def generate() -> Any:
+        return model.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            pad_token_id=0,
+        )
+
+    sides: dict[str, Side | str] = {
+        "ppo_fast": partial(ours, cuda_graphs=True),
+        "ppo_fast without CUDA graphs": partial(ours, cuda_graphs=False),
+        "transformers generate": generate,
+    }
+    return GpuWork(f"decoding, {rows} prompts of {prompt}, {new} new tokens each", 0, sides)
+
+
 HEAD = (4096, 128256, 4096)  # tokens, vocabulary, hidden size
 WORKS = {
     "logprobs forward": partial(logprobs, 8192, 151936, backward=False),
@@ -211,4 +245,5 @@ WORKS = {
     "gae, 64 x 1024": partial(gae, 64, 1024),
     "gae, 8192 x 2048": partial(gae, 8192, 2048),
     "sample": partial(sample, 64, 151936),
+    "decoding": partial(decoding, MODELS["SmolLM2-135M"], 32, 128, 128),
 }

@@ -31,6 +31,7 @@ TESTS = {
         "tests/ops/test_logprobs_cpp.py",
         "tests/ops/test_ppo_loss_op.py",
         "tests/test_doctor.py",
+        "tests/test_graphs.py",
         "tests/test_cli.py::test_env_lists_every_op_and_why",
         "tests/test_cli.py::test_env_says_which_path_a_head_takes",
     ],
@@ -54,8 +55,10 @@ CPU tensors, and the compiler makes the code that a GPU would run; what lies bet
   its choice of algorithms: on the CPU another BLAS runs.
 - **Memory.** Allocation, page-locked copies, running out; tensors of more than 2^31 elements are
   addressed in the interpreter and checked for overflow, never held.
-- **Streams and graphs.** Launches on other than the default stream, under CUDA graphs, with several
-  GPUs in a process or over several processes.
+- **Streams and graphs.** Launches on other than the default stream, with several GPUs in a process
+  or over several processes. Decoding steps are recorded and replayed on the CPU, operation by
+  operation, where reading a number or making a tensor of one is an error, as it is in a CUDA graph;
+  no graph was captured. A rollout compares tokens first, and captures nothing where they differ.
 - **Speed.** Every number in benchmarks/README.md for a GPU is computed, not measured.
 - **AMD and Intel GPUs.** Not looked at.
 
@@ -144,9 +147,10 @@ def find(coverage: Coverage, interpreted: set[str]) -> dict[str, Found]:
 
 def is_for_gpus(name: str) -> bool:
     """Whether all of a file is looked at; of others, lines that speak of CUDA."""
-    files = ("gpu.py", "self_check.py", "token_reduce.py", "dispatch.py", "library.py")
+    files = ("gpu.py", "self_check.py", "token_reduce.py", "dispatch.py", "library.py", "graphs.py")
     of_op = name.startswith("ppo_fast/ops/") and Path(name).name.startswith("triton")
-    return of_op or name.endswith(files) or name in ("ppo_fast/doctor.py", "ppo_fast/env.py")
+    others = ("doctor.py", "env.py", "rollout/graph_check.py")
+    return of_op or name.endswith(files) or name.removeprefix("ppo_fast/") in others
 
 
 def triton_functions(text: str) -> Iterator[Kernel]:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gpu_steps import LAUNCH_US, ROWS, TOKENS
 from sides import ratios_to_ours
 
 HERE = Path(__file__).parent
@@ -133,7 +134,23 @@ def computed_section(path: Path) -> str:
             f"| {line['work']} | {line['bytes']:.3g} ({line['floor']:.3g}) | "
             f"{' | '.join(least)} | {published} |"
         )
+    lines += decoding_lines(run["decoding"], gpus)
     return "\n".join(lines) + "\n"
+
+
+def decoding_lines(steps: list[dict[str, Any]], gpus: dict[str, Any]) -> list[str]:
+    lines = [
+        f"\nA decoding step of {ROWS} rows of {TOKENS} tokens in bfloat16: the kernels it launches "
+        f"(counted in a recording of its operations), the least time of launching them one by one "
+        f"from Python ({LAUNCH_US:.0f} us each), which a CUDA graph does at once, and of reading "
+        "weights, keys and values, in milliseconds.\n",
+        f"| model | kernels | launches from Python | reading: {' | '.join(gpus)} |",
+        "|---|---|---|" + len(gpus) * "---|",
+    ]
+    for step in steps:
+        read = " | ".join(f"{ms:.3g}" for ms in step["bytes_ms"].values())
+        lines.append(f"| {step['model']} | {step['launches']} | {step['launch_ms']:.3g} | {read} |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import sys
 from io import StringIO
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ if os.environ.get("PPO_FAST_TEST_TRITON") == "1":  # the interpreter compiles no
 
 import gpu_report
 import gpu_sides
+import gpu_steps
 import gpu_works
 import report
 import test_bench_gpu
@@ -191,7 +193,7 @@ def test_printed_tables_say_computed(small):
     gpu_report.show(small, console)
     text = console.file.getvalue()
     assert text.startswith("Computed, not measured")
-    assert text.count("(computed, not measured)") == 2
+    assert text.count("(computed, not measured)") == 3
     assert "0.1 (someone)" in text
     assert all(text.count(gpu) >= 2 for gpu in GPUS)
 
@@ -203,7 +205,8 @@ def test_main_writes_the_report(small, monkeypatch, tmp_path, capsys):
     assert json.loads((tmp_path / "gpu_computed.json").read_text()) == small
     section = report.computed_section(tmp_path / "gpu_computed.json")
     assert "computed, not measured" in section.splitlines()[1]
-    assert section.count("\n| ") == 2 + len(small["kernels"]) + len(small["works"])
+    rows = sum(len(small[part]) for part in ("kernels", "works", "decoding"))
+    assert section.count("\n| ") == 3 + rows
 
 
 def test_runs_as_a_module():
@@ -240,18 +243,42 @@ def test_the_kept_report_is_of_these_works():
     assert RESULT["gpus"] == {name: gpu._asdict() for name, gpu in GPUS.items()}
 
 
-SMALL = {
+def test_a_step_is_counted_and_weighed():
+    """Of Llama's layers, a kernel a line of transformers' code, each way of counting apart."""
+    one, three = (gpu_steps.launches(THIN | {"num_hidden_layers": n}) for n in (1, 3))
+    per_layer = (three - one) / 2
+    # 7 products, 2 norms of 6, rotation of 2 tensors in 5 each, 2 writes to the cache, attention,
+    # 2 sums, silu and its product, and copies of tensors that lie in another order
+    assert 30 < per_layer < 45
+    assert per_layer == int(per_layer)
+    assert 10 < one - per_layer < 80  # rotary tables, mask, head, drawing and what is noted of it
+    settings = gpu_steps.MODELS["SmolLM2-135M"]
+    assert gpu_steps.weight_bytes(settings) == 2 * 134_515_008
+    assert gpu_steps.cache_bytes(settings) == 2 * 2 * 30 * 3 * 64 * 32 * 512
+    untied = gpu_steps.MODELS["Llama-3.1-8B"]
+    assert gpu_steps.weight_bytes(untied) == 2 * (8_030_261_248 - 128256 * 4096)
+
+
+THIN = gpu_steps.MODELS["SmolLM2-135M"] | {
+    "num_hidden_layers": 2,
+    "hidden_size": 36,
+    "intermediate_size": 16,
+    "vocab_size": 64,
+}
+SMALL: dict[str, tuple[Any, ...]] = {
     "logprobs": (4, 37),
     "linear": (4, 37, 8),
     "losses": (3, 8),
     "gae": (3, 8),
     "sample": (3, 37),
+    "decoding": (THIN, 3, 5, 4),
 }
 
 
 def small_work(name: str) -> gpu_sides.GpuWork:
     make = gpu_sides.WORKS[name]
-    return make.func(*SMALL[make.func.__name__], **make.keywords, impl="reference")
+    reference = {} if name == "decoding" else {"impl": "reference"}
+    return make.func(*SMALL[make.func.__name__], **make.keywords, **reference)
 
 
 @pytest.fixture

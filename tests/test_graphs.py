@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
-from contextlib import nullcontext
 
 import pytest
 import torch
-from recorded_ops import RecordedOps, recorded_ops
+from recorded_ops import RecordedOps, as_on_a_gpu, recorded_ops
 from tiny_models import FAMILIES, PAD_ID, tiny_model
 from tiny_rollouts import EOS_IDS, PROMPTS, SEEDS, sample, texts
 from tiny_trainer import PROMPTS as TEXTS
@@ -22,15 +20,9 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def as_on_a_gpu(monkeypatch):
-    """No C++ in place of layers, which a recording of tensor operations would miss, and no look at
-    the draws."""
-    decoding = importlib.import_module("ppo_fast.rollout.decode")
-    monkeypatch.setattr(decoding, "layers_can_be_fused", lambda _: False)
-    monkeypatch.setattr(decoding, "few_row_products", nullcontext)
-    for who_looks in ("validation", "sample_tokens.api"):
-        module = importlib.import_module(f"ppo_fast.ops.{who_looks}")
-        monkeypatch.setattr(module, "values_readable", lambda _: False)
+def on_a_gpu():
+    with as_on_a_gpu():
+        yield
 
 
 @pytest.fixture

@@ -204,7 +204,7 @@ def logprobs_backward_kernel(
     part_start = part * (SPAN * BLOCK)
     part_end = tl.minimum(part_start + SPAN * BLOCK, body_length)
     edge, exists = edge_columns(head, body_length, vocab_size, VEC)
-    exists = exists & (part == 0)
+    exists = exists & (edge < tl.where(part == 0, vocab_size, 0))
     live = (a != 0.0) | (b != 0.0)
     readable = tl.where(live, vocab_size, 0)  # columns; of other rows the gradient is 0
     readable_body = tl.where(live, body_length, 0)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -21,6 +24,7 @@ REFUSED = {
     aten.unique_dim.default,
     aten.lift_fresh.default,
 }
+ALLOCATING = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty}
 
 
 class RecordedOps(TorchDispatchMode):
@@ -41,6 +45,11 @@ class RecordedOps(TorchDispatchMode):
         self.calls.append((func, args, kwargs or {}, result))
         return result
 
+    @property
+    def launches(self) -> int:
+        """Kernels that a GPU would launch, at least: one for each call that computes something."""
+        return sum(1 for func, *_ in self.calls if _computes(func))
+
     def replay(self) -> None:
         for func, args, kwargs, recorded in self.calls:
             again = func(*args, **kwargs)
@@ -59,3 +68,27 @@ def recorded_ops(device: torch.device) -> Callable[[Callable[[], None]], Callabl
         return ops.replay
 
     return capture
+
+
+def _computes(func: Any) -> bool:
+    if func.overloadpacket in ALLOCATING or func is aten._unsafe_view.default:
+        return False
+    is_view = any(r.alias_info is not None for r in func._schema.returns)
+    return not is_view or func._schema.is_mutable
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """The rollout's steps as tensor operations alone: no layers in C++, which a recording would
+    miss, and no look at the numbers."""
+    modules = {
+        name: importlib.import_module(f"ppo_fast.{name}")
+        for name in ("rollout.decode", "ops.validation", "ops.sample_tokens.api")
+    }
+    with (
+        patch.object(modules["rollout.decode"], "layers_can_be_fused", lambda _: False),
+        patch.object(modules["rollout.decode"], "few_row_products", nullcontext),
+        patch.object(modules["ops.validation"], "values_readable", lambda _: False),
+        patch.object(modules["ops.sample_tokens.api"], "values_readable", lambda _: False),
+    ):
+        yield
