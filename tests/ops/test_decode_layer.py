@@ -89,7 +89,7 @@ def test_fused_layers_are_the_models_own(make, window, dtype, isa):
         for layer, (keys, values) in zip(cache.layers, before, strict=True):
             layer.keys, layer.values = keys.to(lm.dtype).clone(), values.to(lm.dtype).clone()
         cache._scratch = None
-        arguments = step_arguments(lm, cache, tokens, lengths, int(lengths.max()))
+        arguments = step_arguments(lm, cache, tokens, lengths, int(lengths.max()) + 1)
         if patched:
             with fused_layers(lm) as count:
                 states = lm.next(**arguments).states
@@ -128,7 +128,7 @@ def test_a_rows_bits_depend_on_the_row_alone():
         try:
             with few_row_products(model.model), fused_layers(model):
                 cache.slots = len(rows)
-                arguments = step_arguments(model, cache, tokens[rows], lengths[rows], 29)
+                arguments = step_arguments(model, cache, tokens[rows], lengths[rows], 30)
                 return model.next(**arguments).logits
         finally:
             torch.set_num_threads(default)
