@@ -107,7 +107,6 @@ void attend(Real* scores, const Real* values, std::int64_t stride, std::int64_t 
 template <typename Real>
 struct DecodeLayer {
   const DecodeLayerArgs& args;
-  int threads;
   const Real* x = static_cast<const Real*>(args.x);
   Real* y = static_cast<Real*>(args.y);
   const std::int64_t n = args.num_rows, hidden = args.hidden_size;
@@ -132,7 +131,7 @@ struct DecodeLayer {
     const std::int64_t first = i * kOutputsAtATime;
     const std::int64_t last = std::min(first + kOutputsAtATime, outputs);
     products(static_cast<const Real*>(weight) + first * inputs, inputs, from, n, inputs, first, last,
-             outputs_ahead(n, threads), [&](std::int64_t r, std::int64_t o, Real dot) {
+             [&](std::int64_t r, std::int64_t o, Real dot) {
                const Real sum = dot + (shift == nullptr ? Real(0) : shift[o]);
                to[r * outputs + o] = base == nullptr ? sum : base[r * outputs + o] + sum;
              });
@@ -188,7 +187,7 @@ struct DecodeLayer {
     scores.resize(static_cast<std::size_t>(group * count));
     Real* to = scores.data();
     const Real scaling = static_cast<Real>(args.scaling);
-    products(keys + first * stride, stride, queries, group, size, 0, count, 0,
+    products(keys + first * stride, stride, queries, group, size, 0, count,
              [=](std::int64_t g, std::int64_t j, Real dot) { to[g * count + j] = dot * scaling; });
     for (std::int64_t g = 0; g < group; ++g) {
       attend(to + g * count, values + first * stride, stride, count, size,
@@ -209,7 +208,7 @@ struct DecodeLayer {
     }
   }
 
-  void run() const {
+  void run([[maybe_unused]] int threads) const {
     const Real* norms[] = {static_cast<const Real*>(args.attention_norm),
                            static_cast<const Real*>(args.mlp_norm)};
 #ifdef _OPENMP
@@ -240,7 +239,7 @@ struct DecodeLayer {
 
 inline void decode_layer(const DecodeLayerArgs& args, int num_threads) {
   with_real(args.dtype, [&](auto* type) {
-    DecodeLayer<std::remove_pointer_t<decltype(type)>>{args, num_threads}.run();
+    DecodeLayer<std::remove_pointer_t<decltype(type)>>{args}.run(num_threads);
   });
 }
 

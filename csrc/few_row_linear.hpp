@@ -73,40 +73,19 @@ PPO_FAST_INLINE void dot_rows(const Real* weight, std::int64_t weight_stride, co
   }
 }
 
-// Threads take blocks in turns: so many outputs further on is likely the next one of this thread.
-// Where rows are few, there is little to compute while weights come: they come in order anyway.
-inline std::int64_t outputs_ahead(std::int64_t num_rows, int num_threads) {
-  return num_rows > kTileRows ? kOutputsAtATime * num_threads : 0;
-}
-
-// Asks for numbers that are needed soon; they may lie beyond the end of what there is.
-template <typename Real>
-PPO_FAST_INLINE void prefetch(const Real* from, std::int64_t count) {
-#if defined(__GNUC__) || defined(__clang__)
-  constexpr std::int64_t kLine = 64 / sizeof(Real);
-  for (std::int64_t k = 0; k < count; k += kLine) __builtin_prefetch(from + k, 0, 2);
-#endif
-}
-
 // Calls emit(row, output, product) for outputs [first, last) of all rows. `x` [num_rows, count] and
-// `weight`, rows weight_stride apart, which starts at output `first`. Meanwhile the weights that
-// stand `ahead` outputs further on are fetched, a part with each tile (0: none are).
+// `weight`, rows weight_stride apart, which starts at output `first`.
 template <typename Real, typename Emit>
 PPO_FAST_INLINE void products(const Real* weight, std::int64_t weight_stride, const Real* x,
                               std::int64_t num_rows, std::int64_t count, std::int64_t first,
-                              std::int64_t last, std::int64_t ahead, Emit emit) {
+                              std::int64_t last, Emit emit) {
   for (std::int64_t row = 0; row < num_rows; row += kTileRows) {
     const std::int64_t rows = std::min(kTileRows, num_rows - row);
-    const std::int64_t from_k = count * row / num_rows;
-    const std::int64_t share = count * (row + rows) / num_rows - from_k;
     for (std::int64_t v = first; v < last;) {
       const bool whole = v + kTileOutputs <= last;
       const std::int64_t outputs = whole ? kTileOutputs : 1;
       const Real* from = weight + (v - first) * weight_stride;
       Real dots[kTileOutputs][kTileRows];
-      for (std::int64_t o = 0; ahead > 0 && o < outputs; ++o) {
-        prefetch(from + (ahead + o) * weight_stride + from_k, share);
-      }
       if (whole) {
         dot_rows<Real, kTileOutputs>(from, weight_stride, x + row * count, count, rows, dots);
       } else {
@@ -123,7 +102,7 @@ PPO_FAST_INLINE void products(const Real* weight, std::int64_t weight_stride, co
 // Outputs [first, last) of all rows. x: as computed with, [N, D].
 template <typename T>
 void some_outputs(const FewRowLinearArgs& args, const Compute<T>* x, std::int64_t first,
-                  std::int64_t last, std::int64_t ahead) {
+                  std::int64_t last) {
   using Real = Compute<T>;
   const std::int64_t count = args.num_inputs;
   const T* weight = static_cast<const T*>(args.weight) + first * args.weight_stride;
@@ -134,7 +113,7 @@ void some_outputs(const FewRowLinearArgs& args, const Compute<T>* x, std::int64_
     narrow(product + shift, y + row * args.num_outputs + v);
   };
   if constexpr (std::is_same_v<T, Real>) {
-    products(weight, args.weight_stride, x, args.num_rows, count, first, last, ahead, emit);
+    products(weight, args.weight_stride, x, args.num_rows, count, first, last, emit);
   } else {
     std::vector<Real> widened(static_cast<std::size_t>((last - first) * count));
     for (std::int64_t v = 0; v < last - first; ++v) {
@@ -142,7 +121,7 @@ void some_outputs(const FewRowLinearArgs& args, const Compute<T>* x, std::int64_
       for (std::int64_t k = 0; k < count; ++k) widened[v * count + k] = widen(from[k]);
     }
     products(static_cast<const Real*>(widened.data()), count, x, args.num_rows, count, first, last,
-             0, emit);
+             emit);
   }
 }
 
@@ -166,8 +145,7 @@ inline void few_row_linear(const FewRowLinearArgs& args, int num_threads) {
         kOutputsAtATime * args.num_inputs * std::max<std::int64_t>(args.num_rows, 5) / 20;
     parallel_for(blocks, cost, num_threads, [&](std::int64_t i) {
       const std::int64_t first = i * kOutputsAtATime;
-      some_outputs<T>(args, x, first, std::min(first + kOutputsAtATime, args.num_outputs),
-                      outputs_ahead(args.num_rows, num_threads));
+      some_outputs<T>(args, x, first, std::min(first + kOutputsAtATime, args.num_outputs));
     });
   });
 }
