@@ -76,7 +76,7 @@ def make_experience(
         )
     temperature, budget = rollout.sampling.temperature, config.forward_batch_tokens
     trunk = rollout.trunk
-    if policy.lower and trunk is None:
+    if policy.split is not None and trunk is None:
         trunk = trunk_states(policy, tokens, budget)
 
     def logprobs(model: LanguageModel, part: Tokens, below: Tensor | None) -> Tensor:

@@ -9,13 +9,12 @@ comparison of both at construction, and means the ordinary path.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ppo_fast.forwards import replaced_forwards
 from ppo_fast.ops import (
     TokenLogprobs,
     few_row_linear,
@@ -24,6 +23,7 @@ from ppo_fast.ops import (
 )
 from ppo_fast.ops.gradient import computed_in
 from ppo_fast.tokens import Tokens
+from ppo_fast.trunk import Split, run
 
 # Largest difference between the two paths, relative to the largest logit, that rounding explains.
 HEAD_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
@@ -74,13 +74,12 @@ class LanguageModel:
         self.text_config: Any = config.get_text_config()
         self.logit_scale = float(getattr(self.text_config, "logit_scale", None) or 1.0)
         self.softcap: float | None = getattr(self.text_config, "final_logit_softcapping", None)
-        self.lower: list[nn.Module] = []
-        if num_layers_unfrozen is not None:
-            self.lower = lower_layers(self.body, num_layers_unfrozen)
+        k = num_layers_unfrozen
+        self.split = None if k is None else Split(self.body, k)
         reason = self._fused_fails()
         self.fused = reason is None
         self.reason = reason or "the body's states times the LM head equal the model's logits"
-        if self.lower and (reason := self._split_fails()):
+        if self.split is not None and (reason := self._split_fails()):
             raise ValueError(
                 f"num_layers_unfrozen: {type(model).__name__} cannot be split into a trunk and a "
                 f"top ({reason}); use num_layers_unfrozen=None"
@@ -131,34 +130,14 @@ class LanguageModel:
     @torch.no_grad()
     def trunk(self, tokens: Tokens) -> Tensor:
         """[B, P + T, D]: what enters the first unfrozen layer."""
-        assert self.body is not None
-        top = layer_list(self.body)[len(self.lower)]
-        with _stopping_before(top) as reached:
-            try:
-                self.body(**self._inputs(tokens), use_cache=False)
-            except _Reached:
-                return reached[0]
-        raise RuntimeError("the first unfrozen layer was never reached")
+        assert self.split is not None
+        return self.split.trunk(tokens)
 
-    @contextmanager
-    def recording_trunk(self) -> Iterator[list[Tensor]]:
+    def recording_trunk(self) -> AbstractContextManager[list[Tensor]]:
         """Within the block, what every pass hands to the first unfrozen layer lands in the list,
         [B, n, D] each: decoding sees every token but the last, and computes its trunk anyway.
         Without a trunk the list stays empty."""
-        pieces: list[Tensor] = []
-        if not self.lower:
-            yield pieces
-            return
-        top = layer_list(self.body)[len(self.lower)]
-
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            pieces.append(_layer_input(args, kwargs))
-
-        handle = top.register_forward_pre_hook(record, with_kwargs=True)
-        try:
-            yield pieces
-        finally:
-            handle.remove()
+        return nullcontext([]) if self.split is None else self.split.recording()
 
     @torch.no_grad()
     def next(self, at: tuple[Tensor, Tensor] | None = None, **arguments: Any) -> Next:
@@ -185,31 +164,16 @@ class LanguageModel:
         assert isinstance(self.head, nn.Linear)
         return self.head.weight, self.head.bias
 
-    def _inputs(self, tokens: Tokens) -> dict[str, Tensor]:
-        return {
-            "input_ids": tokens.input_ids,
-            "attention_mask": tokens.attention_mask,
-            "position_ids": tokens.position_ids,
-        }
-
     def _run(self, tokens: Tokens, trunk: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """States [B, P + T, D] and, on the ordinary path, logits [B, P + T, V]."""
-        arguments = self._inputs(tokens)
-        if trunk is not None:
-            arguments["inputs_embeds"] = trunk
-            del arguments["input_ids"]
-        # With the trunk's states, the lower layers hand them on instead of computing them: masks,
-        # rotary tables and the final norm stay the model's own.
-        lower = self.lower if trunk is not None else []
-        with replaced_forwards([(layer, lambda *_, **__: trunk) for layer in lower]):
-            if self.fused:
-                assert self.body is not None
-                return self.body(**arguments, use_cache=False).last_hidden_state, None
-            if self.body is None:
-                return None, self.model(**arguments, use_cache=False).logits
-            with _output_of(self.body) as output:
-                logits = self.model(**arguments, use_cache=False).logits
-            return output[0].last_hidden_state, logits
+        if self.fused:
+            assert self.body is not None
+            return run(self.body, tokens, self.split, trunk).last_hidden_state, None
+        if self.body is None:
+            return None, run(self.model, tokens).logits
+        with _output_of(self.body) as output:
+            logits = run(self.model, tokens, self.split, trunk).logits
+        return output[0].last_hidden_state, logits
 
     def _probe(self) -> Tokens:
         """A few tokens, one row padded, to compare paths on."""
@@ -229,15 +193,14 @@ class LanguageModel:
         if self.head._forward_hooks or self.head._forward_pre_hooks:
             return "the LM head has hooks"
         probe = self._probe()
-        inputs = self._inputs(probe)
         try:
-            expected = self.model(**inputs, use_cache=False).logits.float()
+            expected = run(self.model, probe).logits.float()
         except TypeError as cause:
             raise ValueError(
                 f"policy_model: {type(self.model).__name__} cannot be called with input_ids, "
                 f"attention_mask and position_ids, which left padding needs ({cause})"
             ) from cause
-        states = getattr(self.body(**inputs, use_cache=False), "last_hidden_state", None)
+        states = getattr(run(self.body, probe), "last_hidden_state", None)
         if states is None:
             self.body = None  # a wrapper's base_model (peft's) is the whole model
             return f"the base_model of {type(self.model).__name__} returns no last_hidden_state"
@@ -263,81 +226,6 @@ class LanguageModel:
         difference = ((whole - split)[real].abs().max() / whole[real].abs().max()).item()
         tolerance = HEAD_TOLERANCE.get(whole.dtype, HALF_TOLERANCE)
         return None if difference <= tolerance else f"its states differ by {difference:.1e}"
-
-
-def layer_list(body: nn.Module | None) -> nn.ModuleList:
-    """The body's transformer layers.
-
-    Raises:
-        ValueError: no module list has as many entries as the configuration names layers.
-    """
-    config = getattr(body, "config", None)
-    count = config.get_text_config().num_hidden_layers if config is not None else None
-    for child in body.modules() if body is not None else ():
-        if isinstance(child, nn.ModuleList) and len(child) == count:
-            return child
-    raise ValueError(
-        f"num_layers_unfrozen: found no list of {count} layers in {type(body).__name__}; "
-        "use num_layers_unfrozen=None"
-    )
-
-
-def lower_layers(body: nn.Module | None, num_layers_unfrozen: int) -> list[nn.Module]:
-    """The layers of the trunk: all but the last ``num_layers_unfrozen``."""
-    layers = list(layer_list(body))
-    if not 0 < num_layers_unfrozen < len(layers):
-        raise ValueError(
-            f"num_layers_unfrozen: got {num_layers_unfrozen}, expected 1 to {len(layers) - 1} "
-            f"(the model has {len(layers)} layers), or None to train them all"
-        )
-    return layers[: len(layers) - num_layers_unfrozen]
-
-
-def freeze_trunk(model: nn.Module, num_layers_unfrozen: int) -> None:
-    """Freeze all of a causal LM but its top layers, its final norm and an untied LM head."""
-    body = getattr(model, "base_model", None)
-    lower_layers(body, num_layers_unfrozen)  # refuses a bad count before anything is changed
-    layers = layer_list(body)
-    trained = list(layers[-num_layers_unfrozen:])
-    # what comes after the layers, by order of definition: the final norm
-    for parent in body.modules():  # type: ignore[union-attr]
-        children = list(parent.children())
-        trained += children[_index(layers, children) + 1 :]
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
-    if head is not None and head.weight is not embedding.weight:
-        trained.append(head)
-    model.requires_grad_(False)
-    for module in trained:
-        module.requires_grad_(True)
-
-
-def _index(module: nn.Module, modules: list[nn.Module]) -> int:
-    """Where ``module`` stands in ``modules``; their number where it does not."""
-    return next((i for i, other in enumerate(modules) if other is module), len(modules))
-
-
-def _layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]
-
-
-class _Reached(Exception):
-    """The layer that a partial pass runs up to."""
-
-
-@contextmanager
-def _stopping_before(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """The next pass ends where ``layer`` would begin; its input lands in the list."""
-    reached: list[Tensor] = []
-
-    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        reached.append(_layer_input(args, kwargs))
-        raise _Reached
-
-    handle = layer.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        yield reached
-    finally:
-        handle.remove()
 
 
 @contextmanager

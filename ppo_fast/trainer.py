@@ -23,12 +23,13 @@ from ppo_fast import validation
 from ppo_fast.config import PPOConfig
 from ppo_fast.critic import Critic, HeadCritic, ModelCritic, ValueHead
 from ppo_fast.experience import Experience, make_experience
-from ppo_fast.language_model import LanguageModel, freeze_trunk
+from ppo_fast.language_model import LanguageModel
 from ppo_fast.models import disable_dropout
 from ppo_fast.rewards import RewardFunction, check_reward_model, check_scores, score
 from ppo_fast.rollout import Engine, LocalEngine, Rollout, eos_ids
 from ppo_fast.spec_methods import SpecMethods
 from ppo_fast.training import TrainingLoop
+from ppo_fast.trunk import freeze_trunk
 from ppo_fast.update import Learner
 
 logger = logging.getLogger(__name__)

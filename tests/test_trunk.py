@@ -7,8 +7,9 @@ import torch
 from tiny_models import FAMILIES, tiny_model
 from torch import nn
 
-from ppo_fast.language_model import LanguageModel, freeze_trunk, layer_list
+from ppo_fast.language_model import LanguageModel
 from ppo_fast.tokens import Tokens, make_tokens
+from ppo_fast.trunk import freeze_trunk, layer_list
 
 LAYERS = 4
 PROMPTS = [[5, 61, 7, 300], [44], [3, 2, 91]]
@@ -46,7 +47,9 @@ def test_states_from_the_trunk_are_the_ordinary_states(family, k):
 def test_the_trunk_is_what_enters_the_first_unfrozen_layer(family, k):
     lm = LanguageModel(tiny_model(family, layers=LAYERS), num_layers_unfrozen=k)
     with torch.no_grad():
-        output = lm.body(**lm._inputs(batch()), output_hidden_states=True, use_cache=False)
+        names = ("input_ids", "attention_mask", "position_ids")
+        inputs = {name: getattr(batch(), name) for name in names}
+        output = lm.body(**inputs, output_hidden_states=True, use_cache=False)
     assert torch.equal(lm.trunk(batch()), output.hidden_states[LAYERS - k])
 
 

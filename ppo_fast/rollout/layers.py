@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ppo_fast.forwards import replaced_forwards
-from ppo_fast.language_model import LanguageModel, layer_list
+from ppo_fast.language_model import LanguageModel
 from ppo_fast.ops.dispatch import choose
 from ppo_fast.ops.launch import DTYPE_CODES, address
 from ppo_fast.rollout.slots import SLIDING, SlotCache, layer_types
+from ppo_fast.trunk import layer_list
 
 # Names of a layer's weights, as the kernel has them, and those that a layer may do without.
 WEIGHTS = {

@@ -1,0 +1,151 @@
+"""The frozen trunk: a transformer's embedding and lower layers, whose states are computed once.
+
+Through a model's own forward: with the trunk's states, the lower layers hand those on instead of
+computing them, so that masks, rotary tables and the final norm stay the model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppo_fast.forwards import replaced_forwards
+from ppo_fast.tokens import Tokens
+
+
+class Split:
+    """A body, split below its top layers.
+
+    Args:
+        body: a transformer without its LM head.
+        num_layers_unfrozen: layers of the top.
+
+    Raises:
+        ValueError: the body has no list of layers, or not that many.
+    """
+
+    def __init__(self, body: nn.Module | None, num_layers_unfrozen: int) -> None:
+        self.lower = lower_layers(body, num_layers_unfrozen)
+        self.first = layer_list(body)[len(self.lower)]
+        self.body = body
+
+    @torch.no_grad()
+    def trunk(self, tokens: Tokens) -> Tensor:
+        """[B, P + T, D]: what enters the first layer of the top."""
+        with _stopping_before(self.first) as reached:
+            try:
+                run(self.body, tokens)
+            except _Reached:
+                return reached[0]
+        raise RuntimeError("the first unfrozen layer was never reached")
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Tensor]]:
+        """Within the block, what passes hand to the first layer of the top lands in the list."""
+        pieces: list[Tensor] = []
+
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            pieces.append(_layer_input(args, kwargs))
+
+        handle = self.first.register_forward_pre_hook(record, with_kwargs=True)
+        try:
+            yield pieces
+        finally:
+            handle.remove()
+
+
+def run(
+    module: Any, tokens: Tokens, split: Split | None = None, trunk: Tensor | None = None
+) -> Any:
+    """The output of a body, or of a model around it, for all tokens; with the trunk's states
+    [B, P + T, D], its lower layers do not run."""
+    arguments = {
+        "input_ids": tokens.input_ids,
+        "attention_mask": tokens.attention_mask,
+        "position_ids": tokens.position_ids,
+    }
+    if trunk is None:
+        return module(**arguments, use_cache=False)
+    assert split is not None
+    del arguments["input_ids"]
+    with replaced_forwards([(layer, lambda *_, **__: trunk) for layer in split.lower]):
+        return module(**arguments, inputs_embeds=trunk, use_cache=False)
+
+
+def layer_list(body: nn.Module | None) -> nn.ModuleList:
+    """The body's transformer layers.
+
+    Raises:
+        ValueError: no module list has as many entries as the configuration names layers.
+    """
+    config = getattr(body, "config", None)
+    count = config.get_text_config().num_hidden_layers if config is not None else None
+    for child in body.modules() if body is not None else ():
+        if isinstance(child, nn.ModuleList) and len(child) == count:
+            return child
+    raise ValueError(
+        f"num_layers_unfrozen: found no list of {count} layers in {type(body).__name__}; "
+        "use num_layers_unfrozen=None"
+    )
+
+
+def lower_layers(body: nn.Module | None, num_layers_unfrozen: int) -> list[nn.Module]:
+    """The layers of the trunk: all but the last ``num_layers_unfrozen``."""
+    layers = list(layer_list(body))
+    if not 0 < num_layers_unfrozen < len(layers):
+        raise ValueError(
+            f"num_layers_unfrozen: got {num_layers_unfrozen}, expected 1 to {len(layers) - 1} "
+            f"(the model has {len(layers)} layers), or None to train them all"
+        )
+    return layers[: len(layers) - num_layers_unfrozen]
+
+
+def freeze_trunk(model: nn.Module, num_layers_unfrozen: int) -> None:
+    """Freeze all of a causal LM but its top layers, its final norm and an untied LM head."""
+    body = getattr(model, "base_model", None)
+    lower_layers(body, num_layers_unfrozen)  # refuses a bad count before anything is changed
+    layers = layer_list(body)
+    trained = list(layers[-num_layers_unfrozen:])
+    # what comes after the layers, by order of definition: the final norm
+    for parent in body.modules():  # type: ignore[union-attr]
+        children = list(parent.children())
+        trained += children[_index(layers, children) + 1 :]
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    if head is not None and head.weight is not embedding.weight:
+        trained.append(head)
+    model.requires_grad_(False)
+    for module in trained:
+        module.requires_grad_(True)
+
+
+def _index(module: nn.Module, modules: list[nn.Module]) -> int:
+    """Where ``module`` stands in ``modules``; their number where it does not."""
+    return next((i for i, other in enumerate(modules) if other is module), len(modules))
+
+
+def _layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+class _Reached(Exception):
+    """The layer that a partial pass runs up to."""
+
+
+@contextmanager
+def _stopping_before(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """The next pass ends where ``layer`` would begin; its input lands in the list."""
+    reached: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        reached.append(_layer_input(args, kwargs))
+        raise _Reached
+
+    handle = layer.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        yield reached
+    finally:
+        handle.remove()
