@@ -6,6 +6,7 @@ import hashlib
 import os
 import random
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import numpy as np
 import torch
 from torch import nn
 
-FORMAT, VERSION = "ppo_fast checkpoint", 1
+FORMAT, VERSION = "ppo_fast checkpoint", 2
 CONTENTS = {
     "version",
     "step",
     "identity",
     "reference",
+    "frozen",
     "models",
     "optimizers",
     "stats",
@@ -131,10 +133,48 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
         group.update(settings)
 
 
+def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What training changes: the state without frozen weights, which the base model has."""
+    frozen = _frozen_names(model)
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
+def load_trained_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Undo ``trained_state``, on a model with the same frozen weights."""
+    frozen = {name: model.state_dict()[name] for name in _frozen_names(model)}
+    model.load_state_dict(frozen | state)
+
+
+def check_frozen(name: str, saved: str, model: nn.Module, path: Path) -> None:
+    """Raise ValueError where the weights that are not in a checkpoint are not those it was trained
+    above."""
+    if saved != frozen_fingerprint(model):
+        raise ValueError(
+            f"checkpoint: {path} holds the trained weights of the {name} alone; its frozen ones "
+            "were others than the trainer's; construct it with the model that training started "
+            "from, and the same num_layers_unfrozen"
+        )
+
+
+def frozen_fingerprint(model: nn.Module) -> str:
+    frozen = _frozen_names(model)
+    return _fingerprint(t for name, t in model.state_dict().items() if name in frozen)
+
+
+def _frozen_names(model: nn.Module) -> set[str]:
+    """In the state of ``model``; a tied weight has several."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {name for name, p in named if not p.requires_grad} & model.state_dict().keys()
+
+
 def fingerprint(model: nn.Module) -> str:
     """A short hash of a sample of every weight, to tell whether two models are the same."""
+    return _fingerprint(model.state_dict().values())
+
+
+def _fingerprint(tensors: Iterable[torch.Tensor]) -> str:
     digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
+    for tensor in tensors:
         sample = tensor.detach().flatten()[:: max(tensor.numel() // 64, 1)]
         digest.update(sample.to("cpu", torch.float64).numpy().tobytes())
     return digest.hexdigest()[:16]

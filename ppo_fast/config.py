@@ -9,7 +9,7 @@ from typing import Literal
 
 from ppo_fast.rollout.sampling import Sampling
 
-Critic = Literal["model", "head", "baseline"]
+Critic = Literal["model", "head", "top", "baseline"]
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,19 @@ class PPOConfig:
     response does."""
     critic: Critic | None = None
     """Who estimates values: "model" (the value_model), "head" (a linear head on the policy's last
-    hidden state), "baseline" (the mean of the other sequences of the batch, no value function).
-    None: "model" when a value_model is given, else "baseline"."""
+    hidden state), "top" (top layers of its own above the policy's frozen trunk; with
+    num_layers_unfrozen), "baseline" (the mean of the other sequences of the batch, no value
+    function). None: "model" when a value_model is given, else "baseline"."""
     num_layers_unfrozen: int | None = None
     """Train only this many top layers (with the final norm and an untied LM head); the layers
     below are one frozen trunk, its activations computed once a step. None: train everything."""
+    trunk_dtype: Literal["bfloat16", "float16"] | None = None
+    """What the trunk's activations are kept as from the rollout to the last epoch: 2 bytes a number
+    instead of 4. Old log-probs then are computed from them too. None: as the model computes."""
+    gradient_checkpointing: bool = False
+    """Keep a layer's input alone, and compute its insides again in the backward pass."""
+    adamw: Literal["foreach", "fused"] = "foreach"
+    """torch's implementation of AdamW; "fused" needs no temporaries, and is faster on a GPU."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's averaging of gradients and of their squares: its usual numbers."""
     adam_eps: float = 1e-5
@@ -149,7 +157,15 @@ class PPOConfig:
         self._check_choice("kl_in", ("reward", "loss"))
         self._check_choice("kl_estimator", (None, "k1", "abs", "k2", "k3", "k1+k2"))
         self._check_choice("aggregation", ("token-mean", "seq-mean-token-mean"))
-        self._check_choice("critic", (None, "model", "head", "baseline"))
+        self._check_choice("critic", (None, "model", "head", "top", "baseline"))
+        self._check_choice("trunk_dtype", (None, "bfloat16", "float16"))
+        self._check_choice("gradient_checkpointing", (True, False))
+        self._check_choice("adamw", ("foreach", "fused"))
+        if self.critic == "top" and self.num_layers_unfrozen is None:
+            raise ValueError(
+                "critic='top' is trained above a frozen trunk: set num_layers_unfrozen, or use "
+                "critic='model' with a value_model"
+            )
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise ValueError(
                 'kl_estimator="k1" with kl_in="loss": the expected gradient of k1 is zero; '

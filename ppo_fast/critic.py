@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ppo_fast.tokens import Tokens, make_tokens
+from ppo_fast.trunk import Split, run
 from ppo_fast.user_modules import call_on_rows
 
 
@@ -24,8 +25,11 @@ class Critic(Protocol):
     @property
     def reads_states(self) -> bool: ...
 
-    def values(self, tokens: Tokens, states: Tensor | None = None) -> Tensor:
-        """Values [B, T], 0 beyond a response; ``states`` [B, T, D] for a head."""
+    def values(
+        self, tokens: Tokens, states: Tensor | None = None, trunk: Tensor | None = None
+    ) -> Tensor:
+        """Values [B, T], 0 beyond a response; ``states`` [B, T, D] for a head, ``trunk``
+        [B, P + T, D] for who can start from it."""
         ...
 
 
@@ -53,12 +57,48 @@ class HeadCritic:
     def __init__(self, module: ValueHead) -> None:
         self.module = module
 
-    def values(self, tokens: Tokens, states: Tensor | None = None) -> Tensor:
+    def values(
+        self, tokens: Tokens, states: Tensor | None = None, trunk: Tensor | None = None
+    ) -> Tensor:
         if states is None:
             raise ValueError("a value head needs the policy's states")
         masked = ~tokens.response_mask
         # before the head too: 0 * NaN would reach the gradient of its weight
         return self.module(states.masked_fill(masked[..., None], 0.0)).masked_fill(masked, 0.0)
+
+
+class TopValue(nn.Module):
+    """A transformer's body and a value head.
+
+    Args:
+        body: gives states [B, L, D].
+        hidden_size: D.
+    """
+
+    def __init__(self, body: nn.Module, hidden_size: int) -> None:
+        super().__init__()
+        self.body, self.head = body, ValueHead(hidden_size)
+
+
+class TopCritic:
+    """Values from top layers of its own above the policy's trunk.
+
+    Args:
+        module: its body's lower layers are the policy's own, frozen; the top is trained.
+        num_layers_unfrozen: layers of the top.
+    """
+
+    reads_states = False
+
+    def __init__(self, module: TopValue, num_layers_unfrozen: int) -> None:
+        self.module, self.split = module, Split(module.body, num_layers_unfrozen)
+
+    def values(
+        self, tokens: Tokens, states: Tensor | None = None, trunk: Tensor | None = None
+    ) -> Tensor:
+        states = run(self.module.body, tokens, self.split, trunk).last_hidden_state
+        masked = ~tokens.response_mask
+        return self.module.head(tokens.before_response(states)).masked_fill(masked, 0.0)
 
 
 class ModelCritic:
@@ -81,7 +121,9 @@ class ModelCritic:
                 stacklevel=3,
             )
 
-    def values(self, tokens: Tokens, states: Tensor | None = None) -> Tensor:
+    def values(
+        self, tokens: Tokens, states: Tensor | None = None, trunk: Tensor | None = None
+    ) -> Tensor:
         if self.per_token:
             return tokens.at_response(self._call(tokens.sequences()))
         pairs = zip(tokens.sequences(), tokens.prompt_lengths.tolist(), strict=True)

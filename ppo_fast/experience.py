@@ -15,6 +15,7 @@ from ppo_fast.language_model import LanguageModel
 from ppo_fast.ops import gae, kl_estimate, whiten
 from ppo_fast.rollout import Rollout
 from ppo_fast.tokens import Tokens, batches_by_tokens
+from ppo_fast.trunk import TrunkStates
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Experience:
     rewards: [B, T]: the score on the last token, less the KL penalty where it is in the reward.
     advantages: [B, T], as the update uses them (whitened where the config says so).
     returns: [B, T], the value function's targets, from unwhitened advantages.
-    trunk: [B, P + T, D], the frozen trunk's activations; None without a trunk.
+    trunk: the frozen trunk's activations; None without a trunk.
     metrics: plain numbers for the log.
     """
 
@@ -43,7 +44,7 @@ class Experience:
     rewards: Tensor
     advantages: Tensor
     returns: Tensor
-    trunk: Tensor | None
+    trunk: TrunkStates | None
     metrics: dict[str, float]
 
 
@@ -78,20 +79,22 @@ def make_experience(
     trunk = rollout.trunk
     if policy.split is not None and trunk is None:
         trunk = trunk_states(policy, tokens, budget)
+    if trunk is not None and config.trunk_dtype is not None:
+        trunk = trunk.to(getattr(torch, config.trunk_dtype))
 
     def logprobs(model: LanguageModel, part: Tokens, below: Tensor | None) -> Tensor:
         return model.logprobs(model.forward(part, below), part, temperature=temperature).logprobs
 
     ref = in_batches(lambda *a: logprobs(reference, *a), tokens, trunk, budget)
-    # another engine, a truncated sampler, autocast or TF32: what was drawn is not what the update
-    # will compute
-    old = rollout.logprobs
-    if old is None or rollout.sampling.truncates or not computes_in_float32(policy):
+    # another engine, a truncated sampler, autocast, TF32 or a rounded trunk: what was drawn is not
+    # what the update will compute
+    old, is_rounded = rollout.logprobs, config.trunk_dtype is not None
+    if old is None or rollout.sampling.truncates or not computes_in_float32(policy) or is_rounded:
         old = in_batches(lambda *a: logprobs(policy, *a), tokens, trunk, budget)
     rewards = token_rewards(scores, old, ref, tokens, config)
     if critic is None:
         values = batch_baseline(scores, tokens, config.gamma)
-    elif critic.reads_states and rollout.states is not None:
+    elif critic.reads_states and rollout.states is not None and not is_rounded:
         values = critic.values(tokens, rollout.states)
     elif critic.reads_states:
         values = in_batches(
@@ -101,7 +104,9 @@ def make_experience(
             budget,
         )
     else:
-        values = in_batches(lambda part, _: critic.values(part), tokens, None, budget)
+        values = in_batches(
+            lambda part, below: critic.values(part, trunk=below), tokens, trunk, budget
+        )
     if not torch.isfinite(values).all():
         raise ValueError("value_model: returned NaN or infinity; values must be finite")
     # a baseline says nothing of later states: lambda 1 never bootstraps from it
@@ -131,22 +136,24 @@ def token_rewards(
     return rewards.scatter_add(1, last[:, None], scores.to(rewards)[:, None])
 
 
-def trunk_states(policy: LanguageModel, tokens: Tokens, budget: int) -> Tensor:
-    """[B, P + T, D]: the frozen trunk's activations of every token."""
-    trunk: Tensor | None = None
-    for rows in batches_by_tokens(tokens.lengths, budget):
-        states = policy.trunk(tokens.select(rows))
-        if trunk is None:
-            trunk = states.new_zeros(*tokens.input_ids.shape, states.shape[-1])
-        trunk[rows.to(tokens.device), tokens.window(rows)] = states
-    assert trunk is not None
-    return trunk
+def trunk_states(policy: LanguageModel, tokens: Tokens, budget: int) -> TrunkStates:
+    """The frozen trunk's activations of every token."""
+    parts: list[Tensor] = []
+    rows = torch.empty(0, dtype=torch.int64)
+    for batch in batches_by_tokens(tokens.lengths, budget):
+        part = tokens.select(batch)
+        parts.append(TrunkStates.pack(policy.trunk(part), part).states)
+        rows = torch.cat([rows, batch])
+    lengths = tokens.lengths[rows]
+    first = torch.empty_like(lengths)
+    first[rows] = lengths.cumsum(0) - lengths
+    return TrunkStates(torch.cat(parts), first)
 
 
 def in_batches(
     compute: Callable[[Tokens, Tensor | None], Tensor],
     tokens: Tokens,
-    trunk: Tensor | None,
+    trunk: TrunkStates | None,
     budget: int,
 ) -> Tensor:
     """``compute`` on batches of at most ``budget`` tokens, put together as [B, T] float32."""
@@ -157,9 +164,9 @@ def in_batches(
     return out
 
 
-def select_trunk(trunk: Tensor | None, tokens: Tokens, rows: Tensor) -> Tensor | None:
+def select_trunk(trunk: TrunkStates | None, tokens: Tokens, rows: Tensor) -> Tensor | None:
     """The trunk's activations for ``tokens.select(rows)``."""
-    return None if trunk is None else trunk[rows.to(trunk.device), tokens.window(rows)]
+    return None if trunk is None else trunk.select(tokens, rows)
 
 
 def computes_in_float32(policy: LanguageModel) -> bool:

@@ -97,11 +97,9 @@ class LanguageModel:
         """One pass over prompts and responses, from the tokens or from the trunk's states
         [B, P + T, D]. Gradients flow where the caller enabled them."""
         states, logits = self._run(tokens, trunk)
-        # the state before response token t is that of the token before it
-        before = slice(tokens.prompt_ids.shape[1] - 1, tokens.input_ids.shape[1] - 1)
         return Forward(
-            None if states is None else states[:, before],
-            None if logits is None else logits[:, before],
+            None if states is None else tokens.before_response(states),
+            None if logits is None else tokens.before_response(logits),
         )
 
     def logprobs(

@@ -99,3 +99,23 @@ def disable_dropout(model: nn.Module) -> None:
             # transformers' attention modules keep probabilities as plain floats
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+def enable_gradient_checkpointing(model: nn.Module, name: str) -> None:
+    """For every transformers model in ``model``, whenever it is in train mode.
+
+    Raises:
+        ValueError: there is none that could.
+    """
+    able = [
+        module
+        for module in model.modules()
+        if getattr(module, "supports_gradient_checkpointing", False)
+    ]
+    if not able:
+        raise ValueError(
+            f"gradient_checkpointing: {name} ({type(model).__name__}) holds no transformers model "
+            "that supports it; use gradient_checkpointing=False"
+        )
+    for module in able:
+        module.gradient_checkpointing_enable({"use_reentrant": False})

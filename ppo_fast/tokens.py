@@ -83,6 +83,10 @@ class Tokens:
             self.response_lengths[rows],
         )
 
+    def before_response(self, per_token: Tensor) -> Tensor:
+        """[B, P + T, ...] -> [B, T, ...]: what stands before each response token."""
+        return per_token[:, self.prompt_ids.shape[1] - 1 : -1]
+
     def sequences(self) -> list[Tensor]:
         """Each row's real tokens, [length] int64: the prompt's, then the response's."""
         width = self.prompt_ids.shape[1]

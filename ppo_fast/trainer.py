@@ -21,10 +21,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_fast import validation
 from ppo_fast.config import PPOConfig
-from ppo_fast.critic import Critic, HeadCritic, ModelCritic, ValueHead
+from ppo_fast.critic import Critic, HeadCritic, ModelCritic, TopCritic, TopValue, ValueHead
 from ppo_fast.experience import Experience, make_experience
 from ppo_fast.language_model import LanguageModel
-from ppo_fast.models import disable_dropout
+from ppo_fast.models import disable_dropout, enable_gradient_checkpointing
 from ppo_fast.rewards import RewardFunction, check_reward_model, check_scores, score
 from ppo_fast.rollout import Engine, LocalEngine, Rollout, eos_ids
 from ppo_fast.spec_methods import SpecMethods
@@ -330,15 +330,22 @@ class PPOTrainer(SpecMethods, TrainingLoop):
         if isinstance(self.reward_model, nn.Module):
             disable_dropout(self.reward_model)
             self.reward_model.eval()
-
-    def _make_reference(self) -> None:
-        """The frozen copy that the KL is measured to, after the trunk is frozen."""
         if self.config.num_layers_unfrozen is not None:
             freeze_trunk(self.policy_model, self.config.num_layers_unfrozen)
-        # what is not trained is the same for both: the reference shares it
-        shared = {id(p): p for p in self.policy_model.parameters() if not p.requires_grad}
-        self.reference_model = copy.deepcopy(self.policy_model, shared)
+        if self.config.gradient_checkpointing:
+            enable_gradient_checkpointing(self.policy_model, "policy_model")
+            if self.value_model is not None:
+                enable_gradient_checkpointing(self.value_model, "value_model")
+
+    def _make_reference(self) -> None:
+        """The frozen copy that the KL is measured to."""
+        self.reference_model = self._copy_above_the_trunk(self.policy_model)
         self.reference_model.requires_grad_(False).eval()
+
+    def _copy_above_the_trunk(self, module: nn.Module) -> nn.Module:
+        """What is not trained is the same for both: the copy shares it."""
+        shared = {id(p): p for p in self.policy_model.parameters() if not p.requires_grad}
+        return copy.deepcopy(module, shared)
 
     def _make_critic(self, critic: str) -> Critic | None:
         if critic == "baseline":
@@ -348,13 +355,18 @@ class PPOTrainer(SpecMethods, TrainingLoop):
             return ModelCritic(self.value_model, budget=self.config.forward_batch_tokens)
         if self.policy.body is None:
             raise ValueError(
-                "config.critic='head': the hidden states of "
+                f"config.critic={critic!r}: the hidden states of "
                 f"{type(self.policy_model).__name__} cannot be told from its logits; pass a "
                 "value_model or use critic='baseline'"
             )
         config: Any = self.policy_model.config
         hidden_size = config.get_text_config().hidden_size
-        return HeadCritic(ValueHead(hidden_size).to(self.device))
+        if critic == "head":
+            return HeadCritic(ValueHead(hidden_size).to(self.device))
+        k = self.config.num_layers_unfrozen
+        assert k is not None
+        top = TopValue(self._copy_above_the_trunk(self.policy.body), hidden_size)
+        return TopCritic(top.to(self.device), k)
 
     def _check_shared_weights(self) -> None:
         trained = {id(p) for p in self.policy_model.parameters() if p.requires_grad}
@@ -385,6 +397,7 @@ class PPOTrainer(SpecMethods, TrainingLoop):
             betas=config.adam_betas,
             eps=config.adam_eps,
             weight_decay=config.weight_decay,
+            **{config.adamw: True},
         )
 
     def _warn_of_discount(self, max_length: int) -> None:

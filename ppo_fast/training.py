@@ -156,8 +156,9 @@ class TrainingLoop:
     def save_checkpoint(self, checkpoint_dir: str | Path, step: int) -> Path:
         """Write ``ppo_checkpoint_step_<step>.pt`` in ``checkpoint_dir``, whole or not at all.
 
-        One file with the policy, the value function, both optimizers, the statistics and all that
-        is random, which ``load_checkpoint`` reads.
+        One file with the trained weights of the policy and of the value function, both optimizers,
+        the statistics and all that is random, which ``load_checkpoint`` reads. Of frozen weights it
+        holds a fingerprint.
         """
         path = self._checkpoint_path(checkpoint_dir, step)
         parts = self._checkpoint_parts()
@@ -166,7 +167,8 @@ class TrainingLoop:
                 "step": step,
                 "identity": {name: checkpoint.identity(m) for name, m in parts.items()},
                 "reference": checkpoint.fingerprint(self.reference_model),
-                "models": {name: m.state_dict() for name, m in parts.items()},
+                "frozen": {n: checkpoint.frozen_fingerprint(m) for n, m in parts.items()},
+                "models": {name: checkpoint.trained_state(m) for name, m in parts.items()},
                 "optimizers": {n: o.state_dict() for n, o in self._optimizers().items()},
                 "stats": dict(self.stats),
                 "seed": self.config.seed,
@@ -198,6 +200,8 @@ class TrainingLoop:
             checkpoint.check_identity(name, payload["identity"][name], module, path)
         for name, optimizer in self._optimizers().items():
             checkpoint.check_optimizer(name, payload["optimizers"][name], optimizer, path)
+        for name, module in parts.items():
+            checkpoint.check_frozen(name, payload["frozen"][name], module, path)
         if payload["reference"] != checkpoint.fingerprint(self.reference_model):
             print(
                 f"warning: {path} was trained against another reference model; construct the "
@@ -212,7 +216,7 @@ class TrainingLoop:
                 file=sys.stderr,
             )
         for name, module in parts.items():
-            module.load_state_dict(payload["models"][name])
+            checkpoint.load_trained_state(module, payload["models"][name])
         for name, optimizer in self._optimizers().items():
             checkpoint.restore_optimizer(optimizer, payload["optimizers"][name])
         self._amid_update = False

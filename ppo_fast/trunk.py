@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,36 @@ from torch import Tensor, nn
 
 from ppo_fast.forwards import replaced_forwards
 from ppo_fast.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class TrunkStates:
+    """What enters the first layer of the top: of B sequences' tokens, without padding.
+
+    states: [N, D], row after row.
+    first: [B] int64 on the CPU, where each row starts.
+    """
+
+    states: Tensor
+    first: Tensor
+
+    @classmethod
+    def pack(cls, padded: Tensor, tokens: Tokens) -> TrunkStates:
+        """From [B, P + T, D]."""
+        lengths, width = tokens.lengths, tokens.prompt_ids.shape[1]
+        first = lengths.cumsum(0) - lengths
+        row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        column = torch.arange(len(row)) - (first - (width - tokens.prompt_lengths))[row]
+        return cls(padded[row.to(padded.device), column.to(padded.device)], first)
+
+    def to(self, dtype: torch.dtype) -> TrunkStates:
+        return TrunkStates(self.states.to(dtype), self.first)
+
+    def select(self, tokens: Tokens, rows: Tensor) -> Tensor:
+        """Of ``rows`` (int64 on the CPU), [b, p + t, D] beside ``tokens.select(rows)``; at padded
+        places, which nobody looks at, some other token's."""
+        places = tokens.select(rows).position_ids
+        return self.states[self.first[rows].to(places.device)[:, None] + places]
 
 
 class Split:
@@ -71,6 +102,7 @@ def run(
     if trunk is None:
         return module(**arguments, use_cache=False)
     assert split is not None
+    trunk = trunk.to(next(module.parameters()).dtype)  # it may be kept in half precision
     del arguments["input_ids"]
     with replaced_forwards([(layer, lambda *_, **__: trunk) for layer in split.lower]):
         return module(**arguments, inputs_embeds=trunk, use_cache=False)

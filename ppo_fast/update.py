@@ -78,6 +78,10 @@ class Learner:
             FloatingPointError: a gradient is not finite. It changed nothing; earlier optimizer
                 steps of this update stand.
         """
+        if self.config.gradient_checkpointing:  # which transformers do in train mode alone
+            self.policy.model.train()
+            if self.critic is not None:
+                self.critic.module.train()
         generator = torch.Generator().manual_seed(seed)
         policy_stats: list[Tensor] = []
         value_stats: list[Tensor] = []
@@ -153,7 +157,7 @@ class Learner:
     def _value_loss(self, batch: Batch, states: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
         assert self.critic is not None
         loss, stats = value_loss(
-            self.critic.values(batch.tokens, states),
+            self.critic.values(batch.tokens, states, batch.trunk),
             old_values=batch.values,
             returns=batch.returns,
             mask=batch.tokens.response_mask,

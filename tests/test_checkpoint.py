@@ -24,7 +24,7 @@ from torch import nn
 
 from ppo_fast import PPOConfig, PPOTrainer, checkpoint
 
-CRITICS = ["model", "head", "baseline"]
+CRITICS = ["model", "head", "top", "baseline"]
 
 
 def noisy_reward(prompts, completions):

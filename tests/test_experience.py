@@ -18,6 +18,7 @@ from ppo_fast.language_model import LanguageModel
 from ppo_fast.models import ValueModel
 from ppo_fast.rollout import Rollout, Sampling, decode
 from ppo_fast.tokens import Tokens
+from ppo_fast.trunk import TrunkStates
 
 PER_TOKEN = ("old_logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns")
 PROMPTS = [[5, 61, 7, 300], [44], [3, 2, 91], [17, 18]]
@@ -195,15 +196,16 @@ def test_the_trunk_changes_nothing_but_time(critic, family, recorded):
         split = experience_of(
             rollout if recorded else bare, critic, family, k=1, forward_batch_tokens=budget
         )
-        assert split.trunk.shape == (*rollout.tokens.input_ids.shape, 64)
-        # a state is read only where a response token follows
         tokens = rollout.tokens
-        read = tokens.attention_mask.bool()
-        last = tokens.prompt_ids.shape[1] + tokens.response_lengths - 1
-        read[torch.arange(len(tokens)), last] = False
-        torch.testing.assert_close(
-            split.trunk[read], policy.trunk(tokens)[read], rtol=1e-4, atol=1e-4
-        )
+        assert split.trunk.states.shape == (int(tokens.lengths.sum()), 64)
+        # a state is read only where a response token follows
+        expected = TrunkStates.pack(policy.trunk(tokens), tokens)
+        for row in range(len(tokens)):
+            rows = torch.tensor([row])
+            found = split.trunk.select(tokens, rows)[0, :-1]
+            torch.testing.assert_close(
+                found, expected.select(tokens, rows)[0, :-1], rtol=1e-4, atol=1e-4
+            )
         assert_same(split, ordinary)
 
 

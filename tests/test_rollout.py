@@ -13,6 +13,7 @@ from ppo_fast.language_model import LanguageModel
 from ppo_fast.ops import sample_tokens
 from ppo_fast.rollout import Rollout, Sampling, decode
 from ppo_fast.rollout.checks import layers_can_be_fused
+from ppo_fast.trunk import TrunkStates
 
 PROMPTS = [[5, 61, 7, 300, 12, 8], [44], [3, 2, 91, 250], [90, 90, 90]]
 SEEDS = torch.tensor([11, 2**40 + 3, 0, -7])
@@ -256,17 +257,15 @@ def test_the_trunk_is_recorded_on_the_way(family, fused):
     model.fused = fused
     decoded = sample(model)
     tokens, trunk = decoded.tokens, decoded.trunk
-    assert trunk.shape == (*tokens.input_ids.shape, 64)
-    assert (trunk[:, -1] == 0).all()
-    followed = tokens.attention_mask.bool()
-    last = tokens.prompt_ids.shape[1] + tokens.response_lengths - 1
-    followed[torch.arange(len(tokens)), last] = False
-    assert (trunk[~followed] == 0).all()
-    torch.testing.assert_close(trunk[followed], model.trunk(tokens)[followed], rtol=1e-4, atol=1e-4)
+    assert trunk.states.shape == (int(tokens.lengths.sum()), 64)
+    expected = TrunkStates.pack(model.trunk(tokens), tokens).states
+    expected[trunk.first + tokens.lengths - 1] = 0
+    torch.testing.assert_close(trunk.states, expected, rtol=1e-4, atol=1e-4)
+    below = trunk.select(tokens, torch.arange(len(tokens)))
     with torch.no_grad():
         found, expected = (
             model.logprobs(model.forward(tokens, below), tokens, temperature=1.0).logprobs
-            for below in (trunk, None)
+            for below in (below, None)
         )
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
     assert not any(module._forward_pre_hooks for module in model.model.modules())

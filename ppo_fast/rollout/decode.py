@@ -21,6 +21,7 @@ from ppo_fast.rollout.rollout import Rollout
 from ppo_fast.rollout.sampling import Sampling, Stops
 from ppo_fast.rollout.slots import SlotCache, step_arguments
 from ppo_fast.tokens import make_tokens
+from ppo_fast.trunk import TrunkStates
 
 NOT_FINITE = (
     "policy_model: its logits were NaN or infinite while it sampled; look at its weights (was the "
@@ -193,7 +194,7 @@ class _Decoding:
             self.sampling_logprobs[real, :longest],
             torch.tensor(self.finished),
             self.sampling,
-            None if self.trunk is None else self.trunk[real, : self.prompt_width + longest],
+            None if self.trunk is None else TrunkStates.pack(self.trunk, tokens),
             None if self.states is None else self.states[real, :longest],
         )
 

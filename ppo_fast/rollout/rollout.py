@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ppo_fast.rollout.sampling import Sampling
 from ppo_fast.tokens import Tokens
+from ppo_fast.trunk import TrunkStates
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,8 @@ class Rollout:
     sampling_logprobs: [B, T] float32, under the distribution really drawn from.
     finished: [B] bool on the CPU, whether a response ended by itself, not at its largest length.
     sampling: how they were drawn.
-    trunk: [B, P + T, D], the activations of the policy's frozen trunk, as decoding computed them;
-        0 where no log-prob needs them: padding, and each row's last token. None without a trunk.
+    trunk: the activations of the policy's frozen trunk, as decoding computed them; 0 for each row's
+        last token, which no log-prob needs. None without a trunk.
     states: [B, T, D], what the policy's LM head read before each token, 0 beyond a response; None
         where nobody asked for them, or the model gives logits alone.
     prompts, completions: B texts, for reward functions and for reading; never tokenised again.
@@ -32,7 +33,7 @@ class Rollout:
     sampling_logprobs: Tensor
     finished: Tensor
     sampling: Sampling
-    trunk: Tensor | None = None
+    trunk: TrunkStates | None = None
     states: Tensor | None = None
     prompts: list[str] = field(default_factory=list)
     completions: list[str] = field(default_factory=list)
