@@ -3,6 +3,8 @@ fit for PPO (dropout off)."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -107,7 +109,7 @@ def enable_gradient_checkpointing(model: nn.Module, name: str) -> None:
     Raises:
         ValueError: there is none that could.
     """
-    able = [
+    able: list[Any] = [
         module
         for module in model.modules()
         if getattr(module, "supports_gradient_checkpointing", False)
@@ -118,4 +120,8 @@ def enable_gradient_checkpointing(model: nn.Module, name: str) -> None:
             "that supports it; use gradient_checkpointing=False"
         )
     for module in able:
-        module.gradient_checkpointing_enable({"use_reentrant": False})
+        # newer transformers call it so, and warn of the old name
+        enable = getattr(module, "activation_checkpointing_enable", None)
+        (enable or module.gradient_checkpointing_enable)({"use_reentrant": False})
+        # without reentry nothing below the first trained layer needs a gradient
+        module.disable_input_require_grads()
