@@ -1,4 +1,4 @@
-"""The command line: ``ppo-fast train``, ``demo``, ``env`` and ``doctor``."""
+"""The command line: ``ppo-fast train``, ``demo``, ``env``, ``doctor`` and ``plan``."""
 
 from __future__ import annotations
 
@@ -86,11 +86,26 @@ class Doctor:
     """Check the values of the Triton kernels in Triton's interpreter, on the CPU (a minute)."""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Print the memory that training a policy takes, from its config alone, in several ways."""
+
+    policy: str
+    """The policy: a model directory or a hub name; only its config is read."""
+    batch_size: int = 16
+    prompt_length: int = 128
+    """Tokens of the longest prompt."""
+    memory: float | None = None
+    """GB that there are: which ways fit."""
+    ppo: tyro.conf.OmitArgPrefixes[PPOConfig] = field(default_factory=PPOConfig)
+
+
 Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Env, tyro.conf.subcommand("env")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
 )
 
 
@@ -110,6 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
             if not run_doctor(Console(), command.json, interpret=command.interpret):
                 raise SystemExit(1)
+        elif isinstance(command, Plan):
+            plan(command)
         else:
             print_environment(Console(), command.policy)
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
@@ -119,12 +136,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from error
 
 
-def parse(arguments: list[str]) -> Train | Demo | Env | Doctor:
+def parse(arguments: list[str]) -> Train | Demo | Env | Doctor | Plan:
     """The command of the arguments, with the defaults of its ``--config`` file, if any."""
     default = _config_defaults(arguments)
     if default is None:
         return tyro.cli(Command, args=arguments, prog="ppo-fast", description=__doc__)
     return tyro.cli(Train, args=arguments[1:], default=default, prog="ppo-fast train")
+
+
+def plan(asked: Plan) -> None:
+    """``ppo-fast plan``."""
+    from transformers import AutoConfig
+
+    from ppo_fast.plan import plans, show_plans
+    from ppo_fast.validation import check_counts
+
+    check_folder("policy", asked.policy)
+    check_counts(batch_size=asked.batch_size, prompt_length=asked.prompt_length)
+    model_config = AutoConfig.from_pretrained(asked.policy)
+    sizes = {"batch_size": asked.batch_size, "prompt_length": asked.prompt_length}
+    show_plans(Console(), plans(model_config, asked.ppo, **sizes), asked.memory)
 
 
 def train(run: Train) -> None:

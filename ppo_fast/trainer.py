@@ -25,6 +25,7 @@ from ppo_fast.critic import Critic, HeadCritic, ModelCritic, TopCritic, TopValue
 from ppo_fast.experience import Experience, make_experience
 from ppo_fast.language_model import LanguageModel
 from ppo_fast.models import disable_dropout, enable_gradient_checkpointing
+from ppo_fast.plan import MemoryPlan, plan_memory
 from ppo_fast.rewards import RewardFunction, check_reward_model, check_scores, score
 from ppo_fast.rollout import Engine, LocalEngine, Rollout, eos_ids
 from ppo_fast.spec_methods import SpecMethods
@@ -282,6 +283,17 @@ class PPOTrainer(SpecMethods, TrainingLoop):
         ):
             metrics[f"time/{part}"] = end - start
         return metrics
+
+    def memory_plan(self, batch_size: int, prompt_length: int) -> MemoryPlan:
+        """What steps of ``batch_size`` prompts, each of at most ``prompt_length`` tokens, take."""
+        config = self.config if self.critic is not None else replace(self.config, critic="baseline")
+        return plan_memory(
+            self.policy_model.config,
+            config,
+            batch_size=batch_size,
+            prompt_length=prompt_length,
+            value_model=self.value_model,
+        )
 
     # Construction
 

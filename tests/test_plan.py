@@ -1,0 +1,151 @@
+"""The memory plan, against the tensors of a real run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import FAMILIES, tiny_config, tiny_model, tiny_tokenizer
+from tiny_trainer import count_letters, tiny_value_model
+from transformers import AutoConfig
+
+from ppo_fast import PPOConfig, PPOTrainer
+from ppo_fast.cli import main
+from ppo_fast.plan import MemoryPlan, plan_memory, plans
+from ppo_fast.rollout import slots
+
+PROMPTS = ["The film was"] * 12
+NEW = 24
+
+
+def num_bytes(tensors, without=()):
+    """Of their storages, each once, those of ``without`` not counted."""
+    ours = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    for tensor in without:
+        ours.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(ours.values())
+
+
+def measured(trainer, monkeypatch):
+    """The same parts, of a step's own tensors."""
+    found = {}
+    policy = list(trainer.policy_model.parameters())
+    found["policy"] = num_bytes(policy)
+    found["reference"] = num_bytes(trainer.reference_model.parameters(), policy)
+    value = [] if trainer.critic is None else list(trainer.critic.module.parameters())
+    found["value_function"] = num_bytes(value, policy)
+    caches = []
+    start = slots._SlotLayer.lazy_initialization
+
+    def noted(self, *args):
+        start(self, *args)
+        if self.slots == len(PROMPTS):  # not those of a check of the model, or of prompts
+            caches.extend((self.keys, self.values))
+
+    trainer.rollout(PROMPTS[:1])  # which checks the model
+    monkeypatch.setattr(slots._SlotLayer, "lazy_initialization", noted)
+    rollout = trainer.rollout(PROMPTS)
+    found["cache"] = num_bytes(caches)
+    assert rollout.tokens.response_lengths.tolist() == [NEW] * len(PROMPTS)
+    experience = trainer.make_experience(rollout)
+    found["trunk"] = 0 if experience.trunk is None else experience.trunk.states.nbytes
+
+    gradients, kept, alive = [], {}, []
+
+    def count(*_):
+        weights = [p for g in trainer.policy_optimizer.param_groups for p in g["params"]]
+        weights += [p for p in value if p.requires_grad]
+        gradients.append(num_bytes([p.grad for p in weights if p.grad is not None]))
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        alive.append(tensor)
+        return tensor
+
+    trainer.policy_optimizer.register_step_pre_hook(count)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        experience_of_rows = trainer.policy.forward(rollout.tokens, select(experience))
+        trainer.policy.logprobs(experience_of_rows, rollout.tokens, temperature=1.0)
+    for weight in policy:
+        kept.pop(weight.untyped_storage().data_ptr(), None)
+    found["activations and logits"] = sum(kept.values())
+    trainer.update(experience)
+    found["gradients"] = max(gradients)
+    optimizers = [o for o in (trainer.policy_optimizer, trainer.value_optimizer) if o is not None]
+    states = [s for o in optimizers for state in o.state.values() for s in state.values()]
+    found["optimizer"] = num_bytes([s for s in states if s.numel() > 1])
+    return found
+
+
+def select(experience):
+    if experience.trunk is None:
+        return None
+    return experience.trunk.select(experience.tokens, torch.arange(len(PROMPTS)))
+
+
+@pytest.mark.parametrize("critic", ["model", "head", "top", "baseline"])
+@pytest.mark.parametrize("k", [None, 2])
+def test_a_plan_is_what_a_step_takes(critic, k, monkeypatch):
+    if critic == "top" and k is None:
+        pytest.skip("a top needs a trunk")
+    config = PPOConfig(critic=critic, num_layers_unfrozen=k, max_length=NEW, learning_rate=1e-4)
+    value_model = tiny_value_model() if critic == "model" else None
+    policy = tiny_model(layers=4)
+    trainer = PPOTrainer(policy, value_model, count_letters, tiny_tokenizer(), "cpu", config=config)
+    trainer.engine.eos_ids = list
+    prompt_length = len(trainer.tokenizer(PROMPTS[0])["input_ids"])
+    plan = trainer.memory_plan(len(PROMPTS), prompt_length)
+    found = measured(trainer, monkeypatch)
+    both = plan.activations + plan.logits
+    assert both == pytest.approx(found.pop("activations and logits"), rel=0.15)
+    for part, size in found.items():
+        assert getattr(plan, part) == pytest.approx(size, rel=0.15), part
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_planned(family):
+    found = plans(tiny_config(family, layers=4), PPOConfig(), batch_size=4, prompt_length=8)
+    sizes = [plan.peak for plan in found.values()]
+    assert len(sizes) == 4
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_seventy_billion_weights_need_no_memory():
+    config = AutoConfig.for_model(
+        "llama",
+        num_hidden_layers=80,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    )
+    top = PPOConfig(critic="top", num_layers_unfrozen=4, trunk_dtype="bfloat16", max_length=512)
+    plan = plan_memory(config, top, batch_size=16, prompt_length=512)
+    assert plan.policy == 4 * 70_553_706_496
+    layer = 2 * 8192 * (8192 + 1024) + 3 * 8192 * 28672 + 2 * 8192
+    assert plan.reference == 4 * (4 * layer + 8192 + 128256 * 8192)  # its head is not tied
+    assert plan.trunk == 2 * 16 * 1024 * 8192
+    assert plan.cache == 4 * 2 * 80 * 8 * 128 * 16 * 1024
+    checkpointed = plan_memory(
+        config,
+        PPOConfig(critic="top", num_layers_unfrozen=4, gradient_checkpointing=True, max_length=512),
+        batch_size=16,
+        prompt_length=512,
+    )
+    assert checkpointed.activations < plan.activations / 2
+
+
+def test_the_most_at_one_time():
+    plan = MemoryPlan(1, 2, 4, 8, 16, 32, 64, 128, 256)
+    assert plan.peak == 1 + 2 + 4 + 16 + 32 + 8 + 128 + 256
+    assert MemoryPlan(1, 2, 4, 8, 16, 32, 1000, 128, 256).peak == 1 + 2 + 4 + 16 + 32 + 1000
+
+
+def test_the_command(tmp_path, capsys):
+    tiny_config("llama", layers=4).save_pretrained(tmp_path)
+    main(["plan", "--policy", str(tmp_path), "--memory", "0.0001", "--max-length", "8"])
+    shown = capsys.readouterr().out
+    assert "4 top" not in shown, "it has four layers"
+    assert "peak" in shown
+    assert "fits 0.0001 GB" in shown
