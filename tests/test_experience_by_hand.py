@@ -44,7 +44,7 @@ HAND_CONFIG = PPOConfig(
 class TableModel:
     """In a LanguageModel's place: log-probs from a table by token id."""
 
-    lower = ()
+    split = None
     model = torch.nn.Linear(1, 1)
 
     def forward(self, tokens: Tokens, trunk: torch.Tensor | None) -> None:
@@ -58,8 +58,14 @@ class TableModel:
 class TableCritic:
     reads_states = False
 
-    def values(self, tokens: Tokens, states: torch.Tensor | None = None) -> torch.Tensor:
+    def values(
+        self,
+        tokens: Tokens,
+        states: torch.Tensor | None = None,
+        trunk: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         assert states is None
+        assert trunk is None
         return (tokens.response_ids / 4.0).masked_fill(~tokens.response_mask, 0.0)
 
 
