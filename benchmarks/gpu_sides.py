@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import eager
 import torch
 from gpu_steps import MODELS
+from plain_ppo import generate
 from sides import Side
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -215,21 +216,10 @@ def decoding(settings: dict[str, Any], rows: int, prompt: int, new: int) -> GpuW
         engine = LocalEngine(policy, eos_ids=list, pad_id=0, cuda_graphs=cuda_graphs)
         return engine.generate(prompts.tolist(), Sampling(new), seeds=seeds)
 
-    def generate() -> Any:
-        return model.generate(
-            input_ids=prompts,
-            attention_mask=torch.ones_like(prompts),
-            do_sample=True,
-            top_k=0,
-            max_new_tokens=new,
-            min_new_tokens=new,
-            pad_token_id=0,
-        )
-
     sides: dict[str, Side | str] = {
         "ppo_fast": partial(ours, cuda_graphs=True),
         "ppo_fast without CUDA graphs": partial(ours, cuda_graphs=False),
-        "transformers generate": generate,
+        "transformers generate": partial(generate, model, prompts, torch.ones_like(prompts), new),
     }
     return GpuWork(f"decoding, {rows} prompts of {prompt}, {new} new tokens each", 0, sides)
 

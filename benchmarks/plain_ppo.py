@@ -19,6 +19,7 @@ EPOCHS, CLIP, KL, LAMBDA = 4, 0.2, 0.1, 0.95
 
 
 def generate(model: Any, ids: Tensor, mask: Tensor, new: int) -> Tensor:
+    """``new`` tokens a row, drawn from all, whatever would end a response."""
     return model.generate(
         input_ids=ids,
         attention_mask=mask,

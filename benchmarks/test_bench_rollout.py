@@ -9,9 +9,11 @@ import importlib
 import random
 import time
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
+from plain_ppo import generate
 
 from ppo_fast.demo_task import load_prompts
 from ppo_fast.language_model import LanguageModel
@@ -40,18 +42,8 @@ def sides(smollm2, prompts, max_lengths):
         settings = {"seeds": seeds, "eos_ids": [], "pad_id": pad_id, "max_lengths": max_lengths}
         decode(model, prompts, Sampling(longest), **settings)
 
-    def generate():
-        model.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            do_sample=True,
-            top_k=0,
-            max_new_tokens=longest,
-            min_new_tokens=longest,
-            pad_token_id=pad_id,
-        )
-
-    return {"ppo_fast": ours, "transformers generate": generate}
+    theirs = partial(generate, model.model, ids, mask, longest)
+    return {"ppo_fast": ours, "transformers generate": theirs}
 
 
 def print_rates(capsys, tokens, medians):

@@ -75,9 +75,10 @@ class PPOConfig:
     num_layers_unfrozen: int | None = None
     """Train only this many top layers (with the final norm and an untied LM head); the layers
     below are one frozen trunk, its activations computed once a step. None: train everything."""
-    trunk_dtype: Literal["bfloat16", "float16"] | None = None
+    trunk_dtype: Literal["bfloat16"] | None = None
     """What the trunk's activations are kept as from the rollout to the last epoch: 2 bytes a number
-    instead of 4. Old log-probs then are computed from them too. None: as the model computes."""
+    instead of 4. Old log-probs then are computed from them too. (Activations outgrow float16.)
+    None: as the model computes."""
     gradient_checkpointing: bool = False
     """Keep a layer's input alone, and compute its insides again in the backward pass."""
     adamw: Literal["foreach", "fused"] = "foreach"
@@ -158,7 +159,7 @@ class PPOConfig:
         self._check_choice("kl_estimator", (None, "k1", "abs", "k2", "k3", "k1+k2"))
         self._check_choice("aggregation", ("token-mean", "seq-mean-token-mean"))
         self._check_choice("critic", (None, "model", "head", "top", "baseline"))
-        self._check_choice("trunk_dtype", (None, "bfloat16", "float16"))
+        self._check_choice("trunk_dtype", (None, "bfloat16"))
         self._check_choice("gradient_checkpointing", (True, False))
         self._check_choice("adamw", ("foreach", "fused"))
         if self.critic == "top" and self.num_layers_unfrozen is None:

@@ -97,8 +97,7 @@ class TopCritic:
         self, tokens: Tokens, states: Tensor | None = None, trunk: Tensor | None = None
     ) -> Tensor:
         states = run(self.module.body, tokens, self.split, trunk).last_hidden_state
-        masked = ~tokens.response_mask
-        return self.module.head(tokens.before_response(states)).masked_fill(masked, 0.0)
+        return HeadCritic(self.module.head).values(tokens, tokens.before_response(states))
 
 
 class ModelCritic:

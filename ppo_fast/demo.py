@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,12 +139,19 @@ def run_demo(
     save_policy(trainer.policy_model, tokenizer, output_dir / "policy")
     minutes = (time.perf_counter() - started) / 60
     console.print(
-        f"mean reward {before.reward:+.2f} -> {after.reward:+.2f} in {minutes:.1f} minutes; "
+        f"mean reward {before.reward:+.2f} -> {after.reward:+.2f} in {minutes:.1f} minutes and "
+        f"{peak_gigabytes():.1f} GB; "
         f"everything is in {output_dir}: learning.png, metrics.jsonl, samples.jsonl, policy/ "
         "(loads with AutoModelForCausalLM.from_pretrained)",
         soft_wrap=True,
     )
     return numbers
+
+
+def peak_gigabytes() -> float:
+    """The most memory of this process so far, 10^9 bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def describe(evaluation: Evaluation) -> str:

@@ -80,7 +80,7 @@ def make_experience(
     if policy.split is not None and trunk is None:
         trunk = trunk_states(policy, tokens, budget)
     if trunk is not None and config.trunk_dtype is not None:
-        trunk = trunk.to(getattr(torch, config.trunk_dtype))
+        trunk = trunk.to(torch.bfloat16)
 
     def logprobs(model: LanguageModel, part: Tokens, below: Tensor | None) -> Tensor:
         return model.logprobs(model.forward(part, below), part, temperature=temperature).logprobs

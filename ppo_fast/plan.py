@@ -20,12 +20,11 @@ from transformers import AutoModelForCausalLM
 from ppo_fast.config import PPOConfig
 from ppo_fast.forwards import replaced_forwards
 from ppo_fast.models import ValueModel, enable_gradient_checkpointing
+from ppo_fast.ops.linear_logprobs.api import LOGITS_BUDGET_BYTES
 from ppo_fast.rollout.slots import layer_types
 from ppo_fast.trunk import Split, freeze_trunk
 
 FLOAT = 4
-LOGITS_BUDGET = 2**28
-"""Of ``linear_logprobs``: logits kept for the backward pass."""
 TOP = 4
 """Layers of the plans with a trunk, where the config names no number."""
 
@@ -105,7 +104,7 @@ def plan_memory(
         trunk=0 if k is None else trunk_bytes * batch_size * length * text.hidden_size,
         cache=FLOAT * per_token * slots * length,
         activations=activations,
-        logits=min(FLOAT * rows * config.max_length * text.vocab_size, LOGITS_BUDGET),
+        logits=min(FLOAT * rows * config.max_length * text.vocab_size, LOGITS_BUDGET_BYTES),
     )
 
 

@@ -5,32 +5,27 @@ prompts --rollout--> Rollout --make_experience--> Experience --update--> metrics
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedTokenizerBase
 
-from ppo_fast import validation
+from ppo_fast import construction, validation
 from ppo_fast.config import PPOConfig
-from ppo_fast.critic import Critic, HeadCritic, ModelCritic, TopCritic, TopValue, ValueHead
 from ppo_fast.experience import Experience, make_experience
 from ppo_fast.language_model import LanguageModel
-from ppo_fast.models import disable_dropout, enable_gradient_checkpointing
 from ppo_fast.plan import MemoryPlan, plan_memory
 from ppo_fast.rewards import RewardFunction, check_reward_model, check_scores, score
 from ppo_fast.rollout import Engine, LocalEngine, Rollout, eos_ids
 from ppo_fast.spec_methods import SpecMethods
 from ppo_fast.training import TrainingLoop
-from ppo_fast.trunk import freeze_trunk
 from ppo_fast.update import Learner
 
 logger = logging.getLogger(__name__)
@@ -114,7 +109,7 @@ class PPOTrainer(SpecMethods, TrainingLoop):
         validation.check_policy(policy_model)
         validation.check_tokenizer(tokenizer, policy_model)
         check_reward_model(reward_model)
-        critic = self._which_critic(value_model)
+        critic = construction.which_critic(self.config, value_model)
         models = {
             "policy_model": policy_model,
             "value_model": value_model,
@@ -124,15 +119,17 @@ class PPOTrainer(SpecMethods, TrainingLoop):
             validation.place(model, name, self.device)
         self.policy_model, self.value_model = policy_model, value_model
         self.reward_model = reward_model
-        self._prepare_models()
+        construction.prepare(policy_model, value_model, reward_model, self.config)
         k = self.config.num_layers_unfrozen
         self.policy = LanguageModel(policy_model, num_layers_unfrozen=k)
-        self.critic = self._make_critic(critic)
-        self._make_reference()
+        self.critic = construction.make_critic(
+            critic, self.policy, value_model, self.config, self.device
+        )
+        self.reference_model = construction.make_reference(policy_model)
         self.reference = LanguageModel(self.reference_model, num_layers_unfrozen=k)
         path = "fused" if self.policy.fused else "ordinary"
         logger.info("log-probs of policy_model: %s path (%s)", path, self.policy.reason)
-        self._check_shared_weights()
+        construction.check_shared_weights(policy_model, value_model, reward_model, self.critic)
         self.engine = engine or self._local_engine()
         self.policy_optimizer = self._adamw(policy_model, self.config.learning_rate)
         self.value_optimizer = None
@@ -308,98 +305,6 @@ class PPOTrainer(SpecMethods, TrainingLoop):
             keep_states=self.critic is not None and self.critic.reads_states,
             cuda_graphs=self.config.cuda_graphs,
         )
-
-    def _which_critic(self, value_model: nn.Module | None) -> str:
-        critic = self.config.critic or ("baseline" if value_model is None else "model")
-        if critic == "model" and not isinstance(value_model, nn.Module):
-            raise TypeError(
-                f"value_model: got {type(value_model).__name__}, but critic='model' needs a "
-                "torch.nn.Module; pass one, or config=PPOConfig(critic='head' or 'baseline')"
-            )
-        if value_model is not None and not any(p.requires_grad for p in value_model.parameters()):
-            raise ValueError("value_model: it has no weights to train; unfreeze some or pass None")
-        if critic != "model" and value_model is not None:
-            raise ValueError(
-                f"value_model: got {type(value_model).__name__}, but critic={critic!r} uses none; "
-                "pass None, or config=PPOConfig(critic='model')"
-            )
-        return critic
-
-    def _prepare_models(self) -> None:
-        """Float32 weights and no dropout."""
-        for name in ("policy_model", "value_model"):
-            model = getattr(self, name)
-            if model is None:
-                continue
-            if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
-                warnings.warn(
-                    f"{name}: its half-precision weights become float32; at the learning rates of "
-                    "RL most updates of a half-precision weight are lost to rounding",
-                    stacklevel=3,
-                )
-                model.float()
-            disable_dropout(model)
-        if isinstance(self.reward_model, nn.Module):
-            disable_dropout(self.reward_model)
-            self.reward_model.eval()
-        if self.config.num_layers_unfrozen is not None:
-            freeze_trunk(self.policy_model, self.config.num_layers_unfrozen)
-        if self.config.gradient_checkpointing:
-            enable_gradient_checkpointing(self.policy_model, "policy_model")
-            if self.value_model is not None:
-                enable_gradient_checkpointing(self.value_model, "value_model")
-
-    def _make_reference(self) -> None:
-        """The frozen copy that the KL is measured to."""
-        self.reference_model = self._copy_above_the_trunk(self.policy_model)
-        self.reference_model.requires_grad_(False).eval()
-
-    def _copy_above_the_trunk(self, module: nn.Module) -> nn.Module:
-        """What is not trained is the same for both: the copy shares it."""
-        shared = {id(p): p for p in self.policy_model.parameters() if not p.requires_grad}
-        return copy.deepcopy(module, shared)
-
-    def _make_critic(self, critic: str) -> Critic | None:
-        if critic == "baseline":
-            return None
-        if critic == "model":
-            assert self.value_model is not None
-            return ModelCritic(self.value_model, budget=self.config.forward_batch_tokens)
-        if self.policy.body is None:
-            raise ValueError(
-                f"config.critic={critic!r}: the hidden states of "
-                f"{type(self.policy_model).__name__} cannot be told from its logits; pass a "
-                "value_model or use critic='baseline'"
-            )
-        config: Any = self.policy_model.config
-        hidden_size = config.get_text_config().hidden_size
-        if critic == "head":
-            return HeadCritic(ValueHead(hidden_size).to(self.device))
-        k = self.config.num_layers_unfrozen
-        assert k is not None
-        top = TopValue(self._copy_above_the_trunk(self.policy.body), hidden_size)
-        return TopCritic(top.to(self.device), k)
-
-    def _check_shared_weights(self) -> None:
-        trained = {id(p) for p in self.policy_model.parameters() if p.requires_grad}
-        if not trained:
-            raise ValueError("policy_model: all its weights are frozen, there is nothing to train")
-        for name in ("value_model", "reward_model"):
-            model = getattr(self, name)
-            if isinstance(model, nn.Module) and any(id(p) in trained for p in model.parameters()):
-                raise ValueError(
-                    f"{name}: shares trained weights with policy_model; give it a copy "
-                    "(copy.deepcopy) or, for values from the policy's own states, use "
-                    "value_model=None with config=PPOConfig(critic='head')"
-                )
-        if self.critic is None or not isinstance(self.reward_model, nn.Module):
-            return
-        valued = {id(p) for p in self.critic.module.parameters() if p.requires_grad}
-        if any(id(p) in valued for p in self.reward_model.parameters()):
-            raise ValueError(
-                "reward_model: shares trained weights with value_model, so that scores would move "
-                "as it trains; give one of them a copy (copy.deepcopy)"
-            )
 
     def _adamw(self, model: nn.Module, learning_rate: float) -> Optimizer:
         config = self.config

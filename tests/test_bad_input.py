@@ -152,7 +152,7 @@ OUT_OF_RANGE = {
     "forward_batch_tokens": [0],
     "aggregation": ["mean"],
     "critic": ["value"],
-    "trunk_dtype": ["float8"],
+    "trunk_dtype": ["float16"],
     "adamw": ["slow"],
     "gradient_checkpointing": ["yes"],
     "num_layers_unfrozen": [0, -1, 1.5],

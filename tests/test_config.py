@@ -32,7 +32,7 @@ OUT_OF_RANGE = {
     "forward_batch_tokens": [0, 1e4],
     "aggregation": ["mean", None],
     "critic": ["value", True],
-    "trunk_dtype": ["float32", "float8"],
+    "trunk_dtype": ["float32", "float16"],
     "adamw": ["slow", None],
     "gradient_checkpointing": ["yes", None],
     "num_layers_unfrozen": [0, -1, 1.5, True],

@@ -6,22 +6,17 @@ import copy
 
 import pytest
 import torch
+from tiny_batch import PROMPTS, RESPONSES, batch
 from tiny_models import FAMILIES, VOCAB_SIZE, tiny_config, tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from ppo_fast.language_model import LanguageModel
-from ppo_fast.tokens import Tokens, make_tokens, position_ids
+from ppo_fast.tokens import position_ids
 
 LAYERS = 4
-PROMPTS = [[5, 61, 7, 300], [44], [3, 2, 91]]
-RESPONSES = [[12, 0], [9, 250, 17, 33, 0], [306, 1, 8]]
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-def batch(pad_id: int = 0) -> Tokens:
-    return make_tokens(PROMPTS, RESPONSES, pad_id, torch.device("cpu"))
 
 
 def exact_logits(model: nn.Module) -> list[torch.Tensor]:

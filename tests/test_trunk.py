@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_batch import batch
 from tiny_models import FAMILIES, tiny_model
 from torch import nn
 
 from ppo_fast.language_model import LanguageModel
-from ppo_fast.tokens import Tokens, make_tokens
 from ppo_fast.trunk import freeze_trunk, layer_list
 
 LAYERS = 4
-PROMPTS = [[5, 61, 7, 300], [44], [3, 2, 91]]
-RESPONSES = [[12, 0], [9, 250, 17, 33, 0], [306, 1, 8]]
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-def batch(pad_id: int = 0) -> Tokens:
-    return make_tokens(PROMPTS, RESPONSES, pad_id, torch.device("cpu"))
 
 
 each_split = pytest.mark.parametrize(

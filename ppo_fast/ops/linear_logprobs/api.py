@@ -23,6 +23,8 @@ from ppo_fast.ops.validation import (
     check_temperature,
 )
 
+LOGITS_BUDGET_BYTES = 2**28
+
 
 def linear_logprobs(
     hidden: Tensor,
@@ -35,7 +37,7 @@ def linear_logprobs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     entropy: bool = True,
-    logits_budget_bytes: int = 2**28,
+    logits_budget_bytes: int = LOGITS_BUDGET_BYTES,
     drop_zero_rows: bool = True,
     impl: Impl = "auto",
 ) -> TokenLogprobs:
