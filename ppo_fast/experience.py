@@ -88,13 +88,14 @@ def make_experience(
     ref = in_batches(lambda *a: logprobs(reference, *a), tokens, trunk, budget)
     # another engine, a truncated sampler, autocast, TF32 or a rounded trunk: what was drawn is not
     # what the update will compute
-    old, is_rounded = rollout.logprobs, config.trunk_dtype is not None
-    if old is None or rollout.sampling.truncates or not computes_in_float32(policy) or is_rounded:
+    old = rollout.logprobs
+    known = config.trunk_dtype is None and computes_in_float32(policy)
+    if old is None or rollout.sampling.truncates or not known:
         old = in_batches(lambda *a: logprobs(policy, *a), tokens, trunk, budget)
     rewards = token_rewards(scores, old, ref, tokens, config)
     if critic is None:
         values = batch_baseline(scores, tokens, config.gamma)
-    elif critic.reads_states and rollout.states is not None and not is_rounded:
+    elif critic.reads_states and rollout.states is not None:
         values = critic.values(tokens, rollout.states)
     elif critic.reads_states:
         values = in_batches(

@@ -108,7 +108,8 @@ def decode(
 class _Decoding:
     """Who sits in which slot, and what was drawn. A step computes the first ``len(running)`` slots,
     none of which is empty when it begins, or a few more: those belong to a sequence that nobody
-    asked for, the last one in all tensors by sequence, and stay where they are."""
+    asked for, the last one in all tensors by sequence. They begin when no prompt waits any more, so
+    that none gets further than a response may."""
 
     def __init__(
         self,
@@ -180,7 +181,7 @@ class _Decoding:
             piece = self.trunk_pieces.pop()
             at = self.prompt_width + self.place[:rows] - 1
             self._trunk_like(piece)[self.sequence[:rows], at] = piece[:, 0]
-        lengths += self._is_somebodys(slots)
+        lengths += 1
         self._draw(slots, next_)
 
     def rollout(self, pad_id: int) -> Rollout:
@@ -240,10 +241,7 @@ class _Decoding:
                 self.states = self._room(next_.states, self.longest)
             self.states[at] = next_.states
         self.token[slots] = sampled.tokens
-        self.place[slots] += self._is_somebodys(slots)
-
-    def _is_somebodys(self, slots: Tensor) -> Tensor:
-        return self.sequence[slots] < len(self.prompts)
+        self.place[slots] += 1
 
     def _sample(self, logits: Tensor, sequence: Tensor, place: Tensor) -> Sampled:
         """One token a row; those that may not end yet, among tokens that end nothing."""
