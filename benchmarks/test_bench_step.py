@@ -5,17 +5,16 @@ its own, and go on learning from round to round.
 """
 
 import copy
-from collections import Counter
 
 import plain_ppo
 import pytest
+from step_sides import Ours, of_ids
 from torch import nn
 
-from ppo_fast import PPOConfig, PPOTrainer, ValueModel
+from ppo_fast import ValueModel
 from ppo_fast.demo_task import load_prompts
 
 ROUNDS = 3
-PARTS = ("rollout", "experience", "update")
 
 
 @pytest.fixture(scope="module")
@@ -23,47 +22,20 @@ def smollm2():
     return pytest.importorskip("ppo_fast.smollm2").load_smollm2()
 
 
-def of_ids(responses):
-    """A score that costs nothing."""
-    return [sum(ids) % 97 / 50 for ids in responses]
-
-
-def of_texts(prompts, completions):
-    return [len(text) % 97 / 50 for text in completions]
-
-
-class Ours:
-    """Steps of a PPOTrainer; ``spent`` adds up the seconds of their parts."""
-
-    def __init__(self, smollm2, prompts, value_model=None, freeze=0, **options):
-        model, tokenizer = smollm2
-        policy = copy.deepcopy(model)
-        if freeze:
-            plain_ppo.freeze_bottom(policy, policy.model, freeze)
-        self.trainer = PPOTrainer(
-            policy, value_model, of_texts, tokenizer, "cpu", config=PPOConfig(**options)
-        )
-        self.trainer.engine.eos_ids = list
-        self.prompts, self.spent = prompts, Counter()
-
-    def step(self):
-        metrics = self.trainer.train_step(self.prompts)
-        self.spent += {part: metrics[f"time/{part}"] for part in PARTS}
-
-    def show(self, name, capsys):
-        total = self.spent.total()
-        with capsys.disabled():
-            shares = ", ".join(f"{part} {t / total:.0%}" for part, t in self.spent.items())
-            print(f"  {name}: {shares}")
-
-
 def take_turns(turns, capsys, work, ours, name, theirs):
     """``theirs`` is a step, or one of Ours."""
     step = theirs.step if isinstance(theirs, Ours) else theirs
     turns(work, {"ppo_fast": ours.step, name: step}, rounds=ROUNDS, warm=False)
-    ours.show("ppo_fast", capsys)
+    show("ppo_fast", ours, capsys)
     if isinstance(theirs, Ours):
-        theirs.show(name, capsys)
+        show(name, theirs, capsys)
+
+
+def show(name, side, capsys):
+    total = side.spent.total()
+    shares = ", ".join(f"{part} {seconds / total:.0%}" for part, seconds in side.spent.items())
+    with capsys.disabled():
+        print(f"  {name}: {shares}")
 
 
 def test_all_weights(turns, smollm2, capsys):
