@@ -41,6 +41,9 @@ class Train:
     sequence classifier with one label. Required."""
     value_model: str | None = None
     """A causal LM whose body becomes the value model; None: see critic."""
+    lora_rank: int | None = None
+    """Train LoRA adapters of this rank on all layers, or on those of num_layers_unfrozen, with
+    alpha twice the rank; None: the weights themselves."""
     output_dir: Path = Path("runs/train")
     """Gets metrics.jsonl, samples.jsonl, config.yaml, checkpoints/ and the trained policy/."""
     num_steps: int = 100
@@ -97,6 +100,10 @@ class Plan:
     """Tokens of the longest prompt."""
     memory: float | None = None
     """GB that there are: which ways fit."""
+    lora_rank: int = 16
+    """Rank of the ways with LoRA, which are shown where peft is installed."""
+    device: str = "cuda"
+    """cuda or cpu, where a rollout copies weights that have adapters."""
     ppo: tyro.conf.OmitArgPrefixes[PPOConfig] = field(default_factory=PPOConfig)
 
 
@@ -152,10 +159,11 @@ def plan(asked: Plan) -> None:
     from ppo_fast.validation import check_counts
 
     check_folder("policy", asked.policy)
-    check_counts(batch_size=asked.batch_size, prompt_length=asked.prompt_length)
+    sizes = {name: getattr(asked, name) for name in ("batch_size", "prompt_length", "lora_rank")}
+    check_counts(**sizes)
     model_config = AutoConfig.from_pretrained(asked.policy)
-    sizes = {"batch_size": asked.batch_size, "prompt_length": asked.prompt_length}
-    show_plans(Console(), plans(model_config, asked.ppo, **sizes), asked.memory)
+    found = plans(model_config, asked.ppo, **sizes, device=asked.device)
+    show_plans(Console(), found, asked.memory)
 
 
 def train(run: Train) -> None:
@@ -209,16 +217,20 @@ def train(run: Train) -> None:
 
 
 def make_trainer(run: Train, reward: Any, device: str) -> PPOTrainer:
-    """The trainer of a run: its models from their folders or the hub, in float32."""
+    """The trainer of a run: its models from their folders or the hub."""
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+    from ppo_fast.lora import with_lora
     from ppo_fast.models import ValueModel
     from ppo_fast.trainer import PPOTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(run.policy)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    policy = AutoModelForCausalLM.from_pretrained(run.policy, dtype=torch.float32)
+    dtype = torch.float32 if run.ppo.compute_dtype is None else "auto"
+    policy = AutoModelForCausalLM.from_pretrained(run.policy, dtype=dtype)
+    if run.lora_rank is not None:
+        policy = with_lora(policy, run.lora_rank, run.ppo.num_layers_unfrozen)
     value_model = None
     if run.value_model is not None:
         base = AutoModel.from_pretrained(run.value_model, dtype=torch.float32)  # no LM head
@@ -292,11 +304,15 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def save_policy(policy: Any, tokenizer: Any, folder: Path) -> None:
-    """``save_pretrained`` of both in ``folder``, which is replaced only by a complete one."""
+    """``save_pretrained`` of both in ``folder``, which is replaced only by a complete one. Adapters
+    are merged: it is a whole model."""
+    from ppo_fast.adapters import base_of, merged_adapters
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         new = Path(temporary) / folder.name
-        policy.save_pretrained(new)
+        with merged_adapters(policy):
+            base_of(policy).save_pretrained(new)
         tokenizer.save_pretrained(new)
         if folder.exists():
             shutil.move(folder, Path(temporary) / "old")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Literal
 
+import torch
+
 from ppo_fast.rollout.sampling import Sampling
 
 Critic = Literal["model", "head", "top", "baseline"]
@@ -79,6 +81,14 @@ class PPOConfig:
     """What the trunk's activations are kept as from the rollout to the last epoch: 2 bytes a number
     instead of 4. Old log-probs then are computed from them too. (Activations outgrow float16.)
     None: as the model computes."""
+    compute_dtype: Literal["bfloat16"] | None = None
+    """What the models compute in. "bfloat16": trained weights are float32 all the same (autocast;
+    responses are drawn with copies in bfloat16), frozen ones stay as they are stored. None: float32
+    throughout."""
+    trained_weights: Literal["float32", "stochastic", "kahan"] = "float32"
+    """How trained weights are held. In float32; or, with compute_dtype, in bfloat16, to which each
+    step's sum is rounded up or down by chance ("stochastic") or with its rounding error kept for
+    the next one ("kahan"): plain rounding would lose most steps of RL's size."""
     gradient_checkpointing: bool = False
     """Keep a layer's input alone, and compute its insides again in the backward pass."""
     adamw: Literal["foreach", "fused"] = "foreach"
@@ -160,12 +170,19 @@ class PPOConfig:
         self._check_choice("aggregation", ("token-mean", "seq-mean-token-mean"))
         self._check_choice("critic", (None, "model", "head", "top", "baseline"))
         self._check_choice("trunk_dtype", (None, "bfloat16"))
+        self._check_choice("compute_dtype", (None, "bfloat16"))
+        self._check_choice("trained_weights", ("float32", "stochastic", "kahan"))
         self._check_choice("gradient_checkpointing", (True, False))
         self._check_choice("adamw", ("foreach", "fused"))
         if self.critic == "top" and self.num_layers_unfrozen is None:
             raise ValueError(
                 "critic='top' is trained above a frozen trunk: set num_layers_unfrozen, or use "
                 "critic='model' with a value_model"
+            )
+        if self.trained_weights != "float32" and self.compute_dtype is None:
+            raise ValueError(
+                f"trained_weights={self.trained_weights!r} holds them in bfloat16: set "
+                "compute_dtype='bfloat16', or use trained_weights='float32'"
             )
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise ValueError(
@@ -183,6 +200,16 @@ class PPOConfig:
     def clip(self) -> tuple[float, float]:
         """(low, high) clip ranges."""
         return self.clip_epsilon, self.clip_epsilon_high or self.clip_epsilon
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """compute_dtype, as torch has it."""
+        return None if self.compute_dtype is None else getattr(torch, self.compute_dtype)
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """What trained weights are held in."""
+        return torch.float32 if self.trained_weights == "float32" else torch.bfloat16
 
     def sampling(self, max_length: int | None = None, temperature: float | None = None) -> Sampling:
         """How responses are drawn; an argument comes before the setting of its name."""

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ppo_fast.adapters import without_new_adapters
 from ppo_fast.config import PPOConfig
 from ppo_fast.critic import Critic, HeadCritic, ModelCritic, TopCritic, TopValue, ValueHead
 from ppo_fast.language_model import LanguageModel
 from ppo_fast.models import disable_dropout, enable_gradient_checkpointing
+from ppo_fast.precision import HALF, hold_products_in, hold_trained_weights
 from ppo_fast.trunk import freeze_trunk
 
 
@@ -37,14 +39,16 @@ def which_critic(config: PPOConfig, value_model: Any) -> str:
 def prepare(
     policy_model: nn.Module, value_model: nn.Module | None, reward_model: Any, config: PPOConfig
 ) -> None:
-    """Float32 weights, no dropout, a frozen trunk, gradient checkpointing: what is asked for."""
+    """Float32 computation, no dropout, a frozen trunk, gradient checkpointing: what is asked
+    for."""
     for name, model in (("policy_model", policy_model), ("value_model", value_model)):
         if model is None:
             continue
-        if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
+        if config.compute_dtype is None and any(p.dtype in HALF for p in model.parameters()):
             warnings.warn(
                 f"{name}: its half-precision weights become float32; at the learning rates of "
-                "RL most updates of a half-precision weight are lost to rounding",
+                "RL most updates of a half-precision weight are lost to rounding. "
+                "compute_dtype='bfloat16' leaves those that are not trained as they are",
                 stacklevel=3,
             )
             model.float()
@@ -58,9 +62,23 @@ def prepare(
         freeze_trunk(policy_model, config.num_layers_unfrozen)
 
 
-def make_reference(policy_model: nn.Module) -> nn.Module:
-    """The frozen copy that the KL is measured to."""
-    return _copy_of_what_is_trained(policy_model).requires_grad_(False).eval()
+def make_reference(policy_model: nn.Module, config: PPOConfig) -> nn.Module:
+    """What the KL is measured to, frozen: a copy of what is trained, or the model without its
+    adapters where these are new."""
+    reference = without_new_adapters(_copy_of_what_is_trained(policy_model))
+    if config.torch_dtype is not None:
+        hold_products_in(config.torch_dtype, reference, without=policy_model)
+    return reference.requires_grad_(False).eval()
+
+
+def hold_weights(policy_model: nn.Module, value_model: nn.Module | None, config: PPOConfig) -> None:
+    """What is trained, in the dtype that the config asks for; without compute_dtype ``prepare`` has
+    seen to it."""
+    if config.compute_dtype is None:
+        return
+    for model in (policy_model, value_model):
+        if model is not None:
+            hold_trained_weights(model, config.weights_dtype)
 
 
 def make_critic(
@@ -75,7 +93,9 @@ def make_critic(
         return None
     if critic == "model":
         assert value_model is not None
-        return ModelCritic(value_model, budget=config.forward_batch_tokens)
+        return ModelCritic(
+            value_model, budget=config.forward_batch_tokens, compute_dtype=config.torch_dtype
+        )
     if policy.body is None:
         raise ValueError(
             f"config.critic={critic!r}: the hidden states of {type(policy.model).__name__} cannot "
@@ -86,7 +106,7 @@ def make_critic(
         return HeadCritic(ValueHead(hidden_size).to(device))
     assert config.num_layers_unfrozen is not None
     top = TopValue(_copy_of_what_is_trained(policy.body), hidden_size).to(device)
-    return TopCritic(top, config.num_layers_unfrozen)
+    return TopCritic(top, config.num_layers_unfrozen, compute_dtype=config.torch_dtype)
 
 
 def check_shared_weights(

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ppo_fast.precision import computing_in
 from ppo_fast.tokens import Tokens, make_tokens
 from ppo_fast.trunk import Split, run
 from ppo_fast.user_modules import call_on_rows
@@ -86,17 +87,26 @@ class TopCritic:
     Args:
         module: its body's lower layers are the policy's own, frozen; the top is trained.
         num_layers_unfrozen: layers of the top.
+        compute_dtype: as LanguageModel's.
     """
 
     reads_states = False
 
-    def __init__(self, module: TopValue, num_layers_unfrozen: int) -> None:
+    def __init__(
+        self,
+        module: TopValue,
+        num_layers_unfrozen: int,
+        *,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
         self.module, self.split = module, Split(module.body, num_layers_unfrozen)
+        self.compute_dtype = compute_dtype
 
     def values(
         self, tokens: Tokens, states: Tensor | None = None, trunk: Tensor | None = None
     ) -> Tensor:
-        states = run(self.module.body, tokens, self.split, trunk).last_hidden_state
+        with computing_in(self.compute_dtype, tokens.device):
+            states = run(self.module.body, tokens, self.split, trunk).last_hidden_state
         return HeadCritic(self.module.head).values(tokens, tokens.before_response(states))
 
 
@@ -109,8 +119,10 @@ class ModelCritic:
 
     reads_states = False
 
-    def __init__(self, module: nn.Module, *, budget: int) -> None:
-        self.module, self.budget = module, budget
+    def __init__(
+        self, module: nn.Module, *, budget: int, compute_dtype: torch.dtype | None = None
+    ) -> None:
+        self.module, self.budget, self.compute_dtype = module, budget, compute_dtype
         self.per_token = self._gives_a_value_a_token()
         if not self.per_token:
             warnings.warn(
@@ -130,7 +142,7 @@ class ModelCritic:
         return torch.where(tokens.response_mask, value[:, None], 0.0)
 
     def _call(self, rows: list[Tensor]) -> list[Tensor]:
-        outputs = call_on_rows(self.module, rows, budget=self.budget, what="value_model")
+        outputs = self._outputs(rows)
         if not self.per_token:
             # [B, 1] for prompts of one token: here it is a value a sequence
             outputs = [out[0] if out.shape == (1,) else out for out in outputs]
@@ -142,8 +154,11 @@ class ModelCritic:
     def _gives_a_value_a_token(self) -> bool:
         device = next(self.module.parameters()).device
         probe = make_tokens([[0, 0], [0, 0]], [[0], [0]], 0, device)
-        rows = call_on_rows(self.module, probe.sequences(), budget=self.budget, what="value_model")
-        return rows[0].dim() == 1
+        return self._outputs(probe.sequences())[0].dim() == 1
+
+    def _outputs(self, rows: list[Tensor]) -> list[Tensor]:
+        with computing_in(self.compute_dtype, rows[0].device):
+            return call_on_rows(self.module, rows, budget=self.budget, what="value_model")
 
 
 def batch_baseline(scores: Tensor, tokens: Tokens, gamma: float) -> Tensor:

@@ -176,6 +176,7 @@ def computes_in_float32(policy: LanguageModel) -> bool:
     device = weight.device.type
     return (
         weight.dtype in (torch.float32, torch.float64)
+        and policy.compute_dtype is None
         and not torch.is_autocast_enabled(device)
         and not (device == "cuda" and torch.backends.cuda.matmul.allow_tf32)
     )

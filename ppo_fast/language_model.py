@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ppo_fast.adapters import body_of
 from ppo_fast.ops import (
     TokenLogprobs,
     few_row_linear,
@@ -22,6 +23,7 @@ from ppo_fast.ops import (
     logprobs_from_logits,
 )
 from ppo_fast.ops.gradient import computed_in
+from ppo_fast.precision import HALF, computing_in
 from ppo_fast.tokens import Tokens
 from ppo_fast.trunk import Split, run
 
@@ -54,6 +56,7 @@ class LanguageModel:
         model: the model. It is not changed.
         num_layers_unfrozen: the layers above the trunk, whose activations ``trunk`` computes and
             ``forward`` can start from; None: there is no trunk.
+        compute_dtype: what its products are computed in (autocast); None: what its weights are.
 
     Attributes:
         fused: whether log-probs come from hidden states and the LM head.
@@ -64,11 +67,16 @@ class LanguageModel:
             be split there.
     """
 
-    def __init__(self, model: nn.Module, *, num_layers_unfrozen: int | None = None) -> None:
-        self.model = model
-        self.body: nn.Module | None = getattr(model, "base_model", None)
-        if self.body is model:
-            self.body = None
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        num_layers_unfrozen: int | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.model, self.compute_dtype = model, compute_dtype
+        body = body_of(model)
+        self.body: nn.Module | None = None if body is model else body
         self.head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
         config: Any = model.config
         self.text_config: Any = config.get_text_config()
@@ -113,9 +121,10 @@ class LanguageModel:
             )
         assert forward.states is not None
         weight, bias = self._head_weights()
+        dtype = self.compute_dtype or forward.states.dtype
         return linear_logprobs(
-            forward.states,
-            weight,
+            forward.states.to(dtype),
+            weight.to(self.compute_dtype or weight.dtype),
             labels,
             bias=bias,
             mask=mask,
@@ -129,7 +138,8 @@ class LanguageModel:
     def trunk(self, tokens: Tokens) -> Tensor:
         """[B, P + T, D]: what enters the first unfrozen layer."""
         assert self.split is not None
-        return self.split.trunk(tokens)
+        with computing_in(self.compute_dtype, tokens.device):
+            return self.split.trunk(tokens)
 
     def recording_trunk(self) -> AbstractContextManager[list[Tensor]]:
         """Within the block, what every pass hands to the first unfrozen layer lands in the list,
@@ -148,9 +158,19 @@ class LanguageModel:
         assert self.body is not None
         states = self.body(**arguments, use_cache=True).last_hidden_state
         states = states[:, -1] if at is None else states[at]
+        return Next(self._shape(self._products(states)), states)
+
+    def _products(self, states: Tensor) -> Tensor:
+        """[n, D] -> [n, V], of half precision too in float32: a logit of 20 in bfloat16 is 6% of a
+        probability off."""
         weight, bias = self._head_weights()
-        logits = few_row_linear(states, weight, bias)
-        return Next(self._shape(logits.to(computed_in(logits.dtype))), states)
+        if states.dtype not in HALF:
+            return few_row_linear(states, weight, bias)
+        if states.is_cuda:
+            products = torch.mm(states, weight.T, out_dtype=torch.float32)
+        else:
+            products = few_row_linear(states.float(), weight.float())
+        return products if bias is None else products + bias
 
     def _shape(self, logits: Tensor) -> Tensor:
         logits = logits * self.logit_scale if self.logit_scale != 1.0 else logits
@@ -164,14 +184,15 @@ class LanguageModel:
 
     def _run(self, tokens: Tokens, trunk: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """States [B, P + T, D] and, on the ordinary path, logits [B, P + T, V]."""
-        if self.fused:
-            assert self.body is not None
-            return run(self.body, tokens, self.split, trunk).last_hidden_state, None
-        if self.body is None:
-            return None, run(self.model, tokens).logits
-        with _output_of(self.body) as output:
-            logits = run(self.model, tokens, self.split, trunk).logits
-        return output[0].last_hidden_state, logits
+        with computing_in(self.compute_dtype, tokens.device):
+            if self.fused:
+                assert self.body is not None
+                return run(self.body, tokens, self.split, trunk).last_hidden_state, None
+            if self.body is None:
+                return None, run(self.model, tokens).logits
+            with _output_of(self.body) as output:
+                logits = run(self.model, tokens, self.split, trunk).logits
+            return output[0].last_hidden_state, logits
 
     def _probe(self) -> Tokens:
         """A few tokens, one row padded, to compare paths on."""
@@ -191,22 +212,22 @@ class LanguageModel:
         if self.head._forward_hooks or self.head._forward_pre_hooks:
             return "the LM head has hooks"
         probe = self._probe()
-        try:
-            expected = run(self.model, probe).logits.float()
-        except TypeError as cause:
-            raise ValueError(
-                f"policy_model: {type(self.model).__name__} cannot be called with input_ids, "
-                f"attention_mask and position_ids, which left padding needs ({cause})"
-            ) from cause
-        states = getattr(run(self.body, probe), "last_hidden_state", None)
-        if states is None:
-            self.body = None  # a wrapper's base_model (peft's) is the whole model
-            return f"the base_model of {type(self.model).__name__} returns no last_hidden_state"
-        found = self._shape(nn.functional.linear(states, *self._head_weights()).float())
+        with computing_in(self.compute_dtype, self.device):
+            try:
+                expected = run(self.model, probe).logits.float()
+            except TypeError as cause:
+                raise ValueError(
+                    f"policy_model: {type(self.model).__name__} cannot be called with input_ids, "
+                    f"attention_mask and position_ids, which left padding needs ({cause})"
+                ) from cause
+            states = getattr(run(self.body, probe), "last_hidden_state", None)
+            if states is None:
+                self.body = None  # a wrapper's base_model is the whole model
+                return f"the base_model of {type(self.model).__name__} returns no last_hidden_state"
+            found = self._shape(nn.functional.linear(states, *self._head_weights()).float())
         real = probe.attention_mask.bool()
         difference = (found - expected)[real].abs().max() / expected[real].abs().max()
-        tolerance = HEAD_TOLERANCE.get(self.head.weight.dtype, HALF_TOLERANCE)
-        if not difference <= tolerance:
+        if not difference <= self._tolerance(self.head.weight.dtype):
             return f"the body's states times the LM head differ from the logits by {difference:.1e}"
         return None
 
@@ -222,8 +243,11 @@ class LanguageModel:
         assert split is not None
         real = probe.attention_mask.bool()
         difference = ((whole - split)[real].abs().max() / whole[real].abs().max()).item()
-        tolerance = HEAD_TOLERANCE.get(whole.dtype, HALF_TOLERANCE)
+        tolerance = self._tolerance(whole.dtype)
         return None if difference <= tolerance else f"its states differ by {difference:.1e}"
+
+    def _tolerance(self, dtype: torch.dtype) -> float:
+        return HEAD_TOLERANCE.get(self.compute_dtype or dtype, HALF_TOLERANCE)
 
 
 @contextmanager

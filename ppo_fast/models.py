@@ -8,13 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppo_fast.adapters import body_of
 from ppo_fast.tokens import position_ids
-
-
-def _body(base_model: nn.Module) -> nn.Module:
-    """A causal LM's body; a bare body stays itself. Its last hidden state is what the spec's
-    ``output_hidden_states=True`` reads last, without keeping the others or making logits."""
-    return getattr(base_model, "base_model", base_model)
 
 
 def _head(hidden_size: int) -> nn.Sequential:
@@ -80,7 +75,8 @@ def _states(
     base_model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    output = _body(base_model)(
+    # its last state is what ``output_hidden_states=True`` gives last, without the others and logits
+    output = body_of(base_model)(
         input_ids=input_ids,
         attention_mask=mask,
         position_ids=position_ids(mask),

@@ -6,7 +6,8 @@ what autograd keeps: for 70B parameters that takes seconds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,10 +18,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
+from ppo_fast.adapters import adapted_layers, base_of, body_of
 from ppo_fast.config import PPOConfig
+from ppo_fast.construction import make_reference
+from ppo_fast.critic import ValueHead
 from ppo_fast.forwards import replaced_forwards
+from ppo_fast.lora import lora_config
 from ppo_fast.models import ValueModel, enable_gradient_checkpointing
 from ppo_fast.ops.linear_logprobs.api import LOGITS_BUDGET_BYTES
+from ppo_fast.precision import computing_in, hold_trained_weights
 from ppo_fast.rollout.slots import layer_types
 from ppo_fast.trunk import Split, freeze_trunk
 
@@ -31,14 +37,14 @@ TOP = 4
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes. Weights, their gradients and AdamW's moments are float32; keys, values and activations
-    are of the dtype that the model computes in, float32.
+    """Bytes.
 
     policy, reference, value_function: weights; the reference's and those of a top without what they
         share with the policy.
     gradients, optimizer: of all trained weights.
     trunk: its activations for a batch.
     cache: keys and values of a rollout.
+    copies: of weights, for a rollout: in compute_dtype; on the CPU with adapters merged.
     activations: what autograd keeps of one microbatch, without logits.
     logits: tiles of the LM head that are kept for the backward pass.
     """
@@ -50,14 +56,16 @@ class MemoryPlan:
     optimizer: int
     trunk: int
     cache: int
+    copies: int
     activations: int
     logits: int
 
     @property
     def peak(self) -> int:
-        """The most at one time: gradients and activations come when the cache is gone."""
+        """The most at one time: gradients and activations come when the rollout is done."""
         held = self.policy + self.reference + self.value_function + self.optimizer + self.trunk
-        return held + max(self.cache, self.gradients + self.activations + self.logits)
+        update = self.gradients + self.activations + self.logits
+        return held + max(self.cache + self.copies, update)
 
 
 def plan_memory(
@@ -67,6 +75,8 @@ def plan_memory(
     batch_size: int,
     prompt_length: int,
     value_model: nn.Module | None = None,
+    adapter: Any = None,
+    device: str = "cuda",
 ) -> MemoryPlan:
     """The plan for a policy of ``model_config``, a transformers config.
 
@@ -76,6 +86,8 @@ def plan_memory(
         batch_size: prompts a step.
         prompt_length: tokens of each, at most.
         value_model: for ``critic="model"``; None: a ``ValueModel`` over a copy of the policy.
+        adapter: peft's config of a new adapter that the policy is given; None: it has none.
+        device: type of the device that is meant.
 
     Raises:
         ValueError: the model cannot be split or its layers not be cached.
@@ -83,38 +95,50 @@ def plan_memory(
     text: Any = model_config.get_text_config()
     length, k = prompt_length + config.max_length, config.num_layers_unfrozen
     rows = min(batch_size, max(1, config.microbatch_tokens // length))
-    with FakeTensorMode():
-        policy = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
-        if k is not None:
-            freeze_trunk(policy, k)
-        trained = _count(policy, _trained)
-        value, value_trained = _value_function(policy, config, text.hidden_size, value_model)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    policy = _policy(fake, model_config, config, adapter)
+    value = _value_weights(fake, policy, model_config, config, value_model)
+    with fake:
+        # new adapters are left out, others copied: they are small
+        reference = None if adapter is not None else make_reference(policy, config)
         activations = _kept(policy, k, rows, length, config)
-    trunk_bytes = FLOAT if config.trunk_dtype is None else 2
+        copies = _bytes(_copied(policy, config, device))
+    changed = _trained(policy.parameters())
+    trained = [*changed, *_trained(value)]
+    rounded = 2 * _count(trained) if config.trained_weights == "kahan" else 0
+    computed = FLOAT if config.compute_dtype is None else 2
+    kept = computed if config.trunk_dtype is None else 2
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     slots = min(config.rollout_slots or batch_size, batch_size)
     per_token = 2 * len(layer_types(text)) * kv_heads * head_size
     return MemoryPlan(
-        policy=FLOAT * _count(policy),
-        reference=FLOAT * trained,
-        value_function=FLOAT * value,
-        gradients=FLOAT * (trained + value_trained),
-        optimizer=2 * FLOAT * (trained + value_trained),
-        trunk=0 if k is None else trunk_bytes * batch_size * length * text.hidden_size,
-        cache=FLOAT * per_token * slots * length,
+        policy=_bytes(policy.parameters()),
+        reference=0 if reference is None else _bytes(_own(reference, policy)),
+        value_function=_bytes(value),
+        gradients=_bytes(trained),
+        optimizer=2 * FLOAT * _count(trained) + rounded,
+        trunk=0 if k is None else kept * batch_size * length * text.hidden_size,
+        cache=computed * per_token * slots * length,
+        copies=copies,
         activations=activations,
         logits=min(FLOAT * rows * config.max_length * text.vocab_size, LOGITS_BUDGET_BYTES),
     )
 
 
 def plans(
-    model_config: Any, config: PPOConfig, *, batch_size: int, prompt_length: int
+    model_config: Any,
+    config: PPOConfig,
+    *,
+    batch_size: int,
+    prompt_length: int,
+    lora_rank: int = 16,
+    device: str = "cuda",
 ) -> dict[str, MemoryPlan]:
-    """Ways to train a policy, by what they are."""
+    """Ways to train a policy, by what they are; those with LoRA where peft is installed."""
     layers = model_config.get_text_config().num_hidden_layers
     k = min(config.num_layers_unfrozen or TOP, layers - 1)
-    ways = {
+    ways: dict[str, dict[str, Any]] = {
         "all layers, a value model": {"critic": "model", "num_layers_unfrozen": None},
         "all layers, a value head": {"critic": "head", "num_layers_unfrozen": None},
     }
@@ -123,12 +147,25 @@ def plans(
             f"{k} top layers, values from a top": {"critic": "top", "num_layers_unfrozen": k},
             f"{k} top layers, a value head": {"critic": "head", "num_layers_unfrozen": k},
         }
+    adapters: dict[str, Any] = {}
+    if importlib.util.find_spec("peft"):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config)
+        name = f"LoRA of rank {lora_rank}, a value head"
+        ways[name] = {"critic": "head", "num_layers_unfrozen": None}
+        adapters[name] = lora_config(model, lora_rank)
+        if k > 0:
+            name = f"LoRA on {k} top layers, a value head"
+            ways[name] = {"critic": "head", "num_layers_unfrozen": k}
+            adapters[name] = lora_config(model, lora_rank, k)
     return {
         name: plan_memory(
             model_config,
-            replace(config, **way),  # type: ignore[arg-type]
+            replace(config, **way),
             batch_size=batch_size,
             prompt_length=prompt_length,
+            adapter=adapters.get(name),
+            device=device,
         )
         for name, way in ways.items()
     }
@@ -150,29 +187,73 @@ def show_plans(console: Console, found: dict[str, MemoryPlan], memory_gb: float 
     console.print(table)
 
 
-def _count(module: nn.Module, which: Callable[[nn.Parameter], bool] = lambda _: True) -> int:
-    return sum(p.numel() for p in module.parameters() if which(p))
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)
 
 
-def _trained(parameter: nn.Parameter) -> bool:
-    return parameter.requires_grad
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(t.nbytes for t in tensors)
 
 
-def _value_function(
-    policy: Any, config: PPOConfig, hidden_size: int, value_model: nn.Module | None
-) -> tuple[int, int]:
-    """Weights of its own, and how many of them are trained."""
+def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    return [p for p in parameters if p.requires_grad]
+
+
+def _own(module: nn.Module, other: nn.Module) -> list[nn.Parameter]:
+    """The weights of ``module`` that are not ``other``'s."""
+    shared = set(other.parameters())
+    return [p for p in module.parameters() if p not in shared]
+
+
+def _policy(fake: FakeTensorMode, model_config: Any, config: PPOConfig, adapter: Any) -> Any:
+    """As the trainer prepares it, of fake tensors."""
+    stored = torch.float32 if config.compute_dtype is None else model_config.dtype
+    with torch.device("meta"):  # peft moves what it adds, which fake tensors do not bear
+        policy = AutoModelForCausalLM.from_config(model_config, dtype=stored or torch.float32)
+        if adapter is not None:
+            from peft import get_peft_model
+
+            policy = get_peft_model(policy, adapter)
+    with fake:
+        policy.to_empty(device="cpu")
+        base_of(policy).tie_weights()
+        if config.num_layers_unfrozen is not None:
+            freeze_trunk(policy, config.num_layers_unfrozen)
+        hold_trained_weights(policy, config.weights_dtype)
+    return policy
+
+
+def _value_weights(
+    fake: FakeTensorMode,
+    policy: Any,
+    model_config: Any,
+    config: PPOConfig,
+    value_model: nn.Module | None,
+) -> list[nn.Parameter]:
+    """The value function's own."""
     critic = config.critic or ("baseline" if value_model is None else "model")
     if critic == "baseline":
-        return 0, 0
+        return []
     if critic == "model" and value_model is not None:
-        return _count(value_model), _count(value_model, _trained)
+        return list(value_model.parameters())
+    hidden_size = policy.config.get_text_config().hidden_size
     if critic == "model":
-        head = _count(ValueModel(policy, hidden_size).value_head)
-        return _count(policy) + head, _count(policy.base_model) + head
-    count = hidden_size + 1
-    count += _count(policy.base_model, _trained) if critic == "top" else 0
-    return count, count
+        base = _policy(fake, model_config, replace(config, num_layers_unfrozen=None), None)
+        if (head := base.get_output_embeddings().weight) is not base.get_input_embeddings().weight:
+            head.requires_grad_(False)  # no value depends on it
+        with fake:
+            return list(ValueModel(base, hidden_size).parameters())
+    top = _trained(body_of(policy).parameters()) if critic == "top" else []
+    with fake:
+        return [*top, *ValueHead(hidden_size).parameters()]
+
+
+def _copied(policy: Any, config: PPOConfig, device: str) -> Iterator[torch.Tensor]:
+    """What a rollout copies."""
+    if config.compute_dtype is not None:
+        yield from (p.bfloat16() for p in policy.parameters() if p.dtype == torch.float32)
+    if device == "cpu":
+        yield from (place.layer.base_layer.weight for place in adapted_layers(policy))
 
 
 def _kept(policy: Any, k: int | None, rows: int, length: int, config: PPOConfig) -> int:
@@ -180,15 +261,15 @@ def _kept(policy: Any, k: int | None, rows: int, length: int, config: PPOConfig)
     which is as large, but not of both at once. Without checkpointing's second computation of a
     layer's insides."""
     layers: int = policy.config.get_text_config().num_hidden_layers
-    whole = _saved(policy, k, rows, length)
+    whole = _saved(policy, k, rows, length, config.torch_dtype)
     if not config.gradient_checkpointing:
         return whole
     enable_gradient_checkpointing(policy, "policy_model")
     policy.train()
-    return _saved(policy, k, rows, length) + whole // (k or layers)
+    return _saved(policy, k, rows, length, config.torch_dtype) + whole // (k or layers)
 
 
-def _saved(policy: Any, k: int | None, rows: int, length: int) -> int:
+def _saved(policy: Any, k: int | None, rows: int, length: int, dtype: torch.dtype | None) -> int:
     weights = {p.untyped_storage()._cdata for p in policy.parameters()}
     kept: dict[int, int] = {}
     alive = []  # else another tensor might get a storage's place
@@ -200,13 +281,17 @@ def _saved(policy: Any, k: int | None, rows: int, length: int) -> int:
             alive.append(tensor)
         return tensor
 
-    body = policy.base_model
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    body = body_of(policy)
+    with (
+        computing_in(dtype, torch.device("cpu")),
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+    ):
         if k is None:
             body(input_ids=torch.zeros(rows, length, dtype=torch.int64), use_cache=False)
         else:
             hidden = policy.config.get_text_config().hidden_size
-            trunk = torch.zeros(rows, length, hidden)
+            trunk = torch.zeros(rows, length, hidden, dtype=next(body.parameters()).dtype)
             lower = Split(body, k).lower
             with replaced_forwards([(layer, lambda *_, **__: trunk) for layer in lower]):
                 body(inputs_embeds=trunk, use_cache=False)

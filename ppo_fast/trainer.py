@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,10 @@ from transformers import PreTrainedTokenizerBase
 from ppo_fast import construction, validation
 from ppo_fast.config import PPOConfig
 from ppo_fast.experience import Experience, make_experience
+from ppo_fast.half_adamw import HalfAdamW
 from ppo_fast.language_model import LanguageModel
 from ppo_fast.plan import MemoryPlan, plan_memory
+from ppo_fast.precision import weights_in
 from ppo_fast.rewards import RewardFunction, check_reward_model, check_scores, score
 from ppo_fast.rollout import Engine, LocalEngine, Rollout, eos_ids
 from ppo_fast.spec_methods import SpecMethods
@@ -120,13 +123,13 @@ class PPOTrainer(SpecMethods, TrainingLoop):
         self.policy_model, self.value_model = policy_model, value_model
         self.reward_model = reward_model
         construction.prepare(policy_model, value_model, reward_model, self.config)
-        k = self.config.num_layers_unfrozen
-        self.policy = LanguageModel(policy_model, num_layers_unfrozen=k)
+        construction.hold_weights(policy_model, value_model, self.config)
+        self.reference_model = construction.make_reference(policy_model, self.config)
+        self.policy = self._language_model(policy_model)
+        self.reference = self._language_model(self.reference_model)
         self.critic = construction.make_critic(
             critic, self.policy, value_model, self.config, self.device
         )
-        self.reference_model = construction.make_reference(policy_model)
-        self.reference = LanguageModel(self.reference_model, num_layers_unfrozen=k)
         path = "fused" if self.policy.fused else "ordinary"
         logger.info("log-probs of policy_model: %s path (%s)", path, self.policy.reason)
         construction.check_shared_weights(policy_model, value_model, reward_model, self.critic)
@@ -164,12 +167,10 @@ class PPOTrainer(SpecMethods, TrainingLoop):
         prompt_ids = self.tokenizer(prompts)["input_ids"]
         limit = validation.context_limit(self.policy_model)
         validation.check_prompt_ids(prompts, prompt_ids, sampling.max_length, limit)
-        self.engine.sync_weights(self.policy_model)
-        rollout = self.engine.generate(
-            prompt_ids,
-            sampling,
-            seeds=self._next_seeds(len(prompts)) if seeds is None else seeds,
-        )
+        seeds = self._next_seeds(len(prompts)) if seeds is None else seeds
+        with weights_in(self.config.torch_dtype, self.policy_model):
+            self.engine.sync_weights(self.policy_model)
+            rollout = self.engine.generate(prompt_ids, sampling, seeds=seeds)
         lengths = rollout.tokens.response_lengths.tolist()
         rows = zip(rollout.tokens.response_ids.tolist(), lengths, strict=True)
         completions = self.tokenizer.batch_decode(
@@ -290,9 +291,18 @@ class PPOTrainer(SpecMethods, TrainingLoop):
             batch_size=batch_size,
             prompt_length=prompt_length,
             value_model=self.value_model,
+            adapter=getattr(self.policy_model, "active_peft_config", None),
+            device=self.device.type,
         )
 
     # Construction
+
+    def _language_model(self, model: nn.Module) -> LanguageModel:
+        return LanguageModel(
+            model,
+            num_layers_unfrozen=self.config.num_layers_unfrozen,
+            compute_dtype=self.config.torch_dtype,
+        )
 
     def _local_engine(self) -> LocalEngine:
         return LocalEngine(
@@ -308,14 +318,16 @@ class PPOTrainer(SpecMethods, TrainingLoop):
 
     def _adamw(self, model: nn.Module, learning_rate: float) -> Optimizer:
         config = self.config
-        return AdamW(
-            [p for p in model.parameters() if p.requires_grad],
-            lr=learning_rate,
-            betas=config.adam_betas,
-            eps=config.adam_eps,
-            weight_decay=config.weight_decay,
-            **{config.adamw: True},
-        )
+        trained = [p for p in model.parameters() if p.requires_grad]
+        settings: dict[str, Any] = {
+            "lr": learning_rate,
+            "betas": config.adam_betas,
+            "eps": config.adam_eps,
+            "weight_decay": config.weight_decay,
+        }
+        if config.trained_weights == "float32":
+            return AdamW(trained, **settings | {config.adamw: True})
+        return HalfAdamW(trained, **settings, rounding=config.trained_weights, seed=config.seed)
 
     def _warn_of_discount(self, max_length: int) -> None:
         """Once, where the score of a long response hardly counts for its first token."""

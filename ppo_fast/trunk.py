@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppo_fast.adapters import body_of
 from ppo_fast.forwards import replaced_forwards
 from ppo_fast.tokens import Tokens
 
@@ -137,21 +138,32 @@ def lower_layers(body: nn.Module | None, num_layers_unfrozen: int) -> list[nn.Mo
 
 
 def freeze_trunk(model: nn.Module, num_layers_unfrozen: int) -> None:
-    """Freeze all of a causal LM but its top layers, its final norm and an untied LM head."""
-    body = getattr(model, "base_model", None)
+    """Freeze all of a causal LM but its top layers, its final norm and an untied LM head. What was
+    frozen before, as by an adapter, stays so.
+
+    Raises:
+        ValueError: a bad count, or a top whose lowest layer has nothing to train.
+    """
+    body = body_of(model)
     lower_layers(body, num_layers_unfrozen)  # refuses a bad count before anything is changed
     layers = layer_list(body)
     trained = list(layers[-num_layers_unfrozen:])
+    if not any(p.requires_grad for p in trained[0].parameters()):
+        raise ValueError(
+            f"num_layers_unfrozen: got {num_layers_unfrozen}, but the lowest of these layers has "
+            "no weights to train; lower the number, or unfreeze them "
+            "(policy_model.requires_grad_(True))"
+        )
     # what comes after the layers, by order of definition: the final norm
-    for parent in body.modules():  # type: ignore[union-attr]
+    for parent in body.modules():
         children = list(parent.children())
         trained += children[_index(layers, children) + 1 :]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
-    if head is not None and head.weight is not embedding.weight:
-        trained.append(head)
-    model.requires_grad_(False)
-    for module in trained:
-        module.requires_grad_(True)
+    trained += [] if head is None else [head]
+    kept = {p for module in trained for p in module.parameters()} - {embedding.weight}
+    for parameter in model.parameters():
+        if parameter not in kept:
+            parameter.requires_grad_(False)
 
 
 def _index(module: nn.Module, modules: list[nn.Module]) -> int:

@@ -21,6 +21,12 @@ def check_policy(policy_model: Any) -> None:
             f"policy_model: got {type(policy_model).__name__}, expected a transformers causal "
             "language model, as AutoModelForCausalLM.from_pretrained(...) gives"
         )
+    adapter: Any = getattr(policy_model, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        raise TypeError(
+            f"policy_model: its adapter is a {type(adapter).__name__}, whose "
+            "virtual tokens stand before every prompt; use one that changes layers, as LoRA does"
+        )
     head = getattr(policy_model, "get_output_embeddings", lambda: None)()
     if head is None or getattr(policy_model.config, "is_encoder_decoder", False):
         raise TypeError(

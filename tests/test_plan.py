@@ -137,9 +137,9 @@ def test_seventy_billion_weights_need_no_memory():
 
 
 def test_the_most_at_one_time():
-    plan = MemoryPlan(1, 2, 4, 8, 16, 32, 64, 128, 256)
-    assert plan.peak == 1 + 2 + 4 + 16 + 32 + 8 + 128 + 256
-    assert MemoryPlan(1, 2, 4, 8, 16, 32, 1000, 128, 256).peak == 1 + 2 + 4 + 16 + 32 + 1000
+    plan = MemoryPlan(1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+    assert plan.peak == 1 + 2 + 4 + 16 + 32 + 8 + 256 + 512
+    assert MemoryPlan(1, 2, 4, 8, 16, 32, 1000, 128, 256, 512).peak == 1 + 2 + 4 + 16 + 32 + 1128
 
 
 def test_the_command(tmp_path, capsys):

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ppo_fast.adapters import merged_adapters
 from ppo_fast.language_model import LanguageModel, Next
 from ppo_fast.ops import Sampled, logprobs_from_logits, sample_tokens
 from ppo_fast.rollout.checks import layers_can_be_fused
@@ -73,6 +74,8 @@ def decode(
     """
     with (
         _evaluating(model.model),
+        # on the CPU, where fused layers more than make up for the copies
+        merged_adapters(model.model) if model.device.type == "cpu" else nullcontext(),
         # which looks for layers as they are
         fused_layers(model) if layers_can_be_fused(model) else nullcontext(0) as fused,
         few_row_products(model.model),

@@ -1,0 +1,48 @@
+"""What weights are held in, and what models compute in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def computing_in(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[object]:
+    """Autocast to ``dtype`` for the block; None: each product in the dtype of its operands."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def hold_trained_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Weights in half precision, and those of float32, that are trained: in ``dtype`` from now."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float64:
+            parameter.data = parameter.data.to(dtype)
+
+
+def hold_products_in(dtype: torch.dtype, model: nn.Module, *, without: nn.Module) -> None:
+    """The weights of linear layers in ``dtype``, which is what autocast would make of them at every
+    call, bit for bit; but not those that ``without`` shares, nor the embedding's."""
+    shared = {*without.parameters(), model.get_input_embeddings().weight}  # type: ignore[operator]
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and module.weight not in shared:
+            module.weight.data = module.weight.data.to(dtype)
+
+
+@contextmanager
+def weights_in(dtype: torch.dtype | None, model: nn.Module) -> Iterator[None]:
+    """For the block, float32 weights are copies in ``dtype``, so that no step casts them anew;
+    None: they are as they are."""
+    cast = [p for p in model.parameters() if dtype is not None and p.dtype == torch.float32]
+    held = [parameter.data for parameter in cast]
+    try:
+        for parameter in cast:
+            parameter.data = parameter.data.to(dtype)
+        yield
+    finally:
+        for parameter, data in zip(cast, held, strict=True):
+            parameter.data = data
