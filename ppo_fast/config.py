@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from ppo_fast.ops.linear_logprobs.api import LOGITS_BUDGET_BYTES
 from ppo_fast.rollout.sampling import Sampling
 
 Critic = Literal["model", "head", "top", "baseline"]
@@ -90,7 +91,8 @@ class PPOConfig:
     step's sum is rounded up or down by chance ("stochastic") or with its rounding error kept for
     the next one ("kahan"): plain rounding would lose most steps of RL's size."""
     gradient_checkpointing: bool = False
-    """Keep a layer's input alone, and compute its insides again in the backward pass."""
+    """Keep a layer's input alone, and no logits, and compute the rest again in the backward
+    pass."""
     adamw: Literal["foreach", "fused"] = "foreach"
     """torch's implementation of AdamW; "fused" needs no temporaries, and is faster on a GPU."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
@@ -205,6 +207,11 @@ class PPOConfig:
     def torch_dtype(self) -> torch.dtype | None:
         """compute_dtype, as torch has it."""
         return None if self.compute_dtype is None else getattr(torch, self.compute_dtype)
+
+    @property
+    def logits_budget_bytes(self) -> int:
+        """What linear_logprobs may keep for its backward pass."""
+        return 0 if self.gradient_checkpointing else LOGITS_BUDGET_BYTES
 
     @property
     def weights_dtype(self) -> torch.dtype:

@@ -9,13 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from ppo_fast.adapters import without_new_adapters
+from ppo_fast.adapters import body_of, without_new_adapters
 from ppo_fast.config import PPOConfig
 from ppo_fast.critic import Critic, HeadCritic, ModelCritic, TopCritic, TopValue, ValueHead
 from ppo_fast.language_model import LanguageModel
-from ppo_fast.models import disable_dropout, enable_gradient_checkpointing
+from ppo_fast.models import (
+    RewardModel,
+    ValueModel,
+    disable_dropout,
+    enable_gradient_checkpointing,
+)
 from ppo_fast.precision import HALF, hold_products_in, hold_trained_weights
-from ppo_fast.trunk import freeze_trunk
+from ppo_fast.trunk import Split, freeze_trunk, share_trunk
 
 
 def which_critic(config: PPOConfig, value_model: Any) -> str:
@@ -94,7 +99,10 @@ def make_critic(
     if critic == "model":
         assert value_model is not None
         return ModelCritic(
-            value_model, budget=config.forward_batch_tokens, compute_dtype=config.torch_dtype
+            value_model,
+            budget=config.forward_batch_tokens,
+            compute_dtype=config.torch_dtype,
+            split=split_of(value_model, policy),
         )
     if policy.body is None:
         raise ValueError(
@@ -107,6 +115,16 @@ def make_critic(
     assert config.num_layers_unfrozen is not None
     top = TopValue(_copy_of_what_is_trained(policy.body), hidden_size).to(device)
     return TopCritic(top, config.num_layers_unfrozen, compute_dtype=config.torch_dtype)
+
+
+def split_of(model: Any, policy: LanguageModel) -> Split | None:
+    """Of a RewardModel, or of a ValueModel that does not train it, whose lower layers hold the
+    weights of the policy's trunk: from now on they are that trunk. Else None."""
+    if policy.split is None or type(model) not in (RewardModel, ValueModel):
+        return None
+    body, k = body_of(model.base_model), policy.split.num_layers_unfrozen
+    shared = share_trunk(body, policy.split.body, k, only_frozen=type(model) is ValueModel)
+    return Split(body, k) if shared else None
 
 
 def check_shared_weights(

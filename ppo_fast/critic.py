@@ -8,9 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ppo_fast.models import ValueModel
 from ppo_fast.precision import computing_in
 from ppo_fast.tokens import Tokens, make_tokens
-from ppo_fast.trunk import Split, run
+from ppo_fast.trunk import Split
 from ppo_fast.user_modules import call_on_rows
 
 
@@ -106,7 +107,7 @@ class TopCritic:
         self, tokens: Tokens, states: Tensor | None = None, trunk: Tensor | None = None
     ) -> Tensor:
         with computing_in(self.compute_dtype, tokens.device):
-            states = run(self.module.body, tokens, self.split, trunk).last_hidden_state
+            states = self.split.states(tokens, trunk)
         return HeadCritic(self.module.head).values(tokens, tokens.before_response(states))
 
 
@@ -115,14 +116,26 @@ class ModelCritic:
 
     A module that gives one value a sequence is called on the prompt alone: a value that has read
     the response leaks the outcome into the baseline of every token.
+
+    Args:
+        module: the value model.
+        budget: most tokens in one call.
+        compute_dtype: as LanguageModel's.
+        split: of a ValueModel whose lower layers are the policy's trunk; None: they are not.
     """
 
     reads_states = False
 
     def __init__(
-        self, module: nn.Module, *, budget: int, compute_dtype: torch.dtype | None = None
+        self,
+        module: nn.Module,
+        *,
+        budget: int,
+        compute_dtype: torch.dtype | None = None,
+        split: Split | None = None,
     ) -> None:
         self.module, self.budget, self.compute_dtype = module, budget, compute_dtype
+        self.split = split
         self.per_token = self._gives_a_value_a_token()
         if not self.per_token:
             warnings.warn(
@@ -135,6 +148,11 @@ class ModelCritic:
     def values(
         self, tokens: Tokens, states: Tensor | None = None, trunk: Tensor | None = None
     ) -> Tensor:
+        if self.split is not None and trunk is not None:
+            assert isinstance(self.module, ValueModel)
+            with computing_in(self.compute_dtype, tokens.device):
+                values = self.module.read(self.split.states(tokens, trunk))
+            return tokens.before_response(values.float()).masked_fill(~tokens.response_mask, 0.0)
         if self.per_token:
             return tokens.at_response(self._call(tokens.sequences()))
         pairs = zip(tokens.sequences(), tokens.prompt_lengths.tolist(), strict=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.critic import Critic, batch_baseline
-from ppo_fast.language_model import LanguageModel
+from ppo_fast.language_model import LanguageModel, logprobs_of_both
 from ppo_fast.ops import gae, kl_estimate, whiten
 from ppo_fast.rollout import Rollout
 from ppo_fast.tokens import Tokens, batches_by_tokens
@@ -82,16 +82,21 @@ def make_experience(
     if trunk is not None and config.trunk_dtype is not None:
         trunk = trunk.to(torch.bfloat16)
 
-    def logprobs(model: LanguageModel, part: Tokens, below: Tensor | None) -> Tensor:
-        return model.logprobs(model.forward(part, below), part, temperature=temperature).logprobs
+    def reference_logprobs(part: Tokens, below: Tensor | None) -> Tensor:
+        forward = reference.forward(part, below)
+        return reference.logprobs(forward, part, temperature=temperature).logprobs
 
-    ref = in_batches(lambda *a: logprobs(reference, *a), tokens, trunk, budget)
+    def logprobs_of_policy_and_reference(part: Tokens, below: Tensor | None) -> Tensor:
+        return logprobs_of_both(policy, reference, part, below, temperature=temperature)
+
     # another engine, a truncated sampler, autocast, TF32 or a rounded trunk: what was drawn is not
     # what the update will compute
     old = rollout.logprobs
     known = config.trunk_dtype is None and computes_in_float32(policy)
     if old is None or rollout.sampling.truncates or not known:
-        old = in_batches(lambda *a: logprobs(policy, *a), tokens, trunk, budget)
+        old, ref = in_batches(logprobs_of_policy_and_reference, tokens, trunk, budget)
+    else:
+        ref = in_batches(reference_logprobs, tokens, trunk, budget)
     rewards = token_rewards(scores, old, ref, tokens, config)
     if critic is None:
         values = batch_baseline(scores, tokens, config.gamma)
@@ -157,11 +162,14 @@ def in_batches(
     trunk: TrunkStates | None,
     budget: int,
 ) -> Tensor:
-    """``compute`` on batches of at most ``budget`` tokens, put together as [B, T] float32."""
-    out = torch.zeros(tokens.response_ids.shape, device=tokens.device)
+    """``compute`` on batches of at most ``budget`` tokens, [..., b, t] each, put together as
+    [..., B, T] float32."""
+    out = torch.empty(0)
     for rows in batches_by_tokens(tokens.lengths, budget):
-        part = compute(tokens.select(rows), select_trunk(trunk, tokens, rows))
-        out[rows.to(tokens.device), : part.shape[1]] = part.float()
+        part = compute(tokens.select(rows), select_trunk(trunk, tokens, rows)).float()
+        if not out.numel():
+            out = part.new_zeros(*part.shape[:-2], *tokens.response_ids.shape)
+        out[..., rows.to(tokens.device), : part.shape[-1]] = part
     return out
 
 

@@ -8,7 +8,7 @@ comparison of both at construction, and means the ordinary path.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from ppo_fast.ops import (
     logprobs_from_logits,
 )
 from ppo_fast.ops.gradient import computed_in
+from ppo_fast.ops.linear_logprobs.api import LOGITS_BUDGET_BYTES
 from ppo_fast.precision import HALF, computing_in
 from ppo_fast.tokens import Tokens
 from ppo_fast.trunk import Split, run
@@ -57,6 +58,7 @@ class LanguageModel:
         num_layers_unfrozen: the layers above the trunk, whose activations ``trunk`` computes and
             ``forward`` can start from; None: there is no trunk.
         compute_dtype: what its products are computed in (autocast); None: what its weights are.
+        logits_budget_bytes: as linear_logprobs': logits kept for the backward pass.
 
     Attributes:
         fused: whether log-probs come from hidden states and the LM head.
@@ -73,8 +75,10 @@ class LanguageModel:
         *,
         num_layers_unfrozen: int | None = None,
         compute_dtype: torch.dtype | None = None,
+        logits_budget_bytes: int = LOGITS_BUDGET_BYTES,
     ) -> None:
         self.model, self.compute_dtype = model, compute_dtype
+        self.logits_budget_bytes = logits_budget_bytes
         body = body_of(model)
         self.body: nn.Module | None = None if body is model else body
         self.head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
@@ -132,7 +136,12 @@ class LanguageModel:
             logit_scale=self.logit_scale,
             softcap=self.softcap,
             entropy=entropy,
+            logits_budget_bytes=self.logits_budget_bytes,
         )
+
+    def shares_head_with(self, other: LanguageModel) -> bool:
+        """Whether one product gives both models' logits."""
+        return self.fused and other.fused and _same(self._head_weights(), other._head_weights())
 
     @torch.no_grad()
     def trunk(self, tokens: Tokens) -> Tensor:
@@ -248,6 +257,31 @@ class LanguageModel:
 
     def _tolerance(self, dtype: torch.dtype) -> float:
         return HEAD_TOLERANCE.get(self.compute_dtype or dtype, HALF_TOLERANCE)
+
+
+def logprobs_of_both(
+    one: LanguageModel,
+    other: LanguageModel,
+    tokens: Tokens,
+    trunk: Tensor | None,
+    *,
+    temperature: float,
+) -> Tensor:
+    """[2, B, T], of two models that have the trunk in common; a head that they share is read once,
+    for the rows of both."""
+    forwards = [model.forward(tokens, trunk) for model in (one, other)]
+    if not one.shares_head_with(other):
+        pairs = zip((one, other), forwards, strict=True)
+        return torch.stack(
+            [m.logprobs(f, tokens, temperature=temperature).logprobs for m, f in pairs]
+        )
+    states = torch.cat([forward.states for forward in forwards])  # type: ignore[misc]
+    stacked = one.logprobs(Forward(states, None), tokens.repeated(2), temperature=temperature)
+    return stacked.logprobs.unflatten(0, (2, len(tokens)))
+
+
+def _same(tensors: Iterable[Tensor | None], others: Iterable[Tensor | None]) -> bool:
+    return all(a is b for a, b in zip(tensors, others, strict=True))
 
 
 @contextmanager

@@ -46,6 +46,10 @@ class ValueModel(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """input_ids [B, L] int64, attention_mask [B, L] (default: all ones) -> values [B, L]."""
         states, _ = _states(self.base_model, input_ids, attention_mask)
+        return self.read(states)
+
+    def read(self, states: Tensor) -> Tensor:
+        """The body's last states [B, L, D] -> values [B, L]."""
         return self.value_head(states).squeeze(-1)
 
 
@@ -67,7 +71,10 @@ class RewardModel(nn.Module):
         """input_ids [B, L] int64, attention_mask [B, L] (default: all ones) -> scores [B]."""
         states, mask = _states(self.base_model, input_ids, attention_mask)
         places = torch.arange(mask.shape[1], device=mask.device)
-        last = (mask.bool() * places).argmax(dim=1)
+        return self.read(states, (mask.bool() * places).argmax(dim=1))
+
+    def read(self, states: Tensor, last: Tensor) -> Tensor:
+        """The body's last states [B, L, D], at places [B] -> scores [B]."""
         return self.reward_head(states[torch.arange(len(last)), last]).squeeze(-1)
 
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ppo_fast.tokens import Tokens
+from ppo_fast.models import RewardModel
+from ppo_fast.tokens import Tokens, batches_by_tokens
+from ppo_fast.trunk import Split, TrunkStates
 from ppo_fast.user_modules import call_on_rows, takes_padding
 
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
@@ -23,6 +25,8 @@ def score(
     completions: list[str],
     *,
     budget: int,
+    split: Split | None = None,
+    trunk: TrunkStates | None = None,
 ) -> Tensor:
     """A score for each sequence.
 
@@ -31,6 +35,8 @@ def score(
             object with ``.logits``, run on the sampled tokens; or a function
             ``f(prompts, completions) -> list[float]``.
         budget: most tokens in one call of a module.
+        split: of a RewardModel whose lower layers are the policy's trunk; None: they are not.
+        trunk: what the trunk computed, of last tokens too.
 
     Returns:
         [B] float32 on the device of ``tokens``, finite.
@@ -41,7 +47,10 @@ def score(
         RuntimeError: the reward model or function raised (chained).
     """
     what = f"reward_model {getattr(reward_model, '__name__', type(reward_model).__name__)}"
-    if isinstance(reward_model, nn.Module):
+    if split is not None and trunk is not None:
+        assert isinstance(reward_model, RewardModel)
+        scores = _scores_from_trunk(reward_model, split, tokens, trunk, budget)
+    elif isinstance(reward_model, nn.Module):
         scores = _module_scores(reward_model, tokens, what, budget)
     else:
         scores = _function_scores(reward_model, prompts, completions, what)
@@ -134,6 +143,19 @@ class ClassifierReward:
             ).to(self.model.device)
             scores += self.model(**batch).logits.float().flatten().tolist()
         return scores
+
+
+@torch.no_grad()
+def _scores_from_trunk(
+    reward_model: RewardModel, split: Split, tokens: Tokens, trunk: TrunkStates, budget: int
+) -> Tensor:
+    scores = torch.empty(len(tokens), device=tokens.device)
+    for rows in batches_by_tokens(tokens.lengths, budget):
+        part = tokens.select(rows)
+        states = split.states(part, trunk.select(tokens, rows))
+        last = part.prompt_ids.shape[1] + part.response_lengths - 1
+        scores[rows.to(tokens.device)] = reward_model.read(states, last.to(tokens.device)).float()
+    return scores
 
 
 @torch.no_grad()

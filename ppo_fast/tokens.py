@@ -83,6 +83,15 @@ class Tokens:
             self.response_lengths[rows],
         )
 
+    def repeated(self, times: int) -> Tokens:
+        """All rows, then all of them again."""
+        return Tokens(
+            self.prompt_ids.repeat(times, 1),
+            self.prompt_lengths.repeat(times),
+            self.response_ids.repeat(times, 1),
+            self.response_lengths.repeat(times),
+        )
+
     def before_response(self, per_token: Tensor) -> Tensor:
         """[B, P + T, ...] -> [B, T, ...]: what stands before each response token."""
         return per_token[:, self.prompt_ids.shape[1] - 1 : -1]

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_fast import construction, validation
 from ppo_fast.config import PPOConfig
-from ppo_fast.experience import Experience, make_experience
+from ppo_fast.experience import Experience, make_experience, trunk_states
 from ppo_fast.half_adamw import HalfAdamW
 from ppo_fast.language_model import LanguageModel
 from ppo_fast.plan import MemoryPlan, plan_memory
@@ -130,6 +130,7 @@ class PPOTrainer(SpecMethods, TrainingLoop):
         self.critic = construction.make_critic(
             critic, self.policy, value_model, self.config, self.device
         )
+        self.reward_split = construction.split_of(reward_model, self.policy)
         path = "fused" if self.policy.fused else "ordinary"
         logger.info("log-probs of policy_model: %s path (%s)", path, self.policy.reason)
         construction.check_shared_weights(policy_model, value_model, reward_model, self.critic)
@@ -190,6 +191,9 @@ class PPOTrainer(SpecMethods, TrainingLoop):
             rollout: from ``rollout``, before the policy is updated.
             scores: one a sequence [B]; None: the reward model's.
         """
+        if self.policy.split is not None and rollout.trunk is None:
+            trunk = trunk_states(self.policy, rollout.tokens, self.config.forward_batch_tokens)
+            rollout = replace(rollout, trunk=trunk)
         if scores is None:
             scores = score(
                 self.reward_model,
@@ -197,6 +201,8 @@ class PPOTrainer(SpecMethods, TrainingLoop):
                 rollout.prompts,
                 rollout.completions,
                 budget=self.config.forward_batch_tokens,
+                split=self.reward_split,
+                trunk=rollout.trunk,
             )
         self.last_scores = check_scores(scores, rollout.prompts).to(self.device)
         return make_experience(
@@ -302,6 +308,7 @@ class PPOTrainer(SpecMethods, TrainingLoop):
             model,
             num_layers_unfrozen=self.config.num_layers_unfrozen,
             compute_dtype=self.config.torch_dtype,
+            logits_budget_bytes=self.config.logits_budget_bytes,
         )
 
     def _local_engine(self) -> LocalEngine:
@@ -313,6 +320,7 @@ class PPOTrainer(SpecMethods, TrainingLoop):
             prompt_tokens=self.config.forward_batch_tokens,
             to_text=partial(self.tokenizer.decode, skip_special_tokens=False),
             keep_states=self.critic is not None and self.critic.reads_states,
+            whole_trunk=self.reward_split is not None,
             cuda_graphs=self.config.cuda_graphs,
         )
 

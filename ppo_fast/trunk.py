@@ -61,9 +61,10 @@ class Split:
     """
 
     def __init__(self, body: nn.Module | None, num_layers_unfrozen: int) -> None:
+        self.num_layers_unfrozen = num_layers_unfrozen
         self.lower = lower_layers(body, num_layers_unfrozen)
         self.first = layer_list(body)[len(self.lower)]
-        self.body = body
+        self.body: Any = body
 
     @torch.no_grad()
     def trunk(self, tokens: Tokens) -> Tensor:
@@ -74,6 +75,10 @@ class Split:
             except _Reached:
                 return reached[0]
         raise RuntimeError("the first unfrozen layer was never reached")
+
+    def states(self, tokens: Tokens, trunk: Tensor | None) -> Tensor:
+        """[B, P + T, D]: the body's last states, from the tokens or from its trunk's states."""
+        return run(self.body, tokens, self, trunk).last_hidden_state
 
     @contextmanager
     def recording(self) -> Iterator[list[Tensor]]:
@@ -137,6 +142,43 @@ def lower_layers(body: nn.Module | None, num_layers_unfrozen: int) -> list[nn.Mo
     return layers[: len(layers) - num_layers_unfrozen]
 
 
+def top_modules(body: nn.Module, num_layers_unfrozen: int) -> list[nn.Module]:
+    """The top layers, and what comes after the layers by order of definition: the final norm."""
+    lower = lower_layers(body, num_layers_unfrozen)
+    layers = layer_list(body)
+    top = list(layers[len(lower) :])
+    for parent in body.modules():
+        children = list(parent.children())
+        top += children[_index(layers, children) + 1 :]
+    return top
+
+
+def share_trunk(
+    body: nn.Module, policy_body: nn.Module, num_layers_unfrozen: int, *, only_frozen: bool
+) -> bool:
+    """Make the trunk of ``body`` the policy's own if it holds the same weights and, with
+    ``only_frozen``, nobody trains them. Whether it is."""
+    if type(body) is not type(policy_body) or len(layer_list(body)) != len(layer_list(policy_body)):
+        return False
+    ours, theirs = (_trunk_weights(b, num_layers_unfrozen) for b in (body, policy_body))
+    if only_frozen and any(p.requires_grad for p in ours.values()):
+        return False
+    if ours.keys() != theirs.keys() or any(
+        p.dtype != theirs[name].dtype or not torch.equal(p, theirs[name])
+        for name, p in ours.items()
+    ):
+        return False
+    for name, parameter in theirs.items():
+        path, _, leaf = name.rpartition(".")
+        setattr(body.get_submodule(path), leaf, parameter)
+    return True
+
+
+def _trunk_weights(body: nn.Module, num_layers_unfrozen: int) -> dict[str, nn.Parameter]:
+    top = {p for m in top_modules(body, num_layers_unfrozen) for p in m.parameters()}
+    return {name: p for name, p in body.named_parameters() if p not in top}
+
+
 def freeze_trunk(model: nn.Module, num_layers_unfrozen: int) -> None:
     """Freeze all of a causal LM but its top layers, its final norm and an untied LM head. What was
     frozen before, as by an adapter, stays so.
@@ -145,19 +187,13 @@ def freeze_trunk(model: nn.Module, num_layers_unfrozen: int) -> None:
         ValueError: a bad count, or a top whose lowest layer has nothing to train.
     """
     body = body_of(model)
-    lower_layers(body, num_layers_unfrozen)  # refuses a bad count before anything is changed
-    layers = layer_list(body)
-    trained = list(layers[-num_layers_unfrozen:])
+    trained = top_modules(body, num_layers_unfrozen)  # refuses a bad count first
     if not any(p.requires_grad for p in trained[0].parameters()):
         raise ValueError(
             f"num_layers_unfrozen: got {num_layers_unfrozen}, but the lowest of these layers has "
             "no weights to train; lower the number, or unfreeze them "
             "(policy_model.requires_grad_(True))"
         )
-    # what comes after the layers, by order of definition: the final norm
-    for parent in body.modules():
-        children = list(parent.children())
-        trained += children[_index(layers, children) + 1 :]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     trained += [] if head is None else [head]
     kept = {p for module in trained for p in module.parameters()} - {embedding.weight}

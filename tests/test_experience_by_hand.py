@@ -45,7 +45,11 @@ class TableModel:
     """In a LanguageModel's place: log-probs from a table by token id."""
 
     split = None
+    compute_dtype = None
     model = torch.nn.Linear(1, 1)
+
+    def shares_head_with(self, other: object) -> bool:
+        return False
 
     def forward(self, tokens: Tokens, trunk: torch.Tensor | None) -> None:
         assert trunk is None

@@ -44,6 +44,7 @@ def decode(
     max_lengths: Sequence[int] | None = None,
     to_text: Callable[[list[int]], str] | None = None,
     keep_states: bool = False,
+    whole_trunk: bool = False,
     capture: Capture | None = None,
 ) -> Rollout:
     """Sample a response for every prompt.
@@ -64,6 +65,8 @@ def decode(
         max_lengths: B numbers, the most tokens of each response; None: ``sampling.max_length``.
         to_text: ids -> text, for stop strings.
         keep_states: whether the rollout's ``states`` are wanted.
+        whole_trunk: whether its ``trunk`` shall hold each row's last token too, which takes a step
+            more of each.
         capture: how steps are recorded, to be replayed (graphs.py); None: they are not.
 
     Returns the rollout, without its texts.
@@ -91,6 +94,7 @@ def decode(
             max_lengths=max_lengths or [sampling.max_length] * len(prompt_ids),
             keep_states=keep_states,
             trunk_pieces=trunk,
+            whole_trunk=whole_trunk and model.split is not None,
             capture=capture,
         )
         prompts = Prompts(
@@ -126,16 +130,19 @@ class _Decoding:
         max_lengths: Sequence[int],
         keep_states: bool,
         trunk_pieces: list[Tensor],
+        whole_trunk: bool,
         capture: Capture | None,
     ) -> None:
         self.model, self.prompts, self.sampling, self.stops = model, prompts, sampling, stops
         self.max_lengths, self.keep_states = max_lengths, keep_states
-        self.trunk_pieces = trunk_pieces
+        self.trunk_pieces, self.whole_trunk = trunk_pieces, whole_trunk
+        self.lingering: set[int] = set()  # sequences that have ended, for a step more
         self.waiting = deque(range(len(prompts)))
         self.running: list[int | None] = []  # by slot the sequence; None: it has ended
         self.responses: list[list[int]] = [[] for _ in prompts]
         self.finished = [False] * len(prompts)
         self.prompt_width, self.longest = max(map(len, prompts)), max(max_lengths)
+        draws = self.longest + whole_trunk  # of a sequence, the last one for nobody
         self.cache = SlotCache(model.text_config, slots, self.prompt_width + self.longest)
         self.steps = Steps(self._advance, slots, self.cache.capacity, capture)
         device, vocab_size = model.device, model.text_config.vocab_size
@@ -152,7 +159,7 @@ class _Decoding:
         # by sequence, and for nobody's
         self.seeds = nn.functional.pad(seeds.to(device), (0, 1))
         self.logprobs, self.sampling_logprobs = torch.zeros(
-            2, len(prompts) + 1, self.longest, device=device
+            2, len(prompts) + 1, draws, device=device
         )
         self.states: Tensor | None = None  # [B + 1, longest, D], when the first are known
         self.trunk: Tensor | None = None  # [B + 1, P + longest, D]
@@ -189,17 +196,25 @@ class _Decoding:
 
     def rollout(self, pad_id: int) -> Rollout:
         tokens = make_tokens(self.prompts, self.responses, pad_id, self.model.device)
-        real, longest = slice(len(self.prompts)), tokens.response_ids.shape[1]
-        if not torch.isfinite(self.logprobs[real]).all():
+        width, beyond = tokens.response_ids.shape[1], ~tokens.response_mask
+
+        def drawn(by_sequence: Tensor) -> Tensor:
+            found = by_sequence[: len(self.prompts), :width]
+            if not self.whole_trunk:
+                return found
+            return found.masked_fill(beyond.view(*beyond.shape, *[1] * (found.dim() - 2)), 0.0)
+
+        logprobs = drawn(self.logprobs)
+        if not torch.isfinite(logprobs).all():
             raise FloatingPointError(NOT_FINITE)
         return Rollout(
             tokens,
-            self.logprobs[real, :longest],
-            self.sampling_logprobs[real, :longest],
+            logprobs,
+            drawn(self.sampling_logprobs),
             torch.tensor(self.finished),
             self.sampling,
             None if self.trunk is None else TrunkStates.pack(self.trunk, tokens),
-            None if self.states is None else self.states[real, :longest],
+            None if self.states is None else drawn(self.states),
         )
 
     def _cached(self, slot: int) -> int:
@@ -241,7 +256,7 @@ class _Decoding:
         self.sampling_logprobs[at] = sampled.sampling_logprobs.float()
         if self.keep_states and next_.states is not None:
             if self.states is None:
-                self.states = self._room(next_.states, self.longest)
+                self.states = self._room(next_.states, self.logprobs.shape[1])
             self.states[at] = next_.states
         self.token[slots] = sampled.tokens
         self.place[slots] += 1
@@ -271,10 +286,16 @@ class _Decoding:
             sequence = self.running[slot]
             assert sequence is not None
             response = self.responses[sequence]
+            if sequence in self.lingering:
+                self.running[slot] = None
+                continue
             response.append(token)
             self.finished[sequence] = self.stops.ends(response)
             if self.finished[sequence] or len(response) == self.max_lengths[sequence]:
-                self.running[slot] = None
+                if self.whole_trunk:
+                    self.lingering.add(sequence)
+                else:
+                    self.running[slot] = None
 
     def _move_last_to(self, slot: int) -> None:
         """Drop an empty slot; the last one, if it is another, takes its place."""

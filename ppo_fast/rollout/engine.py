@@ -57,6 +57,7 @@ class LocalEngine:
         prompt_tokens: most tokens of the prompts computed in one pass.
         to_text: ids -> text, for stop strings.
         keep_states: whether rollouts keep the states that the LM head read.
+        whole_trunk: whether they hold the trunk's activations of last tokens too.
         cuda_graphs: on a GPU, capture steps and replay them, after a check that it changes nothing.
     """
 
@@ -70,11 +71,13 @@ class LocalEngine:
         prompt_tokens: int = 8192,
         to_text: Callable[[list[int]], str] | None = None,
         keep_states: bool = False,
+        whole_trunk: bool = False,
         cuda_graphs: bool = True,
     ) -> None:
         self.model, self.eos_ids, self.pad_id = model, eos_ids, pad_id
         self.slots, self.prompt_tokens = slots, prompt_tokens
-        self.to_text, self.keep_states, self.cuda_graphs = to_text, keep_states, cuda_graphs
+        self.to_text, self.cuda_graphs = to_text, cuda_graphs
+        self.keep_states, self.whole_trunk = keep_states, whole_trunk
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, *, seeds: Tensor
@@ -90,6 +93,7 @@ class LocalEngine:
             prompt_tokens=self.prompt_tokens,
             to_text=self.to_text,
             keep_states=self.keep_states,
+            whole_trunk=self.whole_trunk,
             capture=capture_for(self.model) if self.cuda_graphs else None,
         )
 

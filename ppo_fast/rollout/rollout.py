@@ -22,7 +22,8 @@ class Rollout:
     finished: [B] bool on the CPU, whether a response ended by itself, not at its largest length.
     sampling: how they were drawn.
     trunk: the activations of the policy's frozen trunk, as decoding computed them; 0 for each row's
-        last token, which no log-prob needs. None without a trunk.
+        last token, which no log-prob needs (a RewardModel that shares the trunk does, and has it).
+        None without a trunk.
     states: [B, T, D], what the policy's LM head read before each token, 0 beyond a response; None
         where nobody asked for them, or the model gives logits alone.
     prompts, completions: B texts, for reward functions and for reading; never tokenised again.
