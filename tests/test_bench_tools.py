@@ -1,4 +1,4 @@
-"""What the figures of benchmarks/README.md go through: turns, ratios, tables."""
+"""What the figures of benchmarks/README.md go through: turns, ratios, tables, parts of a step."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tiny_models import tiny_model
+from tiny_trainer import PROMPTS, tiny_trainer
+from torch.utils.flop_counter import FlopCounterMode
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -81,3 +84,75 @@ def test_tables(tmp_path):
         "|  | eager, x | 30 ms | 15x / 3.75x |",
         "|  | eager, y (the best eager form) | 4 ms | 2.00x / 0.50x |",
     ]
+
+
+def test_a_part_within_another_is_counted_once(monkeypatch):
+    from step_parts import Clock
+
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    clock = Clock()
+
+    def passes(seconds):
+        now[0] += seconds
+
+    def fails():
+        passes(4)
+        raise KeyError
+
+    def outer():
+        passes(1)
+        clock.around("inner", passes)(2)
+        with pytest.raises(KeyError):
+            clock.around("inner", fails)()
+        passes(8)
+
+    with clock.part("rest"):
+        clock.around("outer", outer)()
+        passes(16)
+    assert clock.seconds == {"outer": 9, "inner": 6, "rest": 16}
+
+
+@pytest.mark.parametrize(
+    ("critic", "options"),
+    [("model", {}), ("head", {"num_layers_unfrozen": 1}), ("top", {"num_layers_unfrozen": 1})],
+)
+def test_parts_of_a_step_are_all_of_it(critic, options):
+    from step_parts import seconds_of_parts, work_of_parts
+
+    trainer = tiny_trainer(critic=critic, **options)
+    untouched = {name: set(vars(owner)) for name, owner in vars(trainer).items() if is_ours(owner)}
+    started = time.perf_counter()
+    seconds = seconds_of_parts(trainer, lambda: trainer.train_step(PROMPTS))
+    took = time.perf_counter() - started
+    assert all(seconds.values())
+    assert sum(seconds.values()) <= took
+    assert work_of_parts(trainer).keys() == seconds.keys() - {"score", "rest"}
+    assert untouched == {name: set(vars(getattr(trainer, name))) for name in untouched}
+
+
+def is_ours(owner):
+    return type(owner).__module__.startswith("ppo_fast.")
+
+
+def test_work_of_parts():
+    """Operations beside those that PyTorch counts, in rows of one length."""
+    from step_parts import work_of_parts
+
+    trainer = tiny_trainer(critic="model", num_epochs=3, max_length=6)
+    trainer.engine.eos_ids = list
+    trainer.train_step(PROMPTS[:1] * 4)
+    work, tokens = work_of_parts(trainer), trainer.last_rollout.tokens
+    prompt, new = tokens.prompt_ids.shape[1], tokens.response_ids.shape[1]
+    model = tiny_model(hidden=32)
+    model.set_attn_implementation("eager")  # whose products are counted
+    with FlopCounterMode(display=False) as counter:  # its attention looks at all keys
+        states = model.model(tokens.input_ids, use_cache=False).last_hidden_state
+        model.lm_head(states[:, -new:])
+    keys = sum(range(1, prompt + new + 1)), (prompt + new) ** 2
+    beyond = 4 * 2 * 4 * 32 * (keys[1] - keys[0])  # rows, layers, width
+    assert work["reference"].operations == counter.get_total_flops() - beyond
+    assert work["forward"].operations == 3 * work["reference"].operations
+    assert work["prefill"].operations < work["reference"].operations / 4
+    trained = [*trainer.policy_model.parameters(), *trainer.value_model.parameters()]
+    assert work["optimizer"].bytes == 3 * 10 * 4 * sum(p.numel() for p in trained)
