@@ -93,8 +93,10 @@ class PPOConfig:
     gradient_checkpointing: bool = False
     """Keep a layer's input alone, and no logits, and compute the rest again in the backward
     pass."""
-    adamw: Literal["foreach", "fused"] = "foreach"
-    """torch's implementation of AdamW; "fused" needs no temporaries, and is faster on a GPU."""
+    adamw: Literal["fused", "foreach"] = "fused"
+    """torch's implementation of AdamW. "fused" reads and writes everything once and needs no
+    temporaries: a third of the time of "foreach" on two CPU cores. It knows CPU, CUDA and few more.
+    """
     adam_betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's averaging of gradients and of their squares: its usual numbers."""
     adam_eps: float = 1e-5
@@ -175,7 +177,7 @@ class PPOConfig:
         self._check_choice("compute_dtype", (None, "bfloat16"))
         self._check_choice("trained_weights", ("float32", "stochastic", "kahan"))
         self._check_choice("gradient_checkpointing", (True, False))
-        self._check_choice("adamw", ("foreach", "fused"))
+        self._check_choice("adamw", ("fused", "foreach"))
         if self.critic == "top" and self.num_layers_unfrozen is None:
             raise ValueError(
                 "critic='top' is trained above a frozen trunk: set num_layers_unfrozen, or use "

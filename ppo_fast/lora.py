@@ -25,7 +25,7 @@ def lora_config(model: nn.Module, rank: int, num_layers_unfrozen: int | None = N
     layers = layer_list(body_of(model))
     top = layers[-(num_layers_unfrozen or len(layers)) :]
     products = {
-        name.rpartition(".")[2]
+        name.rpartition(".")[2]: type(module)
         for name, module in top.named_modules()
         if isinstance(module, (nn.Linear, Conv1D))
     }
@@ -34,6 +34,7 @@ def lora_config(model: nn.Module, rank: int, num_layers_unfrozen: int | None = N
         r=rank,
         lora_alpha=2 * rank,
         target_modules=sorted(products),
+        fan_in_fan_out=Conv1D in products.values(),  # how GPT-2 stores weights
         layers_to_transform=list(range(first, len(layers))),
         task_type="CAUSAL_LM",
     )

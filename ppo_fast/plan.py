@@ -97,14 +97,13 @@ def plan_memory(
     rows = min(batch_size, max(1, config.microbatch_tokens // length))
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     policy = _policy(fake, model_config, config, adapter)
-    value = _value_weights(fake, policy, model_config, config, value_model)
+    value, valued = _value_weights(fake, policy, model_config, config, value_model)
     with fake:
         # new adapters are left out, others copied: they are small
         reference = None if adapter is not None else make_reference(policy, config)
         activations = _kept(policy, k, rows, length, config)
         copies = _bytes(_copied(policy, config, device))
-    changed = _trained(policy.parameters())
-    trained = [*changed, *_trained(value)]
+    trained = [*_trained(policy.parameters()), *valued]
     rounded = 2 * _count(trained) if config.trained_weights == "kahan" else 0
     computed = FLOAT if config.compute_dtype is None else 2
     kept = computed if config.trunk_dtype is None else 2
@@ -229,23 +228,32 @@ def _value_weights(
     model_config: Any,
     config: PPOConfig,
     value_model: nn.Module | None,
-) -> list[nn.Parameter]:
-    """The value function's own."""
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The value function's own, and those of them that are trained."""
     critic = config.critic or ("baseline" if value_model is None else "model")
     if critic == "baseline":
-        return []
-    if critic == "model" and value_model is not None:
-        return list(value_model.parameters())
+        return [], []
     hidden_size = policy.config.get_text_config().hidden_size
     if critic == "model":
-        base = _policy(fake, model_config, replace(config, num_layers_unfrozen=None), None)
-        if (head := base.get_output_embeddings().weight) is not base.get_input_embeddings().weight:
-            head.requires_grad_(False)  # no value depends on it
-        with fake:
-            return list(ValueModel(base, hidden_size).parameters())
+        if value_model is None:
+            base = _policy(fake, model_config, replace(config, num_layers_unfrozen=None), None)
+            with fake:
+                value_model = ValueModel(base, hidden_size)
+        own, unread = list(value_model.parameters()), _lm_head(value_model)
+        return own, [p for p in _trained(own) if p not in unread]
     top = _trained(body_of(policy).parameters()) if critic == "top" else []
     with fake:
-        return [*top, *ValueHead(hidden_size).parameters()]
+        own = [*top, *ValueHead(hidden_size).parameters()]
+    return own, own
+
+
+def _lm_head(value_model: nn.Module) -> set[nn.Parameter]:
+    """Of a ValueModel, which never reads it, unless it is the embedding too."""
+    if not isinstance(value_model, ValueModel):
+        return set()
+    base: Any = value_model.base_model
+    head = getattr(base, "get_output_embeddings", lambda: None)()
+    return set() if head is None else {*head.parameters()} - {base.get_input_embeddings().weight}
 
 
 def _copied(policy: Any, config: PPOConfig, device: str) -> Iterator[torch.Tensor]:
@@ -253,7 +261,8 @@ def _copied(policy: Any, config: PPOConfig, device: str) -> Iterator[torch.Tenso
     if config.compute_dtype is not None:
         yield from (p.bfloat16() for p in policy.parameters() if p.dtype == torch.float32)
     if device == "cpu":
-        yield from (place.layer.base_layer.weight for place in adapted_layers(policy))
+        merged = (place.layer.base_layer.weight for place in adapted_layers(policy))
+        yield from (w if config.compute_dtype is None else w.bfloat16() for w in merged)
 
 
 def _kept(policy: Any, k: int | None, rows: int, length: int, config: PPOConfig) -> int:

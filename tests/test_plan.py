@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import contextmanager
+
 import pytest
 import torch
 from tiny_models import FAMILIES, tiny_config, tiny_model, tiny_tokenizer
@@ -10,6 +13,7 @@ from transformers import AutoConfig
 
 from ppo_fast import PPOConfig, PPOTrainer
 from ppo_fast.cli import main
+from ppo_fast.lora import with_lora
 from ppo_fast.plan import MemoryPlan, plan_memory, plans
 from ppo_fast.rollout import slots
 
@@ -33,6 +37,12 @@ def measured(trainer, monkeypatch):
     found["reference"] = num_bytes(trainer.reference_model.parameters(), policy)
     value = [] if trainer.critic is None else list(trainer.critic.module.parameters())
     found["value_function"] = num_bytes(value, policy)
+    copies, own = [], [p.data for p in policy]
+
+    def note(*_):
+        # the parameters of before, whose data may be copies now, and those in the model now
+        copies.append(num_bytes([*policy, *trainer.policy_model.parameters()], own))
+
     caches = []
     start = slots._SlotLayer.lazy_initialization
 
@@ -43,7 +53,9 @@ def measured(trainer, monkeypatch):
 
     trainer.rollout(PROMPTS[:1])  # which checks the model
     monkeypatch.setattr(slots._SlotLayer, "lazy_initialization", noted)
-    rollout = trainer.rollout(PROMPTS)
+    with noted_at_each_pass(trainer.policy_model, note):
+        rollout = trainer.rollout(PROMPTS)
+    found["copies"] = max(copies)
     found["cache"] = num_bytes(caches)
     assert rollout.tokens.response_lengths.tolist() == [NEW] * len(PROMPTS)
     experience = trainer.make_experience(rollout)
@@ -73,8 +85,19 @@ def measured(trainer, monkeypatch):
     found["gradients"] = max(gradients)
     optimizers = [o for o in (trainer.policy_optimizer, trainer.value_optimizer) if o is not None]
     states = [s for o in optimizers for state in o.state.values() for s in state.values()]
-    found["optimizer"] = num_bytes([s for s in states if s.numel() > 1])
+    found["optimizer"] = num_bytes(
+        [s for s in states if isinstance(s, torch.Tensor) and s.numel() > 1]
+    )
     return found
+
+
+@contextmanager
+def noted_at_each_pass(model, note):
+    handle = model.get_input_embeddings().register_forward_pre_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def select(experience):
@@ -83,14 +106,36 @@ def select(experience):
     return experience.trunk.select(experience.tokens, torch.arange(len(PROMPTS)))
 
 
-@pytest.mark.parametrize("critic", ["model", "head", "top", "baseline"])
-@pytest.mark.parametrize("k", [None, 2])
-def test_a_plan_is_what_a_step_takes(critic, k, monkeypatch):
-    if critic == "top" and k is None:
-        pytest.skip("a top needs a trunk")
-    config = PPOConfig(critic=critic, num_layers_unfrozen=k, max_length=NEW, learning_rate=1e-4)
+HALF = {"compute_dtype": "bfloat16"}
+FORMS = {
+    "float32": {},
+    "LoRA": {},
+    "bfloat16": HALF,
+    "stochastic": HALF | {"trained_weights": "stochastic"},
+    "kahan": HALF | {"trained_weights": "kahan"},
+    "LoRA on bfloat16": HALF,
+    "LoRA in bfloat16": HALF,
+}
+
+
+WAYS = [
+    *(("float32", critic, k) for critic in ("model", "head", "baseline") for k in (None, 2)),
+    *((form, "top", 2) for form in FORMS),
+    *((form, "head", None) for form in FORMS if form != "float32"),
+    ("LoRA", "model", None),
+]
+
+
+@pytest.mark.parametrize(("form", "critic", "k"), WAYS)
+def test_a_plan_is_what_a_step_takes(form, critic, k, monkeypatch):
+    settings = {"max_length": NEW, "learning_rate": 1e-4} | FORMS[form]
+    config = PPOConfig(critic=critic, num_layers_unfrozen=k, **settings)
     value_model = tiny_value_model() if critic == "model" else None
     policy = tiny_model(layers=4)
+    if config.compute_dtype is not None and form != "LoRA in bfloat16":
+        policy.bfloat16().config.dtype = torch.bfloat16
+    if form.startswith("LoRA"):
+        policy = with_lora(policy, 4, k)
     trainer = PPOTrainer(policy, value_model, count_letters, tiny_tokenizer(), "cpu", config=config)
     trainer.engine.eos_ids = list
     prompt_length = len(trainer.tokenizer(PROMPTS[0])["input_ids"])
@@ -104,10 +149,27 @@ def test_a_plan_is_what_a_step_takes(critic, k, monkeypatch):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_planned(family):
-    found = plans(tiny_config(family, layers=4), PPOConfig(), batch_size=4, prompt_length=8)
-    sizes = [plan.peak for plan in found.values()]
-    assert len(sizes) == 4
-    assert sizes == sorted(sizes, reverse=True)
+    """Each of less memory than what it stands beside."""
+    found = plans(tiny_config(family, layers=5), PPOConfig(), batch_size=4, prompt_length=8)
+    sizes = {name.replace(" of rank 16", ""): plan.peak for name, plan in found.items()}
+    assert list(sizes) == [
+        "all layers, a value model",
+        "all layers, a value head",
+        "4 top layers, values from a top",
+        "4 top layers, a value head",
+        "LoRA, a value head",
+        "LoRA on 4 top layers, a value head",
+    ]
+    whole, head, top, top_head, lora, top_lora = sizes.values()
+    assert whole > head > top > top_head > top_lora
+    assert head > lora > top_lora
+
+
+def test_without_peft_there_are_no_ways_with_lora(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    found = plans(tiny_config("llama"), PPOConfig(), batch_size=4, prompt_length=8)
+    assert len(found) == 4
+    assert not any("LoRA" in name for name in found)
 
 
 def test_seventy_billion_weights_need_no_memory():

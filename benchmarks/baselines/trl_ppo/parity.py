@@ -10,8 +10,8 @@ error. Where every response has its full length all numbers agree to rounding.
 Where EOS ends a response early they do not, for TRL puts the score a token after EOS, on a place
 that its value function is asked for and trained on, but its policy is not. So the score reaches
 EOS and what is before it discounted by lambda once more, and the values' loss has a token more a
-response. The script shows that nothing else differs: with advantages from the score put there,
-the policy agrees again.
+response. The script shows it of the policy, which agrees again with advantages from the score put
+there; that the values' loss has a token more it names, and does not follow.
 
 Other things of TRL that the agreement passes over: it divides logits by temperature + 1e-7 (a
 rounding error here); padding is found by id, so a pad token that is EOS hides every EOS (here it is
