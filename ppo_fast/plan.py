@@ -25,7 +25,6 @@ from ppo_fast.critic import ValueHead
 from ppo_fast.forwards import replaced_forwards
 from ppo_fast.lora import lora_config
 from ppo_fast.models import ValueModel, enable_gradient_checkpointing
-from ppo_fast.ops.linear_logprobs.api import LOGITS_BUDGET_BYTES
 from ppo_fast.precision import computing_in, hold_trained_weights
 from ppo_fast.rollout.slots import layer_types
 from ppo_fast.trunk import Split, freeze_trunk
@@ -75,6 +74,7 @@ def plan_memory(
     batch_size: int,
     prompt_length: int,
     value_model: nn.Module | None = None,
+    policy_model: nn.Module | None = None,
     adapter: Any = None,
     device: str = "cuda",
 ) -> MemoryPlan:
@@ -86,6 +86,7 @@ def plan_memory(
         batch_size: prompts a step.
         prompt_length: tokens of each, at most.
         value_model: for ``critic="model"``; None: a ``ValueModel`` over a copy of the policy.
+        policy_model: whose trunk ``value_model`` may share; None: it shares nothing.
         adapter: peft's config of a new adapter that the policy is given; None: it has none.
         device: type of the device that is meant.
 
@@ -114,14 +115,14 @@ def plan_memory(
     return MemoryPlan(
         policy=_bytes(policy.parameters()),
         reference=0 if reference is None else _bytes(_own(reference, policy)),
-        value_function=_bytes(value),
+        value_function=_bytes(set(value) - set(policy_model.parameters() if policy_model else ())),
         gradients=_bytes(trained),
         optimizer=2 * FLOAT * _count(trained) + rounded,
         trunk=0 if k is None else kept * batch_size * length * text.hidden_size,
         cache=computed * per_token * slots * length,
         copies=copies,
         activations=activations,
-        logits=min(FLOAT * rows * config.max_length * text.vocab_size, LOGITS_BUDGET_BYTES),
+        logits=min(FLOAT * rows * config.max_length * text.vocab_size, config.logits_budget_bytes),
     )
 
 

@@ -291,13 +291,15 @@ class PPOTrainer(SpecMethods, TrainingLoop):
     def memory_plan(self, batch_size: int, prompt_length: int) -> MemoryPlan:
         """What steps of ``batch_size`` prompts, each of at most ``prompt_length`` tokens, take."""
         config = self.config if self.critic is not None else replace(self.config, critic="baseline")
+        adapters: Any = getattr(self.policy_model, "peft_config", None) or {}
         return plan_memory(
             self.policy_model.config,
             config,
             batch_size=batch_size,
             prompt_length=prompt_length,
             value_model=self.value_model,
-            adapter=getattr(self.policy_model, "active_peft_config", None),
+            policy_model=self.policy_model,
+            adapter=next(iter(adapters.values()), None),
             device=self.device.type,
         )
 
