@@ -61,8 +61,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Demo:
-    """Teach SmolLM2-135M to continue reviews kindly, on this machine, in about a quarter of an
-    hour."""
+    """Teach SmolLM2-135M to continue reviews kindly, on this machine, in some minutes."""
 
     output_dir: Path = Path("runs/demo")
     """Gets the metrics, samples, plot and the trained policy."""

@@ -40,7 +40,8 @@ class MemoryPlan:
 
     policy, reference, value_function: weights; the reference's and those of a top without what they
         share with the policy.
-    gradients, optimizer: of all trained weights.
+    gradients: of the weights that are trained at a time, policy or value function.
+    optimizer: of all trained weights.
     trunk: its activations for a batch.
     cache: keys and values of a rollout.
     copies: of weights, for a rollout: in compute_dtype; on the CPU with adapters merged.
@@ -116,7 +117,10 @@ def plan_memory(
         policy=_bytes(policy.parameters()),
         reference=0 if reference is None else _bytes(_own(reference, policy)),
         value_function=_bytes(set(value) - set(policy_model.parameters() if policy_model else ())),
-        gradients=_bytes(trained),
+        # a head's come with the policy's, those of a value model after them
+        gradients=_bytes(trained)
+        if config.critic == "head"
+        else max(_bytes(_trained(policy.parameters())), _bytes(valued)),
         optimizer=2 * FLOAT * _count(trained) + rounded,
         trunk=0 if k is None else kept * batch_size * length * text.hidden_size,
         cache=computed * per_token * slots * length,

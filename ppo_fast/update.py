@@ -76,7 +76,7 @@ class Learner:
 
         Raises:
             FloatingPointError: a gradient is not finite. It changed nothing; earlier optimizer
-                steps of this update stand.
+                steps of this update stand, that of the policy before a value model's too.
         """
         if self.config.gradient_checkpointing:  # which transformers do in train mode alone
             self.policy.model.train()
@@ -89,10 +89,10 @@ class Learner:
         for _ in range(num_epochs):
             order = torch.randperm(len(experience.tokens), generator=generator)
             for rows in order.tensor_split(min(self.config.num_minibatches, len(order))):
-                stats, values = self._accumulate_gradients(experience, rows)
-                norms.append(self._step())
+                stats, values, norm = self._train_on(experience, rows)
                 policy_stats.append(stats)
                 value_stats += values
+                norms.append(norm)
         metrics = ppo_metrics(merge_stats(PPO_STATS, policy_stats))
         metrics["first_max_log_ratio"] = ppo_metrics(policy_stats[0])["max_log_ratio"]
         if value_stats:
@@ -102,31 +102,39 @@ class Learner:
         metrics["policy_grad_norm"] = float(torch.stack(norms).mean())
         return metrics
 
-    def _accumulate_gradients(
+    def _train_on(
         self, experience: Experience, rows: Tensor
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Gradients of one minibatch, microbatch by microbatch, and its statistics."""
-        for optimizer in self._optimizers():
-            optimizer.zero_grad()  # what an interrupted pass, or the user, may have left
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """One minibatch, microbatch by microbatch: its statistics, and the norm of the policy's
+        gradient. A head is trained in the policy's backward pass; a value model of its own after
+        the policy, so that neither graphs nor gradients of both ever live together."""
+        joint = self.critic is not None and self.critic.reads_states
         tokens = experience.tokens
         count = int(tokens.response_lengths[rows].sum())
         units = count if self.config.aggregation == "token-mean" else len(rows)
+        parts = batches_by_tokens(tokens.lengths[rows], self.config.microbatch_tokens)
         policy_stats, value_stats = [], []
-        for part in batches_by_tokens(tokens.lengths[rows], self.config.microbatch_tokens):
+        optimizers = self._optimizers()
+        for optimizer in optimizers.values():
+            optimizer.zero_grad()  # what an interrupted pass, or the user, may have left
+        for part in parts:
             batch = select(experience, rows[part])
             loss, stats, states = self._policy_loss(batch, experience.temperature, units)
             policy_stats.append(stats)
-            # a head is trained in the policy's backward pass; a model of its own in another one,
-            # so that two models' graphs never live together
-            joint = self.critic is not None and self.critic.reads_states
-            if not joint:
-                loss.backward()
-            if self.critic is not None:
-                critic_loss, stats = self._value_loss(batch, states if joint else None, count)
-                (loss + critic_loss if joint else critic_loss).backward()
+            if joint:
+                critic_loss, stats = self._value_loss(batch, states, count)
                 value_stats.append(stats)
+                loss = loss + critic_loss
+            loss.backward()
+        norm = self._step(optimizers if joint else {"policy": self.policy_optimizer})
+        if self.value_optimizer is not None and not joint:
+            for part in parts:
+                loss, stats = self._value_loss(select(experience, rows[part]), None, count)
+                value_stats.append(stats)
+                loss.backward()
+            self._step({"value": self.value_optimizer})
         merged = [merge_stats(VALUE_STATS, value_stats)] if value_stats else []
-        return merge_stats(PPO_STATS, policy_stats), merged
+        return merge_stats(PPO_STATS, policy_stats), merged, norm
 
     def _policy_loss(
         self, batch: Batch, temperature: float, units: int
@@ -166,24 +174,26 @@ class Learner:
         )
         return self.config.value_loss_coef * loss, stats
 
-    def _step(self) -> Tensor:
-        """Clip and apply the gradients; returns the policy's norm before clipping."""
-        optimizers, norms = self._optimizers(), []
-        for optimizer in optimizers:
+    def _step(self, optimizers: dict[str, Optimizer]) -> Tensor:
+        """Clip and apply the gradients; returns the first one's norm before clipping."""
+        norms = {}
+        for name, optimizer in optimizers.items():
             weights = [p for group in optimizer.param_groups for p in group["params"]]
-            norms.append(torch.nn.utils.clip_grad_norm_(weights, self.config.max_grad_norm))
-        if not torch.isfinite(torch.stack(norms)).all():
-            for optimizer in optimizers:
+            norms[name] = torch.nn.utils.clip_grad_norm_(weights, self.config.max_grad_norm)
+        if not torch.isfinite(torch.stack(list(norms.values()))).all():
+            for optimizer in optimizers.values():
                 optimizer.zero_grad()
+            found = ", ".join(f"{name} {float(norm)}" for name, norm in norms.items())
             raise FloatingPointError(
-                f"gradient norms (policy, value): {[float(n) for n in norms]}; expected finite "
-                "numbers. The weights are as they were before this optimizer step. Lower the "
-                "learning rate, or look for NaN in the models' outputs"
+                f"gradient norms: {found}; expected finite numbers. The weights are as they were "
+                "before this optimizer step. Lower the learning rate, or look for NaN in the "
+                "models' outputs"
             )
-        for optimizer in optimizers:
+        for optimizer in optimizers.values():
             optimizer.step()
             optimizer.zero_grad()
-        return norms[0]
+        return next(iter(norms.values()))
 
-    def _optimizers(self) -> list[Optimizer]:
-        return [o for o in (self.policy_optimizer, self.value_optimizer) if o is not None]
+    def _optimizers(self) -> dict[str, Optimizer]:
+        found = {"policy": self.policy_optimizer, "value": self.value_optimizer}
+        return {name: optimizer for name, optimizer in found.items() if optimizer is not None}

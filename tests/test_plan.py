@@ -74,7 +74,9 @@ def measured(trainer, monkeypatch):
         alive.append(tensor)
         return tensor
 
-    trainer.policy_optimizer.register_step_pre_hook(count)
+    for optimizer in (trainer.policy_optimizer, trainer.value_optimizer):
+        if optimizer is not None:
+            optimizer.register_step_pre_hook(count)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         experience_of_rows = trainer.policy.forward(rollout.tokens, select(experience))
         trainer.policy.logprobs(experience_of_rows, rollout.tokens, temperature=1.0)
