@@ -153,6 +153,8 @@ OUT_OF_RANGE = {
     "aggregation": ["mean"],
     "critic": ["value"],
     "trunk_dtype": ["float16"],
+    "compute_dtype": ["float32", "float16"],
+    "trained_weights": ["bfloat16", None],
     "adamw": ["slow"],
     "gradient_checkpointing": ["yes"],
     "num_layers_unfrozen": [0, -1, 1.5],

@@ -33,6 +33,8 @@ OUT_OF_RANGE = {
     "aggregation": ["mean", None],
     "critic": ["value", True],
     "trunk_dtype": ["float32", "float16"],
+    "compute_dtype": ["float32", "float16"],
+    "trained_weights": ["bfloat16", None],
     "adamw": ["slow", None],
     "gradient_checkpointing": ["yes", None],
     "num_layers_unfrozen": [0, -1, 1.5, True],

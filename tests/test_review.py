@@ -72,7 +72,7 @@ def test_an_error_amid_an_update_writes_no_checkpoint(tmp_path, monkeypatch, cap
     trainer = tiny_trainer()
     arguments = {"batch_size": 2, "checkpoint_dir": tmp_path, "checkpoint_freq": 2}
     trainer.train(PROMPTS, num_steps=3, progress=False, **arguments)
-    monkeypatch.setattr("ppo_fast.update.Learner._step", lambda self: 1 / 0)
+    monkeypatch.setattr("ppo_fast.update.Learner._step", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trainer.train(PROMPTS, num_steps=1, progress=False, **arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["ppo_checkpoint_step_2.pt"]
