@@ -24,16 +24,19 @@ HERE = Path(__file__).parent
 
 def peak_megabytes(module: str, name: str, entropy: bool, frozen: bool = False) -> float:
     """What HEADS[name] of ``module`` needs, forward and backward."""
-    folder = Path(sys.modules[module].__file__ or "").parent
-    return in_own_process("report", module, name, entropy, frozen, folder=folder) / MEGABYTE
+    return in_own_process("report", _folder(module), module, name, entropy, frozen) / MEGABYTE
 
 
-def step_gigabytes(work: str, name: str) -> float:
-    """The process of SIDES[work][name] of step_sides.py at most, in two steps."""
-    return in_own_process("report_steps", work, name) / GIGABYTE
+def step_gigabytes(module: str, work: str, name: str) -> float:
+    """The process of SIDES[work][name] of ``module`` at most, in two steps."""
+    return in_own_process("report_steps", _folder(module), module, work, name) / GIGABYTE
 
 
-def in_own_process(function: str, *arguments: Any, folder: Path = HERE) -> float:
+def _folder(module: str) -> Path:
+    return Path(sys.modules[module].__file__ or "").parent
+
+
+def in_own_process(function: str, folder: Path, *arguments: Any) -> float:
     """The bytes that a function of this module prints."""
     code = f"import sys; sys.path[:0] = {[str(HERE), str(folder)]!r}; import memory; "
     code += f"memory.{function}(*{arguments!r})"
@@ -56,12 +59,10 @@ def run(form: Callable, entropy: bool, work: heads.Work) -> tuple[Tensor, ...]:
     return heads.gradients(form(work, entropy), work)
 
 
-def report_steps(work: str, name: str) -> None:
-    from step_sides import SIDES
-
+def report_steps(module: str, work: str, name: str) -> None:
     from ppo_fast.smollm2 import load_smollm2
 
-    step = SIDES[work][name](load_smollm2())
+    step = importlib.import_module(module).SIDES[work][name](load_smollm2())
     gc.collect()  # a side's models are copies
     start()
     for _ in range(2):

@@ -44,5 +44,5 @@ def test_memory(weigh, entropy, frozen):
 def test_steps(weigh, work):
     """The whole process, models and all."""
     pytest.importorskip("ppo_fast.smollm2")
-    sides = {name: lambda n=name: step_gigabytes(work, n) for name in SIDES[work]}
+    sides = {name: lambda n=name: step_gigabytes("step_sides", work, n) for name in SIDES[work]}
     weigh(f"{work}: peak memory of the process", "GB", sides, decimals=2)

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import tyro
@@ -101,7 +101,7 @@ class Plan:
     """GB that there are: which ways fit."""
     lora_rank: int = 16
     """Rank of the ways with LoRA, which are shown where peft is installed."""
-    device: str = "cuda"
+    device: Literal["cuda", "cpu"] = "cuda"
     """cuda or cpu, where a rollout copies weights that have adapters."""
     ppo: tyro.conf.OmitArgPrefixes[PPOConfig] = field(default_factory=PPOConfig)
 
@@ -168,12 +168,14 @@ def plan(asked: Plan) -> None:
 def train(run: Train) -> None:
     """``ppo-fast train``."""
     from ppo_fast.metrics import RunFolder, StepDisplay, step_logger
+    from ppo_fast.validation import check_counts
 
     for name in ("policy", "prompts", "reward"):
         if getattr(run, name) in ("", Path()):
             raise ValueError(f"--{name}: is required")
     for name in ("policy", "value_model", "reward"):
         check_folder(name, getattr(run, name))
+    check_counts(lora_rank=1 if run.lora_rank is None else run.lora_rank)
     prompts = read_prompts(run.prompts)
     device = run.device
     if device == "auto":

@@ -94,9 +94,8 @@ class PPOConfig:
     """Keep a layer's input alone, and no logits, and compute the rest again in the backward
     pass."""
     adamw: Literal["fused", "foreach"] = "fused"
-    """torch's implementation of AdamW. "fused" reads and writes everything once and needs no
-    temporaries: a third of the time of "foreach" on two CPU cores. It knows CPU, CUDA and few more.
-    """
+    """torch's implementation of AdamW. "fused" reads and writes everything once, and needs no
+    temporaries; "foreach" is for devices that it does not know."""
     adam_betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's averaging of gradients and of their squares: its usual numbers."""
     adam_eps: float = 1e-5

@@ -102,7 +102,7 @@ def make_critic(
             value_model,
             budget=config.forward_batch_tokens,
             compute_dtype=config.torch_dtype,
-            split=split_of(value_model, policy),
+            split=put_on_trunk(value_model, policy),
         )
     if policy.body is None:
         raise ValueError(
@@ -117,9 +117,10 @@ def make_critic(
     return TopCritic(top, config.num_layers_unfrozen, compute_dtype=config.torch_dtype)
 
 
-def split_of(model: Any, policy: LanguageModel) -> Split | None:
-    """Of a RewardModel, or of a ValueModel that does not train it, whose lower layers hold the
-    weights of the policy's trunk: from now on they are that trunk. Else None."""
+def put_on_trunk(model: Any, policy: LanguageModel) -> Split | None:
+    """The lower layers of a RewardModel, or of a ValueModel that does not train them, are the
+    policy's trunk from now on, if they hold the same weights. Where it is split; None: it is not
+    put there."""
     if policy.split is None or type(model) not in (RewardModel, ValueModel):
         return None
     body, k = body_of(model.base_model), policy.split.num_layers_unfrozen

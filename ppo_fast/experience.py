@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -76,9 +76,7 @@ def make_experience(
             stacklevel=3,
         )
     temperature, budget = rollout.sampling.temperature, config.forward_batch_tokens
-    trunk = rollout.trunk
-    if policy.split is not None and trunk is None:
-        trunk = trunk_states(policy, tokens, budget)
+    trunk = with_trunk(rollout, policy, budget).trunk
     if trunk is not None and config.trunk_dtype is not None:
         trunk = trunk.to(torch.bfloat16)
 
@@ -142,18 +140,29 @@ def token_rewards(
     return rewards.scatter_add(1, last[:, None], scores.to(rewards)[:, None])
 
 
+def with_trunk(
+    rollout: Rollout, policy: LanguageModel, budget: int, *, whole: bool = False
+) -> Rollout:
+    """``rollout`` with the activations of the policy's trunk, if it has one: as they were decoded
+    or, where they were not, or not ``whole``, from one pass."""
+    trunk = rollout.trunk
+    if policy.split is None or (trunk is not None and (trunk.whole or not whole)):
+        return rollout
+    return replace(rollout, trunk=trunk_states(policy, rollout.tokens, budget))
+
+
 def trunk_states(policy: LanguageModel, tokens: Tokens, budget: int) -> TrunkStates:
     """The frozen trunk's activations of every token."""
     parts: list[Tensor] = []
     rows = torch.empty(0, dtype=torch.int64)
     for batch in batches_by_tokens(tokens.lengths, budget):
         part = tokens.select(batch)
-        parts.append(TrunkStates.pack(policy.trunk(part), part).states)
+        parts.append(TrunkStates.pack(policy.trunk(part), part, whole=True).states)
         rows = torch.cat([rows, batch])
     lengths = tokens.lengths[rows]
     first = torch.empty_like(lengths)
     first[rows] = lengths.cumsum(0) - lengths
-    return TrunkStates(torch.cat(parts), first)
+    return TrunkStates(torch.cat(parts), first, whole=True)
 
 
 def in_batches(

@@ -125,10 +125,12 @@ class LanguageModel:
             )
         assert forward.states is not None
         weight, bias = self._head_weights()
-        dtype = self.compute_dtype or forward.states.dtype
+        states = forward.states
+        if self.compute_dtype is not None:  # the op is deaf to autocast
+            states, weight = states.to(self.compute_dtype), weight.to(self.compute_dtype)
         return linear_logprobs(
-            forward.states.to(dtype),
-            weight.to(self.compute_dtype or weight.dtype),
+            states,
+            weight,
             labels,
             bias=bias,
             mask=mask,

@@ -47,8 +47,10 @@ def score(
         RuntimeError: the reward model or function raised (chained).
     """
     what = f"reward_model {getattr(reward_model, '__name__', type(reward_model).__name__)}"
-    if split is not None and trunk is not None:
+    if split is not None:
         assert isinstance(reward_model, RewardModel)
+        assert trunk is not None
+        assert trunk.whole
         scores = _scores_from_trunk(reward_model, split, tokens, trunk, budget)
     elif isinstance(reward_model, nn.Module):
         scores = _module_scores(reward_model, tokens, what, budget)

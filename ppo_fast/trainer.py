@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_fast import construction, validation
 from ppo_fast.config import PPOConfig
-from ppo_fast.experience import Experience, make_experience, trunk_states
+from ppo_fast.experience import Experience, make_experience, with_trunk
 from ppo_fast.half_adamw import HalfAdamW
 from ppo_fast.language_model import LanguageModel
 from ppo_fast.plan import MemoryPlan, plan_memory
@@ -130,7 +130,7 @@ class PPOTrainer(SpecMethods, TrainingLoop):
         self.critic = construction.make_critic(
             critic, self.policy, value_model, self.config, self.device
         )
-        self.reward_split = construction.split_of(reward_model, self.policy)
+        self.reward_split = construction.put_on_trunk(reward_model, self.policy)
         path = "fused" if self.policy.fused else "ordinary"
         logger.info("log-probs of policy_model: %s path (%s)", path, self.policy.reason)
         construction.check_shared_weights(policy_model, value_model, reward_model, self.critic)
@@ -191,16 +191,16 @@ class PPOTrainer(SpecMethods, TrainingLoop):
             rollout: from ``rollout``, before the policy is updated.
             scores: one a sequence [B]; None: the reward model's.
         """
-        if self.policy.split is not None and rollout.trunk is None:
-            trunk = trunk_states(self.policy, rollout.tokens, self.config.forward_batch_tokens)
-            rollout = replace(rollout, trunk=trunk)
         if scores is None:
+            budget = self.config.forward_batch_tokens
+            if self.reward_split is not None:
+                rollout = with_trunk(rollout, self.policy, budget, whole=True)
             scores = score(
                 self.reward_model,
                 rollout.tokens,
                 rollout.prompts,
                 rollout.completions,
-                budget=self.config.forward_batch_tokens,
+                budget=budget,
                 split=self.reward_split,
                 trunk=rollout.trunk,
             )

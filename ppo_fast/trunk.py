@@ -25,22 +25,24 @@ class TrunkStates:
 
     states: [N, D], row after row.
     first: [B] int64 on the CPU, where each row starts.
+    whole: whether each row's last token is among them; decoding has no need of it, and has 0 there.
     """
 
     states: Tensor
     first: Tensor
+    whole: bool
 
     @classmethod
-    def pack(cls, padded: Tensor, tokens: Tokens) -> TrunkStates:
+    def pack(cls, padded: Tensor, tokens: Tokens, *, whole: bool) -> TrunkStates:
         """From [B, P + T, D]."""
         lengths, width = tokens.lengths, tokens.prompt_ids.shape[1]
         first = lengths.cumsum(0) - lengths
         row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
         column = torch.arange(len(row)) - (first - (width - tokens.prompt_lengths))[row]
-        return cls(padded[row.to(padded.device), column.to(padded.device)], first)
+        return cls(padded[row.to(padded.device), column.to(padded.device)], first, whole)
 
     def to(self, dtype: torch.dtype) -> TrunkStates:
-        return TrunkStates(self.states.to(dtype), self.first)
+        return TrunkStates(self.states.to(dtype), self.first, self.whole)
 
     def select(self, tokens: Tokens, rows: Tensor) -> Tensor:
         """Of ``rows`` (int64 on the CPU), [b, p + t, D] beside ``tokens.select(rows)``; at padded

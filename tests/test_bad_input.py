@@ -131,65 +131,6 @@ def test_construction(case):
 
 
 NAN, INF = float("nan"), float("inf")
-OUT_OF_RANGE = {
-    "learning_rate": [0, -1e-5, NAN, INF, "fast"],
-    "value_learning_rate": [0, -1.0, NAN],
-    "clip_epsilon": [0, -0.2, 1.0, NAN],
-    "clip_epsilon_high": [0, -0.1, NAN],
-    "dual_clip": [1.0, 0.5, NAN],
-    "value_clip": [0, -1, NAN],
-    "kl_penalty": [-0.1, NAN, INF],
-    "kl_in": ["rewards", None],
-    "kl_estimator": ["k4"],
-    "gamma": [-0.1, 1.1, NAN],
-    "gae_lambda": [-0.1, 1.1, NAN],
-    "value_loss_coef": [-0.5, NAN],
-    "entropy_coef": [NAN, INF],
-    "max_grad_norm": [0, -1, NAN],
-    "num_epochs": [0, -1, 1.5, True],
-    "num_minibatches": [0, -3],
-    "microbatch_tokens": [0, 2.5],
-    "forward_batch_tokens": [0],
-    "aggregation": ["mean"],
-    "critic": ["value"],
-    "trunk_dtype": ["float16"],
-    "compute_dtype": ["float32", "float16"],
-    "trained_weights": ["bfloat16", None],
-    "adamw": ["slow"],
-    "gradient_checkpointing": ["yes"],
-    "num_layers_unfrozen": [0, -1, 1.5],
-    "adam_betas": [(0.9,), (0.9, 1.0), (-0.1, 0.9), 0.9],
-    "adam_eps": [0, -1e-8],
-    "weight_decay": [-0.1, NAN],
-    "max_length": [0, -1, 2.0],
-    "temperature": [0, -1, NAN, INF],
-    "top_k": [-1, 1.5],
-    "min_new_tokens": [-1, 0.5, 151],
-    "stop_token_ids": [2, "2", (2.0,)],
-    "stop_strings": ["stop", (3,), ("",)],
-    "rollout_slots": [0, 1.5],
-    "top_p": [0, 1.1, NAN],
-    "seed": [-1, 2**31, 0.5],
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [(n, value) for n, values in OUT_OF_RANGE.items() for value in values]
-)
-def test_settings_out_of_range(name, value):
-    with pytest.raises(ValueError, match=rf"^{name}: got .*, expected ") as caught:
-        PPOConfig(**{name: value})
-    assert repr(value) in str(caught.value)
-    assert one_line(caught)
-
-
-def test_every_setting_is_checked():
-    from dataclasses import fields
-
-    assert {field.name for field in fields(PPOConfig)} - {
-        "whiten_advantages",
-        "cuda_graphs",
-    } == set(OUT_OF_RANGE)
 
 
 @pytest.mark.parametrize(

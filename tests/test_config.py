@@ -75,8 +75,10 @@ ALLOWED = {
     ("name", "value"), [(name, value) for name, values in OUT_OF_RANGE.items() for value in values]
 )
 def test_out_of_range_is_refused_by_name(name, value):
-    with pytest.raises(ValueError, match=rf"^{name}: got .*expected "):
+    with pytest.raises(ValueError, match=rf"^{name}: got .*expected ") as caught:
         PPOConfig(**{name: value})
+    assert repr(value) in str(caught.value)
+    assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=rf"^{name}: got .*expected "):
         replace(PPOConfig(), **{name: value})
 

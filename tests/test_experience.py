@@ -199,7 +199,7 @@ def test_the_trunk_changes_nothing_but_time(critic, family, recorded):
         tokens = rollout.tokens
         assert split.trunk.states.shape == (int(tokens.lengths.sum()), 64)
         # a state is read only where a response token follows
-        expected = TrunkStates.pack(policy.trunk(tokens), tokens)
+        expected = TrunkStates.pack(policy.trunk(tokens), tokens, whole=True)
         for row in range(len(tokens)):
             rows = torch.tensor([row])
             found = split.trunk.select(tokens, rows)[0, :-1]

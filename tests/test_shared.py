@@ -3,6 +3,8 @@ one LM head for policy and reference."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_batch import batch
@@ -113,12 +115,17 @@ def test_the_trunk_of_last_tokens_changes_nothing_else(slots, options):
     assert (part.trunk.states[last] == 0).all()
 
 
-def test_a_rollout_without_a_trunk_is_scored_the_same():
+def test_a_rollout_without_a_trunk_or_its_last_tokens_is_scored_the_same():
     trainer = trainer_with(on_the_same_base(RewardModel), on_the_same_base(ValueModel))
-    rollout = trainer.rollout(PROMPTS)
+    seeds = torch.arange(len(PROMPTS))
+    rollout = trainer.rollout(PROMPTS, seeds=seeds)
     expected = trainer.make_experience(rollout).scores
-    bare = type(rollout)(**{**vars(rollout), "trunk": None})
-    torch.testing.assert_close(trainer.make_experience(bare).scores, expected)
+    trainer.engine.whole_trunk = False
+    part = trainer.rollout(PROMPTS, seeds=seeds)
+    assert rollout.trunk.whole
+    assert not part.trunk.whole
+    for other in (replace(rollout, trunk=None), part):
+        torch.testing.assert_close(trainer.make_experience(other).scores, expected)
 
 
 @pytest.mark.parametrize("k", [None, 1])

@@ -225,6 +225,21 @@ def test_value_loss_coef_scales_the_value_gradient():
     assert moved[2] == 0.0
 
 
+def test_gradients_of_policy_and_value_model_never_live_together():
+    trainer, steps = tiny_trainer(), []
+
+    def holding(model):
+        return any(p.grad is not None for p in model.parameters())
+
+    def note(*_):
+        steps.append((holding(trainer.policy_model), holding(trainer.value_model)))
+
+    for optimizer in (trainer.policy_optimizer, trainer.value_optimizer):
+        optimizer.register_step_pre_hook(note)
+    trainer.train_step(PROMPTS)
+    assert steps == [(True, False), (False, True)] * 2
+
+
 @pytest.mark.parametrize("whose", ["policy_model", "value_model"])
 def test_nan_gradients_leave_the_weights_alone(whose):
     trainer = tiny_trainer()

@@ -21,7 +21,7 @@ from ppo_fast.rollout.prompts import Prompt, PromptBatch, Prompts
 from ppo_fast.rollout.rollout import Rollout
 from ppo_fast.rollout.sampling import Sampling, Stops
 from ppo_fast.rollout.slots import SlotCache, step_arguments
-from ppo_fast.tokens import make_tokens
+from ppo_fast.tokens import Tokens, make_tokens
 from ppo_fast.trunk import TrunkStates
 
 NOT_FINITE = (
@@ -200,8 +200,7 @@ class _Decoding:
 
         def drawn(by_sequence: Tensor) -> Tensor:
             found = by_sequence[: len(self.prompts), :width]
-            if not self.whole_trunk:
-                return found
+            # where a sequence went on for a step, a token was drawn for nobody
             return found.masked_fill(beyond.view(*beyond.shape, *[1] * (found.dim() - 2)), 0.0)
 
         logprobs = drawn(self.logprobs)
@@ -213,9 +212,14 @@ class _Decoding:
             drawn(self.sampling_logprobs),
             torch.tensor(self.finished),
             self.sampling,
-            None if self.trunk is None else TrunkStates.pack(self.trunk, tokens),
+            self._packed_trunk(tokens),
             None if self.states is None else drawn(self.states),
         )
+
+    def _packed_trunk(self, tokens: Tokens) -> TrunkStates | None:
+        if self.trunk is None:
+            return None
+        return TrunkStates.pack(self.trunk, tokens, whole=self.whole_trunk)
 
     def _cached(self, slot: int) -> int:
         """Tokens of a slot in the cache: all but the one drawn last."""

@@ -34,7 +34,6 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 from trl.experimental.ppo import ppo_trainer
 from trl_side import SumOfIds, make_trainer, value_model_of
 
@@ -45,7 +44,7 @@ from ppo_fast.rollout import Rollout
 from ppo_fast.tokens import make_tokens
 
 sys.path.append(str(Path(__file__).parents[3] / "tests"))
-from tiny_models import EOS_ID, PAD_ID, VOCAB_SIZE, tiny_tokenizer
+from tiny_models import EOS_ID, PAD_ID, VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 ROWS, NEW = 8, 12
 # AdamW's epsilon is of the gradients' order: its steps show their scale, and little rounding.
@@ -88,20 +87,7 @@ class TokenValues(nn.Module):
 
 def make_models() -> Models:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=131,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.15,  # logits that are not flat
-        bos_token_id=None,
-        eos_token_id=EOS_ID,
-        pad_token_id=None,
-    )
-    policy = LlamaForCausalLM(config).eval()
+    policy = tiny_model("llama")
     reference = copy.deepcopy(policy)
     with torch.no_grad():
         for weight in reference.parameters():

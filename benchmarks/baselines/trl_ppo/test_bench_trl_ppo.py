@@ -6,26 +6,29 @@ Only the first of ours trains what TRL's does. A side's models are its own, and 
 import sys
 
 import pytest
-from whole_steps import EPOCHS, NEW, SIDES, make_side, peak_gigabytes
+from memory import step_gigabytes
+from whole_steps import SIDES, WORK
 
 from ppo_fast.smollm2 import load_smollm2
 
 pytestmark = pytest.mark.timeout(3600)
 ROUNDS = 3
-STEP = f"a PPO step: batch 4, {NEW} new tokens, {EPOCHS} epochs"
 
 
-def test_time(turns):
+def test_step(turns):
     smollm2 = load_smollm2()
-    sides = {name: make_side(name, smollm2).step for name in SIDES}
-    turns(STEP, sides, rounds=ROUNDS, warm=False)
+    turns(
+        WORK, {name: make(smollm2) for name, make in SIDES[WORK].items()}, rounds=ROUNDS, warm=False
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory(benchmark, show):
-    gigabytes = {}
+    def weigh():
+        return {name: step_gigabytes("whole_steps", WORK, name) for name in SIDES[WORK]}
+
     benchmark.group = "memory"
-    benchmark.pedantic(lambda: gigabytes.update({name: peak_gigabytes(name) for name in SIDES}))
-    work = f"{STEP}: peak memory of the whole process"
+    gigabytes = benchmark.pedantic(weigh)
+    work = f"{WORK}: peak memory of the whole process"
     benchmark.extra_info |= {"work": work, "unit": "GB", "sides": gigabytes}
     show(decimals=2)
