@@ -31,7 +31,7 @@ class Critic(Protocol):
         self, tokens: Tokens, states: Tensor | None = None, trunk: Tensor | None = None
     ) -> Tensor:
         """Values [B, T], 0 beyond a response; ``states`` [B, T, D] for a head, ``trunk``
-        [B, P + T, D] for who can start from it."""
+        [B, L, D] for who can start from it."""
         ...
 
 

@@ -107,7 +107,7 @@ class LanguageModel:
 
     def forward(self, tokens: Tokens, trunk: Tensor | None = None) -> Forward:
         """One pass over prompts and responses, from the tokens or from the trunk's states
-        [B, P + T, D]. Gradients flow where the caller enabled them."""
+        [B, L, D]. Gradients flow where the caller enabled them."""
         states, logits = self._run(tokens, trunk)
         return Forward(
             None if states is None else tokens.before_response(states),
@@ -147,7 +147,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def trunk(self, tokens: Tokens) -> Tensor:
-        """[B, P + T, D]: what enters the first unfrozen layer."""
+        """[B, L, D]: what enters the first unfrozen layer."""
         assert self.split is not None
         with computing_in(self.compute_dtype, tokens.device):
             return self.split.trunk(tokens)
@@ -194,7 +194,7 @@ class LanguageModel:
         return self.head.weight, self.head.bias
 
     def _run(self, tokens: Tokens, trunk: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """States [B, P + T, D] and, on the ordinary path, logits [B, P + T, V]."""
+        """States [B, L, D] and, on the ordinary path, logits [B, L, V]."""
         with computing_in(self.compute_dtype, tokens.device):
             if self.fused:
                 assert self.body is not None
@@ -228,8 +228,8 @@ class LanguageModel:
                 expected = run(self.model, probe).logits.float()
             except TypeError as cause:
                 raise ValueError(
-                    f"policy_model: {type(self.model).__name__} cannot be called with input_ids, "
-                    f"attention_mask and position_ids, which left padding needs ({cause})"
+                    f"policy_model: {type(self.model).__name__} cannot be called with input_ids "
+                    f"and use_cache alone ({cause})"
                 ) from cause
             states = getattr(run(self.body, probe), "last_hidden_state", None)
             if states is None:

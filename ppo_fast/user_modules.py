@@ -88,7 +88,14 @@ def _call(module: nn.Module, rows: list[Tensor]) -> Any:
     # transformers' classifiers find the last token by their pad id; the others by the mask alone
     pad_id = getattr(config, "pad_token_id", None) or 0
     ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad_id)
-    mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+    lengths = torch.tensor([len(row) for row in rows])
+    # A causal body's real tokens never see padding on the right: without a mask, attention takes
+    # its fastest form.
+    if isinstance(module, ValueModel):
+        return module(input_ids=ids)
+    if isinstance(module, RewardModel):
+        return module(input_ids=ids, last=(lengths - 1).to(ids.device))
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
     return module(input_ids=ids, attention_mask=mask.long().to(ids.device))
 
 

@@ -199,11 +199,7 @@ def test_an_unusual_head_is_found_and_the_models_own_logits_are_used(change, rea
     with torch.no_grad():
         forward = lm.forward(batch())
         found = lm.logprobs(forward, batch(), temperature=0.7).logprobs
-        expected = model(
-            input_ids=batch().input_ids,
-            attention_mask=batch().attention_mask,
-            position_ids=batch().position_ids,
-        ).logits[:, 3:-1]
+        expected = batch().before_response(model(batch().input_ids).logits)
     table = (expected.double() / 0.7).log_softmax(dim=-1)
     by_hand = table.gather(-1, batch().response_ids[..., None])[..., 0]
     torch.testing.assert_close(found.double(), by_hand * batch().response_mask, rtol=0, atol=1e-5)

@@ -189,8 +189,7 @@ class _Decoding:
         next_ = self.model.next(**arguments)
         if self.trunk_pieces:
             piece = self.trunk_pieces.pop()
-            at = self.prompt_width + self.place[:rows] - 1
-            self._trunk_like(piece)[self.sequence[:rows], at] = piece[:, 0]
+            self._trunk_like(piece)[self.sequence[:rows], lengths] = piece[:, 0]
         lengths += 1
         self._draw(slots, next_)
 
@@ -246,8 +245,7 @@ class _Decoding:
         if batch.trunk is not None:
             trunk = self._trunk_like(batch.trunk)
             for row, sequence, length in zip(rows, sequences, lengths, strict=True):
-                columns = slice(self.prompt_width - length, self.prompt_width)
-                trunk[sequence, columns] = batch.trunk[row, :length]
+                trunk[sequence, :length] = batch.trunk[row, :length]
         states = None if batch.next.states is None else batch.next.states[source]
         self._draw(target, Next(batch.next.logits[source], states))
         self._note(slots, self.token[target])
