@@ -24,12 +24,13 @@ from ppo_fast.ops import (
 )
 from ppo_fast.ops.gradient import computed_in
 from ppo_fast.ops.linear_logprobs.api import LOGITS_BUDGET_BYTES
-from ppo_fast.precision import HALF, computing_in
+from ppo_fast.precision import HALF, computing_in, uses_tf32
 from ppo_fast.tokens import Tokens
 from ppo_fast.trunk import Split, run
 
 # Largest difference between the two paths, relative to the largest logit, that rounding explains.
 HEAD_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
+TF32_TOLERANCE = 5e-3
 HALF_TOLERANCE = 3e-2
 
 
@@ -258,7 +259,15 @@ class LanguageModel:
         return None if difference <= tolerance else f"its states differ by {difference:.1e}"
 
     def _tolerance(self, dtype: torch.dtype) -> float:
-        return HEAD_TOLERANCE.get(self.compute_dtype or dtype, HALF_TOLERANCE)
+        return tolerance(self.compute_dtype or dtype, self.device)
+
+
+def tolerance(dtype: torch.dtype, device: torch.device) -> float:
+    """The largest difference, relative to the largest number, that rounding explains between two
+    ways to compute the same logits or states with weights of ``dtype``."""
+    if dtype == torch.float32 and uses_tf32(device):
+        return TF32_TOLERANCE
+    return HEAD_TOLERANCE.get(dtype, HALF_TOLERANCE)
 
 
 def logprobs_of_both(

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ppo_fast.language_model import HALF_TOLERANCE, HEAD_TOLERANCE, LanguageModel
+from ppo_fast.language_model import LanguageModel, tolerance
 from ppo_fast.rollout.layers import fused_layers
 from ppo_fast.rollout.prompts import Prompts
 from ppo_fast.rollout.slots import SlotCache, step_arguments
@@ -41,7 +41,7 @@ def _check(model: LanguageModel) -> bool:
     if not torch.isfinite(expected).all():
         return False  # nothing can be compared; decoding says so
     difference = _difference(_by_slots(model, rows, fused=False), expected)
-    if not difference <= _tolerance(model):
+    if not difference <= tolerance(model.dtype, model.device):
         raise ValueError(
             f"policy_model: {type(model.model).__name__} gives other logits token by token with a "
             f"cache than in one pass (they differ by {difference:.1e}), so that its responses "
@@ -50,7 +50,7 @@ def _check(model: LanguageModel) -> bool:
     with fused_layers(model) as count:
         fused = count == model.text_config.num_hidden_layers
         difference = _difference(_by_slots(model, rows, fused=fused), expected)
-    fits = count > 0 and difference <= _tolerance(model)
+    fits = count > 0 and difference <= tolerance(model.dtype, model.device)
     if count:
         reason = "" if fits else f": their logits differ by {difference:.1e}"
         logger.info("decoding runs %d layers %s%s", count, "fused" if fits else "unfused", reason)
@@ -78,7 +78,3 @@ def _by_slots(model: LanguageModel, rows: list[tuple[int, ...]], *, fused: bool)
 
 def _difference(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max()).item()
-
-
-def _tolerance(model: LanguageModel) -> float:
-    return HEAD_TOLERANCE.get(model.dtype, HALF_TOLERANCE)

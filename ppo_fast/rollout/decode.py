@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ppo_fast.adapters import merged_adapters
+from ppo_fast.attention import without_cudnn_attention
 from ppo_fast.language_model import LanguageModel, Next
 from ppo_fast.ops import Sampled, logprobs_from_logits, sample_tokens
 from ppo_fast.rollout.checks import layers_can_be_fused
@@ -30,6 +31,7 @@ NOT_FINITE = (
 )
 
 
+@without_cudnn_attention()
 @torch.no_grad()
 def decode(
     model: LanguageModel,
