@@ -155,7 +155,7 @@ def with_trunk(
 def trunk_states(policy: LanguageModel, tokens: Tokens, budget: int) -> TrunkStates:
     """The frozen trunk's activations of every token."""
     parts: list[Tensor] = []
-    rows = torch.empty(0, dtype=torch.int64)
+    rows = torch.empty(0, dtype=torch.int64, device="cpu")
     for batch in batches_by_tokens(tokens.lengths, budget):
         part = tokens.select(batch)
         parts.append(TrunkStates.pack(policy.trunk(part), part, whole=True).states)
@@ -174,7 +174,7 @@ def in_batches(
 ) -> Tensor:
     """``compute`` on batches of at most ``budget`` tokens, [..., b, t] each, put together as
     [..., B, T] float32."""
-    out = torch.empty(0)
+    out = torch.empty(0, device="cpu")
     for rows in batches_by_tokens(tokens.lengths, budget):
         part = compute(tokens.select(rows), select_trunk(trunk, tokens, rows)).float()
         if not out.numel():

@@ -211,7 +211,12 @@ class LanguageModel:
         device = next(self.model.parameters()).device
         vocabulary = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         ids = (torch.arange(10, device=device).reshape(2, 5) * 7 + 1) % vocabulary
-        return Tokens(ids[:, :3], torch.tensor([3, 2]), ids[:, 3:], torch.tensor([2, 2]))
+        return Tokens(
+            ids[:, :3],
+            torch.tensor([3, 2], device="cpu"),
+            ids[:, 3:],
+            torch.tensor([2, 2], device="cpu"),
+        )
 
     @torch.no_grad()
     def _fused_fails(self) -> str | None:

@@ -86,7 +86,9 @@ class RewardModel(nn.Module):
 
     def read(self, states: Tensor, last: Tensor) -> Tensor:
         """The body's last states [B, L, D], at places [B] -> scores [B]."""
-        return self.reward_head(states[torch.arange(len(last)), last]).squeeze(-1)
+        return self.reward_head(states[torch.arange(len(last), device=last.device), last]).squeeze(
+            -1
+        )
 
 
 def _states(base_model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

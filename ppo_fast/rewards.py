@@ -72,7 +72,7 @@ def check_scores(scores: Any, prompts: Sequence[str], what: str = "scores") -> T
         scores = scores.detach().to("cpu", torch.float32)
     else:
         try:
-            scores = torch.tensor([float(s) for s in scores], dtype=torch.float32)
+            scores = torch.tensor([float(s) for s in scores], dtype=torch.float32, device="cpu")
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"{what}: expected a list of numbers, one a prompt ({error})"

@@ -46,7 +46,7 @@ class Tokens:
     @cached_property
     def _places(self) -> Tensor:
         """[L] int64 on the CPU: 0, 1, ..."""
-        return torch.arange(int(self.lengths.max()) if len(self) else 0)
+        return torch.arange(int(self.lengths.max()) if len(self) else 0, device="cpu")
 
     @cached_property
     def input_ids(self) -> Tensor:
@@ -64,12 +64,13 @@ class Tokens:
     def response_mask(self) -> Tensor:
         """[B, T] bool, true at real response tokens (EOS is one; nothing after it is)."""
         width = self.response_ids.shape[1]
-        return (torch.arange(width) < self.response_lengths[:, None]).to(self.device)
+        return (torch.arange(width, device="cpu") < self.response_lengths[:, None]).to(self.device)
 
     @cached_property
     def _before_response(self) -> Tensor:
         """[B, T] int64: the columns of L that stand before each response token."""
-        before = self.prompt_lengths[:, None] - 1 + torch.arange(self.response_ids.shape[1])
+        places = torch.arange(self.response_ids.shape[1], device="cpu")
+        before = self.prompt_lengths[:, None] - 1 + places
         return before.clamp_max(len(self._places) - 1).to(self.device)
 
     def select(self, rows: Tensor) -> Tokens:
@@ -143,9 +144,9 @@ def make_tokens(
     """Prompts and responses as lists of ids -> Tokens."""
     return Tokens(
         pad_left(prompts, pad_id, device),
-        torch.tensor([len(p) for p in prompts]),
+        torch.tensor([len(p) for p in prompts], device="cpu"),
         pad_right(responses, pad_id, device),
-        torch.tensor([len(r) for r in responses]),
+        torch.tensor([len(r) for r in responses], device="cpu"),
     )
 
 
@@ -159,4 +160,4 @@ def batches_by_tokens(lengths: Tensor, budget: int) -> list[Tensor]:
             batches[-1].append(row)
         else:
             batches.append([row])
-    return [torch.tensor(batch) for batch in batches]
+    return [torch.tensor(batch, device="cpu") for batch in batches]

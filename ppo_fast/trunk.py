@@ -37,8 +37,8 @@ class TrunkStates:
         """From [B, L or more, D], each row's tokens first."""
         lengths = tokens.lengths
         first = lengths.cumsum(0) - lengths
-        row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        column = torch.arange(len(row)) - first[row]
+        row = torch.repeat_interleave(torch.arange(len(lengths), device="cpu"), lengths)
+        column = torch.arange(len(row), device="cpu") - first[row]
         return cls(padded[row.to(padded.device), column.to(padded.device)], first, whole)
 
     def to(self, dtype: torch.dtype) -> TrunkStates:
@@ -48,7 +48,7 @@ class TrunkStates:
         """Of ``rows`` (int64 on the CPU), [b, l, D] beside ``tokens.select(rows).input_ids``; at
         padded places some other token's."""
         lengths = tokens.lengths[rows]
-        places = torch.minimum(torch.arange(int(lengths.max())), lengths[:, None] - 1)
+        places = torch.minimum(torch.arange(int(lengths.max()), device="cpu"), lengths[:, None] - 1)
         return self.states[(self.first[rows][:, None] + places).to(self.states.device)]
 
 

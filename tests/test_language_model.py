@@ -237,6 +237,23 @@ def test_a_body_that_cannot_be_told_from_its_head_means_logits_without_states(
     assert_step_is_the_full_forward(lm)
 
 
+@each_family
+def test_passes_are_causal_without_a_mask(family, monkeypatch):
+    """What flash attention and grouped queries without copies ask for."""
+    masks = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def noting(*args, attn_mask=None, is_causal=False, **kwargs):
+        masks.append((attn_mask, is_causal))
+        return attention(*args, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noting)
+    lm = LanguageModel(tiny_model(family, layers=3), num_layers_unfrozen=1)
+    lm.forward(batch(), lm.trunk(batch()))
+    assert set(masks) <= {(None, True)}
+    assert len(masks) > 0 or family == "gemma2", "which has no SDPA: it caps scores"
+
+
 # Decoding steps
 
 

@@ -69,7 +69,7 @@ def _tokens(model: LanguageModel, capture: Capture) -> Tensor:
         model,
         [[token % vocab_size for token in prompt] for prompt in PROMPTS],
         Sampling(max(MAX_LENGTHS)),
-        seeds=torch.arange(len(PROMPTS)),
+        seeds=torch.arange(len(PROMPTS), device="cpu"),
         eos_ids=[],
         pad_id=0,
         slots=SLOTS,
