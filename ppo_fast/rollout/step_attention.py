@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,19 +24,23 @@ UNKNOWN = ("softcap", "s_aux", "position_bias")
 
 
 @contextmanager
-def step_attention(model: LanguageModel) -> Iterator[None]:
-    """For the block, models that take attention from transformers' AttentionInterface compute steps
-    of SlotCache by ``decode_attention``, and all else by scaled_dot_product_attention."""
+def step_attention(model: LanguageModel) -> Iterator[set[nn.Module]]:
+    """For the block, a model that takes attention from transformers' AttentionInterface computes
+    steps of a SlotCache with ``attends`` by ``decode_attention``, and all else by
+    scaled_dot_product_attention. Gives the attention modules that have computed a step so."""
+    used: set[nn.Module] = set()
+    AttentionInterface.register(NAME, partial(_attention, used))
     config = model.text_config
     before = config._attn_implementation
     config._attn_implementation = NAME
     try:
-        yield
+        yield used
     finally:
         config._attn_implementation = before
 
 
 def _attention(
+    used: set[nn.Module],
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -52,6 +57,7 @@ def _attention(
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, **options)
     if unknown := [name for name in UNKNOWN if options.get(name) is not None]:
         raise NotImplementedError(f"decode_attention has no {unknown[0]}")
+    used.add(module)
     out = decode_attention(
         query[:, :, 0],
         key.transpose(1, 2),
@@ -63,5 +69,4 @@ def _attention(
     return out[:, None], None
 
 
-AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
