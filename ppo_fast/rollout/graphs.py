@@ -36,14 +36,10 @@ def cuda_graphs(device: torch.device) -> Capture:
     memory."""
     index = torch.cuda.current_device() if device.index is None else device.index
     device = torch.device("cuda", index)
-    pool, stream = _pool_and_stream(device)
+    room = _room(device)
 
     def capture(step: Step) -> Step:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device):
-            torch.cuda.synchronize()
-            with torch.cuda.stream(stream), _recording(graph, pool, device):
-                step()  # launches nothing yet
+        graph = room.record(step)
         graph.replay()
         return graph.replay
 
@@ -51,9 +47,27 @@ def cuda_graphs(device: torch.device) -> Capture:
 
 
 @cache
-def _pool_and_stream(device: torch.device) -> tuple[Any, torch.cuda.Stream]:
-    """One of each for the process: cuBLAS keeps 32 MiB for every stream that it ever ran on."""
-    return torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+def _room(device: torch.device) -> _Room:
+    """One for the process: cuBLAS keeps 32 MiB for every stream that it ever ran on."""
+    return _Room(device)
+
+
+class _Room:
+    """The stream that graphs of a device are captured on, and the memory that they share."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.pool: Any = torch.cuda.graph_pool_handle()
+        # torch drops a pool with its last graph and cannot take it up again: this one stays
+        self._first = self.record(lambda: torch.zeros(1, device=device))
+
+    def record(self, step: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self.device):
+            torch.cuda.synchronize()
+            with torch.cuda.stream(self.stream), _recording(graph, self.pool, self.device):
+                step()  # launches nothing yet
+        return graph
 
 
 @contextmanager
