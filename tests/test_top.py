@@ -21,7 +21,10 @@ TOKENS = batch()
 
 
 def test_trunk_states_have_no_padding():
-    padded = torch.arange(1, 1 + TOKENS.input_ids.numel()).view(3, -1, 1) * TOKENS.attention_mask[..., None]
+    padded = (
+        torch.arange(1, 1 + TOKENS.input_ids.numel()).view(3, -1, 1)
+        * TOKENS.attention_mask[..., None]
+    )
     trunk = TrunkStates.pack(padded, TOKENS, whole=True)
     assert trunk.states[:, 0].tolist() == [n for n in padded.flatten().tolist() if n]
     for rows in ([0, 1, 2], [1], [2, 0]):

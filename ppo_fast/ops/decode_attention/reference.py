@@ -27,7 +27,7 @@ def decode_attention(
         p_j = exp(scaling * q . k_j) / sum_{l in S} exp(scaling * q . k_l)      for j in S
         result = sum_{j in S} p_j v_j                                           0 where S is empty
     """
-    num_rows, num_heads, head_size = query.shape
+    num_rows, _, head_size = query.shape
     num_columns, num_kv_heads = keys.shape[1:3]
     dtype = computed_in(query.dtype)
     column = torch.arange(num_columns, device=query.device)
