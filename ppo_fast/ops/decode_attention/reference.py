@@ -27,7 +27,7 @@ def decode_attention(
         p_j = exp(scaling * q . k_j) / sum_{l in S} exp(scaling * q . k_l)      for j in S
         result = sum_{j in S} p_j v_j                                           0 where S is empty
     """
-    num_rows, _, head_size = query.shape
+    num_rows, num_heads, head_size = query.shape
     num_columns, num_kv_heads = keys.shape[1:3]
     dtype = computed_in(query.dtype)
     column = torch.arange(num_columns, device=query.device)
@@ -39,7 +39,7 @@ def decode_attention(
     # [n, K, L, d]; a weight of 0 would not take a NaN away.
     k, v = (x.to(dtype).transpose(1, 2) for x in (keys, values))
     v = v.masked_fill(hidden.squeeze(2)[..., None], 0.0)
-    q = query.to(dtype).view(num_rows, num_kv_heads, -1, head_size)
+    q = query.to(dtype).view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_size)
     scores = (q @ k.transpose(2, 3) * scaling).masked_fill(hidden, -math.inf)
     weights = scores.softmax(dim=-1).masked_fill(hidden, 0.0)
     return (weights @ v).view(query.shape).to(query.dtype)
