@@ -125,7 +125,8 @@ def steps_of(work: Work, arch: int) -> tuple[list[Step], int]:
 
 
 def _step(record: Launched) -> Step:
-    code, programs, block = record.code, record.grid[0], record.how.block
+    code, programs = record.code, record.grid[0]
+    block = record.how.block * record.arguments.get("HEAD_SIZE", 1)  # of attention: columns, chunks
     given, found = record.arguments.values(), _executed(code)
     elements = max(x.numel() for x in given if isinstance(x, Tensor))
     wide = sum(loop.wide for loop in found.loops or [found.program])

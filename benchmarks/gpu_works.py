@@ -86,6 +86,22 @@ def of_head(tokens: int, hidden: int, vocab: int, *, products: int, **published:
     return Work(calls, elements, "bfloat16", published, 2.0 * products * elements * hidden)
 
 
+def of_cache(rows: int, columns: int, heads: int, kv_heads: int, head_size: int) -> Work:
+    """decode_attention of bfloat16 where each row sees all columns; an element is a number of the
+    keys or values."""
+
+    def calls() -> Iterator[Call]:
+        from ppo_fast.ops.decode_attention import triton
+
+        blank = Blank(rows, columns, torch.bfloat16)
+        query = blank.floats(rows, heads, head_size).bfloat16()
+        cache = [blank.floats(rows, columns, kv_heads, head_size).bfloat16() for _ in range(2)]
+        lengths = blank.ints(columns, rows)
+        yield triton.decode_attention, (query, *cache, lengths, head_size**-0.5, None)
+
+    return Work(calls, 2 * rows * columns * kv_heads * head_size, "bfloat16", {})
+
+
 bf16_logits = partial(of_cases, dtype=torch.bfloat16)
 FORWARD, BOTH = "logprobs_forward", "logprobs_forward and logprobs_backward"
 
@@ -140,4 +156,7 @@ WORKS = {
     "sample_tokens with top_k and top_p, 64 x 151936, one pass of each search": of_cases(
         "sample_tokens truncated", 64, 151936
     ),
+    "decode_attention, 32 x 256, 9 heads of 64 on 3": of_cache(32, 256, 9, 3, 64),
+    "decode_attention, 32 x 2048, 32 heads of 128 on 8": of_cache(32, 2048, 32, 8, 128),
+    "decode_attention, 4 x 8192, 32 heads of 128 on 8": of_cache(4, 8192, 32, 8, 128),
 }

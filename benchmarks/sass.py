@@ -17,7 +17,7 @@ class Counts(NamedTuple):
     """Of one thread; compared in this order."""
 
     wide: int = 0
-    """Loads from and stores to global memory of 128 bits."""
+    """Loads from and stores to global memory of 128 bits; LDGSTS loads into shared memory."""
     bytes: int = 0
     """Of all such loads and stores."""
     instructions: int = 0
@@ -112,7 +112,7 @@ def _target(line: str) -> str | None:
 
 
 def _count(lines: list[str]) -> Counts:
-    widths = [_width(line) for line in lines if _opcode(line) in ("LDG", "STG")]
+    widths = [_width(line) for line in lines if _opcode(line) in ("LDG", "LDGSTS", "STG")]
     special = sum(_opcode(line) == "MUFU" for line in lines)
     return Counts(sum(width >= 16 for width in widths), sum(widths), len(lines), special)
 

@@ -160,6 +160,26 @@ def _sample_tokens(e: Example, *, top_k: int = 0, top_p: float = 1.0) -> tuple[A
     return e.logits(), e.ints(2**40, e.rows), e.ints(1000, e.rows), TEMPERATURE, top_k, top_p
 
 
+def _decode_attention(
+    e: Example,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    window: int | None = None,
+) -> tuple[Any, ...]:
+    """The first rows and columns of a larger cache; not aligned, it starts an element later."""
+    later = 0 if e.aligned else 1
+
+    def drawn(*shape: int) -> Tensor:
+        return e.floats(torch.Size(shape).numel() + later).to(e.dtype)[later:].view(shape)
+
+    cache = e.rows + 1, e.columns + 3, kv_heads, head_size
+    keys, values = (drawn(*cache)[: e.rows, : e.columns] for _ in range(2))
+    lengths = e.ints(max(e.columns, 1), e.rows) + 1
+    return drawn(e.rows, heads, head_size), keys, values, lengths, head_size**-0.5, window
+
+
 CASES: dict[str, Case] = {
     "logprobs_forward": Case("logprobs/logprobs_forward", _logprobs_forward, HALF_TOO),
     "logprobs_forward, masked": Case(
@@ -224,6 +244,28 @@ CASES: dict[str, Case] = {
     "sample_tokens truncated": Case(
         "sample_tokens/sample_tokens",
         lambda e: _sample_tokens(e, top_k=5, top_p=0.9),
+        HALF_TOO,
+        common=False,
+    ),
+    "decode_attention": Case(
+        "decode_attention/decode_attention",
+        lambda e: _decode_attention(e, heads=9, kv_heads=3, head_size=64),
+        HALF_TOO,
+    ),
+    "decode_attention, heads of 128": Case(
+        "decode_attention/decode_attention",
+        lambda e: _decode_attention(e, heads=28, kv_heads=4, head_size=128),
+        HALF_TOO,
+    ),
+    "decode_attention, heads of 80, a window": Case(
+        "decode_attention/decode_attention",
+        lambda e: _decode_attention(e, heads=18, kv_heads=1, head_size=80, window=300),
+        HALF_TOO,
+        common=False,
+    ),
+    "decode_attention, heads of 256": Case(
+        "decode_attention/decode_attention",
+        lambda e: _decode_attention(e, heads=2, kv_heads=2, head_size=256),
         HALF_TOO,
         common=False,
     ),

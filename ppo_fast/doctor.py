@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,6 +120,8 @@ class Sizes(NamedTuple):
     hidden_size: int = 2048
     sequences: int = 8192
     steps: int = 2048
+    cache: tuple[int, int, int, int] = (32, 2048, 8, 128)
+    """Of keys, and of values: rows, columns, heads and their size."""
     copied: int = 2**28
 
 
@@ -269,7 +272,22 @@ def _sample_tokens(sizes: Sizes, device: torch.device, impl: Impl) -> Iterator[W
     )
 
 
-WORKS = (_logprobs_from_logits, _linear_logprobs, _token_ops, _sample_tokens)
+def _decode_attention(sizes: Sizes, device: torch.device, impl: Impl) -> Iterator[Work]:
+    rows, columns, kv_heads, head_size = sizes.cache
+    heads = 4 * kv_heads
+    keys, values = torch.randn(2, *sizes.cache, device=device, dtype=torch.bfloat16)
+    query = torch.randn(rows, heads, head_size, device=device, dtype=torch.bfloat16)
+    for seen in (columns, max(columns // 8, 1)):
+        lengths = torch.full((rows,), seen, device=device)
+        yield Work(
+            f"decode_attention, {rows} x {seen} of {columns}, {heads} heads of {head_size} "
+            f"on {kv_heads}, bfloat16",
+            partial(ops.decode_attention, query, keys, values, lengths, scaling=0.1, impl=impl),
+            2 * keys[:, :seen].nbytes,
+        )
+
+
+WORKS = (_logprobs_from_logits, _linear_logprobs, _token_ops, _sample_tokens, _decode_attention)
 
 
 # Tables

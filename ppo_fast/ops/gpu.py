@@ -29,7 +29,7 @@ class Launch(NamedTuple):
     registers: int
     """A thread, at most, on every architecture."""
     num_stages: int = 1
-    """How many blocks of a loop with products are in shared memory or on their way there."""
+    """Of a loop with products: how many blocks are loaded or multiplied at a time."""
 
 
 def kernel(fn: Any) -> Any:

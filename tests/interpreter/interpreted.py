@@ -14,6 +14,7 @@ from triton.runtime import interpreter
 from triton_cases import CASES, Case, Example
 
 from ppo_fast.ops import gpu
+from ppo_fast.ops.decode_attention import triton as decode_attention
 from ppo_fast.ops.gae import triton as gae
 from ppo_fast.ops.linear_logprobs import triton_tiles
 
@@ -28,6 +29,7 @@ _SIZES = {
     "sample_tokens": (3, 5003),
     "gae": (2, 77),
     "whiten": (3, 3011),
+    "decode_attention": (3, 203),
 }
 
 
@@ -36,6 +38,7 @@ def small_parts() -> Iterator[None]:
     """Where parts are too large to take several of them here: a scan costs 0.3 ms a lane, and a
     tile of the vocabulary is as large as memory allows."""
     with (
+        patch.object(decode_attention, "CHUNK", 32),
         patch.object(gae, "SCAN", gae.SCAN._replace(block=64)),
         patch.multiple(triton_tiles, _TILE_BYTES=1024, _MIN_COLUMNS=1024),
     ):

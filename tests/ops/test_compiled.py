@@ -50,10 +50,15 @@ WHERE_ALIGNED = {
     "value_loss_kernel": (["values", "returns"], ["grad_values"]),
     "whiten_kernel": (["values"], ["whitened"]),
     "whiten_backward_kernel": (["grad_whitened", "whitened"], ["grad_values"]),
+    "decode_attention_kernel": (["keys", "values"], []),
 }
+# These copy the next block into shared memory while they multiply one. They do where rows start on
+# 16 bytes, as in every model's cache; elsewhere they work, but slowly.
+READ_AHEAD = {"decode_attention_kernel"}
 # 16 warps of 32 lanes with 32 bytes each on their way are 16 KB a multiprocessor: what an H100
 # needs in flight (3.35 TB/s * 0.6 us / 132).
 MIN_RESIDENT_WARPS = 16
+MIN_IN_FLIGHT = 16 * 1024
 
 
 class Facts(NamedTuple):
@@ -66,6 +71,8 @@ class Facts(NamedTuple):
     num_warps: int
     block: int
     resident_warps: int
+    resident_shared: int
+    """Bytes of the programs that a multiprocessor has at once."""
     budget: int
     """Registers, as the launch table says."""
     loaded: int
@@ -113,12 +120,18 @@ def wide_bytes(ptx: str, instruction: str) -> int:
     return sum(width for width in widths if width >= 16)
 
 
+def copied_bytes(ptx: str) -> int:
+    """By copies of 16 bytes into shared memory."""
+    return 16 * len(re.findall(r"cp\.async\.cg\.shared\.global [^;]*, 0x10,", ptx))
+
+
 def facts_of(launched: Launched) -> Facts:
     code, threads = launched.code, 32 * launched.code.num_warps
     read, written = (STREAMING | WHERE_ALIGNED).get(code.name, ([], []))
 
     def block_bytes(argument: str) -> int:
-        return launched.how.block * launched.arguments[argument].element_size()
+        columns = launched.how.block * launched.arguments.get("HEAD_SIZE", 1)
+        return columns * launched.arguments[argument].element_size()
 
     return Facts(
         kernel=code.name,
@@ -128,8 +141,9 @@ def facts_of(launched: Launched) -> Facts:
         num_warps=code.num_warps,
         block=launched.how.block,
         resident_warps=code.resident_warps,
+        resident_shared=code.shared * code.resident_warps // code.num_warps,
         budget=launched.how.registers,
-        loaded=threads * wide_bytes(code.ptx, "ld"),
+        loaded=threads * (wide_bytes(code.ptx, "ld") + copied_bytes(code.ptx)),
         stored=threads * wide_bytes(code.ptx, "st"),
         to_load=sum(block_bytes(name) for name in read),
         to_store=sum(block_bytes(name) for name in written),
@@ -233,7 +247,11 @@ def test_nothing_spills(codes):
 
 @of_the_record
 def test_registers_are_within_the_budget_of_the_launch_table(codes):
-    over = [f"{n}: {c.registers} of {c.budget}" for n, c in codes if c.registers > c.budget]
+    over = [
+        f"{n}: {c.registers} of {c.budget}"
+        for n, c in codes
+        if c.registers > c.budget and (", aligned" in n or c.kernel not in READ_AHEAD)
+    ]
     assert not over, "\n".join(over)
 
 
@@ -252,14 +270,28 @@ def test_streaming_kernels_move_16_bytes_at_once(codes):
         f"{name}: loads {code.loaded} of {code.to_load}, stores {code.stored} of {code.to_store}"
         for name, code in codes
         if ", aligned" in name or code.kernel in STREAMING
-        if code.loaded < code.to_load or (code.stored < code.to_store and ", aligned" in name)
+        if code.loaded < code.to_load * (2 if code.kernel in READ_AHEAD else 1)
+        or (code.stored < code.to_store and ", aligned" in name)
     ]
     assert not narrow, "\n".join(narrow)
 
 
 def test_enough_warps_fit_a_multiprocessor(codes):
-    few = [f"{n}: {c.resident_warps}" for n, c in codes if c.resident_warps < MIN_RESIDENT_WARPS]
+    few = [
+        f"{n}: {c.resident_warps}"
+        for n, c in codes
+        if c.kernel not in READ_AHEAD and c.resident_warps < MIN_RESIDENT_WARPS
+    ]
     assert not few, "\n".join(few)
+
+
+def test_kernels_that_read_ahead_have_enough_on_its_way(codes):
+    little = [
+        f"{n}: {c.resident_shared}"
+        for n, c in codes
+        if c.kernel in READ_AHEAD and ", aligned" in n and c.resident_shared < 2 * MIN_IN_FLIGHT
+    ]
+    assert not little, "\n".join(little)
 
 
 def test_every_changed_kernel_was_looked_at():

@@ -68,7 +68,7 @@ def test_logits_are_addressed_from_16_bytes_on(name, aligned):
 @pytest.mark.parametrize("more", [0, 1])
 def test_more_elements_than_int32_counts(name, more):
     dtype = CASES[name].dtypes[-1]
-    small = launches(name, Example(6, 512 + more, dtype, aligned=True))
+    small = launches(name, Example(6, 4096 + more, dtype, aligned=True))
     large = launches(name, Blank(2**17 + more, 2**15 + more, dtype))
     for launch in large:
         x, y, z = launch.grid

@@ -39,7 +39,7 @@ def decode_attention(
     # [n, K, L, d]; a weight of 0 would not take a NaN away.
     k, v = (x.to(dtype).transpose(1, 2) for x in (keys, values))
     v = v.masked_fill(hidden.squeeze(2)[..., None], 0.0)
-    q = query.to(dtype).view(num_rows, num_kv_heads, -1, head_size)
+    q = query.to(dtype).view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_size)
     scores = (q @ k.transpose(2, 3) * scaling).masked_fill(hidden, -math.inf)
     weights = scores.softmax(dim=-1).masked_fill(hidden, 0.0)
     return (weights @ v).view(query.shape).to(query.dtype)

@@ -21,14 +21,14 @@ from ppo_fast.ops.logprobs.triton import LOG2_E
 
 # Columns. Fewer would make more programs of a small batch, and more partial results.
 CHUNK = 512
-# By the bytes of a number and the padded size of a head: a block of keys is 16 KB, and the next
-# ones are on their way while it is multiplied.
+# By the bytes of a number and the padded size of a head: a block of keys is 16 KB at most, and the
+# next one is on its way while it is multiplied.
 ATTEND = {
     (2, 16): Launch(128, 4, registers=128, num_stages=2),
     (2, 32): Launch(128, 4, registers=128, num_stages=2),
     (2, 64): Launch(128, 4, registers=128, num_stages=2),
-    (2, 128): Launch(64, 4, registers=128, num_stages=3),
-    (2, 256): Launch(32, 4, registers=128, num_stages=3),
+    (2, 128): Launch(64, 4, registers=152, num_stages=3),
+    (2, 256): Launch(32, 4, registers=184, num_stages=3),
     (4, 16): Launch(64, 4, registers=128, num_stages=2),
     (4, 32): Launch(64, 4, registers=128, num_stages=2),
     (4, 64): Launch(64, 4, registers=128, num_stages=2),
@@ -75,7 +75,7 @@ def decode_attention_kernel(
     HEAD_SIZE: tl.constexpr,
     SIZE: tl.constexpr,  # the power of two at or above it
     CHUNK: tl.constexpr,
-    ALIGNED: tl.constexpr,  # strides of keys and values are multiples of VEC
+    ALIGNED: tl.constexpr,  # the strides are multiples of VEC
     VEC: tl.constexpr,
     WIDE: tl.constexpr,  # products of float32: the interpreter has none of bfloat16
     BLOCK: tl.constexpr,
@@ -97,6 +97,7 @@ def decode_attention_kernel(
     end = tl.minimum(end, (chunk + 1) * CHUNK)
 
     if ALIGNED:
+        query_row = query_row // VEC * VEC
         key_row, key_column, key_head = (
             key_row // VEC * VEC,
             key_column // VEC * VEC,
@@ -214,16 +215,18 @@ def decode_attention(
     num_rows, num_heads, head_size = query.shape
     num_columns, num_kv_heads = keys.shape[1:3]
     device, group = query.device, num_heads // num_kv_heads
-    if not query[:1].is_contiguous():
-        query = query.contiguous()
     num_chunks = max(triton.cdiv(num_columns, CHUNK), 1)
     result = torch.empty(query.shape, dtype=query.dtype, device=device)
     kept = (num_rows, num_heads, num_chunks) if num_chunks > 1 else (0,)
     partial = torch.empty((*kept, head_size), dtype=torch.float32, device=device)
     partial_stats = torch.empty((*kept, 2), dtype=torch.float32, device=device)
     lengths = lengths.contiguous()
-    key_strides, value_strides = (_strides(x) for x in (keys, values))
     vec = 16 // query.element_size()
+    if not query[:1].is_contiguous() or query.stride(0) % vec:
+        query = query.contiguous()
+    query_row = query.stride(0) if num_rows > 1 else 0
+    key_strides, value_strides = _strides(keys), _strides(values)
+    strides = (query_row, *key_strides, *value_strides)
     size = max(16, triton.next_power_of_2(head_size))
     seen = num_columns if window is None else window
     common = {"HEAD_SIZE": head_size, "SIZE": size, "CHUNK": CHUNK}
@@ -244,12 +247,10 @@ def decode_attention(
         num_kv_heads,
         num_chunks,
         seen,
-        query.stride(0),
-        *key_strides,
-        *value_strides,
+        *strides,
         scaling,
         GROUP=group,
-        ALIGNED=all(stride % vec == 0 for stride in (*key_strides, *value_strides)),
+        ALIGNED=all(stride % vec == 0 for stride in strides),
         VEC=vec,
         WIDE=interpreted(),
         **common,
