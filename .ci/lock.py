@@ -8,26 +8,27 @@ import sys
 import tomllib
 from pathlib import Path
 
-PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))["project"]
+PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 HEADER = """\
-# What was tested: the exact version of everything that `make install` installs, whatever the Python.
-# Written by `make lock` under Python {python}, the lowest that pyproject.toml allows: what runs there
-# has wheels for the later ones too. For users, pyproject.toml has ranges.
+# What was tested: the exact version of everything that `make install` installs on every Python.
+# Written by `make lock` under Python {python}, the lowest that pyproject.toml allows: what runs
+# there has wheels for the later ones too. For users, pyproject.toml has ranges.
 """
 
 
 def main(reports: list[str]) -> None:
-    lowest = PROJECT["requires-python"].removeprefix(">=")
+    project = tomllib.loads(PYPROJECT.read_text("utf-8"))["project"]
+    lowest = project["requires-python"].removeprefix(">=")
     versions = {}
     for path in reports:
         report = json.loads(Path(path).read_text("utf-8"))
-        if not report["environment"]["python_version"] == lowest:
+        if report["environment"]["python_version"] != lowest:
             sys.exit(f"make lock needs Python {lowest}: make lock PYTHON=python{lowest}")
         for package in report["install"]:
             name = re.sub(r"[-_.]+", "-", package["metadata"]["name"]).lower()
             # Without the local part: which build of it an index offers is its own choice.
             versions[name] = package["metadata"]["version"].partition("+")[0]
-    del versions[PROJECT["name"].replace("_", "-")]
+    del versions[project["name"].replace("_", "-")]
     print(HEADER.format(python=lowest), end="")
     for name in sorted(versions):
         print(f"{name}=={versions[name]}")
