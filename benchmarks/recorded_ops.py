@@ -83,12 +83,18 @@ def as_on_a_gpu() -> Iterator[None]:
     miss, and no look at the numbers."""
     modules = {
         name: importlib.import_module(f"ppo_fast.{name}")
-        for name in ("rollout.decode", "ops.validation", "ops.sample_tokens.api")
+        for name in (
+            "rollout.decode",
+            "ops.validation",
+            "ops.sample_tokens.api",
+            "ops.decode_attention.api",
+        )
     }
     with (
         patch.object(modules["rollout.decode"], "layers_can_be_fused", lambda _: False),
         patch.object(modules["rollout.decode"], "few_row_products", nullcontext),
         patch.object(modules["ops.validation"], "values_readable", lambda _: False),
         patch.object(modules["ops.sample_tokens.api"], "values_readable", lambda _: False),
+        patch.object(modules["ops.decode_attention.api"], "values_readable", lambda _: False),
     ):
         yield

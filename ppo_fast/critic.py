@@ -31,7 +31,7 @@ class Critic(Protocol):
         self, tokens: Tokens, states: Tensor | None = None, trunk: Tensor | None = None
     ) -> Tensor:
         """Values [B, T], 0 beyond a response; ``states`` [B, T, D] for a head, ``trunk``
-        [B, P + T, D] for who can start from it."""
+        [B, L, D] for who can start from it."""
         ...
 
 
@@ -187,7 +187,7 @@ def batch_baseline(scores: Tensor, tokens: Tokens, gamma: float) -> Tensor:
     one prompt.
     """
     others = (scores.sum() - scores) / max(len(scores) - 1, 1) * (len(scores) > 1)
-    places = torch.arange(tokens.response_ids.shape[1])
+    places = torch.arange(tokens.response_ids.shape[1], device="cpu")
     left = (tokens.response_lengths[:, None] - 1 - places).clamp_min(0)
     discount = (gamma ** left.float()).to(scores.device)
     return (others[:, None] * discount).masked_fill(~tokens.response_mask, 0.0)

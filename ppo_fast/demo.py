@@ -66,7 +66,7 @@ class Evaluation:
 def evaluate(trainer: PPOTrainer, prompts: list[str]) -> Evaluation:
     """Sample every prompt ``SAMPLES_PER_PROMPT`` times and score the samples."""
     prompts = prompts * SAMPLES_PER_PROMPT
-    seeds = EVALUATION_SEED + torch.arange(len(prompts))
+    seeds = EVALUATION_SEED + torch.arange(len(prompts), device="cpu")
     rollout = trainer.rollout(prompts, seeds=seeds)
     tokens, temperature = rollout.tokens, rollout.sampling.temperature
     reference = trainer.reference

@@ -13,6 +13,7 @@ from ppo_fast.config import PPOConfig
 from ppo_fast.critic import Critic, batch_baseline
 from ppo_fast.language_model import LanguageModel, logprobs_of_both
 from ppo_fast.ops import gae, kl_estimate, whiten
+from ppo_fast.precision import uses_tf32
 from ppo_fast.rollout import Rollout
 from ppo_fast.tokens import Tokens, batches_by_tokens
 from ppo_fast.trunk import TrunkStates
@@ -154,7 +155,7 @@ def with_trunk(
 def trunk_states(policy: LanguageModel, tokens: Tokens, budget: int) -> TrunkStates:
     """The frozen trunk's activations of every token."""
     parts: list[Tensor] = []
-    rows = torch.empty(0, dtype=torch.int64)
+    rows = torch.empty(0, dtype=torch.int64, device="cpu")
     for batch in batches_by_tokens(tokens.lengths, budget):
         part = tokens.select(batch)
         parts.append(TrunkStates.pack(policy.trunk(part), part, whole=True).states)
@@ -173,7 +174,7 @@ def in_batches(
 ) -> Tensor:
     """``compute`` on batches of at most ``budget`` tokens, [..., b, t] each, put together as
     [..., B, T] float32."""
-    out = torch.empty(0)
+    out = torch.empty(0, device="cpu")
     for rows in batches_by_tokens(tokens.lengths, budget):
         part = compute(tokens.select(rows), select_trunk(trunk, tokens, rows)).float()
         if not out.numel():
@@ -189,13 +190,11 @@ def select_trunk(trunk: TrunkStates | None, tokens: Tokens, rows: Tensor) -> Ten
 
 def computes_in_float32(policy: LanguageModel) -> bool:
     """Whether decoding and the update compute in full float32, hence agree to rounding."""
-    weight = next(policy.model.parameters())
-    device = weight.device.type
     return (
-        weight.dtype in (torch.float32, torch.float64)
+        policy.dtype in (torch.float32, torch.float64)
         and policy.compute_dtype is None
-        and not torch.is_autocast_enabled(device)
-        and not (device == "cuda" and torch.backends.cuda.matmul.allow_tf32)
+        and not torch.is_autocast_enabled(policy.device.type)
+        and not uses_tf32(policy.device)
     )
 
 

@@ -24,12 +24,13 @@ from ppo_fast.ops import (
 )
 from ppo_fast.ops.gradient import computed_in
 from ppo_fast.ops.linear_logprobs.api import LOGITS_BUDGET_BYTES
-from ppo_fast.precision import HALF, computing_in
+from ppo_fast.precision import HALF, computing_in, uses_tf32
 from ppo_fast.tokens import Tokens
 from ppo_fast.trunk import Split, run
 
 # Largest difference between the two paths, relative to the largest logit, that rounding explains.
 HEAD_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
+TF32_TOLERANCE = 5e-3
 HALF_TOLERANCE = 3e-2
 
 
@@ -107,7 +108,7 @@ class LanguageModel:
 
     def forward(self, tokens: Tokens, trunk: Tensor | None = None) -> Forward:
         """One pass over prompts and responses, from the tokens or from the trunk's states
-        [B, P + T, D]. Gradients flow where the caller enabled them."""
+        [B, L, D]. Gradients flow where the caller enabled them."""
         states, logits = self._run(tokens, trunk)
         return Forward(
             None if states is None else tokens.before_response(states),
@@ -147,7 +148,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def trunk(self, tokens: Tokens) -> Tensor:
-        """[B, P + T, D]: what enters the first unfrozen layer."""
+        """[B, L, D]: what enters the first unfrozen layer."""
         assert self.split is not None
         with computing_in(self.compute_dtype, tokens.device):
             return self.split.trunk(tokens)
@@ -194,7 +195,7 @@ class LanguageModel:
         return self.head.weight, self.head.bias
 
     def _run(self, tokens: Tokens, trunk: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """States [B, P + T, D] and, on the ordinary path, logits [B, P + T, V]."""
+        """States [B, L, D] and, on the ordinary path, logits [B, L, V]."""
         with computing_in(self.compute_dtype, tokens.device):
             if self.fused:
                 assert self.body is not None
@@ -210,7 +211,12 @@ class LanguageModel:
         device = next(self.model.parameters()).device
         vocabulary = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         ids = (torch.arange(10, device=device).reshape(2, 5) * 7 + 1) % vocabulary
-        return Tokens(ids[:, :3], torch.tensor([3, 2]), ids[:, 3:], torch.tensor([2, 2]))
+        return Tokens(
+            ids[:, :3],
+            torch.tensor([3, 2], device="cpu"),
+            ids[:, 3:],
+            torch.tensor([2, 2], device="cpu"),
+        )
 
     @torch.no_grad()
     def _fused_fails(self) -> str | None:
@@ -228,8 +234,8 @@ class LanguageModel:
                 expected = run(self.model, probe).logits.float()
             except TypeError as cause:
                 raise ValueError(
-                    f"policy_model: {type(self.model).__name__} cannot be called with input_ids, "
-                    f"attention_mask and position_ids, which left padding needs ({cause})"
+                    f"policy_model: {type(self.model).__name__} cannot be called with input_ids "
+                    f"and use_cache alone ({cause})"
                 ) from cause
             states = getattr(run(self.body, probe), "last_hidden_state", None)
             if states is None:
@@ -258,7 +264,15 @@ class LanguageModel:
         return None if difference <= tolerance else f"its states differ by {difference:.1e}"
 
     def _tolerance(self, dtype: torch.dtype) -> float:
-        return HEAD_TOLERANCE.get(self.compute_dtype or dtype, HALF_TOLERANCE)
+        return tolerance(self.compute_dtype or dtype, self.device)
+
+
+def tolerance(dtype: torch.dtype, device: torch.device) -> float:
+    """The largest difference, relative to the largest number, that rounding explains between two
+    ways to compute the same logits or states with weights of ``dtype``."""
+    if dtype == torch.float32 and uses_tf32(device):
+        return TF32_TOLERANCE
+    return HEAD_TOLERANCE.get(dtype, HALF_TOLERANCE)
 
 
 def logprobs_of_both(

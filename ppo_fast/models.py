@@ -45,8 +45,7 @@ class ValueModel(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """input_ids [B, L] int64, attention_mask [B, L] (default: all ones) -> values [B, L]."""
-        states, _ = _states(self.base_model, input_ids, attention_mask)
-        return self.read(states)
+        return self.read(_states(self.base_model, input_ids, attention_mask))
 
     def read(self, states: Tensor) -> Tensor:
         """The body's last states [B, L, D] -> values [B, L]."""
@@ -67,29 +66,42 @@ class RewardModel(nn.Module):
         self.base_model = base_model
         self.reward_head = _head(hidden_size)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """input_ids [B, L] int64, attention_mask [B, L] (default: all ones) -> scores [B]."""
-        states, mask = _states(self.base_model, input_ids, attention_mask)
-        places = torch.arange(mask.shape[1], device=mask.device)
-        return self.read(states, (mask.bool() * places).argmax(dim=1))
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        last: Tensor | None = None,
+    ) -> Tensor:
+        """input_ids [B, L] int64 -> scores [B].
+
+        attention_mask [B, L], by default all ones, says where the real tokens are; or, if padding
+        stands on the right alone, ``last`` [B] int64 does, the index of each row's last token.
+        """
+        states = _states(self.base_model, input_ids, attention_mask)
+        if last is None:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            last = (mask.bool() * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
+        return self.read(states, last)
 
     def read(self, states: Tensor, last: Tensor) -> Tensor:
         """The body's last states [B, L, D], at places [B] -> scores [B]."""
-        return self.reward_head(states[torch.arange(len(last)), last]).squeeze(-1)
+        return self.reward_head(states[torch.arange(len(last), device=last.device), last]).squeeze(
+            -1
+        )
 
 
-def _states(
-    base_model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+def _states(base_model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     # its last state is what ``output_hidden_states=True`` gives last, without the others and logits
-    output = body_of(base_model)(
+    body = body_of(base_model)
+    if attention_mask is None:
+        return body(input_ids=input_ids, use_cache=False).last_hidden_state
+    return body(
         input_ids=input_ids,
-        attention_mask=mask,
-        position_ids=position_ids(mask),
+        attention_mask=attention_mask,
+        position_ids=position_ids(attention_mask),
         use_cache=False,
-    )
-    return output.last_hidden_state, mask
+    ).last_hidden_state
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -17,6 +17,17 @@ def computing_in(dtype: torch.dtype | None, device: torch.device) -> AbstractCon
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
+def uses_tf32(device: torch.device) -> bool:
+    """Whether float32 products on ``device`` are computed in TF32, by whichever of torch's two
+    interfaces that was chosen: the old one raises after the new one was used."""
+    matmul = torch.backends.cuda.matmul
+    if device.type != "cuda":
+        return False
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and newer
+        return matmul.fp32_precision == "tf32"
+    return matmul.allow_tf32
+
+
 def hold_trained_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Weights in half precision, and those of float32, that are trained: in ``dtype`` from now."""
     for parameter in model.parameters():

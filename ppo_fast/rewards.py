@@ -72,7 +72,7 @@ def check_scores(scores: Any, prompts: Sequence[str], what: str = "scores") -> T
         scores = scores.detach().to("cpu", torch.float32)
     else:
         try:
-            scores = torch.tensor([float(s) for s in scores], dtype=torch.float32)
+            scores = torch.tensor([float(s) for s in scores], dtype=torch.float32, device="cpu")
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"{what}: expected a list of numbers, one a prompt ({error})"
@@ -155,7 +155,7 @@ def _scores_from_trunk(
     for rows in batches_by_tokens(tokens.lengths, budget):
         part = tokens.select(rows)
         states = split.states(part, trunk.select(tokens, rows))
-        last = part.prompt_ids.shape[1] + part.response_lengths - 1
+        last = part.lengths - 1
         scores[rows.to(tokens.device)] = reward_model.read(states, last.to(tokens.device)).float()
     return scores
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ppo_fast import validation
+from ppo_fast.attention import without_cudnn_attention
 from ppo_fast.config import PPOConfig
 from ppo_fast.critic import Critic
 from ppo_fast.experience import in_batches
@@ -93,6 +94,7 @@ class SpecMethods:
         known = rollout.sampling_logprobs if rollout.logprobs is None else rollout.logprobs
         return rollout.completions, known
 
+    @without_cudnn_attention()
     def compute_rewards(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """[B, T]: the reward model's score on each response's last token, 0 elsewhere."""
         tokens = self._pairs(prompts, responses)
@@ -107,6 +109,7 @@ class SpecMethods:
         rewards = torch.zeros(tokens.response_ids.shape, device=self.device)
         return rewards.scatter(1, last[:, None], scores[:, None])
 
+    @without_cudnn_attention()
     @torch.no_grad()
     def compute_values(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """[B, T]: the value of the state before each response token.
@@ -146,6 +149,7 @@ class SpecMethods:
         """[B, T]: log-probs of the response tokens under the reference."""
         return self._logprobs(self.reference, prompts, responses, temperature)
 
+    @without_cudnn_attention()
     @torch.no_grad()
     def _logprobs(
         self,

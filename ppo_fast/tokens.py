@@ -20,6 +20,10 @@ class Tokens:
     prompt_ids [B, P] and response_ids [B, T], int64 on the model's device. prompt_lengths and
     response_lengths [B], int64 on the CPU, so that no size is ever read back from a device. What
     stands at padded places is never looked at: masks come from lengths, not from a pad id.
+
+    Models read ``input_ids`` [B, L], where each row's prompt and response stand next to each other
+    and all padding follows. A causal model's real tokens never see it, so that passes need neither
+    an attention mask nor position ids, and attention takes its fastest form. L is the longest row.
     """
 
     prompt_ids: Tensor
@@ -40,47 +44,45 @@ class Tokens:
         return self.prompt_lengths + self.response_lengths
 
     @cached_property
-    def input_ids(self) -> Tensor:
-        """[B, P + T] int64."""
-        return torch.cat([self.prompt_ids, self.response_ids], dim=1)
+    def _places(self) -> Tensor:
+        """[L] int64 on the CPU: 0, 1, ..."""
+        return torch.arange(int(self.lengths.max()) if len(self) else 0, device="cpu")
 
     @cached_property
-    def prompt_mask(self) -> Tensor:
-        """[B, P] bool, true at real prompt tokens."""
-        width = self.prompt_ids.shape[1]
-        return (torch.arange(width) >= width - self.prompt_lengths[:, None]).to(self.device)
+    def input_ids(self) -> Tensor:
+        """[B, L] int64: each row's real tokens, then padding."""
+        both = torch.cat([self.prompt_ids, self.response_ids], dim=1)
+        first = self.prompt_ids.shape[1] - self.prompt_lengths[:, None]
+        return both.gather(1, (first + self._places).clamp_max(both.shape[1] - 1).to(self.device))
+
+    @cached_property
+    def attention_mask(self) -> Tensor:
+        """[B, L] int64, 1 at real tokens: for modules that want one."""
+        return (self._places < self.lengths[:, None]).long().to(self.device)
 
     @cached_property
     def response_mask(self) -> Tensor:
         """[B, T] bool, true at real response tokens (EOS is one; nothing after it is)."""
         width = self.response_ids.shape[1]
-        return (torch.arange(width) < self.response_lengths[:, None]).to(self.device)
+        return (torch.arange(width, device="cpu") < self.response_lengths[:, None]).to(self.device)
 
     @cached_property
-    def attention_mask(self) -> Tensor:
-        """[B, P + T] int64."""
-        return torch.cat([self.prompt_mask, self.response_mask], dim=1).long()
-
-    @cached_property
-    def position_ids(self) -> Tensor:
-        """[B, P + T] int64: a real token's place among the real ones, 0 for padding before."""
-        return position_ids(self.attention_mask)
-
-    def window(self, rows: Tensor) -> slice:
-        """The columns of [P + T] that ``rows`` need: the longest prompt and response among them."""
-        width = self.prompt_ids.shape[1]
-        first = width - int(self.prompt_lengths[rows].max())
-        return slice(first, width + int(self.response_lengths[rows].max()))
+    def _before_response(self) -> Tensor:
+        """[B, T] int64: the columns of L that stand before each response token."""
+        places = torch.arange(self.response_ids.shape[1], device="cpu")
+        before = self.prompt_lengths[:, None] - 1 + places
+        return before.clamp_max(len(self._places) - 1).to(self.device)
 
     def select(self, rows: Tensor) -> Tokens:
         """Some rows (int64 on the CPU), without the columns that none of them needs."""
-        columns, width = self.window(rows), self.prompt_ids.shape[1]
+        prompts, responses = self.prompt_lengths[rows], self.response_lengths[rows]
+        first = self.prompt_ids.shape[1] - int(prompts.max())
         index = rows.to(self.device)
         return Tokens(
-            self.prompt_ids[index, columns.start :],
-            self.prompt_lengths[rows],
-            self.response_ids[index, : columns.stop - width],
-            self.response_lengths[rows],
+            self.prompt_ids[index, first:],
+            prompts,
+            self.response_ids[index, : int(responses.max())],
+            responses,
         )
 
     def repeated(self, times: int) -> Tokens:
@@ -93,14 +95,14 @@ class Tokens:
         )
 
     def before_response(self, per_token: Tensor) -> Tensor:
-        """[B, P + T, ...] -> [B, T, ...]: what stands before each response token."""
-        return per_token[:, self.prompt_ids.shape[1] - 1 : -1]
+        """[B, L, ...] -> [B, T, ...]: what stands before each response token; beyond a response,
+        some other token's."""
+        index = self._before_response.view(*self.response_ids.shape, *[1] * (per_token.dim() - 2))
+        return per_token.gather(1, index.expand(-1, -1, *per_token.shape[2:]))
 
     def sequences(self) -> list[Tensor]:
         """Each row's real tokens, [length] int64: the prompt's, then the response's."""
-        width = self.prompt_ids.shape[1]
-        pairs = zip(self.prompt_lengths.tolist(), self.response_lengths.tolist(), strict=True)
-        return [self.input_ids[b, width - p : width + t] for b, (p, t) in enumerate(pairs)]
+        return [self.input_ids[b, :length] for b, length in enumerate(self.lengths.tolist())]
 
     def at_response(self, per_token: Sequence[Tensor]) -> Tensor:
         """One number for each real token of each row, as ``sequences`` has them -> [B, T]: those of
@@ -142,9 +144,9 @@ def make_tokens(
     """Prompts and responses as lists of ids -> Tokens."""
     return Tokens(
         pad_left(prompts, pad_id, device),
-        torch.tensor([len(p) for p in prompts]),
+        torch.tensor([len(p) for p in prompts], device="cpu"),
         pad_right(responses, pad_id, device),
-        torch.tensor([len(r) for r in responses]),
+        torch.tensor([len(r) for r in responses], device="cpu"),
     )
 
 
@@ -158,4 +160,4 @@ def batches_by_tokens(lengths: Tensor, budget: int) -> list[Tensor]:
             batches[-1].append(row)
         else:
             batches.append([row])
-    return [torch.tensor(batch) for batch in batches]
+    return [torch.tensor(batch, device="cpu") for batch in batches]

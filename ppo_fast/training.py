@@ -262,7 +262,7 @@ class TrainingLoop:
         while len(batch) < size:
             round_, first = divmod(self._prompts_drawn + len(batch), len(prompts))
             generator = torch.Generator().manual_seed(self._seed_of("prompts", round_))
-            order = torch.randperm(len(prompts), generator=generator)
+            order = torch.randperm(len(prompts), generator=generator, device="cpu")
             batch += [prompts[j] for j in order[first : first + size - len(batch)].tolist()]
         self._prompts_drawn += len(batch)
         return batch
@@ -275,7 +275,7 @@ class TrainingLoop:
         """Seeds [count] int64 of the next sequences: the config's seed and a running number."""
         first = (self.config.seed << 32) + self._sequences_sampled
         self._sequences_sampled += count
-        return torch.arange(first, first + count)
+        return torch.arange(first, first + count, device="cpu")
 
     @staticmethod
     def _checkpoint_path(checkpoint_dir: str | Path, step: int) -> Path:

@@ -34,21 +34,22 @@ class TrunkStates:
 
     @classmethod
     def pack(cls, padded: Tensor, tokens: Tokens, *, whole: bool) -> TrunkStates:
-        """From [B, P + T, D]."""
-        lengths, width = tokens.lengths, tokens.prompt_ids.shape[1]
+        """From [B, L or more, D], each row's tokens first."""
+        lengths = tokens.lengths
         first = lengths.cumsum(0) - lengths
-        row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        column = torch.arange(len(row)) - (first - (width - tokens.prompt_lengths))[row]
+        row = torch.repeat_interleave(torch.arange(len(lengths), device="cpu"), lengths)
+        column = torch.arange(len(row), device="cpu") - first[row]
         return cls(padded[row.to(padded.device), column.to(padded.device)], first, whole)
 
     def to(self, dtype: torch.dtype) -> TrunkStates:
         return TrunkStates(self.states.to(dtype), self.first, self.whole)
 
     def select(self, tokens: Tokens, rows: Tensor) -> Tensor:
-        """Of ``rows`` (int64 on the CPU), [b, p + t, D] beside ``tokens.select(rows)``; at padded
-        places, which nobody looks at, some other token's."""
-        places = tokens.select(rows).position_ids
-        return self.states[self.first[rows].to(places.device)[:, None] + places]
+        """Of ``rows`` (int64 on the CPU), [b, l, D] beside ``tokens.select(rows).input_ids``; at
+        padded places some other token's."""
+        lengths = tokens.lengths[rows]
+        places = torch.minimum(torch.arange(int(lengths.max()), device="cpu"), lengths[:, None] - 1)
+        return self.states[(self.first[rows][:, None] + places).to(self.states.device)]
 
 
 class Split:
@@ -70,7 +71,7 @@ class Split:
 
     @torch.no_grad()
     def trunk(self, tokens: Tokens) -> Tensor:
-        """[B, P + T, D]: what enters the first layer of the top."""
+        """[B, L, D]: what enters the first layer of the top."""
         with _stopping_before(self.first) as reached:
             try:
                 run(self.body, tokens)
@@ -79,7 +80,7 @@ class Split:
         raise RuntimeError("the first unfrozen layer was never reached")
 
     def states(self, tokens: Tokens, trunk: Tensor | None) -> Tensor:
-        """[B, P + T, D]: the body's last states, from the tokens or from its trunk's states."""
+        """[B, L, D]: the body's last states, from the tokens or from its trunk's states."""
         return run(self.body, tokens, self, trunk).last_hidden_state
 
     @contextmanager
@@ -101,19 +102,14 @@ def run(
     module: Any, tokens: Tokens, split: Split | None = None, trunk: Tensor | None = None
 ) -> Any:
     """The output of a body, or of a model around it, for all tokens; with the trunk's states
-    [B, P + T, D], its lower layers do not run."""
-    arguments = {
-        "input_ids": tokens.input_ids,
-        "attention_mask": tokens.attention_mask,
-        "position_ids": tokens.position_ids,
-    }
+    [B, L, D], its lower layers do not run. Without a mask: padding stands after each row's tokens,
+    and causal attention never looks there."""
     if trunk is None:
-        return module(**arguments, use_cache=False)
+        return module(input_ids=tokens.input_ids, use_cache=False)
     assert split is not None
     trunk = trunk.to(next(module.parameters()).dtype)  # it may be kept in half precision
-    del arguments["input_ids"]
     with replaced_forwards([(layer, lambda *_, **__: trunk) for layer in split.lower]):
-        return module(**arguments, inputs_embeds=trunk, use_cache=False)
+        return module(inputs_embeds=trunk, use_cache=False)
 
 
 def layer_list(body: nn.Module | None) -> nn.ModuleList:

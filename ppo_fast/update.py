@@ -87,7 +87,7 @@ class Learner:
         value_stats: list[Tensor] = []
         norms: list[Tensor] = []
         for _ in range(num_epochs):
-            order = torch.randperm(len(experience.tokens), generator=generator)
+            order = torch.randperm(len(experience.tokens), generator=generator, device="cpu")
             for rows in order.tensor_split(min(self.config.num_minibatches, len(order))):
                 stats, values, norm = self._train_on(experience, rows)
                 policy_stats.append(stats)

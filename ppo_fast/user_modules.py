@@ -59,8 +59,8 @@ def call_on_rows(
         ValueError: another shape.
         RuntimeError: the module raised (chained).
     """
-    lengths = torch.tensor([len(row) for row in rows])
-    outputs: list[Tensor] = [torch.empty(0)] * len(rows)
+    lengths = torch.tensor([len(row) for row in rows], device="cpu")
+    outputs: list[Tensor] = [torch.empty(0, device="cpu")] * len(rows)
     for batch in _batches(lengths, budget, equal_lengths=not takes_padding(module)):
         members = [rows[i] for i in batch.tolist()]
         try:
@@ -88,7 +88,14 @@ def _call(module: nn.Module, rows: list[Tensor]) -> Any:
     # transformers' classifiers find the last token by their pad id; the others by the mask alone
     pad_id = getattr(config, "pad_token_id", None) or 0
     ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad_id)
-    mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+    lengths = torch.tensor([len(row) for row in rows], device="cpu")
+    # A causal body's real tokens never see padding on the right: without a mask, attention takes
+    # its fastest form.
+    if isinstance(module, ValueModel):
+        return module(input_ids=ids)
+    if isinstance(module, RewardModel):
+        return module(input_ids=ids, last=(lengths - 1).to(ids.device))
+    mask = torch.arange(ids.shape[1], device="cpu") < lengths[:, None]
     return module(input_ids=ids, attention_mask=mask.long().to(ids.device))
 
 

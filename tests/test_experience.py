@@ -129,7 +129,9 @@ def test_the_token_budget_changes_nothing_but_rounding(rollout, critic, budget):
 def with_padding(rollout: Rollout, left: int, right: int, pad_id: int) -> Rollout:
     """More columns, and another id at every padded place."""
     tokens = rollout.tokens
-    prompts = tokens.prompt_ids.masked_fill(~tokens.prompt_mask, pad_id)
+    width = tokens.prompt_ids.shape[1]
+    padded = torch.arange(width) < width - tokens.prompt_lengths[:, None]
+    prompts = tokens.prompt_ids.masked_fill(padded, pad_id)
     responses = tokens.response_ids.masked_fill(~tokens.response_mask, pad_id)
     pad = torch.nn.functional.pad
     return replace(

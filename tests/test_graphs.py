@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,8 +15,8 @@ from tiny_trainer import PROMPTS as TEXTS
 from tiny_trainer import tiny_trainer
 
 from ppo_fast.language_model import LanguageModel
-from ppo_fast.rollout import LocalEngine, Sampling, decode, graph_check
-from ppo_fast.rollout.graphs import Steps, as_it_is, row_bucket
+from ppo_fast.rollout import LocalEngine, Sampling, decode, graph_check, graphs
+from ppo_fast.rollout.graphs import Steps, as_it_is, never_waiting, row_bucket
 
 CPU = torch.device("cpu")
 
@@ -86,23 +88,24 @@ def test_most_steps_are_replayed():
     model.body.register_forward_pre_hook(
         lambda _, __, kwargs: passes.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    prompts, seeds = [[i, 3] for i in range(6)], torch.arange(6)
-    options = {"seeds": seeds, "eos_ids": [], "pad_id": 0, "max_lengths": [30, 30, 40, 10, 10, 3]}
+    prompts, seeds = [[i, 3] for i in range(20)], torch.arange(20)
+    lengths = [30] * 10 + [40] * 2 + [10] * 8
+    options = {"seeds": seeds, "eos_ids": [], "pad_id": 0, "max_lengths": lengths}
     decode(model, prompts, Sampling(40), **options, capture=recorded_ops(CPU))
-    # the prompts; then twice each, six rows to five, four to two, and one
-    assert passes == [6, 6, 6, 4, 4, 1, 1]
+    # the prompts; then twice each: 20 rows, 12, and 2
+    assert passes == [20, 20, 20, 16, 16, 8, 8]
 
 
 def test_buckets():
-    few = {1: 1, 2: 2, 3: 4, 4: 4, 5: 8, 8: 8, 9: 16, 17: 24, 33: 40, 64: 64}
-    many = {65: 80, 128: 128, 129: 160, 300: 320}
+    few = {1: 8, 8: 8, 9: 16, 17: 32, 33: 64, 64: 64}
+    many = {65: 96, 97: 128, 128: 128, 129: 192, 300: 384}
     assert {n: row_bucket(n) for n in few | many} == few | many
-    assert all(n <= row_bucket(n) < 1.25 * n for n in range(33, 3000))
+    assert all(n <= row_bucket(n) < 1.5 * n for n in range(65, 3000))
     seen: list[tuple[int, int]] = []
     steps = Steps(lambda *shape: seen.append(shape), 12, 700, as_it_is)
-    for rows, columns in ((9, 1), (12, 256), (3, 257), (3, 513), (12, 700)):
+    for rows, columns in ((9, 1), (12, 256), (3, 257), (7, 513), (12, 700)):
         steps(rows, columns)
-    assert seen == [(12, 256), (12, 256), (4, 512), (4, 700), (12, 700)]
+    assert seen == [(12, 256), (12, 256), (8, 512), (8, 700), (12, 700)]
 
 
 def forgetful(device):
@@ -143,6 +146,91 @@ def test_graphs_are_checked_first(monkeypatch, cpu_captures):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert graph_check.capture_for(other) is None
+
+
+def test_a_step_that_waits_for_the_device_is_named_before_any_capture(monkeypatch, cpu_captures):
+    """torch's debug mode for synchronization, here with a CPU's tensors in the place of a GPU's."""
+    modes = ["default"]
+    item = torch.Tensor.item
+
+    def guarded(tensor):
+        if modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation\nmore")
+        return item(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "item", guarded)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setitem(graph_check.REHEARSALS, "cpu", never_waiting)
+    model, captured = LanguageModel(tiny_model("llama")), []
+
+    def counting(device):
+        captured.append(device)
+        return recorded_ops(device)
+
+    assert graph_check.why_not(model, counting) is None
+    assert captured
+    captured.clear()
+    waits = model.body.register_forward_pre_hook(
+        lambda _, __, kwargs: kwargs["input_ids"].sum().item() if modes[-1] == "error" else None,
+        with_kwargs=True,
+    )
+    reason = graph_check.why_not(model, counting)
+    waits.remove()
+    assert re.fullmatch(
+        r"called a synchronizing CUDA operation, in .*test_graphs\.py:\d+ \(.*", reason
+    )
+    assert not captured
+    assert modes[-1] == "default"
+
+
+class FakeGraph:
+    """A CUDA graph without CUDA."""
+
+    def __init__(self, refuses=False):
+        self.calls, self.refuses = [], refuses
+
+    def capture_begin(self, **options):
+        self.calls.append("begin")
+
+    def capture_end(self):
+        self.calls.append("end")
+        if self.refuses:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize("fails_in", ["step", "capture_end"])
+def test_a_failed_capture_is_cleaned_up_and_its_cause_is_raised(monkeypatch, fails_in):
+    graph, ended = FakeGraph(refuses=True), []
+
+    class FakeGenerator:
+        states: ClassVar[list[str]] = []
+
+        def clone_state(self):
+            return "not capturing"
+
+        def graphsafe_set_state(self, state):
+            self.states.append(state)
+
+    monkeypatch.setattr(torch.cuda, "default_generators", (FakeGenerator(),))
+    monkeypatch.setattr(
+        torch._C, "_cuda_endAllocateToPool", lambda *where: ended.append(where), raising=False
+    )
+    expected = "the step's own" if fails_in == "step" else "a previous error"
+    with pytest.raises(RuntimeError, match=expected):  # noqa: SIM117, PT012
+        with graphs._recording(graph, (0, 1), torch.device("cuda", 0)):
+            if fails_in == "step":
+                raise RuntimeError("the step's own")
+    assert graph.calls[0] == "begin"
+    assert ended == [(0, (0, 1))]
+    assert FakeGenerator.states == ["not capturing"]
+
+
+def test_a_capture_that_works_is_ended_once():
+    graph = FakeGraph()
+    with graphs._recording(graph, (0, 1), torch.device("cuda", 0)):
+        pass
+    assert graph.calls == ["begin", "end"]
 
 
 def test_a_model_on_the_cpu_is_not_captured():

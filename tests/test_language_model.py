@@ -199,11 +199,7 @@ def test_an_unusual_head_is_found_and_the_models_own_logits_are_used(change, rea
     with torch.no_grad():
         forward = lm.forward(batch())
         found = lm.logprobs(forward, batch(), temperature=0.7).logprobs
-        expected = model(
-            input_ids=batch().input_ids,
-            attention_mask=batch().attention_mask,
-            position_ids=batch().position_ids,
-        ).logits[:, 3:-1]
+        expected = batch().before_response(model(batch().input_ids).logits)
     table = (expected.double() / 0.7).log_softmax(dim=-1)
     by_hand = table.gather(-1, batch().response_ids[..., None])[..., 0]
     torch.testing.assert_close(found.double(), by_hand * batch().response_mask, rtol=0, atol=1e-5)
@@ -239,6 +235,23 @@ def test_a_body_that_cannot_be_told_from_its_head_means_logits_without_states(
     assert lm.forward(batch()).states is None
     assert_gives_the_models_numbers(lm)
     assert_step_is_the_full_forward(lm)
+
+
+@each_family
+def test_passes_are_causal_without_a_mask(family, monkeypatch):
+    """What flash attention and grouped queries without copies ask for."""
+    masks = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def noting(*args, attn_mask=None, is_causal=False, **kwargs):
+        masks.append((attn_mask, is_causal))
+        return attention(*args, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noting)
+    lm = LanguageModel(tiny_model(family, layers=3), num_layers_unfrozen=1)
+    lm.forward(batch(), lm.trunk(batch()))
+    assert set(masks) <= {(None, True)}
+    assert len(masks) > 0 or family == "gemma2", "which has no SDPA: it caps scores"
 
 
 # Decoding steps

@@ -33,12 +33,15 @@ rows_of_ids = st.lists(st.integers(0, 9), min_size=1, max_size=5)
 batches = st.lists(st.tuples(rows_of_ids, rows_of_ids), min_size=1, max_size=6)
 
 
-def test_padding_is_left_of_prompts_and_right_of_responses():
+def test_padding_is_left_of_prompts_right_of_responses_and_after_the_rows_that_models_read():
     batch = tokens(pad_id=0)
     assert batch.prompt_ids.tolist() == [[5, 6, 7], [0, 0, EOS]]
     assert batch.response_ids.tolist() == [[3, EOS, 0, 0], [1, EOS, 4, EOS]]
-    assert batch.input_ids.tolist() == [[5, 6, 7, 3, EOS, 0, 0], [0, 0, EOS, 1, EOS, 4, EOS]]
+    assert batch.input_ids.tolist() == [[5, 6, 7, 3, EOS], [EOS, 1, EOS, 4, EOS]]
     assert batch.input_ids.dtype == torch.int64
+    longer = make_tokens([[5, 6], [7]], [[1], [2, 3, 4]], 0, CPU)
+    assert longer.input_ids.tolist() == [[5, 6, 1, 0], [7, 2, 3, 4]]
+    assert longer.attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
     assert pad_left([[1, 2], [3]], 0, CPU).tolist() == [[1, 2], [0, 3]]
     assert pad_right([[1, 2], [3]], 0, CPU).tolist() == [[1, 2], [3, 0]]
 
@@ -46,14 +49,12 @@ def test_padding_is_left_of_prompts_and_right_of_responses():
 @pytest.mark.parametrize("pad_id", [0, 4, EOS])
 def test_masks_come_from_lengths_whatever_the_pad_id(pad_id):
     batch = tokens(pad_id)
-    assert batch.prompt_mask.tolist() == [[True, True, True], [False, False, True]]
     assert batch.response_mask.tolist() == [[True, True, False, False], [True] * 4]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 1]]
+    assert batch.attention_mask.tolist() == [[1] * 5, [1] * 5]
     assert batch.lengths.tolist() == [5, 5]
 
 
 def test_position_ids_count_real_tokens_from_zero():
-    assert tokens().position_ids.tolist() == [[0, 1, 2, 3, 4, 4, 4], [0, 0, 0, 1, 2, 3, 4]]
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]])
     assert position_ids(mask).tolist() == [[0, 0, 0, 1], [0, 1, 2, 3], [0, 0, 0, 0]]
 
@@ -70,7 +71,7 @@ def test_select_keeps_the_rows_in_order_and_drops_columns_that_none_needs():
 
 
 @given(batches, st.data())
-def test_select_and_window_agree_on_any_rows(pairs, data):
+def test_select_is_the_rows_alone(pairs, data):
     batch = make_tokens(*zip(*pairs, strict=True), 0, CPU)
     rows = data.draw(st.lists(st.integers(0, len(pairs) - 1), min_size=1, unique=True))
     index = torch.tensor(rows)
@@ -78,8 +79,9 @@ def test_select_and_window_agree_on_any_rows(pairs, data):
     assert [s.tolist() for s in part.sequences()] == [pairs[i][0] + pairs[i][1] for i in rows]
     assert part.prompt_ids.shape[1] == max(len(pairs[i][0]) for i in rows)
     assert part.response_ids.shape[1] == max(len(pairs[i][1]) for i in rows)
-    assert torch.equal(batch.input_ids[index, batch.window(index)], part.input_ids)
-    assert torch.equal(batch.attention_mask[index, batch.window(index)], part.attention_mask)
+    width = max(len(pairs[i][0] + pairs[i][1]) for i in rows)
+    assert torch.equal(batch.input_ids[index, :width], part.input_ids)
+    assert torch.equal(batch.attention_mask[index, :width], part.attention_mask)
 
 
 def test_sequences_are_the_real_tokens():
@@ -102,13 +104,14 @@ def test_at_response_passes_gradients_to_the_states_before_only():
 
 
 @given(batches)
-def test_at_response_is_the_slice_of_padded_states(pairs):
-    """Slice [P-1 : -1] of [B, P + T] and ``at_response`` of rows are the same reading."""
+def test_at_response_and_before_response_are_the_same_reading(pairs):
     batch = make_tokens(*zip(*pairs, strict=True), 0, CPU)
     states = torch.arange(1.0, 1 + batch.input_ids.numel()).view(batch.input_ids.shape)
     rows = [row[mask.bool()] for row, mask in zip(states, batch.attention_mask, strict=True)]
-    sliced = states[:, batch.prompt_ids.shape[1] - 1 : -1] * batch.response_mask
-    assert torch.equal(batch.at_response(rows), sliced)
+    before = batch.before_response(states) * batch.response_mask
+    assert torch.equal(batch.at_response(rows), before)
+    wide = torch.stack([states, -states], dim=-1)
+    assert torch.equal(batch.before_response(wide)[..., 1] * batch.response_mask, -before)
 
 
 @given(st.lists(st.integers(1, 40), max_size=25), st.integers(1, 120))

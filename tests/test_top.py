@@ -21,14 +21,17 @@ TOKENS = batch()
 
 
 def test_trunk_states_have_no_padding():
-    padded = torch.arange(1, 28).view(3, 9, 1) * TOKENS.attention_mask[..., None]
+    padded = (
+        torch.arange(1, 1 + TOKENS.input_ids.numel()).view(3, -1, 1)
+        * TOKENS.attention_mask[..., None]
+    )
     trunk = TrunkStates.pack(padded, TOKENS, whole=True)
     assert trunk.states[:, 0].tolist() == [n for n in padded.flatten().tolist() if n]
     for rows in ([0, 1, 2], [1], [2, 0]):
         index = torch.tensor(rows)
         part = TOKENS.select(index)
         found = trunk.select(TOKENS, index)[part.attention_mask.bool()]
-        expected = padded[index, TOKENS.window(index)][part.attention_mask.bool()]
+        expected = padded[index, : part.input_ids.shape[1]][part.attention_mask.bool()]
         assert torch.equal(found, expected)
 
 

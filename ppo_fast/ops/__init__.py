@@ -3,6 +3,7 @@
 Legend everywhere: B sequences, P prompt tokens, T response tokens, V vocabulary, D hidden size.
 """
 
+from ppo_fast.ops.decode_attention import decode_attention
 from ppo_fast.ops.few_row_linear import few_row_linear
 from ppo_fast.ops.gae import GAE, gae
 from ppo_fast.ops.kl_estimate import kl_estimate
@@ -19,6 +20,7 @@ __all__ = [
     "Sampled",
     "TokenLogprobs",
     "ValueLoss",
+    "decode_attention",
     "few_row_linear",
     "gae",
     "kl_estimate",

@@ -31,6 +31,7 @@ COMPILED: dict[str, tuple[Impl, ...]] = {
     "whiten": ("cpp", "triton"),
     "sample_tokens": ("cpp", "triton"),
     "few_row_linear": ("cpp",),
+    "decode_attention": ("triton",),
 }
 
 FASTEST: dict[str, Impl] = {"cpu": "cpp", "cuda": "triton"}

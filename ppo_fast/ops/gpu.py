@@ -28,6 +28,8 @@ class Launch(NamedTuple):
     num_warps: int
     registers: int
     """A thread, at most, on every architecture."""
+    num_stages: int = 1
+    """How many blocks of a loop with products are in shared memory or on their way there."""
 
 
 def kernel(fn: Any) -> Any:
@@ -58,7 +60,7 @@ def launch(
             **constants,
             BLOCK=how.block,
             num_warps=how.num_warps,
-            num_stages=1,
+            num_stages=how.num_stages,
             enable_fp_fusion=True,  # its default differs between versions
         )
 

@@ -38,7 +38,7 @@ def address(tensor: Tensor | None) -> int:
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """``torch.empty`` on the CPU, in large pages where it is large."""
-    tensor = torch.empty(shape, dtype=dtype)
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
     if tensor.nbytes >= 2**22:
         from ppo_fast import _C
 

@@ -244,3 +244,11 @@ few_row_linear = _define(
     lambda x, weight, _: x.new_empty((*x.shape[:-1], weight.shape[0])),
     impls=("cpp",),
 )
+
+decode_attention = _define(
+    "decode_attention(Tensor query, Tensor keys, Tensor values, Tensor lengths, float scaling, "
+    "int? window) -> Tensor",
+    "decode_attention/decode_attention",
+    lambda query, *_: query.new_empty(query.shape),
+    impls=("triton",),
+)

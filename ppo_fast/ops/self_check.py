@@ -120,10 +120,11 @@ def _error(got: Tensor, want: Tensor) -> float:
 
 def _allowed(op: str, name: str, dtype: torch.dtype) -> float:
     """Some hundred times what right kernels show."""
+    of_inputs_dtype = name.startswith("gradient") or op == "decode_attention"
+    if of_inputs_dtype and dtype == torch.bfloat16:
+        return 1e-2  # stored in it: half an ulp is 2e-3
     if not name.startswith("gradient"):
         return 1e-4
-    if dtype == torch.bfloat16:
-        return 1e-2  # stored in it: half an ulp is 2e-3
     return 2e-3 if op == "linear_logprobs" else 1e-4  # its products may run in TF32
 
 
@@ -362,6 +363,24 @@ def _sample_tokens(side: Side) -> dict[str, Tensor]:
     return found
 
 
+def _decode_attention(side: Side) -> dict[str, Tensor]:
+    """A slice of a cache that is NaN where no row looks; rows of one column, of three chunks."""
+    lengths = torch.tensor([1, 507, 1203], device=side.device)
+    query = side.normal(3, 6, 80)
+    keys, values = side.normal(4, 1301, 2, 80)[:3], side.normal(4, 1301, 2, 80)[:3]
+    column = torch.arange(1301, device=side.device)
+    found: dict[str, Tensor] = {}
+    for words, window in (("result", None), ("with a window", 600)):
+        seen = column < lengths[:, None]
+        if window is not None:
+            seen &= column >= lengths[:, None] - window
+        k, v = (_nan_outside(seen[..., None, None], x)[:, :1203] for x in (keys, values))
+        found[words] = ops.decode_attention(
+            query, k, v, lengths, scaling=80**-0.5, window=window, impl=side.impl
+        )
+    return found
+
+
 # By op: the case, and the dtypes that it is run in.
 CASES: dict[str, tuple[Callable[[Side], dict[str, Tensor]], tuple[torch.dtype, ...]]] = {
     "logprobs_from_logits": (_logprobs_from_logits, (torch.float32, torch.bfloat16)),
@@ -372,4 +391,5 @@ CASES: dict[str, tuple[Callable[[Side], dict[str, Tensor]], tuple[torch.dtype, .
     "value_loss": (_value_loss, (torch.float32,)),
     "whiten": (_whiten, (torch.float32,)),
     "sample_tokens": (_sample_tokens, (torch.float32, torch.bfloat16)),
+    "decode_attention": (_decode_attention, (torch.float32, torch.bfloat16)),
 }

@@ -79,10 +79,10 @@ class TransformersEngine:
         responses = [output.generated_tokens for output in done]
         device = next(self.model.parameters()).device
         tokens = make_tokens(prompt_ids, responses, self.pad_id, device)
-        logprobs = torch.zeros(tokens.response_ids.shape)
+        logprobs = torch.zeros(tokens.response_ids.shape, device="cpu")
         for row, output in zip(logprobs, done, strict=True):
-            row[: len(output.logprobs)] = torch.tensor(output.logprobs)
-        finished = torch.tensor([response[-1] in ends for response in responses])
+            row[: len(output.logprobs)] = torch.tensor(output.logprobs, device="cpu")
+        finished = torch.tensor([response[-1] in ends for response in responses], device="cpu")
         return Rollout(tokens, None, logprobs.to(device), finished, sampling)
 
     def sync_weights(self, model: nn.Module) -> None:

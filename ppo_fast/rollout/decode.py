@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ppo_fast.adapters import merged_adapters
+from ppo_fast.attention import without_cudnn_attention
 from ppo_fast.language_model import LanguageModel, Next
 from ppo_fast.ops import Sampled, logprobs_from_logits, sample_tokens
-from ppo_fast.rollout.checks import layers_can_be_fused
+from ppo_fast.rollout.checks import layers_can_be_fused, steps_can_attend
 from ppo_fast.rollout.few_rows import few_row_products
 from ppo_fast.rollout.graphs import Capture, Steps
 from ppo_fast.rollout.layers import fused_layers
@@ -21,6 +22,7 @@ from ppo_fast.rollout.prompts import Prompt, PromptBatch, Prompts
 from ppo_fast.rollout.rollout import Rollout
 from ppo_fast.rollout.sampling import Sampling, Stops
 from ppo_fast.rollout.slots import SlotCache, step_arguments
+from ppo_fast.rollout.step_attention import step_attention
 from ppo_fast.tokens import Tokens, make_tokens
 from ppo_fast.trunk import TrunkStates
 
@@ -30,6 +32,7 @@ NOT_FINITE = (
 )
 
 
+@without_cudnn_attention()
 @torch.no_grad()
 def decode(
     model: LanguageModel,
@@ -81,6 +84,7 @@ def decode(
         merged_adapters(model.model) if model.device.type == "cpu" else nullcontext(),
         # which looks for layers as they are
         fused_layers(model) if layers_can_be_fused(model) else nullcontext(0) as fused,
+        step_attention(model) if steps_can_attend(model) else nullcontext() as attends,
         few_row_products(model.model),
         model.recording_trunk() as trunk,
     ):
@@ -93,6 +97,7 @@ def decode(
             slots=min(slots or len(prompt_ids), len(prompt_ids)),
             max_lengths=max_lengths or [sampling.max_length] * len(prompt_ids),
             keep_states=keep_states,
+            attends=attends is not None,
             trunk_pieces=trunk,
             whole_trunk=whole_trunk and model.split is not None,
             capture=capture,
@@ -129,6 +134,7 @@ class _Decoding:
         slots: int,
         max_lengths: Sequence[int],
         keep_states: bool,
+        attends: bool,
         trunk_pieces: list[Tensor],
         whole_trunk: bool,
         capture: Capture | None,
@@ -143,7 +149,8 @@ class _Decoding:
         self.finished = [False] * len(prompts)
         self.prompt_width, self.longest = max(map(len, prompts)), max(max_lengths)
         draws = self.longest + whole_trunk  # of a sequence, the last one for nobody
-        self.cache = SlotCache(model.text_config, slots, self.prompt_width + self.longest)
+        capacity = self.prompt_width + self.longest
+        self.cache = SlotCache(model.text_config, slots, capacity, attends=attends)
         self.steps = Steps(self._advance, slots, self.cache.capacity, capture)
         device, vocab_size = model.device, model.text_config.vocab_size
         if outside := [i for i in sampling.stop_token_ids if not 0 <= i < vocab_size]:
@@ -178,7 +185,9 @@ class _Decoding:
     def step(self) -> None:
         """One more token for every running sequence."""
         slots = range(len(self.running))
-        self.steps(len(slots), max(map(self._cached, slots)) + 1)
+        # a step that reads each row's own tokens is the same step however many these are
+        columns = self.cache.capacity if self.cache.attends else max(map(self._cached, slots)) + 1
+        self.steps(len(slots), columns)
         self._note(list(slots), self.token[: len(slots)])
 
     def _advance(self, rows: int, columns: int) -> None:
@@ -189,8 +198,7 @@ class _Decoding:
         next_ = self.model.next(**arguments)
         if self.trunk_pieces:
             piece = self.trunk_pieces.pop()
-            at = self.prompt_width + self.place[:rows] - 1
-            self._trunk_like(piece)[self.sequence[:rows], at] = piece[:, 0]
+            self._trunk_like(piece)[self.sequence[:rows], lengths] = piece[:, 0]
         lengths += 1
         self._draw(slots, next_)
 
@@ -210,7 +218,7 @@ class _Decoding:
             tokens,
             logprobs,
             drawn(self.sampling_logprobs),
-            torch.tensor(self.finished),
+            torch.tensor(self.finished, device="cpu"),
             self.sampling,
             self._packed_trunk(tokens),
             None if self.states is None else drawn(self.states),
@@ -246,8 +254,7 @@ class _Decoding:
         if batch.trunk is not None:
             trunk = self._trunk_like(batch.trunk)
             for row, sequence, length in zip(rows, sequences, lengths, strict=True):
-                columns = slice(self.prompt_width - length, self.prompt_width)
-                trunk[sequence, columns] = batch.trunk[row, :length]
+                trunk[sequence, :length] = batch.trunk[row, :length]
         states = None if batch.next.states is None else batch.next.states[source]
         self._draw(target, Next(batch.next.logits[source], states))
         self._note(slots, self.token[target])

@@ -8,7 +8,11 @@ few graphs serve every step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from typing import Any
 
 import torch
 
@@ -18,6 +22,7 @@ Capture = Callable[[Step], Step]
 """Runs a step once, and returns what runs it again."""
 
 COLUMNS = 256
+FEWEST_ROWS = 8  # fewer take as long: a step then reads weights, and they are the same
 
 
 def as_it_is(step: Step) -> Step:
@@ -29,21 +34,78 @@ def as_it_is(step: Step) -> Step:
 def cuda_graphs(device: torch.device) -> Capture:
     """Captures what steps launch on ``device``. No two of them run at a time: all use the same
     memory."""
-    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    device = torch.device("cuda", index)
+    pool, stream = _pool_and_stream(device)
 
     def capture(step: Step) -> Step:
         graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads do meanwhile is no error
-        mode = "thread_local"
-        with (
-            torch.cuda.device(device),
-            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode),
-        ):
-            step()  # launches nothing yet
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()
+            with torch.cuda.stream(stream), _recording(graph, pool, device):
+                step()  # launches nothing yet
         graph.replay()
         return graph.replay
 
     return capture
+
+
+@cache
+def _pool_and_stream(device: torch.device) -> tuple[Any, torch.cuda.Stream]:
+    """One of each for the process: cuBLAS keeps 32 MiB for every stream that it ever ran on."""
+    return torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+
+
+@contextmanager
+def _recording(graph: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> Iterator[None]:
+    """The block's launches become ``graph``. ``torch.cuda.graph`` does so too, but it gives all
+    cached memory back to the driver first and, where the block raises, leaves the allocator and the
+    random generator in the middle of a capture, so that memory is never freed and ``torch.randn``
+    fails from then on."""
+    try:
+        # thread_local: what other threads do meanwhile is no error
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        yield
+        graph.capture_end()
+    except BaseException:
+        with suppress(RuntimeError):  # says that the capture failed
+            graph.capture_end()
+        with suppress(RuntimeError):  # capture_end may have come as far as this
+            torch._C._cuda_endAllocateToPool(device.index, pool)
+        generator = torch.cuda.default_generators[device.index]
+        generator.graphsafe_set_state(generator.clone_state())
+        raise
+
+
+def never_waiting(device: torch.device) -> Capture:
+    """Records nothing, but a step that waits for the device, which a capture cannot hold, raises
+    RuntimeError that names the line. A capture that fails says less, and too late."""
+
+    def capture(step: Step) -> Step:
+        def checked() -> None:
+            before = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                step()
+            except RuntimeError as error:
+                raise RuntimeError(f"{first_line(error)}, in {_raised_at(error)}") from error
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+
+        checked()
+        return checked
+
+    return capture
+
+
+def first_line(error: BaseException) -> str:
+    """Of an error's text."""
+    return str(error).strip().partition("\n")[0]
+
+
+def _raised_at(error: BaseException) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename}:{frame.lineno} ({frame.line})"
 
 
 class Steps:
@@ -83,11 +145,11 @@ class Steps:
 
 
 def row_bucket(rows: int) -> int:
-    """Powers of two up to 8; then multiples of 8 and, from 64 on, of an eighth of the next power of
-    two: beyond 32 rows, less than a quarter more."""
-    if rows <= 8:
-        return 1 << (rows - 1).bit_length()
-    return _up(rows, max(8, (1 << (rows - 1).bit_length()) // 8))
+    """8, 16, 32, 64, then multiples of a quarter of the next power of two. Each shape costs a
+    capture, which takes as long as several steps, and a few more rows cost a step little."""
+    rows = max(rows, FEWEST_ROWS)
+    power = 1 << (rows - 1).bit_length()
+    return power if rows <= 64 else _up(rows, power // 4)
 
 
 def _up(number: int, multiple: int) -> int:

@@ -79,7 +79,9 @@ class Prompts:
         # On the ordinary path the model gives the logits of the last column alone.
         for together in [lengths] if self._model.fused else [{n} for n in sorted(lengths)]:
             group = [prompt for prompt in prompts if len(prompt) in together]
-            batches = batches_by_tokens(torch.tensor([len(p) for p in group]), self._budget)
+            batches = batches_by_tokens(
+                torch.tensor([len(p) for p in group], device="cpu"), self._budget
+            )
             yield from ([group[row] for row in batch.tolist()] for batch in batches)
 
     def _compute(self, prompts: list[Prompt], cache: SlotCache) -> PromptBatch:
@@ -105,9 +107,9 @@ class Prompts:
 
     def _flat(self, prompts: list[Prompt], lengths: Tensor) -> PromptBatch:
         """A row a token, without padding."""
-        rows = torch.repeat_interleave(torch.arange(len(prompts)), lengths)
-        places = torch.cat([torch.arange(len(prompt)) for prompt in prompts])
-        tokens = torch.tensor([token for prompt in prompts for token in prompt])
+        rows = torch.repeat_interleave(torch.arange(len(prompts), device="cpu"), lengths)
+        places = torch.cat([torch.arange(len(prompt), device="cpu") for prompt in prompts])
+        tokens = torch.tensor([token for prompt in prompts for token in prompt], device="cpu")
         ends = lengths.cumsum(0) - 1
         cache = SlotCache(self._model.text_config, len(prompts), int(lengths.max()))
         cache.begin_rows(rows, places)
@@ -116,7 +118,7 @@ class Prompts:
             input_ids=tokens[:, None],
             position_ids=places[:, None],
             # fused layers need none, and the model makes none where it gets one of four dimensions
-            attention_mask=torch.zeros(1, 1, 1, 1, dtype=self._model.dtype),
+            attention_mask=torch.zeros(1, 1, 1, 1, dtype=self._model.dtype, device="cpu"),
             past_key_values=cache,
         )
         trunk = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,11 +25,12 @@ class SlotCache(Cache):
         config: the model's text config.
         slots: rows.
         capacity: the most tokens of a sequence.
+        attends: steps run within ``step_attention``, which needs no mask.
     """
 
-    def __init__(self, config: Any, slots: int, capacity: int) -> None:
+    def __init__(self, config: Any, slots: int, capacity: int, *, attends: bool = False) -> None:
         super().__init__(layers=[_SlotLayer(slots, capacity) for _ in layer_types(config)])
-        self.slots, self.capacity = slots, capacity
+        self.slots, self.capacity, self.attends = slots, capacity, attends
         self.lengths: Tensor | None = None  # [n] by row; None while padded prompts are computed
         self.row_slots: Tensor  # [n]
         self._scratch: Tensor | None = None
@@ -65,8 +67,10 @@ class SlotCache(Cache):
         """The next pass adds a token to each of the first n slots, which hold ``lengths`` [n]
         tokens, and reads the first ``longest`` columns."""
         self.begin_rows(torch.arange(len(lengths), device=lengths.device), lengths)
+        cells = self.row_slots * self.capacity + lengths
+        seen = lengths + 1 if self.attends else None
         for layer in self.layers:
-            layer.cells, layer.longest = self.row_slots * self.capacity + lengths, longest
+            layer.cells, layer.longest, layer.seen = cells, longest, seen
 
     def begin_rows(self, slots: Tensor, lengths: Tensor) -> None:
         """The next pass takes n tokens, one a row: of ``slots`` [n], each after ``lengths`` [n]
@@ -88,6 +92,7 @@ class _SlotLayer(DynamicLayer):
         self.slots, self.capacity = slots, capacity
         self.cells: Tensor | None = None  # [n], where a step's tokens go in [slots * capacity]
         self.longest = 0
+        self.seen: Tensor | None = None  # [n], of a row's tokens those that its query sees
         self.prompts: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -108,10 +113,9 @@ class _SlotLayer(DynamicLayer):
             self.prompts = key_states, value_states
             return self.prompts
         read = len(self.cells), self.longest
-        return (
-            self._written(self.keys, key_states, *read),
-            self._written(self.values, value_states, *read),
-        )
+        keys = self._written(self.keys, key_states, *read)
+        keys.lengths = self.seen  # type: ignore[attr-defined]  # read by step_attention.py
+        return keys, self._written(self.values, value_states, *read)
 
     def _written(self, room: Tensor, states: Tensor, rows: int, longest: int) -> Tensor:
         assert self.cells is not None
@@ -152,22 +156,36 @@ def step_arguments(
     return {
         "input_ids": tokens[:, None],
         "position_ids": lengths[:, None],
-        "attention_mask": step_mask(model.text_config, lengths, columns, model.dtype),
+        "attention_mask": _no_mask(model)
+        if cache.attends
+        else step_mask(model.text_config, lengths, columns, model.dtype),
         "past_key_values": cache,
     }
+
+
+def _no_mask(model: LanguageModel) -> Any:
+    """One of four dimensions, in place of which the model makes none; nothing reads it."""
+    nothing = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=model.device)
+    return _by_type(model.text_config, lambda kind: nothing)
 
 
 def step_mask(config: Any, lengths: Tensor, longest: int, dtype: torch.dtype) -> Any:
     """What a step's tokens may look at, as the model takes it: [n, 1, 1, longest], 0 or the lowest
     number, by type of attention where the model mixes several."""
     distance = lengths[:, None] - torch.arange(longest, device=lengths.device)
-    types = set(layer_types(config))
-    masks = {}
-    for kind in types:
+
+    def mask(kind: str) -> Tensor:
         seen = distance >= 0
         if kind == SLIDING:
             seen = seen & (distance < config.sliding_window)
-        mask = torch.zeros(seen.shape, dtype=dtype, device=lengths.device)
-        masks[kind] = mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None, None]
-    mixes = getattr(config, "layer_types", None) is not None and len(types) > 1
-    return masks if mixes else masks[types.pop()]
+        zeros = torch.zeros(seen.shape, dtype=dtype, device=lengths.device)
+        return zeros.masked_fill_(~seen, torch.finfo(dtype).min)[:, None, None]
+
+    return _by_type(config, mask)
+
+
+def _by_type(config: Any, mask: Callable[[str], Tensor]) -> Any:
+    """As the model takes masks: by type of attention where it mixes several."""
+    masks = {kind: mask(kind) for kind in set(layer_types(config))}
+    mixes = getattr(config, "layer_types", None) is not None and len(masks) > 1
+    return masks if mixes else next(iter(masks.values()))

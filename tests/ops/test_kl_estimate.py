@@ -121,7 +121,7 @@ def test_expectations_by_enumeration(impl, estimator):
 
     expected = (p * kl_estimate(logprobs, ref, estimator=estimator, impl=impl)).sum()
     (gradient,) = torch.autograd.grad(expected, logits)
-    limit = tolerance(1e-14, 1e-7)
+    limit = tolerance(1e-14, 4e-7)  # float32: of numbers near 1, three ulps
     if estimator in ("k1", "k3", "k1+k2"):
         torch.testing.assert_close(expected, kl, rtol=tolerance(1e-12, 1e-5), atol=0)
     if estimator in ("k2", "k1+k2"):
@@ -305,7 +305,7 @@ def test_raw_op_checks_what_it_hands_to_the_kernel():
 @each_impl
 def test_fake_tensors_and_autocast(impl):
     logprobs, ref, mask, _ = batch(dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         inside = kl_estimate(logprobs, ref, mask=mask, estimator="k3", impl=impl)
     assert torch.equal(inside, kl_estimate(logprobs, ref, mask=mask, estimator="k3", impl=impl))
     with FakeTensorMode():

@@ -61,7 +61,7 @@ def test_only_logprobs_and_entropy_get_gradients(impl):
 def test_autocast_does_not_lower_the_precision(impl):
     tensors = batch(dtype=torch.float32)
     plain = ppo_loss(**tensors, **EVERYTHING, impl=impl)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         cast = ppo_loss(**tensors, **EVERYTHING, impl=impl)
     assert torch.equal(plain.loss, cast.loss)
     assert torch.equal(plain.metrics, cast.metrics)

@@ -17,7 +17,7 @@ def few_row_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if weight.stride(1) != 1 or not weight.is_cpu or weight.dtype != dtype:
         weight = vouched("weight", weight, (num_outputs, num_inputs), dtype)
     bias = vouched_or_none("bias", bias, (num_outputs,), dtype)
-    y = torch.empty((*x.shape[:-1], num_outputs), dtype=dtype)
+    y = torch.empty((*x.shape[:-1], num_outputs), dtype=dtype, device="cpu")
     _C.few_row_linear(
         dtype=DTYPE_CODES[dtype],
         x=x.data_ptr(),

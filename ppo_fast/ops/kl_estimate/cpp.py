@@ -25,8 +25,8 @@ def kl_estimate(
     logprobs = vouched("logprobs", logprobs, shape, dtype)
     ref_logprobs = vouched("ref_logprobs", ref_logprobs, shape, dtype)
     mask = vouched_or_none("mask", mask, shape, torch.bool)
-    estimate = torch.empty(shape, dtype=dtype)
-    slope = torch.empty(shape if with_slope else 0, dtype=dtype)
+    estimate = torch.empty(shape, dtype=dtype, device="cpu")
+    slope = torch.empty(shape if with_slope else 0, dtype=dtype, device="cpu")
     _C.kl_estimate(
         dtype=DTYPE_CODES[dtype],
         logprobs=address(logprobs),

@@ -102,7 +102,8 @@ def linear_logprobs_forward(
     rows, hidden, labels = _counting_rows(hidden, labels, mask, head.work)
     num_rows, n, vocab_size = len(labels) if mask is None else len(mask), len(labels), len(weight)
     kept = _zeros_untouched(min(num_rows * vocab_size, budget_bytes // head.work.itemsize), head)
-    state = torch.tensor([-torch.inf, 0, 0, torch.nan], dtype=torch.float64).repeat(n, 1)
+    start = torch.tensor([-torch.inf, 0, 0, torch.nan], dtype=torch.float64, device="cpu")
+    state = start.repeat(n, 1)
     tiles = _Tiles(head, n, kept)
     for first, columns, place in tiles:
         logits = tiles.scratch(n, columns) if place is None else place

@@ -73,7 +73,8 @@ def logprobs_from_logits(
         TypeError: logits that are not floating point, labels not int64, a mask not bool.
         ValueError: shapes or devices that do not fit, a temperature outside (0, inf), an unmasked
             label outside [0, V). The last is checked on CPU tensors; on CUDA the check would wait
-            for the device, and such a label trips PyTorch's device-side assertion instead.
+            for the device, and such a label's log-prob is NaN (with impl="reference" it trips
+            PyTorch's device-side assertion).
     """
     check_floating("logits", logits)
     if logits.ndim == 0 or logits.shape[-1] == 0:

@@ -27,8 +27,9 @@ def logprobs_forward(
     mask = vouched_or_none("mask", mask, lead, torch.bool)
     logits, layout = _rows(logits)
     work = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    logprobs, stats = torch.empty(lead, dtype=work), torch.empty(*lead, 2, dtype=work)
-    entropy = torch.empty(lead if with_entropy else 0, dtype=work)
+    logprobs = torch.empty(lead, dtype=work, device="cpu")
+    stats = torch.empty(*lead, 2, dtype=work, device="cpu")
+    entropy = torch.empty(lead if with_entropy else 0, dtype=work, device="cpu")
     _C.logprobs_forward(
         **layout,
         labels=address(labels),

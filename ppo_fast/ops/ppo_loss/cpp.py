@@ -47,9 +47,9 @@ def ppo_loss(
     mask = vouched("mask", mask, shape, torch.bool)
     entropy = vouched_or_none("entropy", entropy, shape, dtype)
     ref_logprobs = vouched_or_none("ref_logprobs", ref_logprobs, shape, dtype)
-    loss = torch.empty((), dtype=dtype)
-    stats = torch.empty(len(PPO_STATS), dtype=torch.float32)
-    gradients = torch.empty(num_gradients, num_rows, num_steps, dtype=dtype)
+    loss = torch.empty((), dtype=dtype, device="cpu")
+    stats = torch.empty(len(PPO_STATS), dtype=torch.float32, device="cpu")
+    gradients = torch.empty(num_gradients, num_rows, num_steps, dtype=dtype, device="cpu")
     gradient_bytes = num_rows * num_steps * dtype.itemsize
     _C.ppo_loss(
         dtype=DTYPE_CODES[dtype],

@@ -25,10 +25,10 @@ def sample_tokens(
         logits = logits.contiguous()
     seeds = vouched("seeds", seeds, (num_rows,), torch.int64)
     positions = vouched("positions", positions, (num_rows,), torch.int64)
-    tokens = torch.empty(num_rows, dtype=torch.int64)
+    tokens = torch.empty(num_rows, dtype=torch.int64, device="cpu")
     work = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    logprobs = torch.empty(num_rows, dtype=work)
-    sampling_logprobs = torch.empty(num_rows, dtype=work)
+    logprobs = torch.empty(num_rows, dtype=work, device="cpu")
+    sampling_logprobs = torch.empty(num_rows, dtype=work, device="cpu")
     _C.sample_tokens(
         dtype=DTYPE_CODES[logits.dtype],
         logits=address(logits),

@@ -31,9 +31,9 @@ def value_loss(
     if clip is None or old_values is None:
         clip, old_values = math.inf, values
     old_values = vouched("old_values", old_values, shape, dtype)
-    loss = torch.empty((), dtype=dtype)
-    stats = torch.empty(len(VALUE_STATS), dtype=torch.float32)
-    gradients = torch.empty(num_gradients, *shape, dtype=dtype)
+    loss = torch.empty((), dtype=dtype, device="cpu")
+    stats = torch.empty(len(VALUE_STATS), dtype=torch.float32, device="cpu")
+    gradients = torch.empty(num_gradients, *shape, dtype=dtype, device="cpu")
     _C.value_loss(
         dtype=DTYPE_CODES[dtype],
         values=address(values),

@@ -16,7 +16,8 @@ def whiten(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     dtype, shape = values.dtype, tuple(values.shape)
     values = vouched("values", values, shape, dtype)
     mask = vouched("mask", mask, shape, torch.bool)
-    whitened, scale = torch.empty(shape, dtype=dtype), torch.empty((), dtype=torch.float64)
+    whitened = torch.empty(shape, dtype=dtype, device="cpu")
+    scale = torch.empty((), dtype=torch.float64, device="cpu")
     _C.whiten(
         dtype=DTYPE_CODES[dtype],
         values=address(values),
@@ -39,7 +40,7 @@ def whiten_backward(grad_whitened: Tensor, whitened: Tensor, mask: Tensor, scale
     whitened = vouched("whitened", whitened, shape, dtype)
     mask = vouched("mask", mask, shape, torch.bool)
     scale = vouched("scale", scale, (), torch.float64)
-    grad_values = torch.empty(shape, dtype=dtype)
+    grad_values = torch.empty(shape, dtype=dtype, device="cpu")
     _C.whiten_backward(
         dtype=DTYPE_CODES[dtype],
         grad_whitened=address(grad_whitened),

@@ -1,0 +1,72 @@
+"""Decoding steps' attention by ``decode_attention``, on a GPU.
+
+transformers hands a step's queries and the cache's keys to scaled_dot_product_attention with a
+mask. With grouped queries that copies keys and values to every head, each layer, each step, and
+reads every column of the cache. Here each row reads its own tokens, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from ppo_fast.language_model import LanguageModel
+from ppo_fast.ops import decode_attention
+
+NAME = "ppo_fast_steps"
+# What some models add to attention, and decode_attention does not know.
+UNKNOWN = ("softcap", "s_aux", "position_bias")
+
+
+@contextmanager
+def step_attention(model: LanguageModel) -> Iterator[set[nn.Module]]:
+    """For the block, a model that takes attention from transformers' AttentionInterface computes
+    steps of a SlotCache with ``attends`` by ``decode_attention``, and all else by
+    scaled_dot_product_attention. Gives the attention modules that have computed a step so."""
+    used: set[nn.Module] = set()
+    AttentionInterface.register(NAME, partial(_attention, used))
+    config = model.text_config
+    before = config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        yield used
+    finally:
+        config._attn_implementation = before
+
+
+def _attention(
+    used: set[nn.Module],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """query [n, H, t, d], key and value [n, K, L, d] -> [n, t, H, d] (transformers'
+    AttentionInterface)."""
+    lengths = getattr(key, "lengths", None)  # slots.py puts it there in steps
+    if lengths is None:
+        sdpa = AttentionInterface()["sdpa"]
+        return sdpa(module, query, key, value, attention_mask, scaling=scaling, **options)
+    if unknown := [name for name in UNKNOWN if options.get(name) is not None]:
+        raise NotImplementedError(f"decode_attention has no {unknown[0]}")
+    used.add(module)
+    out = decode_attention(
+        query[:, :, 0],
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        lengths,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=options.get("sliding_window"),
+    )
+    return out[:, None], None
+
+
+AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])
