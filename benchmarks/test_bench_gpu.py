@@ -86,7 +86,7 @@ def copy_rate(nbytes: int = 2**30) -> float:
 
 def save(benchmarks: list[dict], folder: Path, gpu: str, versions: dict[str, str]) -> Path:
     path = folder / (re.sub(r"\W+", "_", gpu.lower()) + ".json")
-    date = datetime.datetime.now(datetime.timezone.utc).isoformat()
+    date = datetime.datetime.now(datetime.UTC).isoformat()
     run = {"gpu": gpu, "versions": versions, "datetime": date, "benchmarks": benchmarks}
     path.write_text(json.dumps(run, indent=1) + "\n")
     return path

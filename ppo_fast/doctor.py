@@ -56,18 +56,31 @@ def run_doctor(console: Console, report_to: Path | None, *, interpret: bool = Fa
     else:
         report_to.write_text(text + "\n", "utf-8")
         console.print(f"written to {report_to}")
-    wrong = [
-        f"{check['op']}, {check['impl']}: {check['detail']}"
-        for check in report["checks"]
-        if not check["ok"]
-    ]
+    return _print_verdict(console, report, in_interpreter)
+
+
+def _print_verdict(console: Console, report: dict[str, Any], in_interpreter: bool) -> bool:
+    """A line for each thing that is not well; whether there is none.
+
+    A check that raised is told apart: it found nothing out about the kernel's numbers.
+    """
+    faults = [check for check in report["checks"] if not check["ok"]]
     works = report.get("speeds", {"works": []})["works"]
-    wrong += [f"{work['work']}: {work['error']}" for work in works if not work.get("ok", True)]
-    for words in wrong:
-        console.print("[red]wrong:[/]", Text(words))
-    if not wrong:
+    lines = [
+        ("wrong" if check["ran"] else "could not be run")
+        + f": {check['op']}, {check['impl']}: {check['detail']}"
+        for check in sorted(faults, key=lambda check: not check["ran"])
+    ]
+    lines += [
+        f"wrong: {work['work']}: {work['error']}" for work in works if not work.get("ok", True)
+    ]
+    for line in lines:
+        console.print(Text(line, "red"))
+    if in_interpreter and not all(check["ran"] for check in faults):
+        console.print("Triton's interpreter before 3.7 needs numpy below 2.4.")
+    if not lines:
         console.print("All checks passed.")
-    return not wrong
+    return not lines
 
 
 def _run_interpreted(report_to: Path | None) -> bool:
@@ -95,7 +108,9 @@ def _check_all(console: Console, device: torch.device, in_interpreter: bool) -> 
                 result = _check(op, impl, where)
             name = "cpu, interpreted" if impl == "triton" and where == cpu else where.type
             error = result.error if math.isfinite(result.error) else str(result.error)
-            checks.append({"op": op, "impl": impl, "on": name, **result._asdict(), "error": error})
+            ran = not math.isnan(result.error)
+            found = result._asdict() | {"ran": ran, "error": error}
+            checks.append({"op": op, "impl": impl, "on": name, **found})
     return checks
 
 
@@ -303,7 +318,9 @@ def _print_facts(console: Console, found: dict[str, str]) -> None:
 def _print_checks(console: Console, checks: list[dict]) -> None:
     table = Table("op", "kernels", "on", "found", "largest error", title="against float64")
     for check in checks:
-        found = "[green]right[/]" if check["ok"] else "[red]wrong[/]"
+        found = "[red]wrong[/]" if check["ran"] else "[red]not run[/]"
+        if check["ok"]:
+            found = "[green]right[/]"
         worst = check["detail"].partition(", ")[0] if check["ok"] else "see below"
         table.add_row(check["op"], check["impl"], check["on"], found, Text(worst))
     console.print(table)

@@ -54,6 +54,7 @@ def facts(device: torch.device) -> dict[str, str]:
     return {
         "python": f"{platform.python_version()} on {platform.platform()}",
         **{package: _version(package) for package in PACKAGES},
+        "torch": torch.__version__,  # with its build (+cu130), which its metadata may leave out
         "device": _describe(device),
         "threads": str(torch.get_num_threads()),
         "PPO_FAST_IMPL": os.environ.get("PPO_FAST_IMPL", "(not set)"),

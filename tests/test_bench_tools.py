@@ -151,7 +151,9 @@ def test_work_of_parts():
         model.lm_head(states[:, -new:])
     keys = sum(range(1, prompt + new + 1)), (prompt + new) ** 2
     beyond = 4 * 2 * 4 * 32 * (keys[1] - keys[0])  # rows, layers, width
-    assert work["reference"].operations == counter.get_total_flops() - beyond
+    # Some versions of transformers make the angles of the rotary embedding by a product too.
+    counted = pytest.approx(counter.get_total_flops() - beyond, rel=1e-4)
+    assert work["reference"].operations == counted
     assert work["forward"].operations == 3 * work["reference"].operations
     assert work["prefill"].operations < work["reference"].operations / 4
     trained = [*trainer.policy_model.parameters(), *trainer.value_model.parameters()]

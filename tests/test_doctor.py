@@ -96,7 +96,8 @@ def test_a_missing_extension_is_status_1(capsys, monkeypatch):
     monkeypatch.setattr(env, "missing", lambda impl: "no compiler" if impl == "cpp" else None)
     status, out = run(capsys)
     assert status == 1
-    assert "wrong: gae, cpp: no compiler" in out
+    assert "could not be run: gae, cpp: no compiler" in out
+    assert "wrong: " not in out
     assert '"error": "nan"' in out  # plain JSON has no NaN
 
 
@@ -120,6 +121,20 @@ def test_in_a_process_that_interprets(capsys, monkeypatch, stand_ins):
     assert status == 0
     assert out.count("cpu, interpreted") == 2 * len(CASES)  # in the table and in the JSON
     assert "No GPU here" not in out
+
+
+def test_what_the_interpreter_cannot_run_is_not_called_wrong(capsys, monkeypatch, stand_ins):
+    def fail(*_):
+        raise TypeError("only 0-dimensional arrays can be converted to Python scalars")
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setitem(library.gae, "triton", fail)
+    status, out = run(capsys)
+    assert status == 1
+    assert "could not be run: gae, triton: TypeError: only 0-dimensional arrays" in out
+    assert "numpy below 2.4" in out
+    assert "wrong" not in out
+    assert "All checks passed" not in out
 
 
 def test_on_a_gpu(capsys, pretended_gpu):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_models import EOS_ID, PAD_ID, tiny_model
 from tiny_trainer import PROMPTS, tiny_trainer
+from transformers.generation import ContinuousBatchingConfig
 
 from ppo_fast.language_model import LanguageModel
 from ppo_fast.rollout import LocalEngine, Rollout, Sampling, TransformersEngine
@@ -20,8 +21,12 @@ def local(model, eos_ids=()):
     return LocalEngine(LanguageModel(model), eos_ids=lambda: list(eos_ids), pad_id=PAD_ID)
 
 
+# By default its cache takes most of the machine's memory, and a minute to fill.
+SMALL = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
+
+
 def of_transformers(model, eos_ids=()):
-    return TransformersEngine(model, eos_ids=list(eos_ids), pad_id=PAD_ID)
+    return TransformersEngine(model, eos_ids=list(eos_ids), pad_id=PAD_ID, config=SMALL)
 
 
 each_engine = pytest.mark.parametrize("make", [local, of_transformers])

@@ -9,6 +9,8 @@ from torch import nn
 
 from ppo_fast import PPOConfig, PPOTrainer
 
+pytestmark = pytest.mark.slow
+
 TARGET = 101
 PROMPTS = ["The film was", "She thought the other", "There", "Nothing in this room was where"]
 
@@ -41,12 +43,12 @@ def fraction_after_training(seed, *, shuffle=False):
     return (sampled == TARGET).float().mean().item()
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_the_rewarded_token_becomes_frequent(seed):
     assert fraction_after_training(seed) >= 0.4
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, 1])
 def test_a_trunk_learns_along_the_ordinary_curve(seed):
     curves = []
     for k in (1, None):

@@ -34,8 +34,8 @@ Make = Callable[..., Tensor]
 def update(make: Make, aggregation: str, impl: str) -> Tensor:
     """Forward and backward through the ops of an update; returns the loss, which nobody has read.
 
-    On fake CUDA tensors forward alone where PyTorch was built without CUDA: neither autograd nor
-    indexing takes them there.
+    On fake CUDA tensors forward alone where there is no GPU: neither autograd nor indexing takes
+    them there, whatever PyTorch was built with.
     """
     hidden, weight, values = make(B, T, D), make(V, D), make(B, T)
     leaves = (hidden, weight, values) if has_autograd(hidden) else ()
@@ -75,7 +75,7 @@ def update(make: Make, aggregation: str, impl: str) -> Tensor:
 
 
 def has_autograd(tensor: Tensor) -> bool:
-    return tensor.device.type != "cuda" or torch.version.cuda is not None
+    return tensor.device.type != "cuda" or torch.cuda.is_available()
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
