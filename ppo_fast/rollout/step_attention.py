@@ -19,8 +19,18 @@ from ppo_fast.language_model import LanguageModel
 from ppo_fast.ops import decode_attention
 
 NAME = "ppo_fast_steps"
+TAKING_MASKS = ("eager", "sdpa")
 # What some models add to attention, and decode_attention does not know.
 UNKNOWN = ("softcap", "s_aux", "position_bias")
+
+
+@contextmanager
+def masked_attention(model: LanguageModel) -> Iterator[None]:
+    """For the block, a model that was loaded with an attention that takes no mask of four
+    dimensions, as flash_attention_2, computes with scaled_dot_product_attention, which does."""
+    own = getattr(model.text_config, "_attn_implementation", "sdpa")
+    with _implementation(model, own if own in TAKING_MASKS else "sdpa"):
+        yield
 
 
 @contextmanager
@@ -30,11 +40,17 @@ def step_attention(model: LanguageModel) -> Iterator[set[nn.Module]]:
     scaled_dot_product_attention. Gives the attention modules that have computed a step so."""
     used: set[nn.Module] = set()
     AttentionInterface.register(NAME, partial(_attention, used))
-    config = model.text_config
-    before = config._attn_implementation
-    config._attn_implementation = NAME
-    try:
+    with _implementation(model, NAME):
         yield used
+
+
+@contextmanager
+def _implementation(model: LanguageModel, name: str) -> Iterator[None]:
+    config = model.text_config
+    before = getattr(config, "_attn_implementation", None)
+    config._attn_implementation = name
+    try:
+        yield
     finally:
         config._attn_implementation = before
 
