@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_models import EOS_ID, PAD_ID, tiny_model
 from tiny_trainer import PROMPTS, tiny_trainer
+from transformers import ContinuousBatchingConfig
 
 from ppo_fast.language_model import LanguageModel
 from ppo_fast.rollout import LocalEngine, Rollout, Sampling, TransformersEngine
@@ -21,7 +22,8 @@ def local(model, eos_ids=()):
 
 
 def of_transformers(model, eos_ids=()):
-    return TransformersEngine(model, eos_ids=list(eos_ids), pad_id=PAD_ID)
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)  # not most of the memory
+    return TransformersEngine(model, eos_ids=list(eos_ids), pad_id=PAD_ID, config=small)
 
 
 each_engine = pytest.mark.parametrize("make", [local, of_transformers])
