@@ -17,19 +17,18 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ppo_fast.language_model import LanguageModel
 from ppo_fast.ops import decode_attention
+from ppo_fast.transformers_internals import ATTENTION_EXTRAS, attention_of, attention_set_to
 
 NAME = "ppo_fast_steps"
 TAKING_MASKS = ("eager", "sdpa")
-# What some models add to attention, and decode_attention does not know.
-UNKNOWN = ("softcap", "s_aux", "position_bias")
 
 
 @contextmanager
 def masked_attention(model: LanguageModel) -> Iterator[None]:
     """For the block, a model that was loaded with an attention that takes no mask of four
     dimensions, as flash_attention_2, computes with scaled_dot_product_attention, which does."""
-    own = getattr(model.text_config, "_attn_implementation", "sdpa")
-    with _implementation(model, own if own in TAKING_MASKS else "sdpa"):
+    own = attention_of(model.text_config)
+    with attention_set_to(own if own in TAKING_MASKS else "sdpa", model.text_config):
         yield
 
 
@@ -40,19 +39,8 @@ def step_attention(model: LanguageModel) -> Iterator[set[nn.Module]]:
     scaled_dot_product_attention. Gives the attention modules that have computed a step so."""
     used: set[nn.Module] = set()
     AttentionInterface.register(NAME, partial(_attention, used))
-    with _implementation(model, NAME):
+    with attention_set_to(NAME, model.text_config):
         yield used
-
-
-@contextmanager
-def _implementation(model: LanguageModel, name: str) -> Iterator[None]:
-    config = model.text_config
-    before = getattr(config, "_attn_implementation", None)
-    config._attn_implementation = name
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
 
 
 def _attention(
@@ -67,12 +55,12 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """query [n, H, t, d], key and value [n, K, L, d] -> [n, t, H, d] (transformers'
     AttentionInterface)."""
+    if unknown := [name for name in ATTENTION_EXTRAS if options.get(name) is not None]:
+        raise NotImplementedError(f"decode_attention has no {unknown[0]}")
     lengths = getattr(key, "lengths", None)  # slots.py puts it there in steps
     if lengths is None:
         sdpa = AttentionInterface()["sdpa"]
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, **options)
-    if unknown := [name for name in UNKNOWN if options.get(name) is not None]:
-        raise NotImplementedError(f"decode_attention has no {unknown[0]}")
     used.add(module)
     out = decode_attention(
         query[:, :, 0],
