@@ -8,7 +8,6 @@ from contextlib import contextmanager
 
 import torch
 
-
 # torch's switch is the process's: the first of several threads turns it off, the last one back.
 _lock = threading.Lock()
 _inside = 0
