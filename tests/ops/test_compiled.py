@@ -296,6 +296,7 @@ def test_enough_warps_fit_a_multiprocessor(codes):
     assert not few, "\n".join(few)
 
 
+@pytest.mark.slow
 def test_kernels_that_read_ahead_have_enough_on_its_way(codes):
     little = [
         f"{n}: {c.resident_shared}"
