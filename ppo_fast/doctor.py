@@ -45,7 +45,7 @@ def run_doctor(console: Console, report_to: Path | None, *, interpret: bool = Fa
             "No GPU here: the Triton kernels did not run. --interpret checks their values in "
             "Triton's interpreter, on the CPU."
         )
-    if on_gpu and missing("triton") is None:
+    if on_gpu and missing("triton") is None and not _is_lost(device):
         with console.status("measuring"):
             report["speeds"] = measure(device, "triton", Sizes(), _median_ms)
         _print_speeds(console, report["speeds"])
@@ -117,9 +117,38 @@ def _check_all(console: Console, device: torch.device, in_interpreter: bool) -> 
 def _check(op: str, impl: Impl, device: torch.device) -> self_check.Result:
     if reason := missing(impl):
         return self_check.Result(math.nan, False, reason)
-    if device.type == "cuda":
-        return self_check.check_and_remember(op, device)
-    return self_check.check(op, device, impl)
+    if device.type != "cuda":
+        return self_check.check(op, device, impl)
+    if _is_lost(device):
+        return check_in_own_process(op, device)
+    return self_check.check_and_remember(op, device)
+
+
+def _is_lost(device: torch.device) -> bool:
+    """Whether an earlier error, such as an illegal access, has ended this process's use of a GPU:
+    whatever it launches there from then on fails with that error."""
+    try:
+        torch.zeros(1, device=device).item()
+    except RuntimeError:
+        return True
+    return False
+
+
+def check_in_own_process(op: str, device: torch.device) -> self_check.Result:
+    """As ``self_check.check_and_remember``, in a new process."""
+    code = (
+        "import json, sys, torch\n"
+        "from ppo_fast.ops import self_check\n"
+        "op, device = sys.argv[1:]\n"
+        "print(json.dumps(self_check.check_and_remember(op, torch.device(device))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, op, str(device)], capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return self_check.Result(math.nan, False, last)
+    return self_check.Result(*json.loads(done.stdout.splitlines()[-1]))
 
 
 # Speed

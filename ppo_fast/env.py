@@ -13,7 +13,7 @@ from rich.table import Table
 from ppo_fast.ops import self_check
 from ppo_fast.ops.dispatch import COMPILED, choose, missing
 
-PACKAGES = ("ppo_fast", "torch", "transformers", "triton", "numpy", "tokenizers")
+PACKAGES = ("ppo_fast", "torch", "transformers", "triton", "numpy", "tokenizers", "peft")
 
 
 def print_environment(console: Console, policy: str | None = None) -> None:
@@ -23,6 +23,8 @@ def print_environment(console: Console, policy: str | None = None) -> None:
     Args:
         policy: a model directory or name; its LM head is then checked too.
     """
+    from ppo_fast.transformers_internals import why_no_add_adapter
+
     device = main_device()
     choices = {}
     with console.status("checking kernels that were not used here yet"):
@@ -40,6 +42,8 @@ def print_environment(console: Console, policy: str | None = None) -> None:
     for op, choice in choices.items():
         ops.add_row(op, *choice)
     console.print(ops)
+    if reason := why_no_add_adapter():
+        console.print(f"adapters: {reason}")
     if policy is not None:
         console.print(f"LM head of {policy}: {_head_path(policy)}")
 

@@ -26,6 +26,7 @@ from ppo_fast.ops.gradient import computed_in
 from ppo_fast.ops.linear_logprobs.api import LOGITS_BUDGET_BYTES
 from ppo_fast.precision import HALF, computing_in, uses_tf32
 from ppo_fast.tokens import Tokens
+from ppo_fast.transformers_internals import cache_argument, logit_scale, softcap
 from ppo_fast.trunk import Split, run
 
 # Largest difference between the two paths, relative to the largest logit, that rounding explains.
@@ -85,8 +86,8 @@ class LanguageModel:
         self.head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
         config: Any = model.config
         self.text_config: Any = config.get_text_config()
-        self.logit_scale = float(getattr(self.text_config, "logit_scale", None) or 1.0)
-        self.softcap: float | None = getattr(self.text_config, "final_logit_softcapping", None)
+        self.logit_scale, self.softcap = logit_scale(self.text_config), softcap(self.text_config)
+        self._cache_argument = cache_argument(model)
         k = num_layers_unfrozen
         self.split = None if k is None else Split(self.body, k)
         reason = self._fused_fails()
@@ -160,10 +161,13 @@ class LanguageModel:
         return nullcontext([]) if self.split is None else self.split.recording()
 
     @torch.no_grad()
-    def next(self, at: tuple[Tensor, Tensor] | None = None, **arguments: Any) -> Next:
-        """What follows tokens of one pass with a cache: ``arguments`` are the model's own, ``at``
-        the rows [n] and columns [n] of those tokens. None: of every row the last column, which is
-        all that the ordinary path can give."""
+    def next(
+        self, at: tuple[Tensor, Tensor] | None = None, *, cache: Any, **arguments: Any
+    ) -> Next:
+        """What follows tokens of one pass with a cache: ``arguments`` are the model's other ones,
+        ``at`` the rows [n] and columns [n] of those tokens. None: of every row the last column,
+        which is all that the ordinary path can give."""
+        arguments[self._cache_argument] = cache
         if not self.fused:
             logits = self.model(**arguments, use_cache=True, logits_to_keep=1).logits[:, -1]
             return Next(logits.to(computed_in(logits.dtype)), None)

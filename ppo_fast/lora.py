@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ppo_fast.adapters import body_of
+from ppo_fast.transformers_internals import Conv1D
 from ppo_fast.trunk import layer_list
 
 

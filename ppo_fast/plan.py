@@ -27,7 +27,7 @@ from ppo_fast.forwards import replaced_forwards
 from ppo_fast.lora import lora_config
 from ppo_fast.models import ValueModel, enable_gradient_checkpointing
 from ppo_fast.precision import computing_in, hold_trained_weights
-from ppo_fast.rollout.slots import layer_types
+from ppo_fast.transformers_internals import layer_types
 from ppo_fast.trunk import Split, freeze_trunk
 
 FLOAT = 4

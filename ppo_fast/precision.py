@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
+
+from ppo_fast.transformers_internals import Conv1D
 
 HALF = (torch.float16, torch.bfloat16)
 

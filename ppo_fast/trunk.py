@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ppo_fast.adapters import body_of
 from ppo_fast.forwards import replaced_forwards
 from ppo_fast.tokens import Tokens
+from ppo_fast.transformers_internals import layer_input
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Split:
         pieces: list[Tensor] = []
 
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            pieces.append(_layer_input(args, kwargs))
+            pieces.append(layer_input(args, kwargs))
 
         handle = self.first.register_forward_pre_hook(record, with_kwargs=True)
         try:
@@ -205,10 +206,6 @@ def _index(module: nn.Module, modules: list[nn.Module]) -> int:
     return next((i for i, other in enumerate(modules) if other is module), len(modules))
 
 
-def _layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]
-
-
 class _Reached(Exception):
     """The layer that a partial pass runs up to."""
 
@@ -219,7 +216,7 @@ def _stopping_before(layer: nn.Module) -> Iterator[list[Tensor]]:
     reached: list[Tensor] = []
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        reached.append(_layer_input(args, kwargs))
+        reached.append(layer_input(args, kwargs))
         raise _Reached
 
     handle = layer.register_forward_pre_hook(stop, with_kwargs=True)

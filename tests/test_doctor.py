@@ -57,6 +57,7 @@ def pretended_gpu(monkeypatch, stand_ins):
     monkeypatch.setattr(doctor, "main_device", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(env, "main_device", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(env, "_describe", lambda device: "a GPU")
+    monkeypatch.setattr(doctor, "_is_lost", lambda device: False)
     monkeypatch.setattr(self_check, "installation", lambda device: "a GPU")
     monkeypatch.setattr(self_check, "_can_run_on", lambda device: True)
     monkeypatch.setattr(dispatch, "_triton_interpreted", lambda: True)
@@ -221,3 +222,34 @@ def test_env_without_what_is_asked_for(capsys, monkeypatch):
     assert "│ few_row_linear │ none │ PPO_FAST_IMPL=triton: few_row_linear has no such" in out
     assert "│ no-such-package │ not installed │" in out
     assert "│ Triton kernels │ no triton here │" in out
+
+
+def test_after_an_error_that_ends_the_use_of_a_gpu_each_op_is_checked_in_a_process_of_its_own(
+    pretended_gpu, monkeypatch, capsys
+):
+    """What such an error leaves: every launch of this process fails with it."""
+    lost, alone = [], []
+
+    def check(op, device, *_):
+        lost.append(op)
+        return Result(float("nan"), False, "AcceleratorError: an illegal memory access")
+
+    def in_own_process(op, device):
+        alone.append(op)
+        return Result(1e-7, True, "values (float32) 1.0e-07")
+
+    monkeypatch.setattr(self_check, "check_and_remember", check)
+    monkeypatch.setattr(doctor, "check_in_own_process", in_own_process)
+    monkeypatch.setattr(doctor, "_is_lost", lambda device: bool(lost))
+    status, out = run(capsys)
+    assert status == 1
+    assert [*lost, *alone] == [op for op in CASES if "triton" in COMPILED[op]]
+    assert len(lost) == 1
+    assert "an illegal memory access" in out
+
+
+def test_a_check_in_a_process_of_its_own_says_what_it_found():
+    assert doctor.check_in_own_process("gae", torch.device("meta")).ok is False
+    broken = doctor.check_in_own_process("no such op", torch.device("cpu"))
+    assert not broken.ok
+    assert broken.detail == "KeyError: 'no such op'"

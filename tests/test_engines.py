@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import EOS_ID, PAD_ID, tiny_model
 from tiny_trainer import PROMPTS, tiny_trainer
-from transformers.generation import ContinuousBatchingConfig
+from transformers import ContinuousBatchingConfig
 
 from ppo_fast.language_model import LanguageModel
 from ppo_fast.rollout import LocalEngine, Rollout, Sampling, TransformersEngine

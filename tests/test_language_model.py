@@ -271,7 +271,7 @@ def assert_step_is_the_full_forward(lm: LanguageModel, prompt: int = 4) -> None:
             input_ids=rows[:, start:end],
             attention_mask=mask[:, :end],
             position_ids=positions[:, start:end],
-            past_key_values=cache,
+            cache=cache,
         )
         assert (states is not None) == lm.fused
         assert logits.shape == (3, VOCAB_SIZE)

@@ -28,6 +28,7 @@ from ppo_fast.adapters import adapted_layers, body_of, merged_adapters
 from ppo_fast.critic import ValueHead
 from ppo_fast.lora import lora_config, with_lora
 from ppo_fast.tokens import position_ids
+from ppo_fast.transformers_internals import why_no_add_adapter
 
 TOKENS = batch()
 families = pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -242,6 +243,7 @@ def test_an_adapter_on_the_head_means_the_ordinary_path(k):
     assert any("q_proj" in name for name in moved)
 
 
+@pytest.mark.skipif(why_no_add_adapter() is not None, reason=str(why_no_add_adapter()))
 def test_adapters_that_transformers_put_in():
     policy = base_model()
     policy.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))

@@ -9,13 +9,14 @@ import torch
 from recorded_ops import as_on_a_gpu, recorded_ops
 from tiny_models import FAMILIES, tiny_config, tiny_model
 from tiny_rollouts import sample, texts
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
 from ppo_fast.language_model import LanguageModel
 from ppo_fast.rollout import checks, slots
 from ppo_fast.rollout.graphs import as_it_is
 
 CPU = torch.device("cpu")
+FLASH = "flash_attention_of_these_tests"
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +99,26 @@ def test_the_models_attention_is_its_own_again(fails):
     else:
         sample(model)
     assert model.model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("attends", [True, False])
+def test_a_model_loaded_with_flash_attention_decodes(attends, monkeypatch):
+    """Which takes masks of two dimensions alone, those of padding."""
+    model = LanguageModel(tiny_model("llama").double())
+    expected = without_it(model, monkeypatch)
+
+    def flash(module, query, key, value, attention_mask, **options):
+        assert attention_mask is None or attention_mask.dim() == 2
+        return AttentionInterface()["sdpa"](module, query, key, value, None, **options)
+
+    AttentionInterface.register(FLASH, flash)
+    AttentionMaskInterface.register(FLASH, lambda *_, **__: None)
+    other = LanguageModel(tiny_model("llama").double())
+    other.model.config._attn_implementation = FLASH
+    monkeypatch.setattr(checks, "ATTENDING_DEVICES", {"cpu"} if attends else set())
+    found = sample(other)
+    assert texts(found) == texts(expected)
+    assert other.model.config._attn_implementation == FLASH
 
 
 def test_why_not_is_said_once(caplog):

@@ -16,6 +16,7 @@ from ppo_fast.rollout import Sampling, decode
 from ppo_fast.rollout.checks import layers_can_be_fused
 from ppo_fast.rollout.few_rows import few_row_products
 from ppo_fast.rollout.layers import fused_layers
+from ppo_fast.transformers_internals import cache_argument
 
 ONE = {"prompt_ids": [[3, 9]], "sampling": Sampling(6), "seeds": torch.arange(1)}
 ONE |= {"eos_ids": [], "pad_id": PAD_ID}
@@ -129,12 +130,12 @@ def test_a_model_without_keys_and_values_is_refused():
 
 def test_a_model_that_decodes_otherwise_is_refused():
     model = tiny_model("llama")
-    own = model.model.layers[1].forward
+    own, cache = model.model.layers[1].forward, cache_argument(model)
 
-    def forgets(hidden_states, *args, past_key_values=None, **kwargs):
-        if past_key_values is not None and hidden_states.shape[1] == 1:
+    def forgets(hidden_states, *args, **kwargs):
+        if kwargs.get(cache) is not None and hidden_states.shape[1] == 1:
             hidden_states = hidden_states + 1
-        return own(hidden_states, *args, past_key_values=past_key_values, **kwargs)
+        return own(hidden_states, *args, **kwargs)
 
     model.model.layers[1].forward = forgets
     with pytest.raises(ValueError, match="other logits token by token with a cache"):

@@ -17,6 +17,8 @@ from transformers import (
     AutoTokenizer,
 )
 
+from ppo_fast.transformers_internals import cache_argument
+
 TEXTS = ["The film was", "Naïve 😀 songs, and then the bread"]
 
 
@@ -46,6 +48,7 @@ def test_tokenizer(tmp_path, pad_is_eos):
 def test_model_decodes_with_a_cache(family):
     model = tiny_model(family)
     ids, mask, positions = encode(TEXTS)
+    cache = cache_argument(model)
     with torch.no_grad():
         full = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
         prefix = model(
@@ -59,9 +62,9 @@ def test_model_decodes_with_a_cache(family):
             input_ids=ids[:, -1:],
             attention_mask=mask,
             position_ids=positions[:, -1:],
-            past_key_values=prefix.past_key_values,
             use_cache=True,
             logits_to_keep=1,
+            **{cache: prefix[cache]},
         )
     assert full.dtype == torch.float32
     assert full.shape == (2, ids.shape[1], VOCAB_SIZE)

@@ -158,15 +158,15 @@ def doctor(run: Run) -> None:
             run.stage(f"check_{op}", 25, run.script("small_ops", "check", op))
 
 
-def tests(run: Run, select: list[str]) -> None:
+def tests(run: Run, select: list[str], *, compile_kernels: bool) -> None:
     """The kernels' tests, and beside them, for they are not timed, the sanitizers, and a run of
-    what the next stage would have to compile."""
+    what the stage of the kernels would have to compile."""
     beside = {}
     if not run.cpu and shutil.which("compute-sanitizer"):
         for tool in ("memcheck", "racecheck"):
             beside[tool] = ["compute-sanitizer", "--tool", tool, "--print-limit", "20"]
             beside[tool] += run.script("small_ops", "examples")
-    if not run.cpu:
+    if compile_kernels and not run.cpu:
         beside["compile"] = run.script("time_ops", "--compile-only", "--budget=100")
     processes = {name: run.start(name, command) for name, command in beside.items()}
     options = ["-q", "-p", "no:cacheprovider", "--timeout=100", "--maxfail=200"]
@@ -204,7 +204,7 @@ def main() -> None:
     if unknown := set(asked.stages.split(",")) - set(STAGES):
         arguments.error(f"--stages: got {', '.join(unknown)}, expected some of {','.join(STAGES)}")
     asked.out.mkdir(parents=True, exist_ok=True)
-    run = Run(asked.out, asked.seconds, asked.cpu)
+    run, wanted = Run(asked.out, asked.seconds, asked.cpu), asked.stages.split(",")
     build(run)
     stages = {
         "facts": lambda: run.stage("facts", 45, run.script("facts")),
@@ -212,13 +212,13 @@ def main() -> None:
         "attention": lambda: run.stage("attention", 40, run.script("attention")),
         "decoding": lambda: run.stage("decoding", 85, run.script("decoding")),
         "step": lambda: run.stage("step", 60, run.script("step")),
-        "tests": lambda: tests(run, asked.tests.split()),
+        "tests": lambda: tests(run, asked.tests.split(), compile_kernels="kernels" in wanted),
         "kernels": lambda: run.stage(
             "kernels", 60, run.script("time_ops", f"--budget={max(min(55, run.left() - 6), 1):.0f}")
         ),
         "ncu": lambda: ncu(run),
     }
-    for name in asked.stages.split(","):
+    for name in wanted:
         stages[name]()
     print("\n".join(summary.lines(run.results, run.out / "junit.xml")))
     print(f"{time.monotonic() - run.started:.0f} s in all")

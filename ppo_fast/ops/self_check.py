@@ -70,7 +70,8 @@ def first_use(op: str, device: torch.device) -> Result:
     if not result.ok:
         warnings.warn(
             f"ppo_fast: {op} uses the slower reference on {device}, for its Triton kernels failed "
-            f"the check of their first use: {result.detail}. `ppo-fast doctor` shows more.",
+            f"the check of their first use: {result.detail}. `ppo-fast doctor` checks again, "
+            "and what it finds is remembered.",
             RuntimeWarning,
             stacklevel=5,  # who called the op
         )

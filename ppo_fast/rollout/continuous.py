@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
-from transformers.generation import ContinuousBatchingConfig
 
 from ppo_fast.rollout.rollout import Rollout
 from ppo_fast.rollout.sampling import Sampling
 from ppo_fast.tokens import make_tokens
+from ppo_fast.transformers_internals import ContinuousBatchingConfig, in_order_of_requests
 
 
 class TransformersEngine:
@@ -68,8 +68,7 @@ class TransformersEngine:
             ),
             continuous_batching_config=self.config,
         )
-        # requests are numbered as they were given
-        done = sorted(outputs.values(), key=lambda output: int(output.request_id.split("_")[-1]))
+        done = in_order_of_requests(outputs)
         errors = [output.error for output in done if output.error]
         if errors or [list(o.prompt_ids) for o in done] != [list(ids) for ids in prompt_ids]:
             raise RuntimeError(

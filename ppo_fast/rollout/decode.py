@@ -22,7 +22,7 @@ from ppo_fast.rollout.prompts import Prompt, PromptBatch, Prompts
 from ppo_fast.rollout.rollout import Rollout
 from ppo_fast.rollout.sampling import Sampling, Stops
 from ppo_fast.rollout.slots import SlotCache, step_arguments
-from ppo_fast.rollout.step_attention import step_attention
+from ppo_fast.rollout.step_attention import masked_attention, step_attention
 from ppo_fast.tokens import Tokens, make_tokens
 from ppo_fast.trunk import TrunkStates
 
@@ -80,6 +80,7 @@ def decode(
     """
     with (
         _evaluating(model.model),
+        masked_attention(model),
         # on the CPU, where fused layers more than make up for the copies
         merged_adapters(model.model) if model.device.type == "cpu" else nullcontext(),
         # which looks for layers as they are

@@ -19,47 +19,37 @@ from ppo_fast.forwards import replaced_forwards
 from ppo_fast.language_model import LanguageModel
 from ppo_fast.ops.dispatch import choose
 from ppo_fast.ops.launch import DTYPE_CODES, address
-from ppo_fast.rollout.slots import SLIDING, SlotCache, layer_types
+from ppo_fast.rollout.slots import SlotCache
+from ppo_fast.transformers_internals import (
+    SLIDING,
+    cache_argument,
+    layer_types,
+    read_llama_layer,
+    why_not_llama_like,
+)
 from ppo_fast.trunk import layer_list
 
-# Names of a layer's weights, as the kernel has them, and those that a layer may do without.
-WEIGHTS = {
-    "attention_norm": "input_layernorm.weight",
-    "mlp_norm": "post_attention_layernorm.weight",
-    **{f"{x}_weight": f"self_attn.{x}_proj.weight" for x in "qkvo"},
-    **{f"{x}_weight": f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")},
-}
-OPTIONAL = {
-    **{f"{x}_bias": f"self_attn.{x}_proj.bias" for x in "qkvo"},
-    **{f"{x}_bias": f"mlp.{x}_proj.bias" for x in ("gate", "up", "down")},
-    **{f"{x}_norm": f"self_attn.{x}_norm.weight" for x in "qk"},
-}
+DTYPES = (torch.float32, torch.float64)
 
 
-def is_llama_like(layer: nn.Module) -> bool:
-    """Whether ``layer`` has the parts of a Llama layer and nothing else that computes."""
-    parameters = dict(layer.named_parameters())
-    modules = {name: module for name, module in layer.named_modules() if name}
-    leaves = [module for module in modules.values() if not list(module.children())]
-    norms = [module for module in leaves if type(module).__name__.endswith("RMSNorm")]
-    products = [module for module in leaves if type(module) is nn.Linear]
-    return (
-        set(WEIGHTS.values()) <= set(parameters) <= {*WEIGHTS.values(), *OPTIONAL.values()}
-        and len({p.dtype for p in parameters.values()}) == 1
-        and all(p.is_cpu and p.is_contiguous() for p in parameters.values())
-        and next(layer.parameters()).dtype in (torch.float32, torch.float64)
-        and type(modules.get("mlp.act_fn")).__name__ in ("SiLU", "SiLUActivation")
-        and all(hasattr(norm, "variance_epsilon") for norm in norms)
-        and len(norms) + len(products) + 1 == len(leaves)
-        and hasattr(modules["self_attn"], "head_dim")
-        and hasattr(modules["self_attn"], "scaling")
-        and not any(_is_hooked(module) for module in modules.values())
-        and "forward" not in vars(layer)
-    )
+def why_not_fused(layer: nn.Module) -> str | None:
+    """What keeps ``layer`` from being fused; None: it has the parts of a Llama layer and nothing
+    else that computes, as far as its structure shows."""
+    if (reason := why_not_llama_like(layer)) is not None:
+        return reason
+    parameters = list(layer.parameters())
+    if len(dtypes := {p.dtype for p in parameters}) > 1 or not dtypes <= set(DTYPES):
+        return f"its weights are {', '.join(sorted(str(d).removeprefix('torch.') for d in dtypes))}"
+    if not all(p.is_cpu and p.is_contiguous() for p in parameters):
+        return "its weights are not contiguous on the CPU"
+    for name, module in layer.named_modules():
+        if "forward" in vars(module) or (name and _is_hooked(module)):
+            return f"its {name or 'forward'} was changed or has hooks"
+    return None
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    return bool("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 @contextmanager
@@ -87,7 +77,7 @@ def _layers(model: LanguageModel) -> list[tuple[nn.Module, int]]:
         return []
     windows = [model.text_config.sliding_window if kind == SLIDING else 0 for kind in kinds]
     pairs = zip(layers, windows, strict=True)
-    return [(layer, window) for layer, window in pairs if is_llama_like(layer)]
+    return [(layer, window) for layer, window in pairs if why_not_fused(layer) is None]
 
 
 class _StepForward:
@@ -96,33 +86,24 @@ class _StepForward:
     def __init__(self, layer: Any, window: int) -> None:
         from ppo_fast import _C
 
-        self._layer, attention = layer, layer.self_attn
-        self._index: int = attention.layer_idx
-        parameters = dict(layer.named_parameters())
-        weights = {
-            name: address(parameters.get(path)) for name, path in (WEIGHTS | OPTIONAL).items()
-        }
+        self._layer, self._cache_argument = layer, cache_argument(layer)
+        read = read_llama_layer(layer)
+        self._index, size = read.cache_index, read.head_size
         self._q_size, self._kv_size, self._inner = (
-            x.out_features for x in (attention.q_proj, attention.k_proj, layer.mlp.gate_proj)
+            read.weights[name].shape[0] for name in ("q_weight", "k_weight", "gate_weight")
         )
-        size = self._head_size = attention.head_dim
-        eps = {
-            "attention_eps": layer.input_layernorm.variance_epsilon,
-            "mlp_eps": layer.post_attention_layernorm.variance_epsilon,
-            "q_eps": getattr(getattr(attention, "q_norm", None), "variance_epsilon", 0.0),
-            "k_eps": getattr(getattr(attention, "k_norm", None), "variance_epsilon", 0.0),
-        }
+        self._head_size = size
         self._kernel = _C.DecodeLayer(
-            weights
-            | eps
+            {name: address(weight) for name, weight in read.weights.items()}
+            | read.eps
             | {
-                "dtype": DTYPE_CODES[next(iter(parameters.values())).dtype],
-                "hidden_size": attention.q_proj.in_features,
+                "dtype": DTYPE_CODES[read.weights["q_weight"].dtype],
+                "hidden_size": read.weights["q_weight"].shape[1],
                 "num_heads": self._q_size // size,
                 "num_kv_heads": self._kv_size // size,
                 "head_size": size,
                 "intermediate_size": self._inner,
-                "scaling": attention.scaling,
+                "scaling": read.scaling,
                 "window": window,
             }
         )
@@ -131,21 +112,17 @@ class _StepForward:
         self,
         hidden_states: Tensor,
         *args: Any,
-        past_key_values: Any = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        if not isinstance(past_key_values, SlotCache) or past_key_values.lengths is None:
-            return type(self._layer).forward(
-                self._layer,
-                hidden_states,
-                *args,
-                past_key_values=past_key_values,
-                position_embeddings=position_embeddings,
-                **kwargs,
+        cache = kwargs.get(self._cache_argument)
+        if not isinstance(cache, SlotCache) or cache.lengths is None:
+            own = type(self._layer).forward
+            return own(
+                self._layer, hidden_states, *args, position_embeddings=position_embeddings, **kwargs
             )
         assert position_embeddings is not None
-        cache, lengths, x = past_key_values, past_key_values.lengths, hidden_states.contiguous()
+        lengths, x = cache.lengths, hidden_states.contiguous()
         room = cache.layers[self._index]
         rows, _, hidden_size = x.shape
         if not room.is_initialized:

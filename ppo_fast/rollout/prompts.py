@@ -101,7 +101,7 @@ class Prompts:
             input_ids=input_ids,
             position_ids=places.expand_as(input_ids),
             attention_mask=torch.ones_like(input_ids),  # no token looks at padding after it
-            past_key_values=cache,
+            cache=cache,
         )
         return PromptBatch(cache.prompts(), next_, self._trunk.pop() if self._trunk else None)
 
@@ -119,7 +119,7 @@ class Prompts:
             position_ids=places[:, None],
             # fused layers need none, and the model makes none where it gets one of four dimensions
             attention_mask=torch.zeros(1, 1, 1, 1, dtype=self._model.dtype, device="cpu"),
-            past_key_values=cache,
+            cache=cache,
         )
         trunk = None
         if self._trunk:

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
-from transformers.cache_utils import DynamicLayer
 
 from ppo_fast.language_model import LanguageModel
-
-# What a model may mix: attention over everything before, and over a window of the last tokens.
-FULL, SLIDING = "full_attention", "sliding_attention"
+from ppo_fast.transformers_internals import (
+    SLIDING,
+    Cache,
+    DynamicLayer,
+    layer_types,
+    mask_is_by_type,
+)
 
 
 class SlotCache(Cache):
@@ -129,29 +131,11 @@ class _SlotLayer(DynamicLayer):
         return (query_length if self.cells is None else self.longest), 0
 
 
-def layer_types(config: Any) -> list[str]:
-    """How each layer attends.
-
-    Raises:
-        ValueError: a layer is neither ordinary attention nor one over a sliding window.
-    """
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        window = getattr(config, "sliding_window", None)
-        types = [FULL if window is None else SLIDING] * config.num_hidden_layers
-    if others := sorted(set(types) - {FULL, SLIDING}):
-        raise ValueError(
-            f"policy_model: its layers of type {', '.join(others)} have no keys and values "
-            "that the rollout could keep by sequence"
-        )
-    return list(types)
-
-
 def step_arguments(
     model: LanguageModel, cache: SlotCache, tokens: Tensor, lengths: Tensor, columns: int
 ) -> dict[str, Any]:
-    """What the model is called with for one more token each: ``tokens`` [n] for the first n slots,
-    which hold ``lengths`` [n] before it, each less than ``columns``."""
+    """What ``LanguageModel.next`` is called with for one more token each: ``tokens`` [n] for the
+    first n slots, which hold ``lengths`` [n] before it, each less than ``columns``."""
     cache.begin_step(lengths, columns)
     return {
         "input_ids": tokens[:, None],
@@ -159,7 +143,7 @@ def step_arguments(
         "attention_mask": _no_mask(model)
         if cache.attends
         else step_mask(model.text_config, lengths, columns, model.dtype),
-        "past_key_values": cache,
+        "cache": cache,
     }
 
 
@@ -187,5 +171,4 @@ def step_mask(config: Any, lengths: Tensor, longest: int, dtype: torch.dtype) ->
 def _by_type(config: Any, mask: Callable[[str], Tensor]) -> Any:
     """As the model takes masks: by type of attention where it mixes several."""
     masks = {kind: mask(kind) for kind in set(layer_types(config))}
-    mixes = getattr(config, "layer_types", None) is not None and len(masks) > 1
-    return masks if mixes else next(iter(masks.values()))
+    return masks if mask_is_by_type(config) else next(iter(masks.values()))

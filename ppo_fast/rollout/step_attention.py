@@ -17,10 +17,19 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ppo_fast.language_model import LanguageModel
 from ppo_fast.ops import decode_attention
+from ppo_fast.transformers_internals import ATTENTION_EXTRAS, attention_of, attention_set_to
 
 NAME = "ppo_fast_steps"
-# What some models add to attention, and decode_attention does not know.
-UNKNOWN = ("softcap", "s_aux", "position_bias")
+TAKING_MASKS = ("eager", "sdpa")
+
+
+@contextmanager
+def masked_attention(model: LanguageModel) -> Iterator[None]:
+    """For the block, a model that was loaded with an attention that takes no mask of four
+    dimensions, as flash_attention_2, computes with scaled_dot_product_attention, which does."""
+    own = attention_of(model.text_config)
+    with attention_set_to(own if own in TAKING_MASKS else "sdpa", model.text_config):
+        yield
 
 
 @contextmanager
@@ -30,13 +39,8 @@ def step_attention(model: LanguageModel) -> Iterator[set[nn.Module]]:
     scaled_dot_product_attention. Gives the attention modules that have computed a step so."""
     used: set[nn.Module] = set()
     AttentionInterface.register(NAME, partial(_attention, used))
-    config = model.text_config
-    before = config._attn_implementation
-    config._attn_implementation = NAME
-    try:
+    with attention_set_to(NAME, model.text_config):
         yield used
-    finally:
-        config._attn_implementation = before
 
 
 def _attention(
@@ -51,12 +55,12 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """query [n, H, t, d], key and value [n, K, L, d] -> [n, t, H, d] (transformers'
     AttentionInterface)."""
+    if unknown := [name for name in ATTENTION_EXTRAS if options.get(name) is not None]:
+        raise NotImplementedError(f"decode_attention has no {unknown[0]}")
     lengths = getattr(key, "lengths", None)  # slots.py puts it there in steps
     if lengths is None:
         sdpa = AttentionInterface()["sdpa"]
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, **options)
-    if unknown := [name for name in UNKNOWN if options.get(name) is not None]:
-        raise NotImplementedError(f"decode_attention has no {unknown[0]}")
     used.add(module)
     out = decode_attention(
         query[:, :, 0],
