@@ -7,6 +7,7 @@ what autograd keeps: for 70B parameters that takes seconds.
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -100,7 +101,9 @@ def plan_memory(
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     policy = _policy(fake, model_config, config, adapter)
     value, valued = _value_weights(fake, policy, model_config, config, value_model)
-    with fake:
+    with fake, warnings.catch_warnings():
+        # asked for by torch's own copying of a parameter, in vain
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         # new adapters are left out, others copied: they are small
         reference = None if adapter is not None else make_reference(policy, config)
         activations = _kept(policy, k, rows, length, config)

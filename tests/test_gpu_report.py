@@ -165,6 +165,7 @@ def small():
         yield gpu_report.compute()
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_the_floor(small):
     """Logits read once forward; read once and written once backward."""
     forward, backward, *_ = small["kernels"]
@@ -209,6 +210,7 @@ def test_main_writes_the_report(small, monkeypatch, tmp_path, capsys):
     assert section.count("\n| ") == 3 + rows
 
 
+@pytest.mark.slow
 def test_runs_as_a_module():
     code = "import benchmarks.gpu_report as r; print(len(r.WORKS))"
     done = subprocess.run(

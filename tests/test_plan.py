@@ -128,6 +128,7 @@ WAYS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "critic", "k"), WAYS)
 def test_a_plan_is_what_a_step_takes(form, critic, k, monkeypatch):
     settings = {"max_length": NEW, "learning_rate": 1e-4} | FORMS[form]
@@ -149,6 +150,7 @@ def test_a_plan_is_what_a_step_takes(form, critic, k, monkeypatch):
         assert getattr(plan, part) == pytest.approx(size, rel=0.15), part
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_planned(family):
     """Each of less memory than what it stands beside."""

@@ -240,6 +240,7 @@ def codes(request, compiled) -> list[tuple[str, Facts]]:
     ]
 
 
+@pytest.mark.slow
 def test_nothing_spills(codes):
     """Under another Triton, two numbers of a thread may: its ptxas, which nothing limits, gives
     registers up for one more program a multiprocessor (3.9.0 does in two kernels; with a limit it
@@ -248,22 +249,26 @@ def test_nothing_spills(codes):
     assert [f"{name}: {code.stack} bytes" for name, code in codes if code.stack > most] == []
 
 
+@pytest.mark.slow
 @of_the_record
 def test_registers_are_within_the_budget_of_the_launch_table(codes):
     over = [f"{n}: {c.registers} of {c.budget}" for n, c in codes if c.registers > c.budget]
     assert not over, "\n".join(over)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_shared_memory_is_within_what_a_program_may_have(compiled, arch):
     every = [code for facts in compiled[arch].values() for code in facts]
     assert [code for code in every if code.shared > 1024 * SHARED_BYTES[arch]] == []
 
 
+@pytest.mark.slow
 def test_there_is_no_float64(codes):
     assert [name for name, code in codes if code.float64] == []
 
 
+@pytest.mark.slow
 def test_streaming_kernels_move_16_bytes_at_once(codes):
     narrow = [
         f"{name}: loads {code.loaded} of {code.to_load}, stores {code.stored} of {code.to_store}"
@@ -275,6 +280,7 @@ def test_streaming_kernels_move_16_bytes_at_once(codes):
     assert not narrow, "\n".join(narrow)
 
 
+@pytest.mark.slow
 def test_enough_warps_fit_a_multiprocessor(codes):
     few = [
         f"{name}: {code.resident_warps}"
@@ -286,6 +292,7 @@ def test_enough_warps_fit_a_multiprocessor(codes):
     assert not few, "\n".join(few)
 
 
+@pytest.mark.slow
 def test_kernels_that_read_ahead_have_enough_on_its_way(codes):
     little = [
         f"{n}: {c.resident_shared}"
@@ -301,6 +308,7 @@ def test_every_changed_kernel_was_looked_at():
     assert changed == [], REGENERATE
 
 
+@pytest.mark.slow
 @of_the_record
 def test_the_code_is_what_was_looked_at(compiled):
     assert described(compiled) == recorded()["code"], REGENERATE

@@ -34,6 +34,7 @@ def codes_by_kernel(launched: list[Launched]) -> dict[str, set[int]]:
     return codes
 
 
+@pytest.mark.slow
 def test_lengths_and_numbers_compile_nothing_anew(name):
     random = torch.Generator().manual_seed(0)
     launched = []

@@ -185,6 +185,7 @@ def test_opcheck_linear_logprobs(budget, dtype):
             torch.library.opcheck(torch.ops.ppo_fast.linear_logprobs_backward_cpp.default, backward)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("budget", [0, 4 * 9 * 1500, 2**28])  # rows of kept and of made tiles
 @pytest.mark.parametrize("tile_bytes", [4 * 6 * 50, 4 * 9 * 1100, 2**23])

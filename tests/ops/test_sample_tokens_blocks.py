@@ -28,6 +28,7 @@ TRUNCATED = list(
 )[:: 7 if INTERPRETED else 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("t", [1.0, 0.7])
 def test_bounds_do_not_change_a_draw(impl, kind, t):
@@ -56,6 +57,7 @@ def test_noise_of_every_token(impl):
     assert torch.equal(sample_tokens(logits, seeds, positions, impl=impl).tokens, tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "options", "dtype"), TRUNCATED)
 def test_truncation_is_the_references(impl, kind, options, dtype):
     b, v = 1 if INTERPRETED else 12, 5003

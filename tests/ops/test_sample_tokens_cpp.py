@@ -46,6 +46,7 @@ def threads(count: int):
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_bounds_do_not_change_a_draw(instruction_set, kind, dtype):
