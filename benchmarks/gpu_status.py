@@ -41,25 +41,19 @@ TESTS = {
 UNPROVEN = """\
 ## What remains unproven
 
-Nothing in this repository was computed on a GPU. The interpreter runs the kernels' own source on
-CPU tensors, and the compiler makes the code that a GPU would run; what lies between is open:
+All of it ran on one H200 (torch 2.11, Triton 3.6): the tests of the kernels, compute-sanitizer,
+decoding with CUDA graphs, whole steps ([gpu_measured.md](gpu_measured.md)). No test of every day
+does so: these run in Triton's interpreter, on the compiled code, and on recordings of a step's
+operations. What no run has shown:
 
-- **Scheduling.** The interpreter runs one program after another, and a block's lanes at once. Races
-  between warps or programs cannot show (no kernel uses atomics or writes where another one reads).
-- **Arithmetic of the GPU.** `exp2` is `ex2.approx` (2 ulp) and products and sums fuse there; the
-  interpreter rounds each operation. Float32 to bfloat16 is truncated in the interpreter, rounded on
-  a GPU. Tensors with NaN in them are compared, but min and max of NaN are the hardware's.
-- **Compiler bugs.** The code for six architectures is inspected (registers, spills, width of
+- **Other GPUs.** The code for sm_80, 86, 89, 100 and 120 is inspected (registers, spills, width of
   loads), never run. `associative_scan(reverse=True)`, reported wrong on GPUs, is not used.
-- **Products.** cuBLAS with float32 outputs of bfloat16 operands, TF32 where a user allows it, and
-  its choice of algorithms: on the CPU another BLAS runs.
-- **Memory.** Allocation, page-locked copies, running out; tensors of more than 2^31 elements are
-  addressed in the interpreter and checked for overflow, never held.
-- **Streams and graphs.** Launches on other than the default stream, with several GPUs in a process
-  or over several processes. Decoding steps are recorded and replayed on the CPU, operation by
-  operation, where reading a number or making a tensor of one is an error, as it is in a CUDA graph;
-  no graph was captured. A rollout compares tokens first, and captures nothing where they differ.
-- **Speed.** Every number in benchmarks/README.md for a GPU is computed, not measured.
+- **Other versions** of torch and Triton on a GPU.
+- **Memory.** Page-locked copies, running out; tensors of more than 2^31 elements are addressed in
+  the interpreter and checked for overflow, never held.
+- **Several GPUs**, in a process or over several processes; launches on other streams than the
+  default one and that of a capture.
+- **Speed** elsewhere: what benchmarks/README.md says of GPUs is computed.
 - **AMD and Intel GPUs.** Not looked at.
 
 On a GPU, `ppo-fast doctor` checks and measures every kernel, `pytest --triton` runs the tests of
