@@ -23,8 +23,8 @@ CHUNK = 32
 
 @pytest.fixture(autouse=True, scope="module")
 def short_chunks():
-    """Of the Triton kernels, so that a few dozen columns are several of two blocks, and are combined
-    two at a time."""
+    """Of the Triton kernels, so that a few dozen columns are several; of two blocks each, and
+    combined two at a time."""
     with pytest.MonkeyPatch.context() as patch:
         if TRITON:
             kernels = importlib.import_module("ppo_fast.ops.decode_attention.triton")
