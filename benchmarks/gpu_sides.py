@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import eager
 import torch
+import torch.nn.functional as F
 from gpu_steps import MODELS
 from plain_ppo import generate
 from sides import Side
@@ -205,6 +206,37 @@ def sample(rows: int, vocab: int, *, impl: Any = "triton") -> GpuWork:
     return GpuWork(f"sample_tokens, {rows} x {vocab}", logits.nbytes, sides)
 
 
+def attention(
+    rows: int, columns: int, heads: int, kv_heads: int, head_size: int, *, impl: Any = "triton"
+) -> GpuWork:
+    """decode_attention of bfloat16 where each row sees all columns but one."""
+    query = torch.randn(rows, heads, head_size).bfloat16()
+    keys, values = torch.randn(2, rows, columns, kv_heads, head_size).bfloat16()
+    lengths, scaling = torch.full((rows,), columns - 1), head_size**-0.5
+    mask = (torch.arange(columns) < columns - 1).expand(rows, 1, 1, columns)
+
+    def ours(impl: Any) -> Any:
+        return ops.decode_attention(query, keys, values, lengths, scaling=scaling, impl=impl)
+
+    def by_copies() -> Tensor:
+        """As transformers does where there is a mask."""
+        k, v = (x.repeat_interleave(heads // kv_heads, 2).transpose(1, 2) for x in (keys, values))
+        return F.scaled_dot_product_attention(query[:, :, None], k, v, mask, scale=scaling)
+
+    def by_groups() -> Tensor:
+        q = query.view(rows, kv_heads, heads // kv_heads, head_size)
+        k, v = keys.transpose(1, 2), values.transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scaling)
+
+    sides: dict[str, Side | str] = {
+        "ppo_fast": partial(ours, impl),
+        "scaled_dot_product_attention, keys copied to all heads": by_copies,
+        "scaled_dot_product_attention, a group's queries as rows": by_groups,
+    }
+    what = f"decode_attention, {rows} x {columns}, {heads} heads of {head_size} on {kv_heads}"
+    return GpuWork(f"{what}, bfloat16", 2 * keys.nbytes, sides)
+
+
 def decoding(settings: dict[str, Any], rows: int, prompt: int, new: int) -> GpuWork:
     """A rollout, and ``generate``, of a model with random bfloat16 weights."""
     config = AutoConfig.for_model(**settings, dtype=torch.bfloat16)
@@ -235,5 +267,8 @@ WORKS = {
     "gae, 64 x 1024": partial(gae, 64, 1024),
     "gae, 8192 x 2048": partial(gae, 8192, 2048),
     "sample": partial(sample, 64, 151936),
+    "attention, 32 x 256": partial(attention, 32, 256, 9, 3, 64),
+    "attention, 32 x 2048": partial(attention, 32, 2048, 32, 8, 128),
+    "attention, 4 x 8192": partial(attention, 4, 8192, 32, 8, 128),
     "decoding": partial(decoding, MODELS["SmolLM2-135M"], 32, 128, 128),
 }

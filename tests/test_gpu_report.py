@@ -273,6 +273,7 @@ SMALL: dict[str, tuple[Any, ...]] = {
     "losses": (3, 8),
     "gae": (3, 8),
     "sample": (3, 37),
+    "attention": (3, 37, 6, 2, 8),
     "decoding": (THIN, 3, 5, 4),
 }
 

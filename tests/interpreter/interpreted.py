@@ -38,7 +38,9 @@ def small_parts() -> Iterator[None]:
     """Where parts are too large to take several of them here: a scan costs 0.3 ms a lane, and a
     tile of the vocabulary is as large as memory allows."""
     with (
-        patch.object(decode_attention, "CHUNK", 32),
+        patch.multiple(
+            decode_attention, CHUNK=32, COMBINE=decode_attention.COMBINE._replace(block=2)
+        ),
         patch.object(gae, "SCAN", gae.SCAN._replace(block=64)),
         patch.multiple(triton_tiles, _TILE_BYTES=1024, _MIN_COLUMNS=1024),
     ):
