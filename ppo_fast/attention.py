@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+# torch's switch is the process's: the first of several threads turns it off, the last one back.
+_lock = threading.Lock()
+_inside = 0
+_before = True
 
 
 @contextmanager
@@ -20,9 +26,16 @@ def without_cudnn_attention() -> Iterator[None]:
     A backward pass that computes activations again (gradient checkpointing) belongs into the block
     as its forward pass does.
     """
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    global _inside, _before
+    with _lock:
+        if _inside == 0:
+            _before = torch.backends.cuda.cudnn_sdp_enabled()
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        _inside += 1
     try:
         yield
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
+        with _lock:
+            _inside -= 1
+            if _inside == 0:
+                torch.backends.cuda.enable_cudnn_sdp(_before)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from tiny_models import tiny_classifier, tiny_model
 from tiny_trainer import PROMPTS, tiny_reward_model, tiny_trainer
 
+from ppo_fast.attention import without_cudnn_attention
 from ppo_fast.experience import computes_in_float32
 from ppo_fast.language_model import HEAD_TOLERANCE, TF32_TOLERANCE, LanguageModel, tolerance
 from ppo_fast.precision import uses_tf32
@@ -76,6 +79,24 @@ def test_cudnn_attention_is_allowed_again_after_an_error():
     trainer = tiny_trainer(failing)
     with pytest.raises(RuntimeError, match="no answer"):
         trainer.train_step(PROMPTS)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_cudnn_attention_is_off_until_the_last_thread_is_done():
+    inside, leave = threading.Event(), threading.Event()
+
+    def other():
+        with without_cudnn_attention():
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    with without_cudnn_attention():
+        thread.start()
+        assert inside.wait(10)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    leave.set()
+    thread.join()
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
 

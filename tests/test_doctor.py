@@ -12,6 +12,7 @@ from ppo_fast import doctor, env
 from ppo_fast.cli import main
 from ppo_fast.doctor import Sizes, measure
 from ppo_fast.ops import dispatch, library, self_check
+from ppo_fast.ops.decode_attention import reference
 from ppo_fast.ops.dispatch import COMPILED
 from ppo_fast.ops.self_check import CASES, Result
 
@@ -21,7 +22,14 @@ pytestmark = [
 ]
 
 TINY = Sizes(
-    rows=32, vocab_size=48, odd_vocab_size=41, hidden_size=8, sequences=3, steps=5, copied=64
+    rows=32,
+    vocab_size=48,
+    odd_vocab_size=41,
+    hidden_size=8,
+    sequences=3,
+    steps=5,
+    cache=(3, 16, 2, 8),
+    copied=64,
 )
 
 
@@ -44,7 +52,10 @@ def run(capsys, *flags):
 
 @pytest.fixture
 def stand_ins(monkeypatch):
-    """C++ kernels where Triton's would be."""
+    """C++ kernels where Triton's would be, and the reference where there are none."""
+    of_attention = dict.fromkeys(("cpp", "triton"), reference.decode_attention)
+    monkeypatch.setattr(library, "decode_attention", of_attention)
+    monkeypatch.setitem(COMPILED, "decode_attention", ("cpp", "triton"))
     launchers = [x for x in vars(library).values() if isinstance(x, dict) and "triton" in x]
     for launcher in launchers:
         monkeypatch.setitem(launcher, "triton", launcher["cpp"])
@@ -76,7 +87,7 @@ def test_without_a_gpu(capsys):
     assert "All checks passed." in out
     report = json.loads(out[out.index("{") : out.rindex("}") + 1])
     assert report["facts"]["torch"] == torch.__version__
-    assert {c["op"] for c in report["checks"]} == set(CASES)
+    assert {c["op"] for c in report["checks"]} == {op for op in CASES if "cpp" in COMPILED[op]}
     assert all(c["ok"] and c["impl"] == "cpp" and c["error"] < 1e-2 for c in report["checks"])
     assert "speeds" not in report
 
@@ -147,7 +158,7 @@ def test_on_a_gpu(capsys, pretended_gpu):
     assert on_gpu == {op for op, impls in COMPILED.items() if "triton" in impls}
     assert {c["on"] for c in report["checks"] if c["impl"] == "cpp"} == {"cpu"}
     assert "speed; copying" in out
-    assert len(report["speeds"]["works"]) == 11
+    assert len(report["speeds"]["works"]) == 13
     # It asked anew and told the next processes.
     assert set(json.loads(self_check.memory_path().read_text())["a GPU"]) == on_gpu
 
@@ -173,7 +184,8 @@ def test_too_little_memory_is_no_failure(capsys, monkeypatch, pretended_gpu):
     assert "not measured" in out
 
 
-def test_floors(monkeypatch):
+@pytest.mark.usefixtures("stand_ins")
+def test_floors():
     """At 1 ms for everything: what must move or be multiplied, against what was."""
     speeds = measure(torch.device("cpu"), "cpp", TINY, lambda work: (work(), 1.0)[1])
     works = {work["work"]: work for work in speeds["works"]}
@@ -185,6 +197,8 @@ def test_floors(monkeypatch):
     assert forward["share_of_floor"] == pytest.approx(32 * 41 * 2 / copied)
     gae = works["gae, 3 x 5, float32"]
     assert gae["floor_ms"] == pytest.approx(15 * 17 / copied)
+    attention = works["decode_attention, 3 x 2 of 16, 8 heads of 8 on 2, bfloat16"]
+    assert attention["floor_ms"] == pytest.approx(2 * 3 * 2 * 2 * 8 * 2 / copied)
     # Four products of the size that was measured, and the operands once in and out.
     linear = works["linear_logprobs forward and backward, 32 x 48 x 8, bfloat16"]
     moved = 2 * 2 * (32 * 8 + 48 * 8)

@@ -26,7 +26,7 @@ def test_every_stage_runs(tmp_path):
     printed, found = dry_run(
         tmp_path,
         "--stages=facts,attention,decoding,step,tests,kernels",
-        "--tests=tests/ops/test_gae.py -k worked",
+        "--tests=tests/ops/test_gae.py -k by_hand",
     )
     assert [line for line in found if "error" in line] == []
     stages = {line["name"]: line["rc"] for line in found if line["stage"] == "run"}
@@ -81,3 +81,10 @@ def test_the_summary_names_what_failed(tmp_path, monkeypatch):
         "  tests.ops.test_gae::test_a x1: E  off by one",
     ]
     assert summary.lines(results, None) == ["facts: gb_s 4175"]
+
+
+def test_the_report_is_that_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(RUN.parent))
+    import report
+
+    assert (ROOT / "docs" / "gpu_measured.md").read_text() == report.document()

@@ -243,7 +243,11 @@ def failed_capture() -> None:
     found["memory_is_freed"] = torch.cuda.memory_reserved() < reserved
     found["randn_works"] = bool(torch.randn(4, device=DEVICE).isfinite().all())
     found["a_later_capture"] = graph_check.why_not(policy, cuda_graphs) or "works"
-    handle = policy.body.register_forward_pre_hook(lambda *_: x.sum().item())  # type: ignore[union-attr]
+
+    def waits(*_: Any) -> None:
+        x.sum().item()
+
+    handle = policy.body.register_forward_pre_hook(waits)  # type: ignore[union-attr]
     found["a_model_that_waits"] = graph_check.why_not(policy, cuda_graphs)
     handle.remove()
     found["and_then"] = graph_check.why_not(policy, cuda_graphs) or "works"

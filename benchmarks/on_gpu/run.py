@@ -169,7 +169,9 @@ def tests(run: Run, select: list[str], *, compile_kernels: bool) -> None:
     if compile_kernels and not run.cpu:
         beside["compile"] = run.script("time_ops", "--compile-only", "--budget=100")
     processes = {name: run.start(name, command) for name, command in beside.items()}
-    options = ["-q", "-p", "no:cacheprovider", "--timeout=100", "--maxfail=200"]
+    # a warning of another version of a library is no finding of this run
+    options = ["-q", "-W", "default", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+    options += ["--timeout=100", "--maxfail=200"]
     workers = ["-n", str(min(10, os.cpu_count() or 1)), "--dist=worksteal"]
     has_xdist = subprocess.run([PYTHON, "-c", "import xdist"], capture_output=True).returncode == 0
     options += workers if has_xdist else []

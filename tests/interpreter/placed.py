@@ -47,12 +47,16 @@ def guarded(tensor: Tensor, *, at_end: bool) -> Tensor:
 
 def far_apart(tensor: Tensor, row_stride: int) -> Tensor:
     """A copy of [N, V] with rows so many elements apart, in more memory than there is."""
-    num_rows, num_columns = tensor.shape
-    span = (num_rows - 1) * row_stride + num_columns
+    return spread(tensor, (row_stride, 1))
+
+
+def spread(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """A copy with these strides, in more memory than there is."""
+    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, strides, strict=True))
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
     memory = mmap.mmap(-1, span * tensor.element_size(), flags=flags)
     elements = torch.frombuffer(memory, dtype=tensor.dtype)
-    return elements.as_strided(tensor.shape, (row_stride, 1)).copy_(tensor)
+    return elements.as_strided(tensor.shape, strides).copy_(tensor)
 
 
 def filled(tensor: Tensor, number: float) -> Tensor:

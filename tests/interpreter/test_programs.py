@@ -12,7 +12,8 @@ from interpreted import (
     overflow_checked,
     variants,
 )
-from placed import far_apart
+from placed import far_apart, spread
+from torch import Tensor
 from triton_cases import CASES
 
 pytestmark = needs_interpreter
@@ -26,6 +27,12 @@ def test_programs_may_run_in_any_order(name, dtype):
         assert_same_bits(outputs(launcher, arguments), expected)
 
 
+def columns_far_apart(cache: Tensor) -> Tensor:
+    """A copy of [n, L, K, d] with columns, and rows, that start beyond what int32 counts."""
+    columns, size = cache.shape[1], cache.shape[3]
+    return spread(cache, (columns * 2**28, 2**28, size, 1))
+
+
 @pytest.mark.parametrize(("name", "dtype"), variants())
 def test_no_int32_overflows(name, dtype):
     launcher, arguments = CASES[name].prepare(example_of(CASES[name], dtype, aligned=True))
@@ -33,5 +40,7 @@ def test_no_int32_overflows(name, dtype):
     first, *others = arguments
     if name.startswith(("logprobs", "sample")):
         first = far_apart(first, 2**31 + first.shape[1])  # rows split alike at 16 bytes
+    if name.startswith("decode_attention"):
+        others = [columns_far_apart(x) if x.ndim == 4 else x for x in others[:2]] + others[2:]
     with overflow_checked():
         assert_same_bits(outputs(launcher, (first, *others)), expected)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from ppo_fast.ops import (
+    decode_attention,
     gae,
     kl_estimate,
     linear_logprobs,
@@ -151,3 +152,35 @@ def test_launchers_on_logits_never_look_at_a_value(dtype, monkeypatch):
     with stub_gpu(90) as launched:
         use_logits(meta, dtype, "auto")
     assert len(launched) >= 4
+
+
+def attend(make: Make, dtype: torch.dtype, impl: str) -> None:
+    """A decoding step's attention."""
+    query, lengths = make(B, 4, D, dtype=dtype), make(B, dtype=torch.int64)
+    keys, values = (make(B, 600, 2, D, dtype=dtype) for _ in range(2))
+    for window in (None, 5):
+        out = decode_attention(query, keys, values, lengths, scaling=0.3, window=window, impl=impl)
+        assert (out.shape, out.dtype, out.device) == (query.shape, dtype, query.device)
+
+
+@needs_triton
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_on_a_gpu_never_looks_at_a_value(dtype, impl):
+    with FakeTensorMode():
+        attend(fake_cuda, dtype, impl)
+
+
+def test_the_reference_of_attention_never_looks_at_a_value():
+    attend(meta, torch.float32, "reference")
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_launchers_of_attention_never_look_at_a_value(dtype, monkeypatch):
+    from stub_gpu import stub_gpu
+
+    monkeypatch.setitem(FASTEST, "meta", "triton")
+    with stub_gpu(90) as launched:
+        attend(meta, dtype, "auto")
+    assert len(launched) == 4

@@ -33,7 +33,16 @@ ATTEND = {
     (4, 32): Launch(64, 4, registers=128, num_stages=2),
     (4, 64): Launch(64, 4, registers=128, num_stages=2),
     (4, 128): Launch(32, 4, registers=128, num_stages=2),
-    (4, 256): Launch(16, 4, registers=128, num_stages=2),
+    (4, 256): Launch(16, 8, registers=128, num_stages=2),
+}
+# By the padded size, where rows do not start on 16 bytes, as in no usual cache: every number is
+# loaded alone, and takes registers.
+UNALIGNED = {
+    16: Launch(32, 4, registers=128),
+    32: Launch(32, 4, registers=128),
+    64: Launch(32, 4, registers=128),
+    128: Launch(16, 8, registers=128),
+    256: Launch(16, 8, registers=128),
 }
 COMBINE = Launch(16, 4, registers=96)  # chunks of a row at once
 
@@ -75,7 +84,7 @@ def decode_attention_kernel(
     HEAD_SIZE: tl.constexpr,
     SIZE: tl.constexpr,  # the power of two at or above it
     CHUNK: tl.constexpr,
-    ALIGNED: tl.constexpr,  # the strides are multiples of VEC
+    ALIGNED: tl.constexpr,  # the strides are multiples of VEC, and tensors start on 16 bytes
     VEC: tl.constexpr,
     WIDE: tl.constexpr,  # products of float32: the interpreter has none of bfloat16
     BLOCK: tl.constexpr,
@@ -123,6 +132,7 @@ def decode_attention_kernel(
     value_at = column.to(tl.int64)[:, None] * value_column + lane[None, :]
     scale = scaling * LOG2_E
 
+    key_column, value_column = key_column.to(tl.int64), value_column.to(tl.int64)
     maximum = tl.full([TILE], float("-inf"), tl.float32)
     total = tl.zeros([TILE], tl.float32)
     weighted = tl.zeros([TILE, SIZE], tl.float32)
@@ -227,13 +237,15 @@ def decode_attention(
     query_row = query.stride(0) if num_rows > 1 else 0
     key_strides, value_strides = _strides(keys), _strides(values)
     strides = (query_row, *key_strides, *value_strides)
+    starts = (x.data_ptr() % 16 for x in (query, keys, values))
+    is_aligned = not any(starts) and all(stride % vec == 0 for stride in strides)
     size = max(16, triton.next_power_of_2(head_size))
     seen = num_columns if window is None else window
     common = {"HEAD_SIZE": head_size, "SIZE": size, "CHUNK": CHUNK}
     launch(
         decode_attention_kernel,
         num_chunks * num_rows * num_kv_heads * triton.cdiv(group, TILE.value),
-        ATTEND[query.element_size(), size],
+        ATTEND[query.element_size(), size] if is_aligned else UNALIGNED[size],
         device,
         query,
         keys,
@@ -250,7 +262,7 @@ def decode_attention(
         *strides,
         scaling,
         GROUP=group,
-        ALIGNED=all(stride % vec == 0 for stride in strides),
+        ALIGNED=is_aligned,
         VEC=vec,
         WIDE=interpreted(),
         **common,
