@@ -48,6 +48,10 @@ versions = $(1)/bin/python -c "from importlib.metadata import version as v; impo
 	print('Python', sys.version.split()[0], *(p + ' ' + v(p) for p in sys.argv[1:]), sep=', ')" \
 	torch triton transformers peft tokenizers safetensors numpy tyro
 
+# Threads that wait do not spin: beside other work that takes tests four times as long. Read when torch
+# loads OpenMP.
+test quick oldest newest gpu-like triton-versions: export OMP_WAIT_POLICY ?= passive
+
 .DEFAULT_GOAL := help
 .PHONY: help install lock demo test quick oldest newest gpu-like compiled triton-versions sanitize \
 	bench baselines lint format

@@ -262,6 +262,7 @@ def test_after_an_error_that_ends_the_use_of_a_gpu_each_op_is_checked_in_a_proce
     assert "an illegal memory access" in out
 
 
+@pytest.mark.slow
 def test_a_check_in_a_process_of_its_own_says_what_it_found():
     assert doctor.check_in_own_process("gae", torch.device("meta")).ok is False
     broken = doctor.check_in_own_process("no such op", torch.device("cpu"))

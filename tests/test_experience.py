@@ -183,6 +183,7 @@ def test_the_order_of_the_batch_changes_nothing(rollout, critic):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("critic", ["head", "baseline"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("recorded", [True, False])

@@ -181,6 +181,7 @@ def test_bytes_are_those_of_the_floor(small):
     assert head["gpus"]["L4"]["products"] == pytest.approx(6 * 1024 * 64 * 8192 / 121e9, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_instructions_of_the_streaming_loop(small):
     """An exponential an element, and a few more."""
     for it in small["kernels"][0]["arch"].values():

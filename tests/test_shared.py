@@ -54,6 +54,7 @@ def lower_weights(model):
     return {p.data_ptr() for layer in layer_list(body)[:-1] for p in layer.parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [None, 2])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_and_values_from_the_trunk_are_those_of_whole_models(family, slots):

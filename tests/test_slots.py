@@ -13,6 +13,7 @@ from ppo_fast.language_model import LanguageModel
 from ppo_fast.rollout import Sampling, decode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_float64_a_rollout_depends_on_seeds_alone(family):
     """Not on slots, order, batch, or on how many prompts one pass computes."""

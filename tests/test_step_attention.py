@@ -40,6 +40,7 @@ def without_it(model, monkeypatch, **options):
         return sample(model, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [None, 3])
 @pytest.mark.parametrize("family", [*FAMILIES, "mistral"])
 def test_steps_draw_the_same(family, slots, monkeypatch):

@@ -47,6 +47,7 @@ int main() {
 """
 
 
+@pytest.mark.slow
 def test_same_bits_without_openmp(tmp_path):
     compiler = shutil.which("c++") or pytest.skip("no C++ compiler")
     (tmp_path / "driver.cpp").write_text(DRIVER)

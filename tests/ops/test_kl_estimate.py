@@ -186,6 +186,7 @@ def test_on_meta_tensors(estimator):
     assert kl_estimate(logprobs, ref, mask=mask, estimator=estimator).shape == (3, 5)
 
 
+@pytest.mark.slow
 @each_impl
 @each_estimator
 def test_compiled(impl, estimator):

@@ -57,6 +57,7 @@ def test_sizes_are_int64_and_numbers_float32(name):
                 assert type_of == ("fp32" if isinstance(value, float) else "i64"), argument
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aligned", [True, False])
 def test_logits_are_addressed_from_16_bytes_on(name, aligned):
     for dtype in CASES[name].dtypes:

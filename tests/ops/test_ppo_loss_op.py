@@ -79,6 +79,7 @@ def test_on_meta_tensors(aggregation):
     assert merge_stats(PPO_STATS, [out.metrics] * 2).shape == (len(PPO_STATS),)
 
 
+@pytest.mark.slow
 @each_impl
 def test_compiled_with_coefficients_that_change(impl):
     """Whole graph, same bits; a schedule of coefficients and normalizers does not recompile."""

@@ -62,6 +62,7 @@ def test_bounds_do_not_change_a_draw(instruction_set, kind, dtype):
         assert (tokens == values.argmax(-1)).float().mean() > 0.98
 
 
+@pytest.mark.slow
 def test_noise_of_every_token(instruction_set):
     """With logits -g, and a little more for one token: it is drawn where its noise is the
     reference's. Tokens of extreme words stand for the conversion of a word to a float."""
@@ -76,6 +77,7 @@ def test_noise_of_every_token(instruction_set):
     assert torch.equal(sample_tokens(logits, seeds, positions, impl="cpp").tokens, tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", TRUNCATIONS)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_row_has_the_same_bits_wherever_it_stands(options, dtype):

@@ -40,6 +40,7 @@ def test_targets_are_constants(impl):
     assert tensors["returns"].grad is None
 
 
+@pytest.mark.slow
 @each_impl
 @each_clip
 def test_on_meta_tensors_and_compiled(impl, clip):
