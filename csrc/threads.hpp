@@ -1,9 +1,9 @@
 // The threads that kernels share their work with.
 //
-// OpenMP's wait for one another at every turn, by spinning. Beside another busy process a thread may
-// not run for milliseconds, and all others would burn the processors that it needs. Here nobody
-// waits for a thread, only for work that one has begun: a thread that comes late finds less to do,
-// or nothing. Who waits spins for as long as others usually take, then sleeps.
+// OpenMP's threads wait for one another after every loop, and spin meanwhile. Beside another busy
+// process a thread may be stopped for milliseconds, and the others burn the processors that it needs.
+// Here nobody waits for a thread, only for work that it has begun: a thread that comes late finds less
+// to do, or nothing. A thread that waits spins for as long as others usually take, then sleeps.
 #pragma once
 
 #include <algorithm>
@@ -66,6 +66,10 @@ class Job {
   virtual void work() = 0;  // does what is left of it that can be begun
   virtual void wait() = 0;  // until all that was begun has ended
 };
+
+// Called by a thread between two pieces of work. Once in a while it offers its processor to whoever
+// else wants it, at a time when nobody waits for it; the system would take it amid a piece.
+void between_pieces();
 
 // Does all of a job: in this thread, and in up to `threads` - 1 others, as they come.
 void run(const std::shared_ptr<Job>& job, int threads);
