@@ -208,32 +208,21 @@ struct DecodeLayer {
     }
   }
 
-  void run([[maybe_unused]] int threads) const {
-    const Real* norms[] = {static_cast<const Real*>(args.attention_norm),
-                           static_cast<const Real*>(args.mlp_norm)};
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads) if (threads > 1)
-#endif
-    {
-      // every loop but the last ends in a barrier
-      each(n, [&](auto r) { rms_norm(x + r * hidden, norms[0], hidden, args.attention_eps, normed + r * hidden); });
-      each(blocks(q_outputs) + 2 * blocks(kv_outputs), [&](auto i) { qkv(i); });
-      each(n, [&](auto r) { place(r); });
-      each(n * args.num_kv_heads, [&](auto i) { attention(i); });
-      each(blocks(hidden), [&](auto i) { product(i, attended, args.o_weight, args.o_bias, q_outputs, hidden, x, y); });
-      each(n, [&](auto r) { rms_norm(y + r * hidden, norms[1], hidden, args.mlp_eps, normed + r * hidden); });
-      each(blocks(inner), [&](auto i) { gated(i); });
-      each(blocks(hidden), [&](auto i) { product(i, gate, args.down_weight, args.down_bias, inner, hidden, y, y); });
-    }
-  }
-
-  // f(i) for i in [0, count), shared out among the threads of the region; waits for all of them.
-  template <typename F>
-  static void each(std::int64_t count, F f) {
-#ifdef _OPENMP
-#pragma omp for schedule(dynamic, 1)
-#endif
-    for (std::int64_t i = 0; i < count; ++i) f(i);
+  void run(int threads) const {
+    const auto norm = [this](const Real* from, const void* weight, double eps) {
+      return Loop{n, 1, [=](std::int64_t r) {
+        rms_norm(from + r * hidden, static_cast<const Real*>(weight), hidden, eps, normed + r * hidden);
+      }};
+    };
+    run_loops(threads,
+        norm(x, args.attention_norm, args.attention_eps),
+        Loop{blocks(q_outputs) + 2 * blocks(kv_outputs), 1, [this](std::int64_t i) { qkv(i); }},
+        Loop{n, 1, [this](std::int64_t r) { place(r); }},
+        Loop{n * args.num_kv_heads, 1, [this](std::int64_t i) { attention(i); }},
+        Loop{blocks(hidden), 1, [this](std::int64_t i) { product(i, attended, args.o_weight, args.o_bias, q_outputs, hidden, x, y); }},
+        norm(y, args.mlp_norm, args.mlp_eps),
+        Loop{blocks(inner), 1, [this](std::int64_t i) { gated(i); }},
+        Loop{blocks(hidden), 1, [this](std::int64_t i) { product(i, gate, args.down_weight, args.down_bias, inner, hidden, y, y); }});
   }
 };
 

@@ -72,7 +72,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert in_package - extensions == sources
     assert {"ppo_fast/py.typed", "ppo_fast/_C.pyi", "ppo_fast/data/reviews.txt"} <= sources
     others = names - in_package
-    assert all(".dist-info/" in name for name in others), f"libgomp, csrc or tests? {others}"
+    assert all(".dist-info/" in name for name in others), f"csrc or tests? {others}"
     assert any(name.endswith("licenses/LICENSE") for name in others)
 
 
@@ -80,20 +80,16 @@ def test_wheel_runs_away_from_the_checkout(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
     code = """
-import pathlib, torch
+import torch
 import ppo_fast
 from ppo_fast.ops.gae import gae
 ones = torch.ones(64, 512)
 advantages = gae(ones, ones, gamma=0.5, lam=0.0, impl="cpp").advantages
 assert advantages[0].tolist() == [0.5] * 511 + [0.0]
 print(ppo_fast.__file__)
-maps = pathlib.Path("/proc/self/maps")
-if maps.exists():
-    print(*{line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line})
 """
-    file, *libgomps = run_python(code, tmp_path / "installed", tmp_path)
+    (file,) = run_python(code, tmp_path / "installed", tmp_path)
     assert Path(file) == tmp_path / "installed" / "ppo_fast" / "__init__.py"
-    assert len(libgomps) <= 1, "torch and the extension each run a pool of threads"
 
 
 def test_without_the_extension(tmp_path):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ppo_fast.forwards import replaced_forwards
 from ppo_fast.language_model import LanguageModel
+from ppo_fast.ops.cpus import num_threads
 from ppo_fast.ops.dispatch import choose
 from ppo_fast.ops.launch import DTYPE_CODES, address
 from ppo_fast.rollout.slots import SlotCache
@@ -145,6 +146,6 @@ class _StepForward:
                 rows * (hidden_size + 2 * (self._q_size + self._kv_size + self._inner)), x
             ).data_ptr(),
             num_rows=rows,
-            num_threads=torch.get_num_threads(),
+            num_threads=num_threads(),
         )
         return y

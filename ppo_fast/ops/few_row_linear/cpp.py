@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ppo_fast.ops.cpus import num_threads
 from ppo_fast.ops.launch import DTYPE_CODES, address, vouched, vouched_or_none
 
 
@@ -28,6 +29,6 @@ def few_row_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         num_inputs=num_inputs,
         num_outputs=num_outputs,
         weight_stride=weight.stride(0),
-        num_threads=torch.get_num_threads(),
+        num_threads=num_threads(),
     )
     return y

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ppo_fast.ops.cpus import num_threads
 from ppo_fast.ops.launch import DTYPE_CODES, address, vouched, vouched_or_none
 
 
@@ -43,6 +44,6 @@ def gae(
         returns=address(returns),
         num_rows=num_rows,
         num_steps=num_steps,
-        num_threads=torch.get_num_threads(),
+        num_threads=num_threads(),
     )
     return advantages, returns

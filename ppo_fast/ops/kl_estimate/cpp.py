@@ -7,6 +7,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from ppo_fast.ops.cpus import num_threads
 from ppo_fast.ops.kl_estimate.api import KLEstimator
 from ppo_fast.ops.launch import DTYPE_CODES, address, vouched, vouched_or_none
 
@@ -36,6 +37,6 @@ def kl_estimate(
         estimate=address(estimate),
         slope=address(slope) if with_slope else 0,
         num_tokens=logprobs.numel(),
-        num_threads=torch.get_num_threads(),
+        num_threads=num_threads(),
     )
     return estimate, slope

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ppo_fast.ops.cpus import num_threads
 from ppo_fast.ops.launch import DTYPE_CODES, address, empty, vouched, vouched_or_none
 
 # What the last-level cache holds between the product that writes a tile and the kernel that reads
@@ -47,7 +48,7 @@ class _Head(NamedTuple):
             "scale": self.scale,
             "softcap": self.softcap,
             "temperature": self.temperature,
-            "num_threads": torch.get_num_threads(),
+            "num_threads": num_threads(),
         }
 
 

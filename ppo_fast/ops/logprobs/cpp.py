@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ppo_fast.ops.cpus import num_threads
 from ppo_fast.ops.launch import (
     DTYPE_CODES,
     address,
@@ -38,7 +39,7 @@ def logprobs_forward(
         logprobs=address(logprobs),
         entropy=address(entropy) if with_entropy else 0,
         stats=address(stats),
-        num_threads=torch.get_num_threads(),
+        num_threads=num_threads(),
     )
     return logprobs, entropy, stats
 
@@ -76,7 +77,7 @@ def logprobs_backward(
         grad_logprobs=address(grad_logprobs),
         grad_entropy=address(grad_entropy),
         grad_logits=address(grad_logits),
-        num_threads=torch.get_num_threads(),
+        num_threads=num_threads(),
     )
     return grad_logits
 

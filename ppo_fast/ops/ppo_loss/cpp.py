@@ -8,6 +8,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from ppo_fast.ops.cpus import num_threads
 from ppo_fast.ops.kl_estimate.api import KLEstimator
 from ppo_fast.ops.launch import DTYPE_CODES, address, vouched, vouched_or_none
 from ppo_fast.ops.ppo_loss.api import Aggregation
@@ -74,6 +75,6 @@ def ppo_loss(
         grad_entropy=address(gradients) + gradient_bytes if num_gradients > 1 else 0,
         num_rows=num_rows,
         num_steps=num_steps,
-        num_threads=torch.get_num_threads(),
+        num_threads=num_threads(),
     )
     return loss, stats, gradients

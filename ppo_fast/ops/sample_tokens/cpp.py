@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ppo_fast.ops.cpus import num_threads
 from ppo_fast.ops.launch import DTYPE_CODES, address, vouched
 
 
@@ -43,6 +44,6 @@ def sample_tokens(
         tokens=address(tokens),
         logprobs=address(logprobs),
         sampling_logprobs=address(sampling_logprobs),
-        num_threads=torch.get_num_threads(),
+        num_threads=num_threads(),
     )
     return tokens, logprobs, sampling_logprobs

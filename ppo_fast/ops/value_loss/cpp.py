@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ppo_fast.ops.cpus import num_threads
 from ppo_fast.ops.launch import DTYPE_CODES, address, vouched
 from ppo_fast.ops.stats import VALUE_STATS
 
@@ -48,6 +49,6 @@ def value_loss(
         grad_values=address(gradients) if num_gradients > 0 else 0,
         num_rows=shape[0],
         num_steps=shape[1],
-        num_threads=torch.get_num_threads(),
+        num_threads=num_threads(),
     )
     return loss, stats, gradients

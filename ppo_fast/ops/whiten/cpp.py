@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ppo_fast.ops.cpus import num_threads
 from ppo_fast.ops.launch import DTYPE_CODES, address, vouched
 
 
@@ -26,7 +27,7 @@ def whiten(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         scale=address(scale),
         num_rows=shape[0],
         num_steps=shape[1],
-        num_threads=torch.get_num_threads(),
+        num_threads=num_threads(),
     )
     return whitened, scale
 
@@ -50,6 +51,6 @@ def whiten_backward(grad_whitened: Tensor, whitened: Tensor, mask: Tensor, scale
         grad_values=address(grad_values),
         num_rows=shape[0],
         num_steps=shape[1],
-        num_threads=torch.get_num_threads(),
+        num_threads=num_threads(),
     )
     return grad_values

@@ -1,0 +1,77 @@
+// The threads that kernels share their work with.
+//
+// OpenMP's threads wait for one another after every loop, and spin meanwhile. Beside another busy
+// process a thread may be stopped for milliseconds, and the others burn the processors that it needs.
+// Here nobody waits for a thread, only for work that it has begun: a thread that comes late finds less
+// to do, or nothing. A thread that waits spins for as long as others usually take, then sleeps.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <limits>
+#include <memory>
+#include <mutex>
+
+namespace ppo_fast {
+
+// Where threads wait for a change that other threads make.
+class Waiting {
+ public:
+  // Until ready(), which reads atomics alone.
+  template <typename Ready>
+  void until(Ready ready) {
+    const auto end = std::chrono::steady_clock::now() + kSpin;
+    do {
+      for (int i = 0; i < 16; ++i) {
+        if (ready()) return;
+        relax();
+      }
+    } while (std::chrono::steady_clock::now() < end);
+    std::unique_lock<std::mutex> lock(mutex_);
+    ++sleepers_;  // before the look at what it waits for: see wake
+    changed_.wait(lock, ready);
+    --sleepers_;
+  }
+
+  // After the change: wakes up to `count` threads that sleep.
+  void wake(int count = std::numeric_limits<int>::max()) {
+    if (sleepers_ == 0) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (int i = std::min<int>(count, sleepers_); i > 0; --i) changed_.notify_one();
+  }
+
+ private:
+  static constexpr std::chrono::microseconds kSpin{50};
+
+  static void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+
+  std::atomic<int> sleepers_{0};
+  std::mutex mutex_;
+  std::condition_variable changed_;
+};
+
+// Work that several threads can do together. It may outlive its caller: then none of it is left,
+// and work() must touch nothing but the job itself.
+class Job {
+ public:
+  virtual ~Job() = default;
+  virtual void work() = 0;  // does what is left of it that can be begun
+  virtual void wait() = 0;  // until all that was begun has ended
+};
+
+// Called by a thread between two pieces of work. Once in a while it offers its processor to whoever
+// else wants it, at a time when nobody waits for it; the system would take it amid a piece.
+void between_pieces();
+
+// Does all of a job: in this thread, and in up to `threads` - 1 others, as they come.
+void run(const std::shared_ptr<Job>& job, int threads);
+
+}  // namespace ppo_fast

@@ -1,0 +1,73 @@
+"""How many threads the C++ kernels get."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+import torch
+
+from ppo_fast.ops import cpus
+
+
+@pytest.fixture
+def usable(monkeypatch):
+    """usable(allowed=..., quota=...): usable_cpus of a process with those limits."""
+
+    def usable(allowed: int, quota: float) -> int:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(allowed)), raising=False)
+        monkeypatch.setattr(cpus, "cgroup_quotas", lambda: iter([math.inf, quota]))
+        return cpus.usable_cpus.__wrapped__()
+
+    return usable
+
+
+@pytest.mark.parametrize(
+    ("allowed", "quota", "expected"),
+    [(8, math.inf, 8), (8, 2.0, 2), (8, 2.5, 3), (2, 5.0, 2), (8, 0.1, 1)],
+)
+def test_affinity_and_quota_bound_the_threads(usable, allowed, quota, expected):
+    assert usable(allowed, quota) == expected
+
+
+@pytest.mark.parametrize(("torchs", "expected"), [(1, 1), (3, 3), (4, 3)])
+def test_never_more_than_torchs(monkeypatch, torchs, expected):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: torchs)
+    monkeypatch.setattr(cpus, "usable_cpus", lambda: 3)
+    assert cpus.num_threads() == expected
+
+
+def quotas(root, files):
+    for path, text in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(text)
+    return list(cpus.cgroup_quotas(root))
+
+
+def test_quotas_of_cgroups_version_2(tmp_path):
+    """A group has none, the one around it has one; the mount's own is the container's."""
+    files = {
+        "proc/self/cgroup": "0::/user.slice/run.scope\n",
+        "sys/fs/cgroup/user.slice/run.scope/cpu.max": "max 100000\n",
+        "sys/fs/cgroup/user.slice/cpu.max": "150000 100000\n",
+        "sys/fs/cgroup/cpu.max": "400000 100000\n",
+        "sys/fs/cpu.max": "1 100000\n",  # outside the mount
+    }
+    assert quotas(tmp_path, files) == [1.5, 4.0]
+
+
+def test_quotas_of_cgroups_version_1(tmp_path):
+    """A container: its path is that on the host, and the mount shows the group itself."""
+    files = {
+        "proc/self/cgroup": "5:memory:/docker/ab\n4:cpu,cpuacct:/docker/ab\n3:cpuset:/docker/ab\n",
+        "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "50000\n",
+        "sys/fs/cgroup/cpu/cpu.cfs_period_us": "25000\n",
+    }
+    assert quotas(tmp_path, files) == [2.0]
+    files["sys/fs/cgroup/cpu/cpu.cfs_quota_us"] = "-1\n"
+    assert quotas(tmp_path, files) == []
+
+
+def test_no_cgroups(tmp_path):
+    assert quotas(tmp_path, {}) == []
