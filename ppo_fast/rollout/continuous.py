@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -45,6 +46,11 @@ class TransformersEngine:
         self.model: Any = model
         self.eos_ids, self.pad_id = list(eos_ids), pad_id
         self.config = config or ContinuousBatchingConfig()
+        if not hasattr(self.config, "seed"):  # nor does it sample as it is told to there
+            raise RuntimeError(
+                f"TransformersEngine: transformers {version('transformers')} cannot seed "
+                "generate_batch; use a newer one, or the trainer's own engine"
+            )
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, *, seeds: Tensor
