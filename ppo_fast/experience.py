@@ -190,11 +190,12 @@ def select_trunk(trunk: TrunkStates | None, tokens: Tokens, rows: Tensor) -> Ten
 
 def computes_in_float32(policy: LanguageModel) -> bool:
     """Whether decoding and the update compute in full float32, hence agree to rounding."""
+    weight = next(policy.model.parameters())
     return (
-        policy.dtype in (torch.float32, torch.float64)
+        weight.dtype in (torch.float32, torch.float64)
         and policy.compute_dtype is None
-        and not torch.is_autocast_enabled(policy.device.type)
-        and not uses_tf32(policy.device)
+        and not torch.is_autocast_enabled(weight.device.type)
+        and not uses_tf32(weight.device)
     )
 
 

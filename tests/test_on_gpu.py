@@ -85,6 +85,6 @@ def test_the_summary_names_what_failed(tmp_path, monkeypatch):
 
 def test_the_report_is_that_of_the_results(monkeypatch):
     monkeypatch.syspath_prepend(str(RUN.parent))
-    import report
+    import write_report
 
-    assert (ROOT / "docs" / "gpu_measured.md").read_text() == report.document()
+    assert (ROOT / "docs" / "gpu_measured.md").read_text() == write_report.document()

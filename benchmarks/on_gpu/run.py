@@ -98,10 +98,10 @@ class Run:
             file.write(json.dumps({"stage": stage, **found}, default=str) + "\n")
 
     def start(self, name: str, command: list[str]) -> subprocess.Popen[bytes]:
-        log = (self.work / f"{name}.log").open("wb")
-        return subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=self.environment
-        )
+        with (self.work / f"{name}.log").open("wb") as log:
+            return subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=self.environment
+            )
 
     def stage(self, name: str, most: float, command: list[str]) -> int:
         """Run ``command`` for at most ``most`` seconds, or what is left; its exit code."""

@@ -1,6 +1,6 @@
 """Write docs/gpu_measured.md from the results of runs on a GPU.
 
-python benchmarks/on_gpu/report.py
+python benchmarks/on_gpu/write_report.py
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def document() -> str:
     lines = [
         "# Measured on a GPU",
         "",
-        "Written by `python benchmarks/on_gpu/report.py` from what `python benchmarks/on_gpu/run.py"
+        "Written by `python benchmarks/on_gpu/write_report.py` from what `python benchmarks/on_gpu/run.py"
         "` found on one machine ([results](../benchmarks/results)). The first run came before "
         "what it taught was mended.",
         "",
