@@ -8,6 +8,8 @@ import warnings
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tiny_models import FAMILIES, tiny_config, tiny_model
 from torch import Tensor, nn
 from transformers import (
@@ -90,7 +92,11 @@ def test_attention_is_looked_up_at_every_call(family):
 @pytest.mark.parametrize(("family", "extra"), [("gemma2", "softcap"), ("gpt_oss", "s_aux")])
 def test_what_some_models_add_to_attention(family, extra):
     assert extra in internals.ATTENTION_EXTRAS
-    assert extra in handed_to_attention(llama_like(family))[0]
+    try:
+        handed = handed_to_attention(llama_like(family))
+    except NotImplementedError:
+        pytest.skip("PyTorch 2.8 has no product of GPT-OSS's experts on the CPU")
+    assert extra in handed[0]
 
 
 def test_the_window_of_attention_is_handed_to_it():
@@ -323,6 +329,8 @@ def test_products_of_gpt2_are_conv1d():
 
 def test_generate_batch_numbers_its_requests_and_says_what_it_did():
     config = internals.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    if Version(transformers.__version__) < Version("5.12"):
+        pytest.skip("TransformersEngine refuses versions without seeds")
     assert hasattr(config, "seed")
     assert hasattr(config, "return_logprobs")
     config.return_logprobs = True
