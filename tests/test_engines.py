@@ -32,7 +32,10 @@ def of_transformers(model, eos_ids=()):
     return TransformersEngine(model, eos_ids=list(eos_ids), pad_id=PAD_ID, config=SMALL)
 
 
-each_engine = pytest.mark.parametrize("make", [local, of_transformers])
+needs_seeds = pytest.mark.skipif(not hasattr(SMALL, "seed"), reason="generate_batch has no seed")
+each_engine = pytest.mark.parametrize(
+    "make", [local, pytest.param(of_transformers, marks=needs_seeds)]
+)
 
 
 def responses(rollout):
@@ -119,6 +122,7 @@ def test_weights_are_synchronised(make):
     assert responses(found) == responses(expected)
 
 
+@needs_seeds
 def test_a_copy_takes_the_policys_weights():
     policy, copy = tiny_model("llama", seed=3), tiny_model("llama")
     engine = of_transformers(copy)
@@ -133,10 +137,17 @@ def test_a_local_engine_has_one_model():
         local(tiny_model("llama")).sync_weights(tiny_model("llama"))
 
 
+@needs_seeds
 @pytest.mark.parametrize("option", [{"min_new_tokens": 2}, {"stop_strings": ("x",)}])
 def test_what_transformers_cannot_do_is_refused(option):
     with pytest.raises(ValueError, match=f"{next(iter(option))}: TransformersEngine has none"):
         of_transformers(tiny_model("llama")).generate(IDS, Sampling(3, **option), seeds=SEEDS)
+
+
+@pytest.mark.skipif(hasattr(SMALL, "seed"), reason="generate_batch has a seed")
+def test_a_transformers_without_seeds_is_refused():
+    with pytest.raises(RuntimeError, match="TransformersEngine needs transformers"):
+        of_transformers(tiny_model("llama"))
 
 
 def test_a_model_without_generate_batch_is_refused():
