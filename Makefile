@@ -48,10 +48,6 @@ versions = $(1)/bin/python -c "from importlib.metadata import version as v; impo
 	print('Python', sys.version.split()[0], *(p + ' ' + v(p) for p in sys.argv[1:]), sep=', ')" \
 	torch triton transformers peft tokenizers safetensors numpy tyro
 
-# Threads that wait do not spin: beside other work that takes tests four times as long. Read when torch
-# loads OpenMP.
-test quick oldest newest gpu-like triton-versions: export OMP_WAIT_POLICY ?= passive
-
 .DEFAULT_GOAL := help
 .PHONY: help install lock demo test quick oldest newest gpu-like compiled triton-versions sanitize \
 	bench baselines lint format
@@ -76,6 +72,11 @@ lock: ## constraints.txt anew, with the newest of everything but torch and trito
 		--report .venv-lock/model.json $(SMOLLM2)
 	.venv-lock/bin/python .ci/lock.py .venv-lock/all.json .venv-lock/model.json > .venv-lock/new.txt
 	mv .venv-lock/new.txt constraints.txt
+
+# torch's threads spin for milliseconds at the end of every parallel region (300000 turns), also while
+# another process has the processor of the thread that they wait for. So many: about 0.1 ms. OpenMP
+# reads this when torch is loaded. Threads of ours do not need it (csrc/threads.hpp).
+demo test quick oldest newest gpu-like triton-versions: export GOMP_SPINCOUNT ?= 4000
 
 demo: $(SET_UP) ## train a real model to write kinder film reviews
 	$(BIN)/ppo-fast demo

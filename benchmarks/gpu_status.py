@@ -33,7 +33,7 @@ TESTS = {
         "tests/test_doctor.py",
         "tests/test_graphs.py",
         "tests/test_cli.py::test_env_lists_every_op_and_why",
-        "tests/test_cli.py::test_env_says_which_path_a_head_takes",
+        "tests/test_cli.py::test_env_says_which_fast_paths_a_policy_can_take",
     ],
     "interpreted": ["--triton", "tests/ops"],
 }

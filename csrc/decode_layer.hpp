@@ -208,21 +208,29 @@ struct DecodeLayer {
     }
   }
 
-  void run(int threads) const {
+  void run(int num_threads) const {
     const auto norm = [this](const Real* from, const void* weight, double eps) {
       return Loop{n, 1, [=](std::int64_t r) {
-        rms_norm(from + r * hidden, static_cast<const Real*>(weight), hidden, eps, normed + r * hidden);
+        const std::int64_t row = r * hidden;
+        rms_norm(from + row, static_cast<const Real*>(weight), hidden, eps, normed + row);
       }};
     };
-    run_loops(threads,
-        norm(x, args.attention_norm, args.attention_eps),
-        Loop{blocks(q_outputs) + 2 * blocks(kv_outputs), 1, [this](std::int64_t i) { qkv(i); }},
-        Loop{n, 1, [this](std::int64_t r) { place(r); }},
-        Loop{n * args.num_kv_heads, 1, [this](std::int64_t i) { attention(i); }},
-        Loop{blocks(hidden), 1, [this](std::int64_t i) { product(i, attended, args.o_weight, args.o_bias, q_outputs, hidden, x, y); }},
-        norm(y, args.mlp_norm, args.mlp_eps),
-        Loop{blocks(inner), 1, [this](std::int64_t i) { gated(i); }},
-        Loop{blocks(hidden), 1, [this](std::int64_t i) { product(i, gate, args.down_weight, args.down_bias, inner, hidden, y, y); }});
+    const auto out = [this](std::int64_t i) {
+      product(i, attended, args.o_weight, args.o_bias, q_outputs, hidden, x, y);
+    };
+    const auto down = [this](std::int64_t i) {
+      product(i, gate, args.down_weight, args.down_bias, inner, hidden, y, y);
+    };
+    const std::int64_t weights = hidden * (2 * q_outputs + 2 * kv_outputs + 3 * inner);
+    run_loops(useful_threads(product_cost(weights, n), num_threads),
+              norm(x, args.attention_norm, args.attention_eps),
+              Loop{blocks(q_outputs) + 2 * blocks(kv_outputs), 1, [this](std::int64_t i) { qkv(i); }},
+              Loop{n, 1, [this](std::int64_t r) { place(r); }},
+              Loop{n * args.num_kv_heads, 1, [this](std::int64_t i) { attention(i); }},
+              Loop{blocks(hidden), 1, out},
+              norm(y, args.mlp_norm, args.mlp_eps),
+              Loop{blocks(inner), 1, [this](std::int64_t i) { gated(i); }},
+              Loop{blocks(hidden), 1, down});
   }
 };
 

@@ -35,6 +35,11 @@ constexpr std::int64_t kTileRows = 4;
 // Outputs that a thread takes at a time: their weights are in a cache when the next rows come.
 constexpr std::int64_t kOutputsAtATime = 8 * kTileOutputs;
 
+// Nanoseconds: a multiplication takes 1/20, the reading of a weight 1/4.
+inline std::int64_t product_cost(std::int64_t num_weights, std::int64_t num_rows) {
+  return num_weights * std::max<std::int64_t>(num_rows, 5) / 20;
+}
+
 // Every product is summed in the same order, whatever the tile: a row's bits do not depend on
 // which rows come with it.
 template <typename Real, int Outputs, int Rows>
@@ -140,9 +145,7 @@ inline void few_row_linear(const FewRowLinearArgs& args, int num_threads) {
       x = widened.data();
     }
     const std::int64_t blocks = (args.num_outputs + kOutputsAtATime - 1) / kOutputsAtATime;
-    // a multiplication takes 1/20 ns, the reading of a weight 1/4
-    const std::int64_t cost =
-        kOutputsAtATime * args.num_inputs * std::max<std::int64_t>(args.num_rows, 5) / 20;
+    const std::int64_t cost = product_cost(kOutputsAtATime * args.num_inputs, args.num_rows);
     parallel_for(blocks, cost, num_threads, [&](std::int64_t i) {
       const std::int64_t first = i * kOutputsAtATime;
       some_outputs<T>(args, x, first, std::min(first + kOutputsAtATime, args.num_outputs));

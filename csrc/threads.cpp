@@ -16,23 +16,7 @@ namespace {
 // destroyed.
 class Pool {
  public:
-  void between_pieces() {
-  // Shorter than the slice of time after which Linux stops a thread (1.4 ms on two processors), and
-  // longer than any piece: a thread that has not been here for kStopped was stopped or asleep.
-  constexpr std::chrono::microseconds kTurn{1000}, kStopped{500};
-  using Clock = std::chrono::steady_clock;
-  static thread_local Clock::time_point began, before;
-  auto now = Clock::now();
-  if (now - before > kStopped) {
-    began = now;
-  } else if (now - began > kTurn) {
-    std::this_thread::yield();
-    began = now = Clock::now();
-  }
-  before = now;
-}
-
-void run(const std::shared_ptr<Job>& job, int helpers) {
+  void run(const std::shared_ptr<Job>& job, int helpers) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       start(helpers);

@@ -21,7 +21,7 @@ def print_environment(console: Console, policy: str | None = None) -> None:
     yet go through the check of their first use.
 
     Args:
-        policy: a model directory or name; its LM head is then checked too.
+        policy: a model directory or name; the fast paths that it can take are then checked too.
     """
     from ppo_fast.transformers_internals import why_no_add_adapter
 
@@ -45,7 +45,7 @@ def print_environment(console: Console, policy: str | None = None) -> None:
     if reason := why_no_add_adapter():
         console.print(f"adapters: {reason}")
     if policy is not None:
-        console.print(f"LM head of {policy}: {_head_path(policy)}")
+        console.print(_fast_paths(policy, device))
 
 
 def main_device() -> torch.device:
@@ -79,13 +79,23 @@ def _triton_kernels(device: torch.device) -> str:
     return f"checked on this GPU: {', '.join([right, *(f'{op} wrong' for op in wrong)])}"
 
 
-def _head_path(policy: str) -> str:
+def _fast_paths(policy: str, device: torch.device) -> Table:
     from transformers import AutoModelForCausalLM
 
     from ppo_fast.language_model import LanguageModel
+    from ppo_fast.rollout.fast_paths import fast_paths
 
-    model = LanguageModel(AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32))
-    return f"{'fused' if model.fused else 'ordinary'} path ({model.reason})"
+    raw = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).to(device)
+    try:
+        model, no_trunk = LanguageModel(raw, num_layers_unfrozen=1), None
+    except ValueError as error:
+        model, no_trunk = LanguageModel(raw), str(error)
+    table = Table("fast path", "can be taken", "why not", "what that costs", title=policy)
+    for path in fast_paths(model):
+        why_not = no_trunk if path.name == "frozen trunk" else path.why_not
+        cost = "" if path.in_force else path.cost
+        table.add_row(path.name, "yes" if path.in_force else "no", why_not or "", cost)
+    return table
 
 
 def _instruction_set() -> str:

@@ -26,7 +26,12 @@ from ppo_fast.ops.gradient import computed_in
 from ppo_fast.ops.linear_logprobs.api import LOGITS_BUDGET_BYTES
 from ppo_fast.precision import HALF, computing_in, uses_tf32
 from ppo_fast.tokens import Tokens
-from ppo_fast.transformers_internals import cache_argument, logit_scale, softcap
+from ppo_fast.transformers_internals import (
+    attention_of,
+    cache_argument,
+    logit_scale,
+    softcap,
+)
 from ppo_fast.trunk import Split, run
 
 # Largest difference between the two paths, relative to the largest logit, that rounding explains.
@@ -65,6 +70,7 @@ class LanguageModel:
     Attributes:
         fused: whether log-probs come from hidden states and the LM head.
         reason: why (not).
+        fused_differs: whether the reason is that log-probs would be others.
 
     Raises:
         ValueError: ``num_layers_unfrozen`` is not below the number of layers, or the model cannot
@@ -90,6 +96,7 @@ class LanguageModel:
         self._cache_argument = cache_argument(model)
         k = num_layers_unfrozen
         self.split = None if k is None else Split(self.body, k)
+        self.fused_differs = False
         reason = self._fused_fails()
         self.fused = reason is None
         self.reason = reason or "the body's states times the LM head equal the model's logits"
@@ -247,8 +254,11 @@ class LanguageModel:
                 return f"the base_model of {type(self.model).__name__} returns no last_hidden_state"
             found = self._shape(nn.functional.linear(states, *self._head_weights()).float())
         real = probe.attention_mask.bool()
+        if found[real].isnan().any() or expected[real].isnan().any():
+            raise nan_error(self)
         difference = (found - expected)[real].abs().max() / expected[real].abs().max()
         if not difference <= self._tolerance(self.head.weight.dtype):
+            self.fused_differs = True
             return f"the body's states times the LM head differ from the logits by {difference:.1e}"
         return None
 
@@ -263,6 +273,8 @@ class LanguageModel:
         assert whole is not None
         assert split is not None
         real = probe.attention_mask.bool()
+        if whole[real].isnan().any() or split[real].isnan().any():
+            raise nan_error(self)
         difference = ((whole - split)[real].abs().max() / whole[real].abs().max()).item()
         tolerance = self._tolerance(whole.dtype)
         return None if difference <= tolerance else f"its states differ by {difference:.1e}"
@@ -277,6 +289,21 @@ def tolerance(dtype: torch.dtype, device: torch.device) -> float:
     if dtype == torch.float32 and uses_tf32(device):
         return TF32_TOLERANCE
     return HEAD_TOLERANCE.get(dtype, HALF_TOLERANCE)
+
+
+def nan_error(model: LanguageModel) -> ValueError:
+    """What to say where a few tokens gave NaN."""
+    for name, weight in model.model.named_parameters():
+        if not torch.isfinite(weight).all():
+            return ValueError(f"policy_model: its weight {name} holds NaN or infinite numbers")
+    own = attention_of(model.text_config)
+    other = "sdpa" if own == "eager" else "eager"
+    float16 = ", or float16 overflowed" if model.dtype == torch.float16 else ""
+    return ValueError(
+        f"policy_model: attention gave NaN for a few tokens of {type(model.model).__name__}, whose "
+        f"weights are finite{float16} (attn_implementation={own!r}, {model.dtype} on "
+        f"{model.device}); load it with attn_implementation={other!r}"
+    )
 
 
 def logprobs_of_both(

@@ -5,7 +5,6 @@ prompts --rollout--> Rollout --make_experience--> Experience --update--> metrics
 
 from __future__ import annotations
 
-import logging
 import time
 import warnings
 from collections.abc import Sequence
@@ -36,8 +35,6 @@ from ppo_fast.rollout import Engine, LocalEngine, Rollout, eos_ids
 from ppo_fast.spec_methods import SpecMethods
 from ppo_fast.training import TrainingLoop
 from ppo_fast.update import Learner
-
-logger = logging.getLogger(__name__)
 
 # Rounding stays far below this: between decoding with a cache and one pass over all tokens in
 # float32; in half precision between two passes whose batches differ (0.07 was seen on an H200).
@@ -140,8 +137,6 @@ class PPOTrainer(SpecMethods, TrainingLoop):
             critic, self.policy, value_model, self.config, self.device
         )
         self.reward_split = construction.put_on_trunk(reward_model, self.policy)
-        path = "fused" if self.policy.fused else "ordinary"
-        logger.info("log-probs of policy_model: %s path (%s)", path, self.policy.reason)
         construction.check_shared_weights(policy_model, value_model, reward_model, self.critic)
         self.engine = engine or self._local_engine()
         self.policy_optimizer = self._adamw(policy_model, self.config.learning_rate)

@@ -189,6 +189,17 @@ def attention_set_to(name: str, config: Any) -> Iterator[None]:
 # Other
 
 
+def why_no_continuous_batching() -> str | None:
+    """Why ``generate_batch`` is of no use; None: it is. Before 5.9 its settings had no seed, and it
+    drew from all tokens whatever ``top_k`` and ``top_p`` were."""
+    if hasattr(ContinuousBatchingConfig(), "seed"):
+        return None
+    return (
+        "TransformersEngine needs transformers >= 5.9, which draws by a seed and by top_k: found "
+        f"{version('transformers')}; update it, or use the trainer's own engine"
+    )
+
+
 def in_order_of_requests(outputs: dict[str, Any]) -> list[Any]:
     """What ``generate_batch`` returned, in the order of its inputs: it numbers the requests so, in
     names that end in _0, _1 ..., and returns them as they finish."""

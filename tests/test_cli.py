@@ -415,7 +415,10 @@ def test_env_lists_every_op_and_why(capsys, monkeypatch):
         assert why
 
 
-def test_env_says_which_path_a_head_takes(place, capsys, monkeypatch):
+def test_env_says_which_fast_paths_a_policy_can_take(place, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     main(["env", "--policy", "model"])
-    assert "LM head of model: fused path" in flat(capsys.readouterr().out)
+    out = flat(capsys.readouterr().out)
+    for path in ("fused LM head", "frozen trunk", "products of few rows"):
+        assert re.search(f"{path} │ yes │", out)
+    assert re.search("([0-9]+) of \\1 layers fused │ yes │", out)

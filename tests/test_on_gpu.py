@@ -13,12 +13,16 @@ ROOT = Path(__file__).parents[1]
 RUN = ROOT / "benchmarks" / "on_gpu" / "run.py"
 
 
+def findings(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
 def dry_run(out: Path, *options: str) -> tuple[str, list[dict]]:
     """What was printed, and the findings."""
     command = [sys.executable, str(RUN), "--cpu", f"--out={out}", "--seconds=500", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stderr
-    return done.stdout, [json.loads(x) for x in (out / "results.jsonl").read_text().splitlines()]
+    return done.stdout, findings(out)
 
 
 @pytest.mark.slow
@@ -50,8 +54,7 @@ def test_a_stage_that_hangs_or_fails_stops_no_other(tmp_path, monkeypatch):
     assert run.stage("hangs", 8.0, [sys.executable, "-c", "import time; time.sleep(60)"]) == 124
     assert run.stage("fails", 20.0, [sys.executable, "-c", "print('a word'); 1 / 0"]) == 1
     assert run.stage("works", 20.0, [sys.executable, "-c", "pass"]) == 0
-    lines = (tmp_path / "results.jsonl").read_text().splitlines()
-    found = [json.loads(line) for line in lines]
+    found = findings(tmp_path)
     assert [(line["name"], line["rc"]) for line in found] == [
         ("hangs", 124),
         ("fails", 1),

@@ -34,9 +34,9 @@ def state_of(model):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_which_layers_are_fused(family):
     model = LanguageModel(tiny_model(family, layers=3))
-    with fused_layers(model) as count:
-        assert count == FUSED[family]
-    assert layers_can_be_fused(model) == (count > 0)
+    with fused_layers(model) as layers:
+        assert len(layers) == FUSED[family]
+    assert layers_can_be_fused(model) == (len(layers) > 0)
 
 
 def test_a_layer_with_more_than_meets_the_eye_is_not_fused():
@@ -45,8 +45,8 @@ def test_a_layer_with_more_than_meets_the_eye_is_not_fused():
     sizes |= {"num_key_value_heads": 2, "intermediate_size": 131, "vocab_size": 307}
     config = AutoConfig.for_model("granite", residual_multiplier=0.5, **sizes)
     model = LanguageModel(AutoModelForCausalLM.from_config(config).eval())
-    with fused_layers(model) as count:
-        assert count == 2, "by its structure it could be"
+    with fused_layers(model) as layers:
+        assert len(layers) == 2, "by its structure it could be"
     assert not layers_can_be_fused(model)
 
 
@@ -63,14 +63,14 @@ def test_what_somebody_changed_is_left_alone(what):
         raw.bfloat16()
     if what == "bias of a norm":
         layer.input_layernorm.bias = torch.nn.Parameter(torch.zeros(64))
-    with fused_layers(LanguageModel(raw)) as count:
-        assert count == (0 if what == "half" else 1)
+    with fused_layers(LanguageModel(raw)) as layers:
+        assert len(layers) == (0 if what == "half" else 1)
 
 
 def test_nothing_is_fused_under_autocast():
     model = LanguageModel(tiny_model("llama"))
-    with torch.autocast("cpu", dtype=torch.bfloat16), fused_layers(model) as count:
-        assert count == 0
+    with torch.autocast("cpu", dtype=torch.bfloat16), fused_layers(model) as layers:
+        assert len(layers) == 0
         with few_row_products(model.model):
             assert "forward" not in vars(model.model.lm_head)
 
@@ -80,8 +80,8 @@ def test_a_body_without_a_list_of_layers_decodes_as_it_is():
     expected = decode(LanguageModel(raw), **ONE)
     raw.model.layers = torch.nn.ModuleList([*raw.model.layers, torch.nn.Identity()])
     model = LanguageModel(raw)
-    with fused_layers(model) as count:
-        assert count == 0
+    with fused_layers(model) as layers:
+        assert len(layers) == 0
     assert torch.equal(decode(model, **ONE).tokens.response_ids, expected.tokens.response_ids)
 
 

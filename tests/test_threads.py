@@ -55,6 +55,20 @@ int main() {
 }
 """
 
+A_SLOW_THREAD = r"""
+int main() {
+  std::atomic<int> begun{0}, ended{0};
+  const auto slow = [&](std::int64_t i) {
+    ++begun;
+    while (begun < 2) std::this_thread::yield();  // in two threads
+    for (int turn = 0; i == 1 && turn < 1000; ++turn) std::this_thread::yield();
+    ++ended;
+  };
+  const auto after = [&](std::int64_t) { expect(ended == 2, "the loop before has ended"); };
+  run_loops(2, Loop{std::int64_t(2), 1, slow}, Loop{std::int64_t(2), 1, after});
+}
+"""
+
 A_STUCK_THREAD = r"""
 int main() {
   std::atomic<int> begun{0};
@@ -152,6 +166,10 @@ def run(tmp_path_factory):
 @pytest.mark.parametrize("sanitizer", [[], ["-fsanitize=thread"]], ids=["plain", "tsan"])
 def test_same_results_for_any_number_of_callers_and_threads(run, sanitizer):
     run(MANY_CALLERS, *sanitizer)
+
+
+def test_a_loop_begins_when_the_one_before_it_has_ended(run):
+    run(A_SLOW_THREAD)
 
 
 def test_nobody_waits_for_a_thread_that_does_not_come(run):

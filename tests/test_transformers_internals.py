@@ -8,8 +8,6 @@ import warnings
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from tiny_models import FAMILIES, tiny_config, tiny_model
 from torch import Tensor, nn
 from transformers import (
@@ -23,9 +21,14 @@ from transformers import (
 
 from ppo_fast import transformers_internals as internals
 from ppo_fast.language_model import LanguageModel
+from ppo_fast.rollout import TransformersEngine
 from ppo_fast.trunk import layer_list
 
 IDS = torch.tensor([[5, 6, 7, 8]])
+needs_continuous_batching = pytest.mark.skipif(
+    internals.why_no_continuous_batching() is not None,
+    reason=str(internals.why_no_continuous_batching()),
+)
 each_family = pytest.mark.parametrize("family", FAMILIES)
 LLAMA_LIKE = ["llama", "qwen2", "qwen3", "mistral", "smollm3"]
 each_llama_like = pytest.mark.parametrize("family", LLAMA_LIKE)
@@ -327,11 +330,15 @@ def test_products_of_gpt2_are_conv1d():
     assert layer.attn.c_attn.weight.shape == (64, 3 * 64)
 
 
+def test_an_older_generate_batch_is_refused(monkeypatch):
+    monkeypatch.setattr(internals, "ContinuousBatchingConfig", object)
+    with pytest.raises(RuntimeError, match=r"^TransformersEngine needs transformers >= 5\.9"):
+        TransformersEngine(tiny_model("llama"), eos_ids=[], pad_id=1)
+
+
+@needs_continuous_batching
 def test_generate_batch_numbers_its_requests_and_says_what_it_did():
     config = internals.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
-    if Version(transformers.__version__) < Version("5.12"):
-        pytest.skip("TransformersEngine refuses versions without seeds")
-    assert hasattr(config, "seed")
     assert hasattr(config, "return_logprobs")
     config.return_logprobs = True
     prompts = [[5, 6, 7], [8], [9, 10]]

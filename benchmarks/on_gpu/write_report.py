@@ -217,9 +217,9 @@ def document() -> str:
     lines = [
         "# Measured on a GPU",
         "",
-        "Written by `python benchmarks/on_gpu/write_report.py` from what `python benchmarks/on_gpu/run.py"
-        "` found on one machine ([results](../benchmarks/results)). The first run came before "
-        "what it taught was mended.",
+        "Written by `python benchmarks/on_gpu/write_report.py` from what "
+        "`python benchmarks/on_gpu/run.py` found on one machine ([results](../benchmarks/results))."
+        " The first run came before what it taught was mended.",
         "",
         *machine(now),
         "## Values",

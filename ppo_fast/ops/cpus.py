@@ -31,9 +31,9 @@ def cgroup_quotas(root: Path = Path("/")) -> Iterator[float]:
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, group = line.split(":", 2)
         if controllers == "":  # version 2
-            mount, names = root / "sys/fs/cgroup", ("cpu.max",)
+            mount, names = root / "sys/fs/cgroup", ["cpu.max"]
         elif "cpu" in controllers.split(","):
-            mount, names = root / "sys/fs/cgroup/cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+            mount, names = root / "sys/fs/cgroup/cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
         else:
             continue
         # In a container the mount may be that of the group itself, and `group` the whole path.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -13,7 +12,11 @@ from transformers import GenerationConfig
 from ppo_fast.rollout.rollout import Rollout
 from ppo_fast.rollout.sampling import Sampling
 from ppo_fast.tokens import make_tokens
-from ppo_fast.transformers_internals import ContinuousBatchingConfig, in_order_of_requests
+from ppo_fast.transformers_internals import (
+    ContinuousBatchingConfig,
+    in_order_of_requests,
+    why_no_continuous_batching,
+)
 
 
 class TransformersEngine:
@@ -28,6 +31,9 @@ class TransformersEngine:
         eos_ids: ids that end a response.
         pad_id: what stands at padded places.
         config: transformers' settings of its cache and batches; None: its defaults.
+
+    Raises:
+        RuntimeError: transformers is older than 5.9.
     """
 
     def __init__(
@@ -46,11 +52,8 @@ class TransformersEngine:
         self.model: Any = model
         self.eos_ids, self.pad_id = list(eos_ids), pad_id
         self.config = config or ContinuousBatchingConfig()
-        if not hasattr(self.config, "seed"):  # nor does it sample as it is told to there
-            raise RuntimeError(
-                f"TransformersEngine: transformers {version('transformers')} cannot seed "
-                "generate_batch; use a newer one, or the trainer's own engine"
-            )
+        if (reason := why_no_continuous_batching()) is not None:
+            raise RuntimeError(reason)
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, *, seeds: Tensor

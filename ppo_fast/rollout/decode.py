@@ -17,7 +17,7 @@ from ppo_fast.ops import Sampled, logprobs_from_logits, sample_tokens
 from ppo_fast.rollout.checks import layers_can_be_fused, steps_can_attend
 from ppo_fast.rollout.few_rows import few_row_products
 from ppo_fast.rollout.graphs import Capture, Steps
-from ppo_fast.rollout.layers import fused_layers
+from ppo_fast.rollout.layers import StepForward, fused_layers
 from ppo_fast.rollout.prompts import Prompt, PromptBatch, Prompts
 from ppo_fast.rollout.rollout import Rollout
 from ppo_fast.rollout.sampling import Sampling, Stops
@@ -84,7 +84,9 @@ def decode(
         # on the CPU, where fused layers more than make up for the copies
         merged_adapters(model.model) if model.device.type == "cpu" else nullcontext(),
         # which looks for layers as they are
-        fused_layers(model) if layers_can_be_fused(model) else nullcontext(0) as fused,
+        fused_layers(model)
+        if layers_can_be_fused(model)
+        else nullcontext[list[StepForward]]([]) as fused,
         step_attention(model) if steps_can_attend(model) else nullcontext() as attends,
         few_row_products(model.model),
         model.recording_trunk() as trunk,
@@ -109,7 +111,7 @@ def decode(
             prompt_tokens,
             pad_id,
             trunk,
-            fused=fused == model.text_config.num_hidden_layers,
+            fused=len(fused) == model.text_config.num_hidden_layers,
         )
         decoding.admit(prompts)
         while decoding.running:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_fast.language_model import LanguageModel
 from ppo_fast.rollout.decode import decode
+from ppo_fast.rollout.fast_paths import log_fast_paths
 from ppo_fast.rollout.graph_check import capture_for
 from ppo_fast.rollout.rollout import Rollout
 from ppo_fast.rollout.sampling import Sampling
@@ -82,7 +83,8 @@ class LocalEngine:
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, *, seeds: Tensor
     ) -> Rollout:
-        return decode(
+        capture = capture_for(self.model) if self.cuda_graphs else None
+        rollout = decode(
             self.model,
             prompt_ids,
             sampling,
@@ -94,8 +96,10 @@ class LocalEngine:
             to_text=self.to_text,
             keep_states=self.keep_states,
             whole_trunk=self.whole_trunk,
-            capture=capture_for(self.model) if self.cuda_graphs else None,
+            capture=capture,
         )
+        log_fast_paths(self.model, cuda_graphs=self.cuda_graphs)
+        return rollout
 
     def sync_weights(self, model: nn.Module) -> None:
         if model is not self.model.model:

@@ -16,17 +16,23 @@ from ppo_fast.ops.few_row_linear.api import MOST_ROWS
 from ppo_fast.ops.few_row_linear.cpp import few_row_linear
 
 
+def why_no_few_row_products(model: nn.Module) -> str | None:
+    """Why products of few rows, and layers (layers.py), have no kernel; None: they have one."""
+    device = next(model.parameters()).device
+    if device.type != "cpu":
+        return f"the model is on {device}"
+    if torch.is_autocast_enabled("cpu"):
+        return "under autocast"
+    choice = choose("few_row_linear", "auto", device)
+    return None if choice.impl == "cpp" else f"{choice.impl} operations: {choice.reason}"
+
+
 @contextmanager
 def few_row_products(model: nn.Module) -> Iterator[None]:
     """For the block, the ``nn.Linear`` layers of a model on the CPU compute few rows by
     ``few_row_linear``. Hooks stay in force. Layers of other classes, layers whose forward somebody
     replaced, and all of them under autocast or without the compiled extension, stay as they are."""
-    device = next(model.parameters()).device
-    if (
-        device.type != "cpu"
-        or torch.is_autocast_enabled("cpu")
-        or choose("few_row_linear", "auto", device).impl != "cpp"
-    ):
+    if why_no_few_row_products(model) is not None:
         yield
         return
     layers = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]

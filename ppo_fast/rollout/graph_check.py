@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable
 from weakref import WeakKeyDictionary
@@ -15,14 +14,12 @@ from ppo_fast.rollout.decode import decode
 from ppo_fast.rollout.graphs import Capture, as_it_is, cuda_graphs, first_line, never_waiting
 from ppo_fast.rollout.sampling import Sampling
 
-logger = logging.getLogger(__name__)
-
 # More prompts than slots, of lengths of their own: rows come, move and go between replays.
 PROMPTS = ((1, 5, 2, 7), (4,), (2, 8, 5), (6, 3), (9, 9))
 MAX_LENGTHS = (7, 16, 3, 9, 12)
 SLOTS = 4
 
-_graphs: WeakKeyDictionary[LanguageModel, bool] = WeakKeyDictionary()
+_graphs: WeakKeyDictionary[LanguageModel, str | None] = WeakKeyDictionary()
 
 
 # By type of device: how steps are captured, and how they run when they are about to be.
@@ -37,14 +34,19 @@ def capture_for(model: LanguageModel) -> Capture | None:
     captures = CAPTURES.get(model.device.type)
     if captures is None:
         return None
+    if model not in _graphs and (reason := why_no_graphs(model)) is not None:
+        warnings.warn(f"decoding runs without CUDA graphs: {reason}", stacklevel=2)
+    return captures(model.device) if _graphs[model] is None else None
+
+
+def why_no_graphs(model: LanguageModel) -> str | None:
+    """Why steps are not captured; None: they are. Remembered."""
+    captures = CAPTURES.get(model.device.type)
+    if captures is None:
+        return f"the model is on {model.device}"
     if model not in _graphs:
-        reason = why_not(model, captures)
-        _graphs[model] = reason is None
-        if reason is None:
-            logger.info("decoding steps are captured as CUDA graphs")
-        else:
-            warnings.warn(f"decoding runs without CUDA graphs: {reason}", stacklevel=2)
-    return captures(model.device) if _graphs[model] else None
+        _graphs[model] = why_not(model, captures)
+    return _graphs[model]
 
 
 def why_not(model: LanguageModel, captures: Callable[[torch.device], Capture]) -> str | None:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ppo_fast.forwards import replaced_forwards
 from ppo_fast.language_model import LanguageModel
 from ppo_fast.ops.cpus import num_threads
-from ppo_fast.ops.dispatch import choose
 from ppo_fast.ops.launch import DTYPE_CODES, address
+from ppo_fast.rollout.few_rows import why_no_few_row_products
 from ppo_fast.rollout.slots import SlotCache
 from ppo_fast.transformers_internals import (
     SLIDING,
@@ -54,40 +54,54 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 @contextmanager
-def fused_layers(model: LanguageModel) -> Iterator[int]:
+def fused_layers(model: LanguageModel) -> Iterator[list[StepForward]]:
     """For the block, the layers of a model that qualify take rows of SlotCache as one call each;
-    hooks on a layer stay in force. Gives their number. None under autocast."""
-    forwards = [(layer, _StepForward(layer, window)) for layer, window in _layers(model)]
+    hooks on a layer stay in force. Gives what stands in for them. None under autocast."""
+    candidates = [] if why_no_layer_is_fused(model) else _layers(model)
+    forwards = [
+        (layer, StepForward(layer, window))
+        for layer, window in candidates
+        if why_not_fused(layer) is None
+    ]
     with replaced_forwards(forwards):
-        yield len(forwards)
+        yield [forward for _, forward in forwards]
+
+
+def why_not_all_are_fused(model: LanguageModel) -> str | None:
+    """What keeps a layer of ``model``, or all of them, from being fused; None: nothing does."""
+    if (reason := why_no_layer_is_fused(model)) is not None:
+        return reason
+    reasons = [why_not_fused(layer) for layer, _ in _layers(model)]
+    return next((f"layer {i}: {reason}" for i, reason in enumerate(reasons) if reason), None)
+
+
+def why_no_layer_is_fused(model: LanguageModel) -> str | None:
+    if (reason := why_no_few_row_products(model.model)) is not None:
+        return reason
+    if model.body is None:
+        return "the model's body cannot be told from its head"
+    try:
+        layer_list(model.body)
+    except ValueError:  # a body of another shape decodes as it is
+        return f"{type(model.body).__name__} has no list of its layers"
+    return None
 
 
 def _layers(model: LanguageModel) -> list[tuple[nn.Module, int]]:
-    """Those that qualify, each with the window of its attention (0: none)."""
-    if (
-        model.body is None
-        or model.device.type != "cpu"
-        or torch.is_autocast_enabled("cpu")
-        or choose("few_row_linear", "auto", model.device).impl != "cpp"
-    ):
-        return []
+    """Each with the window of its attention (0: none)."""
     kinds = layer_types(model.text_config)
-    try:
-        layers = list(layer_list(model.body))
-    except ValueError:  # a body of another shape decodes as it is
-        return []
     windows = [model.text_config.sliding_window if kind == SLIDING else 0 for kind in kinds]
-    pairs = zip(layers, windows, strict=True)
-    return [(layer, window) for layer, window in pairs if why_not_fused(layer) is None]
+    return list(zip(layer_list(model.body), windows, strict=True))
 
 
-class _StepForward:
-    """What stands in for a layer's forward: the kernel for a step of SlotCache, else its own."""
+class StepForward:
+    """What stands in for a layer's forward: the kernel for a step of SlotCache, else its own.
+    ``calls`` counts the kernel's."""
 
     def __init__(self, layer: Any, window: int) -> None:
         from ppo_fast import _C
 
-        self._layer, self._cache_argument = layer, cache_argument(layer)
+        self._layer, self._cache_argument, self.calls = layer, cache_argument(layer), 0
         read = read_llama_layer(layer)
         self._index, size = read.cache_index, read.head_size
         self._q_size, self._kv_size, self._inner = (
@@ -123,6 +137,7 @@ class _StepForward:
                 self._layer, hidden_states, *args, position_embeddings=position_embeddings, **kwargs
             )
         assert position_embeddings is not None
+        self.calls += 1
         lengths, x = cache.lengths, hidden_states.contiguous()
         room = cache.layers[self._index]
         rows, _, hidden_size = x.shape

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ppo_fast import _C
 from ppo_fast.language_model import LanguageModel
+from ppo_fast.ops import cpus
 from ppo_fast.rollout.few_rows import few_row_products
 from ppo_fast.rollout.layers import fused_layers
 from ppo_fast.rollout.slots import SlotCache, step_arguments
@@ -91,9 +92,9 @@ def test_fused_layers_are_the_models_own(make, window, dtype, isa):
         cache._scratch = None
         arguments = step_arguments(lm, cache, tokens, lengths, int(lengths.max()) + 1)
         if patched:
-            with fused_layers(lm) as count:
+            with fused_layers(lm) as layers:
                 states = lm.next(**arguments).states
-            assert count == 3
+            assert [layer.calls for layer in layers] == [1, 1, 1]
         else:
             states = lm.next(**arguments).states
         return [states, *(x for layer in cache.layers for x in (layer.keys, layer.values))]
@@ -112,9 +113,10 @@ def test_fused_layers_are_the_models_own(make, window, dtype, isa):
 
 
 @torch.no_grad()
-def test_a_rows_bits_depend_on_the_row_alone():
+def test_a_rows_bits_depend_on_the_row_alone(monkeypatch):
     """Not on which rows come with it, or on the number of threads."""
-    model = LanguageModel(llama())
+    monkeypatch.setattr(cpus, "usable_cpus", lambda: 7)
+    model = LanguageModel(llama(intermediate_size=2048))  # work for several threads
     tokens = torch.tensor([3, 300, 41, 41, 7])
 
     def step(rows, threads):
