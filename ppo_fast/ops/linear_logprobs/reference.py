@@ -53,6 +53,6 @@ def _head_logits(
 
 def _without_autocast(device: torch.device) -> torch.autocast | nullcontext[None]:
     """Autocast would compute the product in half precision."""
-    if not torch.amp.is_autocast_available(device.type):
+    if device.type == "meta":  # has none; to ask torch whether does not compile in PyTorch 2.8
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
