@@ -46,6 +46,7 @@ class TableModel:
 
     split = None
     compute_dtype = None
+    dtype = torch.float32
     model = torch.nn.Linear(1, 1)
 
     def shares_head_with(self, other: object) -> bool:

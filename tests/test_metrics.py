@@ -121,7 +121,7 @@ def shown(**console):
 def test_plain_lines_off_a_terminal():
     text = shown(width=40)
     assert "\x1b" not in text
-    first, second = text.splitlines()
+    first, second = text.rstrip().splitlines()  # rich before 15 ends with an empty line
     assert first.startswith("step   7  reward +0.250  KL   1.50/seq  clip 0.125  entropy 5.00")
     assert "  50 tok/s" in first, "tokens over the seconds of the rollout"
     assert "rollout 2.0s experience 0.5s update 1.0s" in first

@@ -95,7 +95,11 @@ def test_attention_is_looked_up_at_every_call(family):
 @pytest.mark.parametrize(("family", "extra"), [("gemma2", "softcap"), ("gpt_oss", "s_aux")])
 def test_what_some_models_add_to_attention(family, extra):
     assert extra in internals.ATTENTION_EXTRAS
-    assert extra in handed_to_attention(llama_like(family))[0]
+    try:
+        handed = handed_to_attention(llama_like(family))
+    except NotImplementedError:
+        pytest.skip("PyTorch 2.8 has no product of GPT-OSS's experts on the CPU")
+    assert extra in handed[0]
 
 
 def test_the_window_of_attention_is_handed_to_it():
