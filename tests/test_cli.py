@@ -419,6 +419,6 @@ def test_env_says_which_fast_paths_a_policy_can_take(place, capsys, monkeypatch)
     monkeypatch.setenv("COLUMNS", "200")
     main(["env", "--policy", "model"])
     out = flat(capsys.readouterr().out)
-    for path in ("fused LM head", "frozen trunk", "products of few rows"):
-        assert re.search(f"{path} │ yes │", out)
-    assert re.search("([0-9]+) of \\1 layers fused │ yes │", out)
+    for path in ("fused LM head", "1 of 1 layers fused", "products of few rows"):
+        assert f"{path} yes" in out
+    assert "frozen trunk no num_layers_unfrozen: got 1" in out, "its one layer is all that there is"
