@@ -73,10 +73,8 @@ lock: ## constraints.txt anew, with the newest of everything but torch and trito
 	.venv-lock/bin/python .ci/lock.py .venv-lock/all.json .venv-lock/model.json > .venv-lock/new.txt
 	mv .venv-lock/new.txt constraints.txt
 
-# torch's threads spin for milliseconds at the end of every parallel region (300000 turns), also while
-# another process has the processor of the thread that they wait for. So many: about 0.1 ms. OpenMP
-# reads this when torch is loaded. Threads of ours do not need it (csrc/threads.hpp).
-demo test quick oldest newest gpu-like triton-versions: export GOMP_SPINCOUNT ?= 4000
+# The number is that of ppo_fast/__init__.py: the tests load torch before it.
+test quick oldest newest gpu-like triton-versions: export GOMP_SPINCOUNT ?= 4000
 
 demo: $(SET_UP) ## train a real model to write kinder film reviews
 	$(BIN)/ppo-fast demo

@@ -1,5 +1,12 @@
 """ppo_fast: PPO for language models with a fast core."""
 
+import os
+
+# How long torch's OpenMP threads spin before they sleep, about 0.1 ms: by default it is some
+# milliseconds, also while another process has the processor of the thread that they wait for. Read
+# when torch is loaded; where it is loaded already, this changes nothing.
+os.environ.setdefault("GOMP_SPINCOUNT", "4000")
+
 from importlib.metadata import PackageNotFoundError, version
 
 from ppo_fast.config import PPOConfig

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -182,3 +185,14 @@ def test_a_forked_process_has_threads_of_its_own(run):
 
 def test_kernels_give_the_same_bits_on_any_number_of_threads(run):
     run(TWO_KERNELS, str(CSRC / "kernels.cpp"), "-ffp-contract=off", "-fopenmp-simd")
+
+
+def test_openmp_spins_briefly_where_the_package_is_imported_before_torch():
+    environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
+    command = [sys.executable, "-c", "import ppo_fast"]
+    environment |= {"OMP_DISPLAY_ENV": "verbose"}  # it says what it has read when it is loaded
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    spins = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
+    if not spins:
+        pytest.skip("torch has another OpenMP here")
+    assert set(spins) == {"4000"}
