@@ -56,7 +56,6 @@ class Loops final : public Job {
       const std::int64_t last = std::min(first + at_a_time, count);
       for (std::int64_t i = first; i < last; ++i) f(i);
       if (ended.fetch_add(last - first) + last - first == count) waiting_.wake();
-      between_pieces();
     }
   }
 

@@ -66,22 +66,6 @@ std::atomic<Pool*> pool = [] {
 
 }  // namespace
 
-void between_pieces() {
-  // Shorter than the slice of time after which Linux stops a thread (1.4 ms on two processors), and
-  // longer than any piece: a thread that has not been here for kStopped was stopped or asleep.
-  constexpr std::chrono::microseconds kTurn{1000}, kStopped{500};
-  using Clock = std::chrono::steady_clock;
-  static thread_local Clock::time_point began, before;
-  auto now = Clock::now();
-  if (now - before > kStopped) {
-    began = now;
-  } else if (now - began > kTurn) {
-    std::this_thread::yield();
-    began = now = Clock::now();
-  }
-  before = now;
-}
-
 void run(const std::shared_ptr<Job>& job, int threads) {
   if (threads > 1) pool.load()->run(job, threads - 1);
   job->work();

@@ -67,10 +67,6 @@ class Job {
   virtual void wait() = 0;  // until all that was begun has ended
 };
 
-// Called by a thread between two pieces of work. Once in a while it offers its processor to whoever
-// else wants it, at a time when nobody waits for it; the system would take it amid a piece.
-void between_pieces();
-
 // Does all of a job: in this thread, and in up to `threads` - 1 others, as they come.
 void run(const std::shared_ptr<Job>& job, int threads);
 
