@@ -96,6 +96,7 @@ def test_a_prompt_that_all_but_fills_the_context(family):
     assert greedy(model, prompts, max_length=3) == generated(model, prompts, max_length=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [2, 5])
 def test_layers_that_see_a_window(window):
     """Gemma 2 has such layers beside ordinary ones; Qwen 2's are fused into one call."""

@@ -55,6 +55,7 @@ def test_greedy_tokens_are_the_models(make):
     engine.close()
 
 
+@pytest.mark.slow
 @each_engine
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7}, {"top_k": 20}, {"top_p": 0.8}])
 def test_sampling_logprobs_are_of_the_distribution_drawn_from(make, sampling):
@@ -98,6 +99,7 @@ def test_stop_token_ids_end_a_response(make):
         assert finished == (response[-1] in ENDS)
 
 
+@pytest.mark.slow
 @each_engine
 def test_equal_seeds_give_equal_responses(make):
     model = tiny_model("llama")
@@ -109,6 +111,7 @@ def test_equal_seeds_give_equal_responses(make):
     assert first != other
 
 
+@pytest.mark.slow
 @each_engine
 def test_weights_are_synchronised(make):
     model = tiny_model("llama")

@@ -190,6 +190,7 @@ def test_instructions_of_the_streaming_loop(small):
         assert 5 < it["instructions"] < 25
 
 
+@pytest.mark.slow
 def test_printed_tables_say_computed(small):
     console = Console(file=StringIO(), width=200)
     gpu_report.show(small, console)
@@ -200,6 +201,7 @@ def test_printed_tables_say_computed(small):
     assert all(text.count(gpu) >= 2 for gpu in GPUS)
 
 
+@pytest.mark.slow
 def test_main_writes_the_report(small, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu_report, "compute", lambda progress: small)
     monkeypatch.setattr(gpu_report, "RESULT", tmp_path / "gpu_computed.json")

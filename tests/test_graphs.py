@@ -47,6 +47,7 @@ def test_a_recording_holds_numbers_as_they_were():
             waits()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [None, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_replayed_steps_draw_the_same(family, slots):

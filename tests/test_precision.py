@@ -108,6 +108,7 @@ def test_half_precision_weights_alone_are_refused():
 # The algorithm
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:critic='baseline'")
 @storage
 @pytest.mark.parametrize(("critic", "k"), WAYS)

@@ -26,6 +26,7 @@ def gpt2(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_spec_usage(gpt2, capsys):
     text = EXAMPLE.read_text("utf-8")
     # 100 steps take many minutes, even of this model: two show the same

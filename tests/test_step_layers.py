@@ -89,6 +89,7 @@ class Raised(BaseException):
     """As KeyboardInterrupt is: no Exception."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("error", [None, ValueError, Raised])
 @pytest.mark.parametrize("training", [True, False])

@@ -166,27 +166,33 @@ def run(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", [[], ["-fsanitize=thread"]], ids=["plain", "tsan"])
 def test_same_results_for_any_number_of_callers_and_threads(run, sanitizer):
     run(MANY_CALLERS, *sanitizer)
 
 
+@pytest.mark.slow
 def test_a_loop_begins_when_the_one_before_it_has_ended(run):
     run(A_SLOW_THREAD)
 
 
+@pytest.mark.slow
 def test_nobody_waits_for_a_thread_that_does_not_come(run):
     run(A_STUCK_THREAD)
 
 
+@pytest.mark.slow
 def test_a_forked_process_has_threads_of_its_own(run):
     run(FORKED)
 
 
+@pytest.mark.slow
 def test_kernels_give_the_same_bits_on_any_number_of_threads(run):
     run(TWO_KERNELS, str(CSRC / "kernels.cpp"), "-ffp-contract=off", "-fopenmp-simd")
 
 
+@pytest.mark.slow
 def test_openmp_spins_briefly_where_the_package_is_imported_before_torch():
     environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
     command = [sys.executable, "-c", "import ppo_fast"]

@@ -282,6 +282,7 @@ def test_results_carry_no_gradient(impl):
     assert not out.sampling_logprobs.requires_grad
 
 
+@pytest.mark.slow
 @IMPLS
 @pytest.mark.parametrize("options", [{}, {"top_k": 5, "top_p": 0.9, "temperature": 0.7}])
 def test_compiles_as_one_graph(impl, options):

@@ -67,10 +67,15 @@ def _policy_loss(
     token finite, so that its gradient is 0 and not 0 * inf.
     """
     low, high = clip
-    log_dual = None if dual_clip is None else math.log(dual_clip)
-    gain = log_ratio.clamp(max=math.log1p(high))
-    harm = log_ratio.clamp(min=math.log1p(-low), max=log_dual)
+    log_dual = math.inf if dual_clip is None else math.log(dual_clip)
+    gain = _clamp(log_ratio, -math.inf, math.log1p(high))
+    harm = _clamp(log_ratio, math.log1p(-low), log_dual)
     return -advantages * torch.exp(torch.where(advantages >= 0, gain, harm))
+
+
+def _clamp(x: Tensor, low: float, high: float) -> Tensor:
+    """With the gradient of x on a bound too, where that of torch.clamp is 0 since PyTorch 2.14."""
+    return torch.where((x >= low) & (x <= high), x, x.detach().clamp(low, high))
 
 
 def _aggregate(
