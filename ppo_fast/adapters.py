@@ -30,19 +30,21 @@ def body_of(model: nn.Module) -> nn.Module:
     return getattr(base, "base_model", base)
 
 
-def adapted_layers(model: nn.Module) -> Iterator[Adapted]:
+def adapted_layers(model: nn.Module) -> list[Adapted]:
     """The layers of ``model`` that have an adapter."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if hasattr(child, "base_layer") and hasattr(child, "merge"):
-                yield Adapted(parent, name, child)
+    return [
+        Adapted(parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if hasattr(child, "base_layer") and hasattr(child, "merge")
+    ]
 
 
 def without_new_adapters(model: nn.Module) -> nn.Module:
     """``model``, its own layers put back in place of those with adapters, if all of these are as
     LoRA starts (Hu et al. 2021, section 4.1): B = 0, so that they change nothing. An adapter that
     was trained before stays."""
-    adapted = list(adapted_layers(model))
+    adapted = adapted_layers(model)
     if not adapted or not all(_adds_nothing(place.layer) for place in adapted):
         return model
     for parent, name, layer in adapted:

@@ -46,6 +46,7 @@ class MemoryPlan:
     trunk: its activations for a batch.
     cache: keys and values of a rollout.
     copies: of weights, for a rollout: in compute_dtype; on the CPU with adapters merged.
+    kept_rollout: the part of cache and copies that stays during the update (kept_rollout_bytes).
     activations: what autograd keeps of one microbatch, without logits.
     logits: tiles of the LM head that are kept for the backward pass.
     """
@@ -58,6 +59,7 @@ class MemoryPlan:
     trunk: int
     cache: int
     copies: int
+    kept_rollout: int
     activations: int
     logits: int
 
@@ -65,7 +67,7 @@ class MemoryPlan:
     def peak(self) -> int:
         """The most at one time: gradients and activations come when the rollout is done."""
         held = self.policy + self.reference + self.value_function + self.optimizer + self.trunk
-        update = self.gradients + self.activations + self.logits
+        update = self.gradients + self.activations + self.logits + self.kept_rollout
         return held + max(self.cache + self.copies, update)
 
 
@@ -116,6 +118,9 @@ def plan_memory(
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     slots = min(config.rollout_slots or batch_size, batch_size)
     per_token = 2 * len(layer_types(text)) * kv_heads * head_size
+    cache = computed * per_token * slots * length
+    keeps = device == "cuda" and config.cuda_graphs and not adapted_layers(policy)
+    most = config.kept_rollout_bytes if keeps else 0
     return MemoryPlan(
         policy=_bytes(policy.parameters()),
         reference=0 if reference is None else _bytes(_own(reference, policy)),
@@ -126,8 +131,9 @@ def plan_memory(
         else max(_bytes(_trained(policy.parameters())), _bytes(valued)),
         optimizer=2 * FLOAT * _count(trained) + rounded,
         trunk=0 if k is None else kept * batch_size * length * text.hidden_size,
-        cache=computed * per_token * slots * length,
+        cache=cache,
         copies=copies,
+        kept_rollout=sum(size for size in (cache, copies) if size <= most),
         activations=activations,
         logits=min(FLOAT * rows * config.max_length * text.vocab_size, config.logits_budget_bytes),
     )

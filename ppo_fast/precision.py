@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ppo_fast.transformers_internals import Conv1D
 
@@ -45,16 +45,37 @@ def hold_products_in(dtype: torch.dtype, model: nn.Module, *, without: nn.Module
             module.weight.data = module.weight.data.to(dtype)
 
 
-@contextmanager
-def weights_in(dtype: torch.dtype | None, model: nn.Module) -> Iterator[None]:
-    """For the block, float32 weights are copies in ``dtype``, so that no step casts them anew;
-    None: they are as they are."""
-    cast = [p for p in model.parameters() if dtype is not None and p.dtype == torch.float32]
-    held = [parameter.data for parameter in cast]
-    try:
-        for parameter in cast:
-            parameter.data = parameter.data.to(dtype)
-        yield
-    finally:
-        for parameter, data in zip(cast, held, strict=True):
-            parameter.data = data
+class WeightCopies:
+    """Copies of float32 weights in another dtype, so that no decoding step casts them anew.
+
+    Args:
+        dtype: of the copies; None: none are made.
+        kept_bytes: copies of at most this size in all stay for the next use, at their addresses.
+    """
+
+    def __init__(self, dtype: torch.dtype | None, kept_bytes: int = 0) -> None:
+        self.dtype, self.kept_bytes = dtype, kept_bytes
+        self._kept: dict[nn.Parameter, Tensor] = {}
+
+    @contextmanager
+    def in_use(self, model: nn.Module) -> Iterator[None]:
+        """For the block, the model's float32 weights are replaced by copies."""
+        cast = [p for p in model.parameters() if self.dtype and p.dtype == torch.float32]
+        held = [parameter.data for parameter in cast]
+        copies, self._kept = self._kept, {}
+        try:
+            for parameter in cast:
+                parameter.data = self._copy(parameter, copies.pop(parameter, None))
+            yield
+            if sum(parameter.data.nbytes for parameter in cast) <= self.kept_bytes:
+                self._kept = {parameter: parameter.data for parameter in cast}
+        finally:
+            for parameter, data in zip(cast, held, strict=True):
+                parameter.data = data
+
+    def _copy(self, parameter: nn.Parameter, copy: Tensor | None) -> Tensor:
+        """Into ``copy`` where it fits."""
+        data = parameter.data
+        if copy is None or (copy.shape, copy.device) != (data.shape, data.device):
+            return data.to(self.dtype)
+        return copy.copy_(data)

@@ -18,6 +18,7 @@ from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from ppo_fast import construction, validation
+from ppo_fast.adapters import adapted_layers
 from ppo_fast.attention import without_cudnn_attention
 from ppo_fast.config import PPOConfig
 from ppo_fast.experience import (
@@ -29,9 +30,10 @@ from ppo_fast.experience import (
 from ppo_fast.half_adamw import HalfAdamW
 from ppo_fast.language_model import LanguageModel
 from ppo_fast.plan import MemoryPlan, plan_memory
-from ppo_fast.precision import weights_in
+from ppo_fast.precision import WeightCopies
 from ppo_fast.rewards import RewardFunction, check_reward_model, check_scores, score
 from ppo_fast.rollout import Engine, LocalEngine, Rollout, eos_ids
+from ppo_fast.rollout.graph_check import CAPTURES
 from ppo_fast.spec_methods import SpecMethods
 from ppo_fast.training import TrainingLoop
 from ppo_fast.update import Learner
@@ -139,6 +141,7 @@ class PPOTrainer(SpecMethods, TrainingLoop):
         self.reward_split = construction.put_on_trunk(reward_model, self.policy)
         construction.check_shared_weights(policy_model, value_model, reward_model, self.critic)
         self.engine = engine or self._local_engine()
+        self.weight_copies = WeightCopies(self.config.torch_dtype, self._kept_bytes())
         self.policy_optimizer = self._adamw(policy_model, self.config.learning_rate)
         self.value_optimizer = None
         if self.critic is not None:
@@ -174,7 +177,7 @@ class PPOTrainer(SpecMethods, TrainingLoop):
         limit = validation.context_limit(self.policy_model)
         validation.check_prompt_ids(prompts, prompt_ids, sampling.max_length, limit)
         seeds = self._next_seeds(len(prompts)) if seeds is None else seeds
-        with weights_in(self.config.torch_dtype, self.policy_model):
+        with self.weight_copies.in_use(self.policy_model):
             self.engine.sync_weights(self.policy_model)
             rollout = self.engine.generate(prompt_ids, sampling, seeds=seeds)
         lengths = rollout.tokens.response_lengths.tolist()
@@ -333,7 +336,15 @@ class PPOTrainer(SpecMethods, TrainingLoop):
             keep_states=self.critic is not None and self.critic.reads_states,
             whole_trunk=self.reward_split is not None,
             cuda_graphs=self.config.cuda_graphs,
+            kept_bytes=self._kept_bytes(),
         )
+
+    def _kept_bytes(self) -> int:
+        """For what is kept between rollouts, from which graphs alone gain; LocalEngine keeps none
+        of a model with adapters."""
+        graphs = self.device.type in CAPTURES and self.config.cuda_graphs
+        keeps = graphs and not adapted_layers(self.policy_model)
+        return self.config.kept_rollout_bytes if keeps else 0
 
     def _adamw(self, model: nn.Module, learning_rate: float) -> Optimizer:
         config = self.config

@@ -40,6 +40,9 @@ def test_every_stage_runs(tmp_path):
     values = [line for line in found if line["stage"] == "decoding: values"]
     assert len(values) == 6
     assert all(line["same_tokens"] and line["same_bits"] for line in values)
+    kept = [line for line in found if line["stage"] == "decoding: kept graphs"]
+    assert kept
+    assert all(line["same_tokens"] for line in kept)
     steps = [line for line in found if line["stage"] == "step"]
     assert all(line["first_max_log_ratio"] < 0.1 for line in steps)
     assert all(f"\n{line['stage']}: " in printed for line in found)

@@ -203,9 +203,25 @@ def test_seventy_billion_weights_need_no_memory():
 
 
 def test_the_most_at_one_time():
-    plan = MemoryPlan(1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-    assert plan.peak == 1 + 2 + 4 + 16 + 32 + 8 + 256 + 512
-    assert MemoryPlan(1, 2, 4, 8, 16, 32, 1000, 128, 256, 512).peak == 1 + 2 + 4 + 16 + 32 + 1128
+    plan = MemoryPlan(1, 2, 4, 8, 16, 32, 64, 128, 50, 256, 512)
+    assert plan.peak == 1 + 2 + 4 + 16 + 32 + 8 + 50 + 256 + 512
+    larger = MemoryPlan(1, 2, 4, 8, 16, 32, 1000, 128, 50, 256, 512)
+    assert larger.peak == 1 + 2 + 4 + 16 + 32 + 1128
+
+
+def test_what_a_gpu_keeps_between_rollouts():
+    def kept(device="cuda", **options):
+        config = PPOConfig(compute_dtype="bfloat16", max_length=8, **options)
+        plan = plan_memory(
+            tiny_config("llama"), config, batch_size=4, prompt_length=8, device=device
+        )
+        return plan.kept_rollout, plan.cache, plan.copies
+
+    both, cache, copies = kept()
+    assert 0 < cache < copies
+    assert both == cache + copies
+    assert kept(kept_rollout_bytes=copies - 1)[0] == cache
+    assert kept(kept_rollout_bytes=0)[0] == kept(cuda_graphs=False)[0] == kept("cpu")[0] == 0
 
 
 def test_the_command(tmp_path, capsys):

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from ppo_fast import PPOConfig, PPOTrainer
 from ppo_fast.language_model import LanguageModel
 from ppo_fast.lora import with_lora
-from ppo_fast.precision import hold_products_in, hold_trained_weights, weights_in
+from ppo_fast.precision import WeightCopies, hold_products_in, hold_trained_weights
 from ppo_fast.tokens import position_ids
 
 TOKENS = batch()
@@ -256,18 +256,46 @@ def test_rollouts_run_on_copies_in_half_precision(how, monkeypatch):
     assert [p.data_ptr() for p in policy.parameters()] == lie
 
 
-def test_weights_in_no_dtype_are_as_they_are():
+def test_without_a_dtype_weights_are_not_copied():
     model = policy_of()
     lie = [p.data_ptr() for p in model.parameters()]
-    with weights_in(None, model):
+    with WeightCopies(None).in_use(model):
         assert [p.data_ptr() for p in model.parameters()] == lie
 
 
 def test_tied_weights_stay_tied_in_half_precision():
     model = policy_of(family="gpt2")
-    with weights_in(BF16, model):
+    with WeightCopies(BF16).in_use(model):
         assert model.lm_head.weight.data_ptr() == model.transformer.wte.weight.data_ptr()
         assert model.lm_head.weight.dtype == BF16
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_kept_copies_are_refreshed_in_place(kept):
+    model = policy_of()
+    size = sum(2 * p.numel() for p in model.parameters())
+    copies = WeightCopies(BF16, size if kept else size - 1)
+    with copies.in_use(model):
+        first = [p.data for p in model.parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1.0
+    with copies.in_use(model):
+        for parameter, copy_ in zip(model.parameters(), first, strict=True):
+            assert (parameter.data_ptr() == copy_.data_ptr()) == kept
+    for parameter, copy_ in zip(model.parameters(), first, strict=True):
+        assert parameter.dtype == torch.float32
+        assert torch.equal(copy_, parameter.to(BF16)) == kept
+
+
+def test_a_copy_that_does_not_fit_is_made_anew():
+    model = torch.nn.Linear(3, 4, bias=False)
+    copies = WeightCopies(BF16, 2**20)
+    with copies.in_use(model):
+        pass
+    model.weight.data = torch.ones(5, 3)
+    with copies.in_use(model):
+        assert torch.equal(model.weight, torch.ones(5, 3, dtype=BF16))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -20,6 +20,7 @@ from recorded_ops import as_on_a_gpu, recorded_ops
 from ppo_fast.attention import without_cudnn_attention
 from ppo_fast.language_model import LanguageModel
 from ppo_fast.rollout import LocalEngine, Rollout, Sampling, decode, graph_check
+from ppo_fast.rollout.buffers import KeptBuffers
 from ppo_fast.rollout.checks import steps_can_attend
 from ppo_fast.rollout.graphs import Capture, as_it_is, cuda_graphs, first_line
 
@@ -161,6 +162,29 @@ def speed(name: str, dtype: torch.dtype, model: Any, policy: LanguageModel) -> N
             )
 
 
+def kept(name: str, dtype: torch.dtype, model: Any, policy: LanguageModel) -> None:
+    """Rollouts on the buffers and graphs of those before them, beside fresh ones, as weights
+    change in place."""
+    buffers, sampling = KeptBuffers(2**40), Sampling(FEW)
+    prompts = make_prompts(policy, ragged=True)
+    for rollout in range(3):
+        took, found = seconds(
+            lambda: run(policy, prompts, sampling, captures(DEVICE), kept=buffers)
+        )
+        expected = run(policy, prompts, sampling, captures(DEVICE))
+        note(
+            "decoding: kept graphs",
+            model=name,
+            dtype=dtype,
+            rollout=rollout,
+            seconds=took,
+            same_tokens=torch.equal(found.tokens.response_ids, expected.tokens.response_ids),
+            same_bits=torch.equal(found.logprobs, expected.logprobs),
+        )
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+
+
 def one_step(name: str, dtype: torch.dtype, model: Any, policy: LanguageModel) -> None:
     """Milliseconds of a replay, and of a step with what stands around it."""
     if not ON_GPU:
@@ -259,6 +283,7 @@ PARTS = {
     "greedy": greedy,
     "tf32": with_tf32,
     "speed": speed,
+    "kept": kept,
     "one_step": one_step,
     "memory": memory,
 }

@@ -14,14 +14,15 @@ from ppo_fast.adapters import merged_adapters
 from ppo_fast.attention import without_cudnn_attention
 from ppo_fast.language_model import LanguageModel, Next
 from ppo_fast.ops import Sampled, logprobs_from_logits, sample_tokens
+from ppo_fast.rollout.buffers import Buffers, KeptBuffers, Sizes, recorded_with
 from ppo_fast.rollout.checks import layers_can_be_fused, steps_can_attend
 from ppo_fast.rollout.few_rows import few_row_products
-from ppo_fast.rollout.graphs import Capture, Steps
+from ppo_fast.rollout.graphs import Capture
 from ppo_fast.rollout.layers import StepForward, fused_layers
 from ppo_fast.rollout.prompts import Prompt, PromptBatch, Prompts
 from ppo_fast.rollout.rollout import Rollout
 from ppo_fast.rollout.sampling import Sampling, Stops
-from ppo_fast.rollout.slots import SlotCache, step_arguments
+from ppo_fast.rollout.slots import step_arguments
 from ppo_fast.rollout.step_attention import masked_attention, step_attention
 from ppo_fast.tokens import Tokens, make_tokens
 from ppo_fast.trunk import TrunkStates
@@ -49,6 +50,7 @@ def decode(
     keep_states: bool = False,
     whole_trunk: bool = False,
     capture: Capture | None = None,
+    kept: KeptBuffers | None = None,
 ) -> Rollout:
     """Sample a response for every prompt.
 
@@ -71,6 +73,8 @@ def decode(
         whole_trunk: whether its ``trunk`` shall hold each row's last token too, which takes a step
             more of each.
         capture: how steps are recorded, to be replayed (graphs.py); None: they are not.
+        kept: where the buffers and the recorded steps come from and stay for the next rollout, if
+            steps are recorded; None: they are freed.
 
     Returns the rollout, without its texts.
 
@@ -78,6 +82,11 @@ def decode(
         ValueError: stop strings without ``to_text``, or a model whose layers cannot be cached.
         FloatingPointError: the model gave NaN or infinite logits.
     """
+    if outside := [i for i in sampling.stop_token_ids if not 0 <= i < model.text_config.vocab_size]:
+        vocab_size = model.text_config.vocab_size
+        raise ValueError(f"stop_token_ids: got {outside[0]}, expected 0 to {vocab_size - 1}")
+    if capture is None or kept is None:
+        kept = KeptBuffers(0)
     with (
         _evaluating(model.model),
         masked_attention(model),
@@ -91,19 +100,31 @@ def decode(
         few_row_products(model.model),
         model.recording_trunk() as trunk,
     ):
+        max_lengths = max_lengths or [sampling.max_length] * len(prompt_ids)
+        whole_trunk = whole_trunk and model.split is not None
+        flags = {"keep_states": keep_states, "whole_trunk": whole_trunk}
+        slots = min(slots or len(prompt_ids), len(prompt_ids))
+        longest = max(max_lengths)
+        sizes = Sizes(
+            sequences=len(prompt_ids),
+            slots=slots,
+            capacity=max(map(len, prompt_ids)) + longest,
+            draws=longest + whole_trunk,  # the last draw is not used
+        )
+        step_is = recorded_with(model, sampling, attends=attends is not None, **flags)
+        buffers = kept.take(model, sizes, step_is, attends=attends is not None)
         decoding = _Decoding(
             model,
             [tuple(ids) for ids in prompt_ids],
             sampling,
             Stops(sampling, eos_ids, to_text),
+            buffers,
             seeds=seeds,
-            slots=min(slots or len(prompt_ids), len(prompt_ids)),
-            max_lengths=max_lengths or [sampling.max_length] * len(prompt_ids),
-            keep_states=keep_states,
-            attends=attends is not None,
+            slots=slots,
+            max_lengths=max_lengths,
             trunk_pieces=trunk,
-            whole_trunk=whole_trunk and model.split is not None,
             capture=capture,
+            **flags,
         )
         prompts = Prompts(
             model,
@@ -117,14 +138,16 @@ def decode(
         while decoding.running:
             decoding.step()
             decoding.admit(prompts)
-    return decoding.rollout(pad_id)
+    rollout = decoding.rollout(pad_id)
+    kept.keep(buffers)
+    return rollout
 
 
 class _Decoding:
-    """Who sits in which slot, and what was drawn. A step computes the first ``len(running)`` slots,
-    none of which is empty when it begins, or a few more: those belong to a sequence that nobody
-    asked for, the last one in all tensors by sequence. They begin when no prompt waits any more, so
-    that none gets further than a response may."""
+    """One rollout. Active slots are the first ``len(running)``, none of which is empty when a step
+    begins. A step may compute a few slots more, which belong to no sequence: they write to the last
+    row of the buffers by sequence, and begin when no prompt waits, so that none gets further than a
+    response may."""
 
     def __init__(
         self,
@@ -132,54 +155,35 @@ class _Decoding:
         prompts: list[Prompt],
         sampling: Sampling,
         stops: Stops,
+        buffers: Buffers,
         *,
         seeds: Tensor,
         slots: int,
         max_lengths: Sequence[int],
         keep_states: bool,
-        attends: bool,
         trunk_pieces: list[Tensor],
         whole_trunk: bool,
         capture: Capture | None,
     ) -> None:
         self.model, self.prompts, self.sampling, self.stops = model, prompts, sampling, stops
-        self.max_lengths, self.keep_states = max_lengths, keep_states
+        self.buffers, self.slots, self.max_lengths = buffers, slots, max_lengths
+        self.keep_states, self.capture = keep_states, capture
         self.trunk_pieces, self.whole_trunk = trunk_pieces, whole_trunk
         self.lingering: set[int] = set()  # sequences that have ended, for a step more
         self.waiting = deque(range(len(prompts)))
         self.running: list[int | None] = []  # by slot the sequence; None: it has ended
         self.responses: list[list[int]] = [[] for _ in prompts]
         self.finished = [False] * len(prompts)
-        self.prompt_width, self.longest = max(map(len, prompts)), max(max_lengths)
-        draws = self.longest + whole_trunk  # of a sequence, the last one for nobody
-        capacity = self.prompt_width + self.longest
-        self.cache = SlotCache(model.text_config, slots, capacity, attends=attends)
-        self.steps = Steps(self._advance, slots, self.cache.capacity, capture)
-        device, vocab_size = model.device, model.text_config.vocab_size
-        if outside := [i for i in sampling.stop_token_ids if not 0 <= i < vocab_size]:
-            raise ValueError(f"stop_token_ids: got {outside[0]}, expected 0 to {vocab_size - 1}")
-        self.ends = torch.zeros(vocab_size, dtype=torch.bool, device=device)  # [V]
-        self.ends[self._tensor([i for i in stops.ids if i < vocab_size])] = True
-        # by slot: the tokens in the cache, those drawn, the last one, and the sequence
-        self.length, self.place, self.token, self.sequence = torch.zeros(
-            4, slots, dtype=torch.int64, device=device
-        )
-        self.sequence += len(prompts)
-        self.slots = torch.arange(slots, device=device)
-        # by sequence, and for nobody's
-        self.seeds = nn.functional.pad(seeds.to(device), (0, 1))
-        self.logprobs, self.sampling_logprobs = torch.zeros(
-            2, len(prompts) + 1, draws, device=device
-        )
-        self.states: Tensor | None = None  # [B + 1, longest, D], when the first are known
-        self.trunk: Tensor | None = None  # [B + 1, P + longest, D]
+        vocab_size = model.text_config.vocab_size
+        ends = self._tensor([i for i in stops.ids if i < vocab_size])
+        buffers.begin(seeds.to(model.device), ends)
 
     def admit(self, prompts: Prompts) -> None:
         """Give free slots to sequences that wait, and close the gaps that remain."""
         while self.waiting and (free := self._free_slots()):
             count = min(len(free), len(self.waiting))
             sequences = [self.waiting.popleft() for _ in range(count)]
-            prompts.read([self.prompts[i] for i in sequences], self.cache)
+            prompts.read([self.prompts[i] for i in sequences], self.buffers.cache)
             for batch, rows, chosen in prompts.take([self.prompts[i] for i in sequences]):
                 self._start(batch, rows, [sequences[i] for i in chosen], [free[i] for i in chosen])
         for slot in reversed([s for s, sequence in enumerate(self.running) if sequence is None]):
@@ -187,21 +191,22 @@ class _Decoding:
 
     def step(self) -> None:
         """One more token for every running sequence."""
-        slots = range(len(self.running))
+        slots, cache = range(len(self.running)), self.buffers.cache
         # a step that reads each row's own tokens is the same step however many these are
-        columns = self.cache.capacity if self.cache.attends else max(map(self._cached, slots)) + 1
-        self.steps(len(slots), columns)
-        self._note(list(slots), self.token[: len(slots)])
+        columns = cache.capacity if cache.attends else max(map(self._cached, slots)) + 1
+        self.buffers.steps.run(self._advance, len(slots), columns, self.capture)
+        self._note(list(slots), self.buffers.token[: len(slots)])
 
     def _advance(self, rows: int, columns: int) -> None:
         """One more token for the first ``rows`` slots, which look at the first ``columns`` of their
         rows in the cache. Device work alone, on tensors that stay where they are."""
-        slots, lengths = self.slots[:rows], self.length[:rows]
-        arguments = step_arguments(self.model, self.cache, self.token[:rows], lengths, columns)
+        b = self.buffers
+        slots, lengths = b.slots[:rows], b.length[:rows]
+        arguments = step_arguments(self.model, b.cache, b.token[:rows], lengths, columns)
         next_ = self.model.next(**arguments)
         if self.trunk_pieces:
             piece = self.trunk_pieces.pop()
-            self._trunk_like(piece)[self.sequence[:rows], lengths] = piece[:, 0]
+            self._trunk_like(piece)[b.sequence[:rows], lengths] = piece[:, 0]
         lengths += 1
         self._draw(slots, next_)
 
@@ -214,23 +219,23 @@ class _Decoding:
             # where a sequence went on for a step, a token was drawn for nobody
             return found.masked_fill(beyond.view(*beyond.shape, *[1] * (found.dim() - 2)), 0.0)
 
-        logprobs = drawn(self.logprobs)
+        b = self.buffers
+        logprobs = drawn(b.logprobs)
         if not torch.isfinite(logprobs).all():
             raise FloatingPointError(NOT_FINITE)
         return Rollout(
             tokens,
             logprobs,
-            drawn(self.sampling_logprobs),
+            drawn(b.sampling_logprobs),
             torch.tensor(self.finished, device="cpu"),
             self.sampling,
             self._packed_trunk(tokens),
-            None if self.states is None else drawn(self.states),
+            None if b.states is None else drawn(b.states),
         )
 
     def _packed_trunk(self, tokens: Tokens) -> TrunkStates | None:
-        if self.trunk is None:
-            return None
-        return TrunkStates.pack(self.trunk, tokens, whole=self.whole_trunk)
+        trunk = self.buffers.trunk
+        return None if trunk is None else TrunkStates.pack(trunk, tokens, whole=self.whole_trunk)
 
     def _cached(self, slot: int) -> int:
         """Tokens of a slot in the cache: all but the one drawn last."""
@@ -240,7 +245,7 @@ class _Decoding:
 
     def _free_slots(self) -> list[int]:
         ended = [slot for slot, sequence in enumerate(self.running) if sequence is None]
-        return ended + list(range(len(self.running), self.cache.slots))
+        return ended + list(range(len(self.running), self.slots))
 
     def _start(
         self, batch: PromptBatch, rows: list[int], sequences: list[int], slots: list[int]
@@ -251,37 +256,39 @@ class _Decoding:
             self.running[slot] = sequence
         lengths = [len(self.prompts[sequence]) for sequence in sequences]
         source, target = self._tensor(rows), self._tensor(slots)
-        self.cache.place(batch.keys_values, source, target)
-        self.sequence[target], self.length[target] = self._tensor(sequences), self._tensor(lengths)
-        self.place[target] = 0
+        b = self.buffers
+        b.cache.place(batch.keys_values, source, target)
+        b.sequence[target], b.length[target] = self._tensor(sequences), self._tensor(lengths)
+        b.place[target] = 0
         if batch.trunk is not None:
             trunk = self._trunk_like(batch.trunk)
             for row, sequence, length in zip(rows, sequences, lengths, strict=True):
                 trunk[sequence, :length] = batch.trunk[row, :length]
         states = None if batch.next.states is None else batch.next.states[source]
         self._draw(target, Next(batch.next.logits[source], states))
-        self._note(slots, self.token[target])
+        self._note(slots, b.token[target])
 
     def _draw(self, slots: Tensor, next_: Next) -> None:
         """Draw the next token of the sequences in ``slots`` [n] from their logits [n, V]."""
-        at = self.sequence[slots], self.place[slots]
+        b = self.buffers
+        at = b.sequence[slots], b.place[slots]
         sampled = self._sample(next_.logits, *at)
-        self.logprobs[at] = sampled.logprobs.float()
-        self.sampling_logprobs[at] = sampled.sampling_logprobs.float()
+        b.logprobs[at] = sampled.logprobs.float()
+        b.sampling_logprobs[at] = sampled.sampling_logprobs.float()
         if self.keep_states and next_.states is not None:
-            if self.states is None:
-                self.states = self._room(next_.states, self.logprobs.shape[1])
-            self.states[at] = next_.states
-        self.token[slots] = sampled.tokens
-        self.place[slots] += 1
+            if b.states is None:
+                b.states = b.room(next_.states, b.logprobs.shape[1])
+            b.states[at] = next_.states
+        b.token[slots] = sampled.tokens
+        b.place[slots] += 1
 
     def _sample(self, logits: Tensor, sequence: Tensor, place: Tensor) -> Sampled:
         """One token a row; those that may not end yet, among tokens that end nothing."""
-        s, seeds = self.sampling, self.seeds[sequence]
+        s, seeds = self.sampling, self.buffers.seeds[sequence]
         drawn_from = logits
         if s.min_new_tokens > 0:
             early = place < s.min_new_tokens
-            drawn_from = logits.masked_fill(early[:, None] & self.ends, -torch.inf)
+            drawn_from = logits.masked_fill(early[:, None] & self.buffers.ends, -torch.inf)
         draw = partial(sample_tokens, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
         try:
             sampled = draw(drawn_from, seeds, place)
@@ -313,25 +320,22 @@ class _Decoding:
 
     def _move_last_to(self, slot: int) -> None:
         """Drop an empty slot; the last one, if it is another, takes its place."""
-        last = len(self.running) - 1
+        b, last = self.buffers, len(self.running) - 1
         if slot != last:
-            self.cache.copy(last, slot, self._cached(last))
-            for by_slot in (self.sequence, self.length, self.place, self.token):
+            b.cache.copy(last, slot, self._cached(last))
+            for by_slot in (b.sequence, b.length, b.place, b.token):
                 by_slot[slot] = by_slot[last]
             self.running[slot] = self.running[last]
-        self.sequence[last], self.length[last], self.place[last] = len(self.prompts), 0, 0
+        b.sequence[last], b.length[last], b.place[last] = b.sizes.sequences, 0, 0
         self.running.pop()
 
     def _tensor(self, numbers: Sequence[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self.model.device)
 
-    def _room(self, like: Tensor, columns: int) -> Tensor:
-        return like.new_zeros(len(self.prompts) + 1, columns, like.shape[-1])
-
     def _trunk_like(self, piece: Tensor) -> Tensor:
-        if self.trunk is None:
-            self.trunk = self._room(piece, self.prompt_width + self.longest)
-        return self.trunk
+        if self.buffers.trunk is None:
+            self.buffers.trunk = self.buffers.room(piece, self.buffers.cache.capacity)
+        return self.buffers.trunk
 
 
 @contextmanager

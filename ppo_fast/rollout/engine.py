@@ -8,7 +8,9 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ppo_fast.adapters import adapted_layers
 from ppo_fast.language_model import LanguageModel
+from ppo_fast.rollout.buffers import KeptBuffers
 from ppo_fast.rollout.decode import decode
 from ppo_fast.rollout.fast_paths import log_fast_paths
 from ppo_fast.rollout.graph_check import capture_for
@@ -60,6 +62,8 @@ class LocalEngine:
         keep_states: whether rollouts keep the states that the LM head read.
         whole_trunk: whether they hold the trunk's activations of last tokens too.
         cuda_graphs: on a GPU, capture steps and replay them, after a check that it changes nothing.
+        kept_bytes: buffers of at most this size are kept for the next rollout, with the graphs
+            captured on them. Never with adapters, which may be merged or switched off in between.
     """
 
     def __init__(
@@ -74,11 +78,13 @@ class LocalEngine:
         keep_states: bool = False,
         whole_trunk: bool = False,
         cuda_graphs: bool = True,
+        kept_bytes: int = 0,
     ) -> None:
         self.model, self.eos_ids, self.pad_id = model, eos_ids, pad_id
         self.slots, self.prompt_tokens = slots, prompt_tokens
         self.to_text, self.cuda_graphs = to_text, cuda_graphs
         self.keep_states, self.whole_trunk = keep_states, whole_trunk
+        self.kept = KeptBuffers(kept_bytes)
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, *, seeds: Tensor
@@ -97,6 +103,7 @@ class LocalEngine:
             keep_states=self.keep_states,
             whole_trunk=self.whole_trunk,
             capture=capture,
+            kept=None if adapted_layers(self.model.model) else self.kept,
         )
         log_fast_paths(self.model, cuda_graphs=self.cuda_graphs)
         return rollout
@@ -106,4 +113,5 @@ class LocalEngine:
             raise ValueError("model: a LocalEngine decodes with the model that it was made with")
 
     def close(self) -> None:
-        pass
+        """Free the kept buffers."""
+        self.kept.free()

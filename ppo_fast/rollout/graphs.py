@@ -123,39 +123,40 @@ def _raised_at(error: BaseException) -> str:
 
 
 class Steps:
-    """Calls ``step(rows, columns)``, or with ``capture`` a recording of it with no fewer of both.
+    """Recordings of a step by its shape, which is rounded up.
 
     A shape's first step runs as it is: kernels are compiled and libraries set up where nothing
     records. Its second is captured. What was recorded is freed with this object.
 
     Args:
-        step: what is to run, on tensors that stay where they are.
         rows, columns: the most of each.
-        capture: None: every step runs as it is, with as many rows and columns as it has.
     """
 
-    def __init__(
-        self,
-        step: Callable[[int, int], None],
-        rows: int,
-        columns: int,
-        capture: Capture | None = None,
-    ) -> None:
-        self.step, self.rows, self.columns, self.capture = step, rows, columns, capture
+    def __init__(self, rows: int, columns: int) -> None:
+        self.rows, self.columns = rows, columns
         self._recorded: dict[tuple[int, int], Step | None] = {}
 
-    def __call__(self, rows: int, columns: int) -> None:
-        if self.capture is None:
-            self.step(rows, columns)
+    def run(
+        self, step: Callable[[int, int], None], rows: int, columns: int, capture: Capture | None
+    ) -> None:
+        """Run ``step(rows, columns)``, or a recording of it with no fewer of both.
+
+        Args:
+            step: reads and writes tensors that stay where they are, the same at every call.
+            rows, columns: of this step.
+            capture: records a step; None: it runs as it is.
+        """
+        if capture is None:
+            step(rows, columns)
             return
-        shape = min(row_bucket(rows), self.rows), min(_up(columns, COLUMNS), self.columns)
+        shape = min(row_bucket(rows), self.rows), min(round_up(columns, COLUMNS), self.columns)
         if shape not in self._recorded:
             self._recorded[shape] = None
-            self.step(*shape)
+            step(*shape)
         elif (replay := self._recorded[shape]) is not None:
             replay()
         else:
-            self._recorded[shape] = self.capture(lambda: self.step(*shape))
+            self._recorded[shape] = capture(lambda: step(*shape))
 
 
 def row_bucket(rows: int) -> int:
@@ -163,8 +164,9 @@ def row_bucket(rows: int) -> int:
     capture, which takes as long as several steps, and a few more rows cost a step little."""
     rows = max(rows, FEWEST_ROWS)
     power = 1 << (rows - 1).bit_length()
-    return power if rows <= 64 else _up(rows, power // 4)
+    return power if rows <= 64 else round_up(rows, power // 4)
 
 
-def _up(number: int, multiple: int) -> int:
+def round_up(number: int, multiple: int) -> int:
+    """To the next multiple."""
     return -(-number // multiple) * multiple

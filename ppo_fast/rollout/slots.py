@@ -79,6 +79,11 @@ class SlotCache(Cache):
         others. Only fused layers (layers.py) can do so when a slot has several."""
         self.row_slots, self.lengths = slots, lengths
 
+    def nbytes(self) -> int:
+        """Of all keys and values."""
+        filled = [layer for layer in self.layers if layer.is_initialized]
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in filled)
+
     def scratch(self, count: int, like: Tensor) -> Tensor:
         """Room for ``count`` numbers until somebody asks again."""
         if self._scratch is None or self._scratch.numel() < count:
