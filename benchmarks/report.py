@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).parent / "gpu_computed"))
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
 
 from gpu_steps import LAUNCH_US, ROWS, TOKENS
 from sides import ratios_to_ours
@@ -108,7 +112,7 @@ def computed_section(path: Path) -> str:
         "\n## The Triton kernels: computed, not measured\n",
         f"{run['caveat']}\n",
         "Bytes and instructions an element (for sm_90), registers and occupancy for sm_"
-        f"{' / '.join(archs)}. All the figures: `python -m benchmarks.gpu_report`.\n",
+        f"{' / '.join(archs)}. All the figures: `python benchmarks/gpu_computed/gpu_report.py`.\n",
         "| kernel | registers | occupancy, % | shared, B | B | instructions |",
         "|---|---|---|---|---|---|",
     ]

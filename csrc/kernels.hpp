@@ -1,16 +1,16 @@
 // One set of kernels for each instruction set that they were compiled for, and the choice.
 #pragma once
 
-#include "decode_layer.hpp"
-#include "few_row_linear.hpp"
-#include "gae.hpp"
-#include "kl_estimate.hpp"
-#include "linear_logprobs.hpp"
-#include "logprobs.hpp"
-#include "ppo_loss.hpp"
-#include "sample_tokens.hpp"
-#include "value_loss.hpp"
-#include "whiten.hpp"
+#include "kernels/decode_layer.hpp"
+#include "kernels/few_row_linear.hpp"
+#include "kernels/gae.hpp"
+#include "kernels/kl_estimate.hpp"
+#include "kernels/linear_logprobs.hpp"
+#include "kernels/logprobs.hpp"
+#include "kernels/ppo_loss.hpp"
+#include "kernels/sample_tokens.hpp"
+#include "kernels/value_loss.hpp"
+#include "kernels/whiten.hpp"
 
 namespace ppo_fast {
 

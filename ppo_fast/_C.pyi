@@ -1,5 +1,5 @@
 """Compiled CPU kernels. Tensors are addresses (``Tensor.data_ptr()``); 0 stands for None. Dtypes
-are the codes of ``ppo_fast.ops.launch.DTYPE_CODES``."""
+are the codes of ``ppo_fast.ops.backends.cpp_launch.DTYPE_CODES``."""
 
 def instruction_set() -> str: ...
 def instruction_sets() -> list[str]: ...

@@ -10,9 +10,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 from importlib.metadata import PackageNotFoundError, version
 
 from ppo_fast.config import PPOConfig
-from ppo_fast.experience import Experience
-from ppo_fast.models import RewardModel, ValueModel
-from ppo_fast.rewards import ClassifierReward
+from ppo_fast.learning.make_experience import Experience
+from ppo_fast.models.heads import RewardModel, ValueModel
+from ppo_fast.rewards.score import ClassifierReward
 from ppo_fast.rollout import Rollout
 from ppo_fast.trainer import PPOTrainer
 

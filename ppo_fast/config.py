@@ -9,8 +9,8 @@ from typing import Literal
 
 import torch
 
+from ppo_fast.data.sampling import Sampling
 from ppo_fast.ops.linear_logprobs.api import LOGITS_BUDGET_BYTES
-from ppo_fast.rollout.sampling import Sampling
 
 Critic = Literal["model", "head", "top", "baseline"]
 

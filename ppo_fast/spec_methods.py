@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ppo_fast import validation
-from ppo_fast.attention import without_cudnn_attention
+from ppo_fast import checks
 from ppo_fast.config import PPOConfig
-from ppo_fast.critic import Critic
-from ppo_fast.experience import in_batches
-from ppo_fast.language_model import LanguageModel
+from ppo_fast.critics.critic import Critic
+from ppo_fast.data.tokens import Tokens, make_tokens
+from ppo_fast.learning.make_experience import in_batches
+from ppo_fast.models.attention import without_cudnn_attention
+from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.ops import gae, ppo_loss
-from ppo_fast.rewards import RewardFunction, score
+from ppo_fast.rewards.score import RewardFunction, score
 from ppo_fast.rollout import Rollout
-from ppo_fast.tokens import Tokens, make_tokens
 
 
 class SpecMethods:
@@ -173,7 +173,7 @@ class SpecMethods:
 
     def _pairs(self, prompts: Sequence[str], responses: Sequence[str]) -> Tokens:
         """The tokens of pairs of texts: those sampled last where they are, else encoded."""
-        prompts = validation.check_prompts(prompts)
+        prompts = checks.check_prompts(prompts)
         if len(prompts) != len(responses):
             raise ValueError(
                 f"responses: got {len(responses)}, expected {len(prompts)}, one a prompt"
@@ -194,14 +194,14 @@ class SpecMethods:
                 )
             prompt_ids.append(pair[0])
             response_ids.append(pair[1])
-        limit = validation.context_limit(self.policy_model)
+        limit = checks.context_limit(self.policy_model)
         longest = max(len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True))
         if limit is not None and longest > limit:
             raise ValueError(
                 f"prompts and responses: the longest pair has {longest} tokens, more than the "
                 f"model's context of {limit}"
             )
-        validation.check_prompt_ids(prompts, prompt_ids, 0, limit)
+        checks.check_prompt_ids(prompts, prompt_ids, 0, limit)
         return make_tokens(prompt_ids, response_ids, self.tokenizer.pad_token_id, self.device)
 
     def _sampled_ids(

@@ -17,26 +17,27 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedTokenizerBase
 
-from ppo_fast import construction, validation
-from ppo_fast.adapters import adapted_layers
-from ppo_fast.attention import without_cudnn_attention
+from ppo_fast import checks
 from ppo_fast.config import PPOConfig
-from ppo_fast.experience import (
+from ppo_fast.diagnostics.memory_plan import MemoryPlan, plan_memory
+from ppo_fast.learning.half_adamw import HalfAdamW
+from ppo_fast.learning.learner import Learner
+from ppo_fast.learning.make_experience import (
     Experience,
     computes_in_float32,
     make_experience,
     with_trunk,
 )
-from ppo_fast.half_adamw import HalfAdamW
-from ppo_fast.language_model import LanguageModel
-from ppo_fast.plan import MemoryPlan, plan_memory
-from ppo_fast.precision import WeightCopies
-from ppo_fast.rewards import RewardFunction, check_reward_model, check_scores, score
+from ppo_fast.models import setup
+from ppo_fast.models.adapters import adapted_layers
+from ppo_fast.models.attention import without_cudnn_attention
+from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.models.precision import WeightCopies
+from ppo_fast.rewards.score import RewardFunction, check_reward_model, check_scores, score
 from ppo_fast.rollout import Engine, LocalEngine, Rollout, eos_ids
-from ppo_fast.rollout.graph_check import CAPTURES
+from ppo_fast.rollout.speedups.cuda_graph_check import CAPTURES
+from ppo_fast.runs.loop import TrainingLoop
 from ppo_fast.spec_methods import SpecMethods
-from ppo_fast.training import TrainingLoop
-from ppo_fast.update import Learner
 
 # Rounding stays far below this: between decoding with a cache and one pass over all tokens in
 # float32; in half precision between two passes whose batches differ (0.07 was seen on an H200).
@@ -117,29 +118,27 @@ class PPOTrainer(SpecMethods, TrainingLoop):
         self.config = replace(config or PPOConfig.spec(), **given)  # type: ignore[arg-type]
         self.device = torch.device(device)
         self.tokenizer = tokenizer
-        validation.check_policy(policy_model)
-        validation.check_tokenizer(tokenizer, policy_model)
+        checks.check_policy(policy_model)
+        checks.check_tokenizer(tokenizer, policy_model)
         check_reward_model(reward_model)
-        critic = construction.which_critic(self.config, value_model)
+        critic = setup.which_critic(self.config, value_model)
         models = {
             "policy_model": policy_model,
             "value_model": value_model,
             "reward_model": reward_model,
         }
         for name, model in models.items():
-            validation.place(model, name, self.device)
+            checks.place(model, name, self.device)
         self.policy_model, self.value_model = policy_model, value_model
         self.reward_model = reward_model
-        construction.prepare(policy_model, value_model, reward_model, self.config)
-        construction.hold_weights(policy_model, value_model, self.config)
-        self.reference_model = construction.make_reference(policy_model, self.config)
+        setup.prepare(policy_model, value_model, reward_model, self.config)
+        setup.hold_weights(policy_model, value_model, self.config)
+        self.reference_model = setup.make_reference(policy_model, self.config)
         self.policy = self._language_model(policy_model)
         self.reference = self._language_model(self.reference_model)
-        self.critic = construction.make_critic(
-            critic, self.policy, value_model, self.config, self.device
-        )
-        self.reward_split = construction.put_on_trunk(reward_model, self.policy)
-        construction.check_shared_weights(policy_model, value_model, reward_model, self.critic)
+        self.critic = setup.make_critic(critic, self.policy, value_model, self.config, self.device)
+        self.reward_split = setup.put_on_trunk(reward_model, self.policy)
+        setup.check_shared_weights(policy_model, value_model, reward_model, self.critic)
         self.engine = engine or self._local_engine()
         self.weight_copies = WeightCopies(self.config.torch_dtype, self._kept_bytes())
         self.policy_optimizer = self._adamw(policy_model, self.config.learning_rate)
@@ -172,10 +171,10 @@ class PPOTrainer(SpecMethods, TrainingLoop):
         """
         sampling = self.config.sampling(max_length, temperature)
         self._warn_of_discount(sampling.max_length)
-        prompts = validation.check_prompts(prompts)
+        prompts = checks.check_prompts(prompts)
         prompt_ids = self.tokenizer(prompts)["input_ids"]
-        limit = validation.context_limit(self.policy_model)
-        validation.check_prompt_ids(prompts, prompt_ids, sampling.max_length, limit)
+        limit = checks.context_limit(self.policy_model)
+        checks.check_prompt_ids(prompts, prompt_ids, sampling.max_length, limit)
         seeds = self._next_seeds(len(prompts)) if seeds is None else seeds
         with self.weight_copies.in_use(self.policy_model):
             self.engine.sync_weights(self.policy_model)
@@ -243,7 +242,7 @@ class PPOTrainer(SpecMethods, TrainingLoop):
                 steps of this update stand.
         """
         epochs = self.config.num_epochs if num_epochs_per_batch is None else num_epochs_per_batch
-        validation.check_counts(num_epochs_per_batch=epochs)
+        checks.check_counts(num_epochs_per_batch=epochs)
         learner = Learner(
             self.policy, self.critic, self.policy_optimizer, self.value_optimizer, self.config
         )
@@ -273,7 +272,7 @@ class PPOTrainer(SpecMethods, TrainingLoop):
             As ``update``, and the seconds of each part as time/rollout, time/experience and
             time/update.
         """
-        validation.check_counts(
+        checks.check_counts(
             num_epochs_per_batch=self.config.num_epochs
             if num_epochs_per_batch is None
             else num_epochs_per_batch

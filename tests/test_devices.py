@@ -9,10 +9,10 @@ import torch
 from tiny_models import tiny_classifier, tiny_model
 from tiny_trainer import PROMPTS, tiny_reward_model, tiny_trainer
 
-from ppo_fast.attention import without_cudnn_attention
-from ppo_fast.experience import computes_in_float32
-from ppo_fast.language_model import HEAD_TOLERANCE, TF32_TOLERANCE, LanguageModel, tolerance
-from ppo_fast.precision import uses_tf32
+from ppo_fast.learning.make_experience import computes_in_float32
+from ppo_fast.models.attention import without_cudnn_attention
+from ppo_fast.models.language_model import HEAD_TOLERANCE, TF32_TOLERANCE, LanguageModel, tolerance
+from ppo_fast.models.precision import uses_tf32
 
 CUDA = torch.device("cuda", 0)
 

@@ -70,7 +70,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         if path.is_file() and path.suffix not in (".pyc", ".so", ".pyd")
     }
     assert in_package - extensions == sources
-    assert {"ppo_fast/py.typed", "ppo_fast/_C.pyi", "ppo_fast/data/reviews.txt"} <= sources
+    assert {"ppo_fast/py.typed", "ppo_fast/_C.pyi", "ppo_fast/demo/reviews.txt"} <= sources
     others = names - in_package
     assert all(".dist-info/" in name for name in others), f"csrc or tests? {others}"
     assert any(name.endswith("licenses/LICENSE") for name in others)

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ppo_fast import PPOConfig, PPOTrainer, RewardModel, ValueModel
-from ppo_fast.critic import HeadCritic, ValueHead
-from ppo_fast.tokens import make_tokens
-from ppo_fast.user_modules import call_on_rows
+from ppo_fast.critics.critic import HeadCritic, ValueHead
+from ppo_fast.data.tokens import make_tokens
+from ppo_fast.models.call_on_rows import call_on_rows
 
 CPU = torch.device("cpu")
 
@@ -74,7 +74,7 @@ def test_an_error_amid_an_update_writes_no_checkpoint(tmp_path, monkeypatch, cap
     trainer = tiny_trainer()
     arguments = {"batch_size": 2, "checkpoint_dir": tmp_path, "checkpoint_freq": 2}
     trainer.train(PROMPTS, num_steps=3, progress=False, **arguments)
-    monkeypatch.setattr("ppo_fast.update.Learner._step", lambda *_: 1 / 0)
+    monkeypatch.setattr("ppo_fast.learning.learner.Learner._step", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trainer.train(PROMPTS, num_steps=1, progress=False, **arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["ppo_checkpoint_step_2.pt"]

@@ -17,12 +17,13 @@ import torch
 from common import DEVICE, ON_GPU, attempt, note, parser, random_llama, seconds, synchronize
 from recorded_ops import as_on_a_gpu, recorded_ops
 
-from ppo_fast.attention import without_cudnn_attention
-from ppo_fast.language_model import LanguageModel
-from ppo_fast.rollout import LocalEngine, Rollout, Sampling, decode, graph_check
+from ppo_fast.models.attention import without_cudnn_attention
+from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.rollout import LocalEngine, Rollout, Sampling, decode
 from ppo_fast.rollout.buffers import KeptBuffers
-from ppo_fast.rollout.checks import steps_can_attend
-from ppo_fast.rollout.graphs import Capture, as_it_is, cuda_graphs, first_line
+from ppo_fast.rollout.speedups import cuda_graph_check
+from ppo_fast.rollout.speedups.cuda_graphs import Capture, as_it_is, cuda_graphs, first_line
+from ppo_fast.rollout.speedups.slot_check import steps_can_attend
 
 ROWS, PROMPT, NEW = (32, 128, 128) if ON_GPU else (4, 8, 6)
 FEW = 32 if ON_GPU else 6  # new tokens where every step is launched from Python
@@ -65,7 +66,7 @@ def values(name: str, dtype: torch.dtype, model: Any, policy: LanguageModel) -> 
     """Whether replayed steps draw what steps from Python do, and the model's own log-probs."""
     note("decoding: attention", model=name, dtype=dtype, own_kernel=steps_can_attend(policy))
     if ON_GPU:
-        took, reason = seconds(lambda: graph_check.why_not(policy, cuda_graphs))
+        took, reason = seconds(lambda: cuda_graph_check.why_not(policy, cuda_graphs))
         note("decoding: graph check", model=name, dtype=dtype, reason=reason, seconds=took)
     ragged = [FEW - (i * 7) % (FEW // 2) for i in range(ROWS)]
     prompts = make_prompts(policy, ragged=True)
@@ -266,15 +267,15 @@ def failed_capture() -> None:
     torch.cuda.empty_cache()
     found["memory_is_freed"] = torch.cuda.memory_reserved() < reserved
     found["randn_works"] = bool(torch.randn(4, device=DEVICE).isfinite().all())
-    found["a_later_capture"] = graph_check.why_not(policy, cuda_graphs) or "works"
+    found["a_later_capture"] = cuda_graph_check.why_not(policy, cuda_graphs) or "works"
 
     def waits(*_: Any) -> None:
         x.sum().item()
 
     handle = policy.body.register_forward_pre_hook(waits)  # type: ignore[union-attr]
-    found["a_model_that_waits"] = graph_check.why_not(policy, cuda_graphs)
+    found["a_model_that_waits"] = cuda_graph_check.why_not(policy, cuda_graphs)
     handle.remove()
-    found["and_then"] = graph_check.why_not(policy, cuda_graphs) or "works"
+    found["and_then"] = cuda_graph_check.why_not(policy, cuda_graphs) or "works"
     note("decoding: a failed capture", **found)
 
 

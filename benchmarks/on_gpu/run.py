@@ -45,7 +45,7 @@ DOCTOR = """
 import sys
 from pathlib import Path
 from rich.console import Console
-from ppo_fast.doctor import run_doctor
+from ppo_fast.diagnostics.doctor import run_doctor
 sys.exit(not run_doctor(Console(width=150), Path(sys.argv[1])))
 """
 NCU = [
@@ -77,7 +77,11 @@ class Run:
 
     @property
     def environment(self) -> dict[str, str]:
-        places = [ROOT, ROOT / "benchmarks", ROOT / "tests", ROOT / "tests" / "ops", HERE]
+        folders = (
+            "tests/helpers",
+            *(f"benchmarks{name}" for name in ("", "/ops", "/steps", "/gpu_computed")),
+        )
+        places = [ROOT, *(ROOT / folder for folder in folders), HERE]
         caches = {
             name: str(self.work / name)
             for name in ("XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")

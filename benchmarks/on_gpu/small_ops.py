@@ -1,7 +1,7 @@
 """Every op once, on small inputs or on the doctor's large ones: what compute-sanitizer and ncu run.
 
 python benchmarks/on_gpu/small_ops.py check [OP ...]       the cases of the check of first use
-python benchmarks/on_gpu/small_ops.py examples [CASE ...]  benchmarks/triton_cases.py
+python benchmarks/on_gpu/small_ops.py examples [CASE ...]  tests/helpers/triton_cases.py
 python benchmarks/on_gpu/small_ops.py big WORK             a work of the doctor, twice
 """
 
@@ -13,8 +13,8 @@ import torch
 from common import note
 from triton_cases import CASES
 
-from ppo_fast import doctor
-from ppo_fast.ops import self_check
+from ppo_fast.diagnostics import doctor
+from ppo_fast.ops.backends import first_use
 
 CUDA = torch.device("cuda", 0)
 BIG = {
@@ -27,8 +27,8 @@ BIG = {
 
 def check(ops: list[str]) -> bool:
     right = True
-    for op in ops or list(self_check.CASES):
-        result = self_check.check(op, CUDA)
+    for op in ops or list(first_use.CASES):
+        result = first_use.check(op, CUDA)
         note("check", op=op, ok=result.ok, error=result.error, detail=result.detail[:300])
         right &= result.ok
     return right

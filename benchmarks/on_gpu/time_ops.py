@@ -1,4 +1,4 @@
-"""The works of benchmarks/gpu_sides.py by short clocks, the most telling ones first.
+"""The works of benchmarks/on_gpu/gpu_sides.py by short clocks, the most telling ones first.
 
 python benchmarks/on_gpu/time_ops.py [--budget=60] [--works='a;b'] [--compile-only] [--cpu]
 """

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <initializer_list>
 
-#include "../kernels.hpp"
+#include "kernels.hpp"
 
 namespace ppo_fast {
 

@@ -50,7 +50,7 @@ DecodeLayerArgs of_dict(const py::dict& given) {
 void bind_decode_layer(py::module_& m) {
   py::class_<DecodeLayerArgs>(
       m, "DecodeLayer",
-      "A transformer layer of the Llama kind, for decoding steps; see csrc/decode_layer.hpp. Weights "
+      "A transformer layer of the Llama kind, for decoding steps; see csrc/kernels/decode_layer.hpp. Weights "
       "are addresses, 0 where there is none; they must outlive it.")
       .def(py::init(&of_dict), py::arg("weights_and_sizes"))
       .def(

@@ -25,7 +25,7 @@ void bind_few_row_linear(py::module_& m) {
       py::kw_only(), py::arg("dtype"), py::arg("x"), py::arg("weight"), py::arg("bias"),
       py::arg("y"), py::arg("num_rows"), py::arg("num_inputs"), py::arg("num_outputs"),
       py::arg("weight_stride"), py::arg("num_threads"),
-      "A linear layer for few rows; see csrc/few_row_linear.hpp.");
+      "A linear layer for few rows; see csrc/kernels/few_row_linear.hpp.");
 }
 
 }  // namespace ppo_fast

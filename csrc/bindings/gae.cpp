@@ -28,7 +28,7 @@ void bind_gae(py::module_& m) {
       py::kw_only(), py::arg("dtype"), py::arg("rewards"), py::arg("values"), py::arg("mask"),
       py::arg("dones"), py::arg("bootstrap_value"), py::arg("lam"), py::arg("gamma"),
       py::arg("advantages"), py::arg("returns"), py::arg("num_rows"), py::arg("num_steps"),
-      py::arg("num_threads"), "Generalised advantage estimation; see csrc/gae.hpp.");
+      py::arg("num_threads"), "Generalised advantage estimation; see csrc/kernels/gae.hpp.");
 }
 
 }  // namespace ppo_fast

@@ -22,7 +22,7 @@ void bind_kl_estimate(py::module_& m) {
       py::kw_only(), py::arg("dtype"), py::arg("logprobs"), py::arg("ref_logprobs"),
       py::arg("mask"), py::arg("estimator"), py::arg("estimate"), py::arg("slope"),
       py::arg("num_tokens"), py::arg("num_threads"),
-      "Per-token KL estimates and their slopes; see csrc/kl_estimate.hpp.");
+      "Per-token KL estimates and their slopes; see csrc/kernels/kl_estimate.hpp.");
 }
 
 }  // namespace ppo_fast

@@ -23,7 +23,7 @@ void bind_linear_logprobs(py::module_& m) {
       py::arg("first_token"), py::arg("bias"), py::arg("scale"), py::arg("softcap"),
       py::arg("logits"), py::arg("labels"), py::arg("temperature"), py::arg("with_entropy"),
       py::arg("state"), py::arg("num_threads"),
-      "A tile of logits into the statistics of its rows; see csrc/linear_logprobs.hpp.");
+      "A tile of logits into the statistics of its rows; see csrc/kernels/linear_logprobs.hpp.");
   m.def(
       "finish_rows",
       [](int dtype, std::int64_t num_rows, Address state, double temperature, Address logprobs,
@@ -38,7 +38,7 @@ void bind_linear_logprobs(py::module_& m) {
       },
       py::kw_only(), py::arg("dtype"), py::arg("num_rows"), py::arg("state"),
       py::arg("temperature"), py::arg("logprobs"), py::arg("entropy"), py::arg("stats"),
-      "Log-probs and entropies from the statistics; see csrc/linear_logprobs.hpp.");
+      "Log-probs and entropies from the statistics; see csrc/kernels/linear_logprobs.hpp.");
   m.def(
       "tile_gradient",
       [](int dtype, std::int64_t num_rows, std::int64_t width, std::int64_t first_token,
@@ -67,7 +67,7 @@ void bind_linear_logprobs(py::module_& m) {
       py::arg("logits"), py::arg("shaped"), py::arg("source"), py::arg("labels"),
       py::arg("temperature"), py::arg("stats"), py::arg("entropy"), py::arg("grad_logprobs"),
       py::arg("grad_entropy"), py::arg("gradient"), py::arg("num_threads"),
-      "A tile of logits into the gradient of its product; see csrc/linear_logprobs.hpp.");
+      "A tile of logits into the gradient of its product; see csrc/kernels/linear_logprobs.hpp.");
 }
 
 }  // namespace ppo_fast

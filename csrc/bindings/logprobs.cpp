@@ -26,7 +26,7 @@ void bind_logprobs(py::module_& m) {
       py::arg("inner"), py::arg("inner_stride"), py::arg("num_rows"), py::arg("vocab_size"),
       py::arg("labels"), py::arg("mask"), py::arg("temperature"), py::arg("logprobs"),
       py::arg("entropy"), py::arg("stats"), py::arg("num_threads"),
-      "Log-probs and entropies of rows of logits; see csrc/logprobs.hpp.");
+      "Log-probs and entropies of rows of logits; see csrc/kernels/logprobs.hpp.");
   m.def(
       "logprobs_backward",
       [](int dtype, Address logits, std::int64_t outer_stride, std::int64_t inner,
@@ -52,7 +52,7 @@ void bind_logprobs(py::module_& m) {
       py::arg("inner"), py::arg("inner_stride"), py::arg("num_rows"), py::arg("vocab_size"),
       py::arg("labels"), py::arg("mask"), py::arg("temperature"), py::arg("entropy"),
       py::arg("stats"), py::arg("grad_logprobs"), py::arg("grad_entropy"), py::arg("grad_logits"),
-      py::arg("num_threads"), "Gradient of the logits; see csrc/logprobs.hpp.");
+      py::arg("num_threads"), "Gradient of the logits; see csrc/kernels/logprobs.hpp.");
 }
 
 }  // namespace ppo_fast

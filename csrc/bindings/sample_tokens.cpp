@@ -34,7 +34,7 @@ void bind_sample_tokens(py::module_& m) {
       py::arg("num_rows"), py::arg("vocab_size"), py::arg("seeds"), py::arg("positions"),
       py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("tokens"),
       py::arg("logprobs"), py::arg("sampling_logprobs"), py::arg("num_threads"),
-      "Gumbel-max draws; see csrc/sample_tokens.hpp.");
+      "Gumbel-max draws; see csrc/kernels/sample_tokens.hpp.");
 }
 
 }  // namespace ppo_fast

@@ -21,7 +21,7 @@ void bind_whiten(py::module_& m) {
       },
       py::kw_only(), py::arg("dtype"), py::arg("values"), py::arg("mask"), py::arg("whitened"),
       py::arg("scale"), py::arg("num_rows"), py::arg("num_steps"), py::arg("num_threads"),
-      "Masked whitening; see csrc/whiten.hpp.");
+      "Masked whitening; see csrc/kernels/whiten.hpp.");
   m.def(
       "whiten_backward",
       [](int dtype, Address grad_whitened, Address whitened, Address mask, Address scale,
@@ -42,7 +42,7 @@ void bind_whiten(py::module_& m) {
       py::kw_only(), py::arg("dtype"), py::arg("grad_whitened"), py::arg("whitened"),
       py::arg("mask"), py::arg("scale"), py::arg("grad_values"), py::arg("num_rows"),
       py::arg("num_steps"), py::arg("num_threads"),
-      "Gradient of whitened values; see csrc/whiten.hpp.");
+      "Gradient of whitened values; see csrc/kernels/whiten.hpp.");
 }
 
 }  // namespace ppo_fast

@@ -1,10 +1,10 @@
 """Prompts -> tokens: batched, KV-cached decoding, and other engines behind one protocol."""
 
-from ppo_fast.rollout.continuous import TransformersEngine
+from ppo_fast.data.rollout import Rollout
+from ppo_fast.data.sampling import Sampling
 from ppo_fast.rollout.decode import decode
 from ppo_fast.rollout.engine import Engine, LocalEngine, eos_ids
-from ppo_fast.rollout.rollout import Rollout
-from ppo_fast.rollout.sampling import Sampling
+from ppo_fast.rollout.transformers_engine import TransformersEngine
 
 __all__ = [
     "Engine",

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ppo_fast.language_model import LanguageModel
-from ppo_fast.precision import uses_tf32
-from ppo_fast.rollout.graphs import Steps, round_up
-from ppo_fast.rollout.sampling import Sampling
+from ppo_fast.data.sampling import Sampling
+from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.models.precision import uses_tf32
 from ppo_fast.rollout.slots import SlotCache
+from ppo_fast.rollout.speedups.cuda_graphs import Steps, round_up
 
 CAPACITY_MULTIPLE = 64
 

@@ -10,22 +10,22 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ppo_fast.adapters import merged_adapters
-from ppo_fast.attention import without_cudnn_attention
-from ppo_fast.language_model import LanguageModel, Next
+from ppo_fast.data.rollout import Rollout
+from ppo_fast.data.sampling import Sampling, Stops
+from ppo_fast.data.tokens import Tokens, make_tokens
+from ppo_fast.models.adapters import merged_adapters
+from ppo_fast.models.attention import without_cudnn_attention
+from ppo_fast.models.language_model import LanguageModel, Next
+from ppo_fast.models.trunk import TrunkStates
 from ppo_fast.ops import Sampled, logprobs_from_logits, sample_tokens
 from ppo_fast.rollout.buffers import Buffers, KeptBuffers, Sizes, recorded_with
-from ppo_fast.rollout.checks import layers_can_be_fused, steps_can_attend
-from ppo_fast.rollout.few_rows import few_row_products
-from ppo_fast.rollout.graphs import Capture
-from ppo_fast.rollout.layers import StepForward, fused_layers
 from ppo_fast.rollout.prompts import Prompt, PromptBatch, Prompts
-from ppo_fast.rollout.rollout import Rollout
-from ppo_fast.rollout.sampling import Sampling, Stops
 from ppo_fast.rollout.slots import step_arguments
-from ppo_fast.rollout.step_attention import masked_attention, step_attention
-from ppo_fast.tokens import Tokens, make_tokens
-from ppo_fast.trunk import TrunkStates
+from ppo_fast.rollout.speedups.cuda_graphs import Capture
+from ppo_fast.rollout.speedups.few_rows import few_row_products
+from ppo_fast.rollout.speedups.fused_layers import StepForward, fused_layers
+from ppo_fast.rollout.speedups.slot_check import layers_can_be_fused, steps_can_attend
+from ppo_fast.rollout.speedups.step_attention import masked_attention, step_attention
 
 NOT_FINITE = (
     "policy_model: its logits were NaN or infinite while it sampled; look at its weights (was the "
@@ -72,7 +72,7 @@ def decode(
         keep_states: whether the rollout's ``states`` are wanted.
         whole_trunk: whether its ``trunk`` shall hold each row's last token too, which takes a step
             more of each.
-        capture: how steps are recorded, to be replayed (graphs.py); None: they are not.
+        capture: how steps are recorded, to be replayed (cuda_graphs.py); None: they are not.
         kept: where the buffers and the recorded steps come from and stay for the next rollout, if
             steps are recorded; None: they are freed.
 

@@ -8,14 +8,14 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ppo_fast.adapters import adapted_layers
-from ppo_fast.language_model import LanguageModel
+from ppo_fast.data.rollout import Rollout
+from ppo_fast.data.sampling import Sampling
+from ppo_fast.models.adapters import adapted_layers
+from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.rollout.buffers import KeptBuffers
 from ppo_fast.rollout.decode import decode
-from ppo_fast.rollout.fast_paths import log_fast_paths
-from ppo_fast.rollout.graph_check import capture_for
-from ppo_fast.rollout.rollout import Rollout
-from ppo_fast.rollout.sampling import Sampling
+from ppo_fast.rollout.speedups.cuda_graph_check import capture_for
+from ppo_fast.rollout.speedups.fast_paths import log_fast_paths
 
 
 class Engine(Protocol):

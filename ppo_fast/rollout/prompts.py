@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ppo_fast.language_model import LanguageModel, Next
+from ppo_fast.data.tokens import batches_by_tokens, pad_right
+from ppo_fast.models.language_model import LanguageModel, Next
 from ppo_fast.rollout.slots import SlotCache
-from ppo_fast.tokens import batches_by_tokens, pad_right
 
 Prompt = tuple[int, ...]
 
@@ -35,7 +35,7 @@ class Prompts:
         budget: most tokens, with padding, of a pass.
         pad_id: what stands at padded places.
         trunk: where ``LanguageModel.recording_trunk`` records.
-        fused: whether all layers are fused (layers.py), so that prompts need no padding.
+        fused: whether all layers are fused (fused_layers.py), so that prompts need no padding.
     """
 
     def __init__(

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_fast.language_model import LanguageModel
-from ppo_fast.transformers_internals import (
+from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.models.transformers_internals import (
     SLIDING,
     Cache,
     DynamicLayer,
@@ -76,7 +76,7 @@ class SlotCache(Cache):
 
     def begin_rows(self, slots: Tensor, lengths: Tensor) -> None:
         """The next pass takes n tokens, one a row: of ``slots`` [n], each after ``lengths`` [n]
-        others. Only fused layers (layers.py) can do so when a slot has several."""
+        others. Only fused layers (fused_layers.py) can do so when a slot has several."""
         self.row_slots, self.lengths = slots, lengths
 
     def nbytes(self) -> int:

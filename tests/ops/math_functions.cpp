@@ -1,5 +1,5 @@
-// The functions of csrc/math.hpp and csrc/dtype.hpp over arrays, for test_math.py.
-#include "dtype.hpp"
+// The functions of csrc/base/math.hpp and csrc/base/dtype.hpp over arrays, for test_math.py.
+#include "base/dtype.hpp"
 
 using namespace ppo_fast;
 namespace kernels = ppo_fast::PPO_FAST_ISA;

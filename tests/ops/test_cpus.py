@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from ppo_fast.ops import cpus
+from ppo_fast.ops.backends import cpus
 
 
 @pytest.fixture

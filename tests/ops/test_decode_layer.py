@@ -9,11 +9,11 @@ from tiny_models import tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ppo_fast import _C
-from ppo_fast.language_model import LanguageModel
-from ppo_fast.ops import cpus
-from ppo_fast.rollout.few_rows import few_row_products
-from ppo_fast.rollout.layers import fused_layers
+from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.ops.backends import cpus
 from ppo_fast.rollout.slots import SlotCache, step_arguments
+from ppo_fast.rollout.speedups.few_rows import few_row_products
+from ppo_fast.rollout.speedups.fused_layers import fused_layers
 
 
 def qwen3(**changes):

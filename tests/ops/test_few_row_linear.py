@@ -120,7 +120,7 @@ def test_raw_op(impl):
 
 
 def test_auto_asks_the_blas_where_rows_are_many(impl, monkeypatch):
-    from ppo_fast.ops import library
+    from ppo_fast.ops.backends import library
 
     calls = []
     kernel = library.few_row_linear["cpp"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from runnable import TRITON, WIDE, examples, generator, implementations
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ppo_fast.ops import dispatch, library
+from ppo_fast.ops.backends import dispatch, library
 from ppo_fast.ops.gae import GAE, api, gae
 
 IMPLS = implementations("gae")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ppo_fast.ops import library
+from ppo_fast.ops.backends import library
 
 pytest.importorskip("triton")
 

@@ -10,7 +10,7 @@ import torch
 from logprob_truth import assert_within_budget, true_logit_grad, true_logprobs
 
 from ppo_fast.ops import linear_logprobs, logprobs_from_logits
-from ppo_fast.ops.dispatch import missing
+from ppo_fast.ops.backends.dispatch import missing
 from ppo_fast.ops.linear_logprobs import cpp as linear_cpp
 from ppo_fast.ops.logprobs.cpp import _rows
 

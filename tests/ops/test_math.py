@@ -1,4 +1,4 @@
-"""csrc/math.hpp and the conversions of csrc/dtype.hpp, compiled here for each instruction set."""
+"""csrc/base/math.hpp and conversions of csrc/base/dtype.hpp, compiled for each instruction set."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FLAGS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     FLAGS["avx2"] = ["-mavx2", "-mfma"]
 
-# Largest errors in ulp, as csrc/math.hpp states them; an ulp is that of the correct result.
+# Largest errors in ulp, as csrc/base/math.hpp states them; an ulp is that of the correct result.
 BOUNDS = {
     "exp2_nonpositive": (1.2, np.exp2),
     "exp_": (1.5, np.exp),

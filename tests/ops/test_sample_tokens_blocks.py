@@ -11,7 +11,8 @@ import torch
 from runnable import FLOATS, implementations
 from sample_truth import INTERPRETED, KINDS, TRUNCATIONS, logits_of, many_draws, noisy, rows
 
-from ppo_fast.ops import library, sample_tokens
+from ppo_fast.ops import sample_tokens
+from ppo_fast.ops.backends import library
 from ppo_fast.ops.sample_tokens import reference
 
 pytestmark = pytest.mark.parametrize(

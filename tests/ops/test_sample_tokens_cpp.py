@@ -10,7 +10,7 @@ import torch
 from sample_truth import KINDS, TRUNCATIONS, logits_of, noisy
 
 from ppo_fast.ops import logprobs_from_logits, sample_tokens
-from ppo_fast.ops.dispatch import missing
+from ppo_fast.ops.backends.dispatch import missing
 from ppo_fast.ops.sample_tokens import reference
 
 pytestmark = pytest.mark.skipif(bool(missing("cpp")), reason=str(missing("cpp")))

@@ -17,10 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ppo_fast
 from ppo_fast import ops
-from ppo_fast.ops import dispatch, library, self_check
+from ppo_fast.ops.backends import dispatch, first_use, library
+from ppo_fast.ops.backends.dispatch import COMPILED, choose
+from ppo_fast.ops.backends.first_use import CASES, Result, check
 from ppo_fast.ops.decode_attention import reference
-from ppo_fast.ops.dispatch import COMPILED, choose
-from ppo_fast.ops.self_check import CASES, Result, check, first_use
 
 pytestmark = [
     pytest.mark.parametrize("impl", ["triton" if TRITON else "cpp"]),
@@ -49,12 +49,12 @@ OUTPUTS = [
 def gpu(impl, tmp_path, monkeypatch):
     """The device, as first use takes it: a GPU on which nothing was checked yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(self_check, "_known", {})
+    monkeypatch.setattr(first_use, "_known", {})
     device = torch.get_default_device()
     if device.type == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
-    monkeypatch.setattr(self_check, "_can_run_on", lambda device: True)
-    monkeypatch.setattr(self_check, "installation", lambda device: "a GPU")
+    monkeypatch.setattr(first_use, "_can_run_on", lambda device: True)
+    monkeypatch.setattr(first_use, "installation", lambda device: "a GPU")
     monkeypatch.setitem(dispatch.FASTEST, "cpu", "triton")
     if impl == "cpp":
         monkeypatch.setattr(dispatch, "_triton_interpreted", lambda: True)
@@ -98,7 +98,7 @@ def use_logprobs(device, **how):
 
 
 def next_process(monkeypatch):
-    monkeypatch.setattr(self_check, "_known", {})
+    monkeypatch.setattr(first_use, "_known", {})
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -148,7 +148,7 @@ def test_auto_falls_to_the_reference_with_one_warning(gpu, spoil, monkeypatch):
 
 def test_an_explicit_impl_is_not_stopped(gpu, spoil, monkeypatch):
     spoil("logprobs_forward", logprobs_off)
-    monkeypatch.setattr(self_check, "check", never)
+    monkeypatch.setattr(first_use, "check", never)
     logits, out = use_logprobs(gpu, impl="triton")
     wanted = torch.log_softmax(logits, -1)[torch.arange(3), [1, 2, 3]]
     torch.testing.assert_close(out.logprobs, wanted + 0.01)
@@ -165,7 +165,7 @@ def test_a_wrong_gradient_and_nan_are_named(gpu, spoil):
     result = check("logprobs_from_logits", gpu)
     assert "logprobs (float32) inf" in result.detail
     assert result.error == math.inf
-    assert self_check._error(torch.zeros(2), torch.zeros(3)) == math.inf  # another shape
+    assert first_use._error(torch.zeros(2), torch.zeros(3)) == math.inf  # another shape
 
 
 def test_a_kernel_that_raises_is_not_used_and_tried_again_later(gpu, monkeypatch):
@@ -177,28 +177,28 @@ def test_a_kernel_that_raises_is_not_used_and_tried_again_later(gpu, monkeypatch
         with pytest.warns(RuntimeWarning, match="RuntimeError: no compiler found"):
             assert choose("logprobs_from_logits", "auto", gpu).impl == "reference"
         assert choose("logprobs_from_logits", "auto", gpu).impl == "reference"
-    assert not self_check.memory_path().exists()
+    assert not first_use.memory_path().exists()
     next_process(monkeypatch)
     assert choose("logprobs_from_logits", "auto", gpu).impl == "triton"
 
 
 def test_the_answer_is_remembered(gpu, monkeypatch):
-    found = first_use("logprobs_from_logits", gpu)
+    found = first_use.first_use("logprobs_from_logits", gpu)
     assert found.ok
     with monkeypatch.context() as later:
-        later.setattr(self_check, "check", never)
-        later.setattr(self_check, "_can_run_on", never)
-        assert first_use("logprobs_from_logits", gpu) is found
+        later.setattr(first_use, "check", never)
+        later.setattr(first_use, "_can_run_on", never)
+        assert first_use.first_use("logprobs_from_logits", gpu) is found
     next_process(monkeypatch)
     with monkeypatch.context() as later:
-        later.setattr(self_check, "check", never)
-        assert first_use("logprobs_from_logits", gpu) == found
+        later.setattr(first_use, "check", never)
+        assert first_use.first_use("logprobs_from_logits", gpu) == found
     next_process(monkeypatch)
-    monkeypatch.setattr(self_check, "installation", lambda device: "another driver")
-    monkeypatch.setattr(self_check, "check", lambda *_: Result(0.5, False, "is off"))
+    monkeypatch.setattr(first_use, "installation", lambda device: "another driver")
+    monkeypatch.setattr(first_use, "check", lambda *_: Result(0.5, False, "is off"))
     with pytest.warns(RuntimeWarning, match="is off"):
-        assert not first_use("logprobs_from_logits", gpu).ok
-    assert len(json.loads(self_check.memory_path().read_text())) == 2
+        assert not first_use.first_use("logprobs_from_logits", gpu).ok
+    assert len(json.loads(first_use.memory_path().read_text())) == 2
 
 
 def test_a_wrong_kernel_is_remembered_and_warned_of_in_each_process(gpu, spoil, monkeypatch):
@@ -206,8 +206,8 @@ def test_a_wrong_kernel_is_remembered_and_warned_of_in_each_process(gpu, spoil, 
     for _ in range(2):
         next_process(monkeypatch)
         with pytest.warns(RuntimeWarning, match="failed the check of their first use"):
-            assert not first_use("logprobs_from_logits", gpu).ok
-        monkeypatch.setattr(self_check, "check", never)
+            assert not first_use.first_use("logprobs_from_logits", gpu).ok
+        monkeypatch.setattr(first_use, "check", never)
 
 
 @pytest.mark.parametrize(
@@ -225,23 +225,23 @@ def test_a_wrong_kernel_is_remembered_and_warned_of_in_each_process(gpu, spoil, 
     ],
 )
 def test_a_broken_memory_is_written_anew(gpu, text, monkeypatch):
-    path = self_check.memory_path()
+    path = first_use.memory_path()
     path.parent.mkdir()
     path.write_bytes(text)
-    monkeypatch.setattr(self_check, "installation", lambda device: "a GPU")
-    found = first_use("logprobs_from_logits", gpu)
+    monkeypatch.setattr(first_use, "installation", lambda device: "a GPU")
+    found = first_use.first_use("logprobs_from_logits", gpu)
     assert found.ok
-    assert self_check.remembered("logprobs_from_logits", gpu) == found
+    assert first_use.remembered("logprobs_from_logits", gpu) == found
 
 
 def test_a_folder_that_cannot_be_written_only_means_another_check(gpu, tmp_path, monkeypatch):
     (tmp_path / "ppo_fast").write_text("is a file")
     calls = []
-    monkeypatch.setattr(self_check, "check", lambda *_: calls.append(1) or Result(0.0, True, ""))
+    monkeypatch.setattr(first_use, "check", lambda *_: calls.append(1) or Result(0.0, True, ""))
     for _ in range(2):
-        assert first_use("logprobs_from_logits", gpu).ok
+        assert first_use.first_use("logprobs_from_logits", gpu).ok
     next_process(monkeypatch)
-    assert first_use("logprobs_from_logits", gpu).ok
+    assert first_use.first_use("logprobs_from_logits", gpu).ok
     assert len(calls) == 2
 
 
@@ -249,8 +249,8 @@ def test_writers_at_once_leave_a_whole_file(tmp_path):
     result = Result(1e-7, True, "x" * 5000)
 
     def write(i):
-        self_check._remember(f"op {i}", "a GPU", result)
-        json.loads(self_check.memory_path().read_text())
+        first_use._remember(f"op {i}", "a GPU", result)
+        json.loads(first_use.memory_path().read_text())
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(write, range(100)))
@@ -265,9 +265,9 @@ def test_callers_at_once_check_once(gpu, monkeypatch):
         time.sleep(0.1)
         return Result(0.0, True, "")
 
-    monkeypatch.setattr(self_check, "check", slow)
+    monkeypatch.setattr(first_use, "check", slow)
     with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(lambda _: first_use("gae", gpu), range(8)))
+        results = list(pool.map(lambda _: first_use.first_use("gae", gpu), range(8)))
     assert len(calls) == 1
     assert all(r.ok for r in results)
 
@@ -292,7 +292,7 @@ def test_compiled_callers_check_too(gpu, spoil):
     logits, labels = torch.randn(3, 41, device=gpu), torch.tensor([1, 2, 3], device=gpu)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(logits, labels), run(logits, labels))
-    assert self_check.remembered("logprobs_from_logits", gpu).ok
+    assert first_use.remembered("logprobs_from_logits", gpu).ok
 
 
 def test_a_compiled_caller_falls_to_the_reference(gpu, spoil):
@@ -310,25 +310,25 @@ def test_a_compiled_caller_falls_to_the_reference(gpu, spoil):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stands for a machine without a GPU")
 def test_kernels_are_trusted_where_they_cannot_run_now(monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(self_check, "check", never)
+    monkeypatch.setattr(first_use, "check", never)
     device = torch.device("cuda", 0)
     assert choose("logprobs_from_logits", "auto", device).impl == "triton"
     # A GPU whose stream is being captured, and a fake tensor's device beyond the real ones.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert first_use("logprobs_from_logits", device).ok
+    assert first_use.first_use("logprobs_from_logits", device).ok
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert first_use("logprobs_from_logits", torch.device("cuda", 1)).ok
-    assert not self_check._known
+    assert first_use.first_use("logprobs_from_logits", torch.device("cuda", 1)).ok
+    assert not first_use._known
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stands for machines with other GPUs")
 def test_an_answer_holds_for_one_installation(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
-    monkeypatch.setattr(self_check, "driver", lambda: "570.1")
-    words = self_check.installation(torch.device("cuda", 0))
+    monkeypatch.setattr(first_use, "driver", lambda: "570.1")
+    words = first_use.installation(torch.device("cuda", 0))
     assert words.startswith(f"NVIDIA X, driver 570.1, torch {torch.__version__}, triton ")
     assert f", ppo_fast {ppo_fast.__version__}, kernels " in words
 
@@ -339,7 +339,7 @@ def test_an_answer_holds_for_one_installation(monkeypatch):
 def test_the_driver_by_its_version(kind, monkeypatch):
     text = f"NVRM version: NVIDIA {kind}  570.86.15  Release Build\nGCC version:  gcc 12.2.0"
     monkeypatch.setattr(Path, "read_text", lambda path: text)
-    assert self_check.driver() == "570.86.15"
+    assert first_use.driver() == "570.86.15"
 
 
 def test_the_driver_where_it_is_hidden(monkeypatch):
@@ -348,7 +348,7 @@ def test_the_driver_where_it_is_hidden(monkeypatch):
 
     monkeypatch.setattr(Path, "read_text", hidden)
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
-    assert self_check.driver() == "of CUDA 12080"
+    assert first_use.driver() == "of CUDA 12080"
 
 
 def test_no_draw_of_the_case_is_close(gpu):
@@ -356,12 +356,12 @@ def test_no_draw_of_the_case_is_close(gpu):
     case, _ = CASES["sample_tokens"]
     side = ("reference", torch.device("cpu"), torch.float32)
 
-    class Shifted(self_check.Side):
+    class Shifted(first_use.Side):
         def normal(self, *shape, scale=1.0):
             x = super().normal(*shape, scale=scale)
             return x + 1e-4 * torch.randn_like(x)
 
-    exact = case(self_check.Side(*side, torch.float64))
+    exact = case(first_use.Side(*side, torch.float64))
     shifted = case(Shifted(*side, torch.float64))
     for name in ("tokens", "truncated tokens"):
         assert torch.equal(exact[name], shifted[name])

@@ -37,13 +37,14 @@ from torch import Tensor, nn
 from trl.experimental.ppo import ppo_trainer
 from trl_side import SumOfIds, make_trainer, value_model_of
 
-from ppo_fast import PPOConfig, PPOTrainer, update
-from ppo_fast.experience import Experience
+from ppo_fast import PPOConfig, PPOTrainer
+from ppo_fast.data.tokens import make_tokens
+from ppo_fast.learning import learner
+from ppo_fast.learning.make_experience import Experience
 from ppo_fast.ops import gae, whiten
 from ppo_fast.rollout import Rollout
-from ppo_fast.tokens import make_tokens
 
-sys.path.append(str(Path(__file__).parents[3] / "tests"))
+sys.path.append(str(Path(__file__).parents[3] / "tests" / "helpers"))
 from tiny_models import EOS_ID, PAD_ID, VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 ROWS, NEW = 8, 12
@@ -194,8 +195,8 @@ def by_ours(
         experience = with_late_score(experience, trainer.value_model)
     with (
         mock.patch.object(torch, "randperm", lambda n, **_: torch.arange(n)),
-        recorded(update, "ppo_loss", lambda result: float(result[0])) as policy_losses,
-        recorded(update, "value_loss", lambda result: float(result[0])) as value_losses,
+        recorded(learner, "ppo_loss", lambda result: float(result[0])) as policy_losses,
+        recorded(learner, "value_loss", lambda result: float(result[0])) as value_losses,
     ):
         trainer.update(experience)
     weights = models.policy.state_dict(), models.values.state_dict()

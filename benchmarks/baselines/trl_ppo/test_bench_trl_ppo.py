@@ -9,7 +9,7 @@ import pytest
 from memory import step_gigabytes
 from whole_steps import SIDES, WORK
 
-from ppo_fast.smollm2 import load_smollm2
+from ppo_fast.demo.smollm2 import load_smollm2
 
 pytestmark = pytest.mark.timeout(3600)
 ROUNDS = 3

@@ -12,7 +12,7 @@ from step_sides import Make, Ours, Step
 from trl_side import Theirs
 
 from ppo_fast import ValueModel
-from ppo_fast.demo_task import load_prompts
+from ppo_fast.demo.task import load_prompts
 
 PROMPTS = load_prompts()[0][:4]
 NEW, EPOCHS = 48, 4

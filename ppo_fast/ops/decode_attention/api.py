@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppo_fast.ops import library
+from ppo_fast.ops.backends import library
+from ppo_fast.ops.backends.dispatch import Impl, choose
 from ppo_fast.ops.decode_attention import reference
-from ppo_fast.ops.dispatch import Impl, choose
 from ppo_fast.ops.validation import (
     check_floating,
     check_int64,
@@ -56,7 +56,8 @@ def decode_attention(
         lengths: [n] int64, how many columns each row sees, 1 to L. A row of length 0 gives zeros.
         scaling: multiplies q . k, usually d ** -0.5.
         window: how many of its last columns a row sees; None: all of them.
-        impl: see ppo_fast.ops.dispatch. "auto" takes the reference for heads of more than 256.
+        impl: see ppo_fast.ops.backends.dispatch. "auto" takes the reference for heads of more than
+        256.
 
     Returns:
         [n, H, d] in the dtype of the query.
@@ -67,7 +68,7 @@ def decode_attention(
             outside 0 to L (lengths are looked at on CPU tensors alone: on CUDA that would wait for
             the device, and a longer one counts as L there); an input that requires grad where
             autograd is on, for the op has no gradient.
-        RuntimeError, NotImplementedError: ``impl`` cannot run here; see ops/dispatch.py.
+        RuntimeError, NotImplementedError: ``impl`` cannot run here; see ops/backends/dispatch.py.
     """
     _check_tensors(query, keys, values, lengths)
     check_number("decode_attention", "scaling", scaling)

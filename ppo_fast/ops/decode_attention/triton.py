@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_fast.ops.gpu import Launch, interpreted, kernel, launch
+from ppo_fast.ops.backends.triton_launch import Launch, interpreted, kernel, launch
 from ppo_fast.ops.logprobs.triton import LOG2_E
 
 # Columns. Fewer would make more programs of a small batch, and more partial results.

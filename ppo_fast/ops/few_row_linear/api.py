@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ppo_fast.ops import library
-from ppo_fast.ops.dispatch import Impl, choose
+from ppo_fast.ops.backends import library
+from ppo_fast.ops.backends.dispatch import Impl, choose
 from ppo_fast.ops.few_row_linear import reference
 from ppo_fast.ops.validation import check_floating, check_same_device
 
@@ -26,7 +26,7 @@ def few_row_linear(
     """``F.linear`` for the few rows of a decoding step: ``y = x W^T + bias``.
 
     Asked for ``x W^T`` with few rows, the BLAS first copies the whole weight into another layout,
-    at every call. The C++ kernel (csrc/few_row_linear.hpp) streams it once, as it lies; the
+    at every call. The C++ kernel (csrc/kernels/few_row_linear.hpp) streams it once, as it lies; the
     reference asks for ``(W x^T)^T``, which the BLAS can compute so as well. Milliseconds, D = 576,
     V = 49152, float32, two threads of an AVX2 machine (`make bench`)::
 
@@ -43,7 +43,7 @@ def few_row_linear(
         x: [..., D], float32, float64, bfloat16 or float16.
         weight: [V, D], the dtype of x.
         bias: [V] or None.
-        impl: "auto", "reference", or a compiled implementation (ppo_fast.ops.dispatch).
+        impl: "auto", "reference", or a compiled implementation (ppo_fast.ops.backends.dispatch).
 
     Returns:
         [..., V], contiguous, of the dtype of x.

@@ -1,12 +1,12 @@
-"""Launcher of the C++ kernel, csrc/few_row_linear.hpp."""
+"""Launcher of the C++ kernel, csrc/kernels/few_row_linear.hpp."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ppo_fast.ops.cpus import num_threads
-from ppo_fast.ops.launch import DTYPE_CODES, address, vouched, vouched_or_none
+from ppo_fast.ops.backends.cpp_launch import DTYPE_CODES, address, vouched, vouched_or_none
+from ppo_fast.ops.backends.cpus import num_threads
 
 
 def few_row_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ppo_fast.ops import library
-from ppo_fast.ops.dispatch import Impl, choose
+from ppo_fast.ops.backends import library
+from ppo_fast.ops.backends.dispatch import Impl, choose
 from ppo_fast.ops.gae import reference
 from ppo_fast.ops.gradient import computed_in, constant
 from ppo_fast.ops.validation import check_tokens
@@ -54,7 +54,7 @@ def gae(
         gamma: discount, in [0, 1].
         lam: a number in [0, 1], or one for each row as a [B] tensor, whose range is not checked
             (on an accelerator that would wait for the device).
-        impl: see ppo_fast.ops.dispatch.
+        impl: see ppo_fast.ops.backends.dispatch.
 
     Returns:
         GAE(advantages, returns): [B, T] each, float64 if rewards or values are and float32
@@ -64,7 +64,7 @@ def gae(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape, tensors on several devices, gamma or lam outside [0, 1].
-        RuntimeError, NotImplementedError: ``impl`` cannot run here; see ops/dispatch.py.
+        RuntimeError, NotImplementedError: ``impl`` cannot run here; see ops/backends/dispatch.py.
     """
     check_tokens("gae", {"rewards": rewards, "values": values}, {"mask": mask})
     num_rows, device = rewards.shape[0], rewards.device

@@ -1,12 +1,12 @@
-"""Launcher of the C++ kernel, csrc/gae.hpp."""
+"""Launcher of the C++ kernel, csrc/kernels/gae.hpp."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ppo_fast.ops.cpus import num_threads
-from ppo_fast.ops.launch import DTYPE_CODES, address, vouched, vouched_or_none
+from ppo_fast.ops.backends.cpp_launch import DTYPE_CODES, address, vouched, vouched_or_none
+from ppo_fast.ops.backends.cpus import num_threads
 
 
 def gae(

@@ -1,7 +1,7 @@
 """The Triton kernel of generalised advantage estimation, and its launcher.
 
-As csrc/gae.hpp, which states the formulas; the scan of a row is parallel. Bytes moved a step: 16,
-and 1 each for mask and dones (the neighbour's value and mask come from the cache).
+As csrc/kernels/gae.hpp, which states the formulas; the scan of a row is parallel. Bytes moved a
+step: 16, and 1 each for mask and dones (the neighbour's value and mask come from the cache).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_fast.ops.gpu import Launch, kernel, launch
+from ppo_fast.ops.backends.triton_launch import Launch, kernel, launch
 
 # Steps are scanned backwards, so that loads are of 4 bytes a thread, coalesced.
 SCAN = Launch(1024, 8, registers=112)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ppo_fast.ops import library
-from ppo_fast.ops.dispatch import Impl, choose
+from ppo_fast.ops.backends import library
+from ppo_fast.ops.backends.dispatch import Impl, choose
 from ppo_fast.ops.gradient import as_dtype, computed_in
 from ppo_fast.ops.kl_estimate import reference
 from ppo_fast.ops.validation import check_choice, check_tokens
@@ -46,7 +46,7 @@ def kl_estimate(
         mask: bool [B, T], True at valid tokens; elsewhere the estimate and both gradients are
             exactly 0, whatever stands there. Default: all valid.
         estimator: one of the names above. Default: "k1".
-        impl: see ppo_fast.ops.dispatch.
+        impl: see ppo_fast.ops.backends.dispatch.
 
     Returns [B, T], float64 where ``logprobs`` is float64, else float32.
     Raises TypeError for a wrong dtype; ValueError for differing shapes or devices and an unknown

@@ -1,4 +1,4 @@
-"""Launcher of the C++ kernel, csrc/kl_estimate.hpp."""
+"""Launcher of the C++ kernel, csrc/kernels/kl_estimate.hpp."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from ppo_fast.ops.cpus import num_threads
+from ppo_fast.ops.backends.cpp_launch import DTYPE_CODES, address, vouched, vouched_or_none
+from ppo_fast.ops.backends.cpus import num_threads
 from ppo_fast.ops.kl_estimate.api import KLEstimator
-from ppo_fast.ops.launch import DTYPE_CODES, address, vouched, vouched_or_none
 
-# enum class KlEstimator in csrc/kl_estimate.hpp has the same order.
+# enum class KlEstimator in csrc/kernels/kl_estimate.hpp has the same order.
 ESTIMATOR_CODES = {name: code for code, name in enumerate(get_args(KLEstimator))}
 
 

@@ -1,7 +1,7 @@
 """The Triton kernel of kl_estimate, and its launcher.
 
-As csrc/kl_estimate.hpp, which states the formulas. Bytes moved a token: 12, and 4 for the slope and
-1 for the mask. Saved for backward: the slope.
+As csrc/kernels/kl_estimate.hpp, which states the formulas. Bytes moved a token: 12, and 4 for the
+slope and 1 for the mask. Saved for backward: the slope.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_fast.ops.gpu import Launch, kernel, launch
-from ppo_fast.ops.token_reduce import VEC, contiguous_or_none, tokens_end
+from ppo_fast.ops.backends.triton_launch import Launch, kernel, launch
+from ppo_fast.ops.backends.triton_reduce import VEC, contiguous_or_none, tokens_end
 
 LAUNCH = Launch(1024, 8, registers=40)  # 16 bytes a thread
 
@@ -30,7 +30,7 @@ def power_of_two(n):
 
 @triton.jit
 def exp_and_expm1(x):
-    """As csrc/math.hpp: exact to 2 ulp, also next to 0 and where exp2(x * log2(e)) would not be."""
+    """As csrc/base/math.hpp: exact to 2 ulp, also next to 0 and where exp2(x log2(e)) is not."""
     bounded = tl.where(x < EXP_LOWEST, EXP_LOWEST, x)
     bounded = tl.where(bounded > EXP_HIGHEST, EXP_HIGHEST, bounded)
     # x = n log 2 + r with |r| <= log(2) / 2, log 2 in two parts.

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from ppo_fast.ops import library
-from ppo_fast.ops.dispatch import Impl, choose
+from ppo_fast.ops.backends import library
+from ppo_fast.ops.backends.dispatch import Impl, choose
 from ppo_fast.ops.linear_logprobs import reference
 from ppo_fast.ops.logprobs import TokenLogprobs
 from ppo_fast.ops.validation import (
@@ -73,7 +73,7 @@ def linear_logprobs(
         drop_zero_rows: whether the backward's products leave out rows whose two upstream gradients
             are both 0, as those of clipped tokens are. Tiled implementations on the CPU; on CUDA
             finding them would wait for the device, and the reference ignores it.
-        impl: "auto", "reference", or a compiled implementation (ppo_fast.ops.dispatch).
+        impl: "auto", "reference", or a compiled implementation (ppo_fast.ops.backends.dispatch).
 
     Returns:
         TokenLogprobs of [...] float32 tensors (float64 if an operand is).

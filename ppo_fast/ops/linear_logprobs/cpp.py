@@ -1,5 +1,5 @@
 """``linear_logprobs`` on the CPU: products by the BLAS, a tile of the vocabulary at a time, and
-between them the kernels of csrc/linear_logprobs.hpp.
+between them the kernels of csrc/kernels/linear_logprobs.hpp.
 
 A tile is the logits [n, columns] of all n rows that count. Going over the vocabulary, not over the
 tokens, reads each slice of the weight once a product and writes each slice of its gradient once.
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppo_fast.ops.cpus import num_threads
-from ppo_fast.ops.launch import DTYPE_CODES, address, empty, vouched, vouched_or_none
+from ppo_fast.ops.backends.cpp_launch import DTYPE_CODES, address, empty, vouched, vouched_or_none
+from ppo_fast.ops.backends.cpus import num_threads
 
 # What the last-level cache holds between the product that writes a tile and the kernel that reads
 # it, and enough columns for the BLAS to reach its speed.
@@ -189,7 +189,7 @@ def linear_logprobs_backward(
 
 
 class _RowValues(NamedTuple):
-    """Of each row of the products; csrc/linear_logprobs.hpp, TileGradientArgs."""
+    """Of each row of the products; csrc/kernels/linear_logprobs.hpp, TileGradientArgs."""
 
     labels: Tensor
     stats: Tensor

@@ -1,5 +1,5 @@
 """``linear_logprobs`` on the GPU: products by the BLAS, a tile of the vocabulary at a time, and
-between them Triton kernels that do what csrc/linear_logprobs.hpp states.
+between them Triton kernels that do what csrc/kernels/linear_logprobs.hpp states.
 
 A tile is the products W h of all N rows with some columns of the vocabulary, float32 whatever the
 operands' dtype. Going over the vocabulary reads each slice of the weight once a product and writes
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_fast.ops.gpu import Launch, kernel, launch
+from ppo_fast.ops.backends.triton_launch import Launch, kernel, launch
 from ppo_fast.ops.linear_logprobs.triton_tiles import (
     VEC,
     Scratch,
@@ -49,7 +49,7 @@ GRADIENT = Launch(2048, 8, registers=48)
 
 @triton.jit
 def tanh(x):
-    """As csrc/math.hpp; Triton's own is not in its interpreter."""
+    """As csrc/base/math.hpp; Triton's own is not in its interpreter."""
     square = x * x
     p = -6.096299737691879e-3
     p = p * square + 2.099689468741417e-2
@@ -64,7 +64,7 @@ def tanh(x):
 
 @triton.jit
 def logit_of(product, bias, logit_scale, softcap, CAPPED: tl.constexpr):
-    """x from W h, and dx / d(W h); see LogitTile in csrc/linear_logprobs.hpp."""
+    """x from W h, and dx / d(W h); see LogitTile in csrc/kernels/linear_logprobs.hpp."""
     z = (product + bias) * logit_scale
     if CAPPED:
         share = tanh(z * (1.0 / softcap))

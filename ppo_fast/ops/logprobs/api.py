@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ppo_fast.ops import library
-from ppo_fast.ops.dispatch import Impl, choose
+from ppo_fast.ops.backends import library
+from ppo_fast.ops.backends.dispatch import Impl, choose
 from ppo_fast.ops.logprobs import reference
 from ppo_fast.ops.validation import (
     check_floating,
@@ -64,7 +64,7 @@ def logprobs_from_logits(
             exactly 0, whatever the logits hold there. None: all count.
         temperature: divides the logits; above 0.
         entropy: whether to compute H.
-        impl: "auto", "reference", or a compiled implementation (ppo_fast.ops.dispatch).
+        impl: "auto", "reference", or a compiled implementation (ppo_fast.ops.backends.dispatch).
 
     Returns:
         TokenLogprobs of [...] float32 tensors (float64 for float64 logits).

@@ -1,12 +1,11 @@
-"""Launchers of the C++ kernels, csrc/logprobs.hpp."""
+"""Launchers of the C++ kernels, csrc/kernels/logprobs.hpp."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ppo_fast.ops.cpus import num_threads
-from ppo_fast.ops.launch import (
+from ppo_fast.ops.backends.cpp_launch import (
     DTYPE_CODES,
     address,
     empty,
@@ -14,6 +13,7 @@ from ppo_fast.ops.launch import (
     vouched,
     vouched_or_none,
 )
+from ppo_fast.ops.backends.cpus import num_threads
 
 
 def logprobs_forward(

@@ -1,6 +1,6 @@
 """The Triton kernels of logprobs_from_logits, and their launchers.
 
-As csrc/logprobs.hpp, which states the formulas. Bytes moved: forward reads the logits once;
+As csrc/kernels/logprobs.hpp, which states the formulas. Bytes moved: forward reads the logits once;
 backward reads them once and writes their gradient once. Masked rows are not read. A row that starts
 elsewhere between two multiples of 16 bytes is added up in another order, so that its last bit may
 differ; it depends on nothing else.
@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_fast.ops.gpu import (
+from ppo_fast.ops.backends.cpp_launch import merged_strides
+from ppo_fast.ops.backends.triton_launch import (
     Launch,
     Rows,
     aligned,
@@ -23,7 +24,6 @@ from ppo_fast.ops.gpu import (
     row_offset,
     split_row,
 )
-from ppo_fast.ops.launch import merged_strides
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOG_2 = tl.constexpr(0.6931471805599453)
@@ -138,7 +138,7 @@ def logprobs_forward_kernel(
 
 @triton.jit
 def logit_gradient(x, column, label, maximum, scale, c0, c1, at_label):
-    """2^d (c0 + c1 d) + at_label [j = y], see RowGradient in csrc/logprobs.hpp; 0 where p = 0."""
+    """2^d (c0 + c1 d) + at_label [j = y], 0 where p = 0: csrc/kernels/logprobs.hpp."""
     d = (x.to(tl.float32) - maximum) * scale
     gradient = tl.exp2(d) * (c0 + c1 * tl.maximum(d, -127.0))
     return tl.where(column == label, gradient + at_label, gradient)
@@ -146,7 +146,7 @@ def logit_gradient(x, column, label, maximum, scale, c0, c1, at_label):
 
 @triton.jit
 def gradient_coefficients(a, b, entropy, total, inverse_temperature):
-    """c0 and c1 of RowGradient in csrc/logprobs.hpp."""
+    """c0 and c1 of RowGradient in csrc/kernels/logprobs.hpp."""
     share = -inverse_temperature / total
     return share * (a + b * (entropy - tl.log(total))), share * b * LOG_2
 

@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ppo_fast.ops import library
-from ppo_fast.ops.dispatch import Impl, choose
+from ppo_fast.ops.backends import library
+from ppo_fast.ops.backends.dispatch import Impl, choose
 from ppo_fast.ops.gradient import (
     as_dtype,
     computed_in,
@@ -98,7 +98,7 @@ def ppo_loss(
         normalizer: a number above 0 or a 0-dim tensor (a constant, not read on the host; 0 counts
             as 1, since a step without tokens has loss 0). Default: the count in this call, at
             least 1; required with "seq-mean-token-sum".
-        impl: see ppo_fast.ops.dispatch.
+        impl: see ppo_fast.ops.backends.dispatch.
 
     The maths is float32 (float64 where ``logprobs`` is float64). No sync.
     Raises TypeError for a wrong dtype; ValueError for differing shapes or devices, a number out of

@@ -1,8 +1,9 @@
 """The Triton kernel of ppo_loss, and its launcher.
 
-As csrc/ppo_loss.hpp, which states the formulas. One pass over the tokens writes the gradients, and
-the loss and the statistics of each program; reduce_partials ends it. Bytes moved a token: 13, and 4
-each for entropy, ref_logprobs and the gradients wanted. Saved for backward: the gradients.
+As csrc/kernels/ppo_loss.hpp, which states the formulas. One pass over the tokens writes the
+gradients, and the loss and the statistics of each program; reduce_partials ends it. Bytes moved a
+token: 13, and 4 each for entropy, ref_logprobs and the gradients wanted. Saved for backward: the
+gradients.
 """
 
 from __future__ import annotations
@@ -14,10 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_fast.ops.gpu import Launch, kernel, launch
-from ppo_fast.ops.kl_estimate.triton import exp_and_expm1, kl_term
-from ppo_fast.ops.stats import PPO_STATS
-from ppo_fast.ops.token_reduce import (
+from ppo_fast.ops.backends.triton_launch import Launch, kernel, launch
+from ppo_fast.ops.backends.triton_reduce import (
     VEC,
     added,
     contiguous_or_none,
@@ -32,6 +31,8 @@ from ppo_fast.ops.token_reduce import (
     store_column,
     tokens_end,
 )
+from ppo_fast.ops.kl_estimate.triton import exp_and_expm1, kl_term
+from ppo_fast.ops.stats import PPO_STATS
 
 LAUNCH = Launch(512, 4, registers=128)  # 16 bytes a thread of each input
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ppo_fast.ops import library
-from ppo_fast.ops.dispatch import Impl, choose
+from ppo_fast.ops.backends import library
+from ppo_fast.ops.backends.dispatch import Impl, choose
 from ppo_fast.ops.sample_tokens import reference
 from ppo_fast.ops.validation import (
     check_floating,
@@ -76,7 +76,7 @@ def sample_tokens(
         temperature: divides the logits; above 0.
         top_k: how many tokens to keep; 0, or V and more, keeps all.
         top_p: mass to keep, in (0, 1]; 1 keeps all.
-        impl: "auto", "reference", or a compiled implementation (ppo_fast.ops.dispatch).
+        impl: "auto", "reference", or a compiled implementation (ppo_fast.ops.backends.dispatch).
 
     Returns:
         Sampled: tokens [B] int64 and two [B] float32 log-probs (float64 for float64 logits),

@@ -1,8 +1,8 @@
 """The Triton kernels of sample_tokens, and their launcher.
 
-The draw is csrc/sample_tokens.hpp's, and its noise that of ppo_fast/ops/sample_tokens/api.py. Bytes
-moved: the logits once without truncation. With it the row is read again a few times, mostly from
-the cache: to find the least likely token kept, and to draw.
+The draw is csrc/kernels/sample_tokens.hpp's, and its noise that of
+ppo_fast/ops/sample_tokens/api.py. Bytes moved: the logits once without truncation. With it the row
+is read again a few times, mostly from the cache: to find the least likely token kept, and to draw.
 
 Tokens 4 i to 4 i + 3 share a counter of the generator. A block therefore begins at such a token,
 wherever the row starts in memory: aligned loads of a row that starts elsewhere would straddle two
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_fast.ops.gpu import Launch, aligned, kernel, launch
+from ppo_fast.ops.backends.triton_launch import Launch, aligned, kernel, launch
 from ppo_fast.ops.logprobs.triton import LOG2_E, softmax_fold
 from ppo_fast.ops.sample_tokens.triton_search import (
     above_and_at,
@@ -48,7 +48,7 @@ def gumbel_noise(word):
     -log1p(-v) of a small v is relative to itself."""
     v = tl.minimum(tl.maximum(word, 1).to(tl.float32) * 2.0**-32, 1.0 - 2.0**-24)
     u = 1.0 - v
-    missing = (-v - (u - 1.0)) / u  # log1p(-v) - log(u), as csrc/math.hpp
+    missing = (-v - (u - 1.0)) / u  # log1p(-v) - log(u), as csrc/base/math.hpp
     return -tl.log(tl.where(u == 1.0, v, -(tl.log(u) + missing)))
 
 

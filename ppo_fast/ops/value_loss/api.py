@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ppo_fast.ops import library
-from ppo_fast.ops.dispatch import Impl, choose
+from ppo_fast.ops.backends import library
+from ppo_fast.ops.backends.dispatch import Impl, choose
 from ppo_fast.ops.gradient import as_dtype, computed_in, constant, constant_or_none, with_gradients
 from ppo_fast.ops.validation import check_normalizer, check_number, check_tokens
 from ppo_fast.ops.value_loss import reference
@@ -52,7 +52,7 @@ def value_loss(
             step, so that the losses of its microbatches add up to the loss of the step. A number
             above 0 or a 0-dim tensor (a constant, not read on the host; 0 counts as 1, since a step
             without tokens has loss 0). Default: the valid tokens of this call, at least 1.
-        impl: see ppo_fast.ops.dispatch.
+        impl: see ppo_fast.ops.backends.dispatch.
 
     The maths is float32 (float64 where ``values`` is float64). No sync.
     Raises TypeError for a wrong dtype; ValueError for differing shapes or devices, a clip or

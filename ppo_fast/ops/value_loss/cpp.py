@@ -1,4 +1,4 @@
-"""Launcher of the C++ kernel, csrc/value_loss.hpp."""
+"""Launcher of the C++ kernel, csrc/kernels/value_loss.hpp."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ppo_fast.ops.cpus import num_threads
-from ppo_fast.ops.launch import DTYPE_CODES, address, vouched
+from ppo_fast.ops.backends.cpp_launch import DTYPE_CODES, address, vouched
+from ppo_fast.ops.backends.cpus import num_threads
 from ppo_fast.ops.stats import VALUE_STATS
 
 

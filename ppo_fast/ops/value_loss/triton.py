@@ -1,8 +1,8 @@
 """The Triton kernel of value_loss, and its launcher.
 
-As csrc/value_loss.hpp, which states the formulas. One pass over the tokens writes the gradient, and
-the loss and the statistics of each program; reduce_partials ends it. Bytes moved a token: 9, and 4
-each for old_values and the gradient. Saved for backward: the gradient.
+As csrc/kernels/value_loss.hpp, which states the formulas. One pass over the tokens writes the
+gradient, and the loss and the statistics of each program; reduce_partials ends it. Bytes moved a
+token: 9, and 4 each for old_values and the gradient. Saved for backward: the gradient.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ppo_fast.ops.gpu import Launch, kernel, launch
-from ppo_fast.ops.stats import VALUE_STATS
-from ppo_fast.ops.token_reduce import (
+from ppo_fast.ops.backends.triton_launch import Launch, kernel, launch
+from ppo_fast.ops.backends.triton_reduce import (
     VEC,
     added,
     contiguous_or_none,
@@ -28,6 +27,7 @@ from ppo_fast.ops.token_reduce import (
     store_column,
     tokens_end,
 )
+from ppo_fast.ops.stats import VALUE_STATS
 
 LAUNCH = Launch(512, 4, registers=56)  # 16 bytes a thread of each input
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ppo_fast.ops import library
-from ppo_fast.ops.dispatch import Impl, choose
+from ppo_fast.ops.backends import library
+from ppo_fast.ops.backends.dispatch import Impl, choose
 from ppo_fast.ops.gradient import as_dtype, computed_in
 from ppo_fast.ops.validation import check_tokens
 from ppo_fast.ops.whiten import reference
@@ -30,7 +30,7 @@ def whiten(values: Tensor, *, mask: Tensor, impl: Impl = "auto") -> Tensor:
         values: [B, T] (B sequences, T response tokens), any float dtype.
         mask: bool [B, T], True at valid tokens; elsewhere output and gradient are exactly 0,
             whatever stands there.
-        impl: see ppo_fast.ops.dispatch.
+        impl: see ppo_fast.ops.backends.dispatch.
 
     Returns [B, T], float64 where ``values`` is float64, else float32.
     Raises TypeError for a wrong dtype, ValueError for differing shapes or devices, and what
@@ -48,7 +48,7 @@ def whiten(values: Tensor, *, mask: Tensor, impl: Impl = "auto") -> Tensor:
 
 
 class _Whiten(torch.autograd.Function):
-    """Saves its output, which the caller holds anyway, the mask and the scale: csrc/whiten.hpp.
+    """Saves its output, which the caller holds, the mask and the scale: csrc/kernels/whiten.hpp.
 
     The context is an argument of ``forward``: with ``setup_context`` a call takes 90 us more.
     """

@@ -1,12 +1,12 @@
-"""Launchers of the C++ kernels, csrc/whiten.hpp."""
+"""Launchers of the C++ kernels, csrc/kernels/whiten.hpp."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ppo_fast.ops.cpus import num_threads
-from ppo_fast.ops.launch import DTYPE_CODES, address, vouched
+from ppo_fast.ops.backends.cpp_launch import DTYPE_CODES, address, vouched
+from ppo_fast.ops.backends.cpus import num_threads
 
 
 def whiten(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
 """The Triton kernels of masked whitening, and their launchers.
 
-As csrc/whiten.hpp, which states the formulas, in float32: the batch is read as blocks of tokens. A
-first launch takes the statistics of each block, in a second every program merges them all, in one
-fixed order, and writes its block. Bytes moved a token: 14 forward, 22 backward. Saved for
-backward: the output, the mask and one number.
+As csrc/kernels/whiten.hpp, which states the formulas, in float32: the batch is read as blocks of
+tokens. A first launch takes the statistics of each block, in a second every program merges them
+all, in one fixed order, and writes its block. Bytes moved a token: 14 forward, 22 backward. Saved
+for backward: the output, the mask and one number.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppo_fast.ops.gpu import Launch, kernel, launch
+from ppo_fast.ops.backends.triton_launch import Launch, kernel, launch
 
 TOKENS = Launch(2048, 8, registers=80)
 MERGED = 256  # blocks whose statistics are merged at once

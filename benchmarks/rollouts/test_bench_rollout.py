@@ -1,0 +1,137 @@
+"""Decoding SmolLM2-135M: ours against transformers `generate`, the same prompts and numbers of
+tokens.
+
+Both sides sample at temperature 1 without truncation and never stop at EOS. Every round times both,
+and the median is over rounds. The same model decodes on both sides.
+"""
+
+import importlib
+import random
+import time
+from collections import Counter
+from functools import partial
+
+import pytest
+import torch
+from plain_ppo import generate
+
+from ppo_fast.demo.task import load_prompts
+from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.rollout import Sampling, decode
+
+ROUNDS = 3
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    smollm2 = pytest.importorskip("ppo_fast.demo.smollm2")
+    model, tokenizer = smollm2.load_smollm2()
+    return LanguageModel(model), tokenizer
+
+
+def sides(smollm2, prompts, max_lengths):
+    """Ours, and `generate` on the left-padded batch, as long as the longest response."""
+    model, tokenizer = smollm2
+    width, pad_id = max(map(len, prompts)), tokenizer.pad_token_id
+    ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    longest = max(max_lengths)
+
+    def ours():
+        seeds = torch.arange(len(prompts))
+        settings = {"seeds": seeds, "eos_ids": [], "pad_id": pad_id, "max_lengths": max_lengths}
+        decode(model, prompts, Sampling(longest), **settings)
+
+    theirs = partial(generate, model.model, ids, mask, longest)
+    return {"ppo_fast": ours, "transformers generate": theirs}
+
+
+def print_rates(capsys, tokens, medians):
+    with capsys.disabled():
+        print("  " + ", ".join(f"{name} {tokens / t:.0f} tokens/s" for name, t in medians.items()))
+
+
+@pytest.mark.parametrize("batch", [4, 16, 32])
+def test_decode(turns, smollm2, batch, capsys):
+    prompts = smollm2[1](load_prompts()[0][:batch])["input_ids"]
+    work = f"decoding SmolLM2-135M, batch {batch}, 64 new tokens each"
+    medians = turns(work, sides(smollm2, prompts, [64] * batch), rounds=ROUNDS, warm=False)
+    print_rates(capsys, batch * 64, medians)
+
+
+def test_skewed_lengths(turns, smollm2, capsys):
+    prompts = smollm2[1](load_prompts()[0][:32])["input_ids"]
+    draw = random.Random(0)
+    lengths = [draw.randint(8, 128) for _ in prompts]
+    work = "decoding SmolLM2-135M, 32 responses of 8 to 128 tokens"
+    medians = turns(work, sides(smollm2, prompts, lengths), rounds=ROUNDS, warm=False)
+    print_rates(capsys, sum(lengths), medians)
+
+
+def test_samples_of_a_prompt(turns, smollm2, capsys):
+    draw = random.Random(0)
+    prompts = [[draw.randrange(1000, 40000) for _ in range(256)] for _ in range(4)]
+    prompts = [prompt for prompt in prompts for _ in range(8)]
+    work = "decoding SmolLM2-135M, 8 samples of each of 4 prompts of 256 tokens, 32 new tokens"
+    medians = turns(work, sides(smollm2, prompts, [32] * 32), rounds=ROUNDS, warm=False)
+    print_rates(capsys, 32 * 32, medians)
+
+
+@pytest.mark.parametrize("batch", [4, 16, 32])
+def test_where_a_step_goes(benchmark, smollm2, batch, capsys, monkeypatch):
+    """Layers, head and drawing are timed inside a run; the rest is embedding, rotary tables, masks
+    and Python. Weights are read once a step and multiplied with every row."""
+    from ppo_fast.models.heads import language_model
+    from ppo_fast.rollout.speedups import fused_layers
+
+    spent: Counter[str] = Counter()
+
+    def timed(part, call):
+        def run(*args, **kwargs):
+            started = time.perf_counter()
+            result = call(*args, **kwargs)
+            spent[part] += time.perf_counter() - started
+            return result
+
+        return run
+
+    model, tokenizer = smollm2
+    prompts = tokenizer(load_prompts()[0][:batch])["input_ids"]
+    ours = sides(smollm2, prompts, [64] * batch)["ppo_fast"]
+    monkeypatch.setattr(
+        fused_layers._StepForward, "__call__", timed("layers", fused_layers._StepForward.__call__)
+    )
+    monkeypatch.setattr(
+        language_model, "few_row_linear", timed("head", language_model.few_row_linear)
+    )
+    decoding = importlib.import_module("ppo_fast.rollout.decode")
+    monkeypatch.setattr(decoding, "sample_tokens", timed("drawing", decoding.sample_tokens))
+    step = decoding._Decoding.step
+    steps = []
+
+    def timed_step(self):
+        before = Counter(spent)
+        started = time.perf_counter()
+        step(self)
+        steps.append({"all": time.perf_counter() - started} | (spent - before))
+
+    monkeypatch.setattr(decoding._Decoding, "step", timed_step)
+    benchmark.pedantic(ours, rounds=1, warmup_rounds=1)
+    middle = {k: sorted(s.get(k, 0.0) for s in steps)[len(steps) // 2] for k in steps[0]}
+    middle["rest"] = middle["all"] - sum(middle[k] for k in ("layers", "head", "drawing"))
+    head = model.head.weight.numel()
+    weights = {"layers": sum(p.numel() for p in model.model.parameters()) - head, "head": head}
+    work = f"a decoding step of SmolLM2-135M, batch {batch}"
+    names = {"all": "ppo_fast: the step"}
+    for part in ("layers", "head", "drawing", "rest"):
+        names[part] = f"ppo_fast: {part}"
+        if part in weights:
+            rate = 2 * weights[part] * batch / middle[part] / 1e9
+            bandwidth = 4 * weights[part] / middle[part] / 1e9
+            names[part] += f", {rate:.0f} GFLOP/s, {bandwidth:.1f} GB/s of weights"
+    benchmark.extra_info |= {"work": work, "unit": "ms", "rounds": 1}
+    benchmark.extra_info["sides"] = {name: 1e3 * middle[part] for part, name in names.items()}
+    with capsys.disabled():
+        print(f"\n{work}")
+        for name, amount in benchmark.extra_info["sides"].items():
+            print(f"  {amount:8.2f} ms  {name}")

@@ -1,0 +1,95 @@
+// Loops over threads.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <tuple>
+#include <utility>
+
+#include "base/isa.hpp"
+#include "base/threads.hpp"
+
+namespace ppo_fast::PPO_FAST_ISA {
+
+// f(i) for i in [0, count); a thread takes `at_a_time` of them. A result must depend on i alone, and
+// so not on the thread.
+template <typename F>
+struct Loop {
+  std::int64_t count;
+  std::int64_t at_a_time;
+  F f;
+};
+
+template <typename F>
+Loop(std::int64_t, std::int64_t, F) -> Loop<F>;
+
+// Loops one after another: none begins before all calls of the one before it have ended.
+template <typename... F>
+class Loops final : public Job {
+ public:
+  explicit Loops(Loop<F>... loops) : loops_(std::move(loops)...), progress_{{{loops.count}...}} {}
+
+  void work() override { work(std::index_sequence_for<F...>{}); }
+  void wait() override { wait_for(sizeof...(F) - 1); }
+
+ private:
+  struct alignas(64) Progress {
+    std::int64_t count;
+    std::atomic<std::int64_t> begun{0};
+    std::atomic<std::int64_t> ended{0};
+  };
+
+  template <std::size_t... I>
+  void work(std::index_sequence<I...>) {
+    (share<I>(), ...);
+  }
+
+  template <std::size_t I>
+  void share() {
+    if constexpr (I > 0) wait_for(I - 1);
+    auto& [count, at_a_time, f] = std::get<I>(loops_);
+    auto& [_, begun, ended] = progress_[I];
+    for (std::int64_t first; (first = begun.fetch_add(at_a_time)) < count;) {
+      const std::int64_t last = std::min(first + at_a_time, count);
+      for (std::int64_t i = first; i < last; ++i) f(i);
+      if (ended.fetch_add(last - first) + last - first == count) waiting_.wake();
+    }
+  }
+
+  void wait_for(std::size_t i) {
+    waiting_.until([&] { return progress_[i].ended == progress_[i].count; });
+  }
+
+  std::tuple<Loop<F>...> loops_;
+  std::array<Progress, sizeof...(F)> progress_;
+  Waiting waiting_;
+};
+
+// How many of `num_threads` are worth waking for work of `cost` nanoseconds.
+inline int useful_threads(std::int64_t cost, int num_threads) {
+  constexpr std::int64_t kMinCost = 20000;  // a thread's share, above what waking it costs
+  return static_cast<int>(std::clamp<std::int64_t>(cost / kMinCost, 1, num_threads));
+}
+
+template <typename... F>
+void run_loops(int threads, Loop<F>... loops) {
+  run(std::make_shared<Loops<F...>>(std::move(loops)...), threads);
+}
+
+// Calls f(i) for i in [0, count). `cost` is what one call takes, in steps of about a nanosecond.
+template <typename F>
+void parallel_for(std::int64_t count, std::int64_t cost, int num_threads, F f) {
+  cost = std::max<std::int64_t>(cost, 1);
+  const int threads = useful_threads(count * cost, num_threads);
+  if (threads == 1) {
+    for (std::int64_t i = 0; i < count; ++i) f(i);
+    return;
+  }
+  // Calls of unequal cost (masked rows) are shared out as they come.
+  run_loops(threads, Loop{count, std::max<std::int64_t>(5000 / cost, 1), f});
+}
+
+}  // namespace ppo_fast::PPO_FAST_ISA

@@ -1,0 +1,283 @@
+// The clipped policy objective with its KL term and entropy bonus.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "base/dtype.hpp"
+#include "kernels/kl_estimate.hpp"
+#include "base/math.hpp"
+#include "base/parallel.hpp"
+#include "base/reduce.hpp"
+
+namespace ppo_fast {
+
+// In the order of Aggregation in ppo_fast/ops/ppo_loss/api.py.
+enum class Aggregation : int { token_mean, seq_mean_token_mean, seq_mean_token_sum };
+
+// B sequences of T tokens; Real is float or double, by `dtype`. Matrices are [B, T], contiguous.
+struct PpoLossArgs {
+  Dtype dtype;
+  const void* logprobs;      // Real
+  const void* old_logprobs;  // Real
+  const void* advantages;    // Real
+  const std::uint8_t* mask;  // 1: the token counts
+  const void* entropy;       // Real, or null
+  const void* ref_logprobs;  // Real, or null
+  double clip_low;
+  double clip_high;
+  double dual_clip;  // infinity: none
+  double kl_coef;    // above 0 only with ref_logprobs
+  KlEstimator kl_estimator;
+  double entropy_coef;  // other than 0 only with entropy
+  Aggregation aggregation;
+  double normalizer;    // 0: the tokens (or sequences) of this call, at least 1
+  void* loss;           // out, Real [1]
+  float* stats;         // out, float [PpoStats::size]
+  void* grad_logprobs;  // out, Real, dL/dlogprobs; or null: not wanted
+  void* grad_entropy;   // out, Real, dL/dentropy; or null: not wanted
+  std::int64_t num_rows;
+  std::int64_t num_steps;
+};
+
+namespace PPO_FAST_ISA {
+
+// Sums, then one minimum, then maxima, of the valid tokens of a row or of more.
+struct PpoStats {
+  // In the order of PPO_STATS in ppo_fast/ops/stats.py.
+  enum {
+    tokens, policy_loss, kl_loss, ref_kl, entropy, approx_kl, approx_kl_k3, clipped_high,
+    clipped_low, dual_clipped, ratio, ratio_min, ratio_max, max_log_ratio, size
+  };
+  double at[size] = {};
+
+  PpoStats() {
+    at[ratio_min] = std::numeric_limits<double>::infinity();
+    at[ratio_max] = at[max_log_ratio] = -std::numeric_limits<double>::infinity();
+  }
+  void merge(const PpoStats& other) {
+    for (int i = 0; i < ratio_min; ++i) at[i] += other.at[i];
+    at[ratio_min] = smaller(other.at[ratio_min], at[ratio_min]);
+    for (int i = ratio_max; i < size; ++i) at[i] = larger(other.at[i], at[i]);
+  }
+};
+
+// Where r is clipped, and log r there, taken once.
+template <typename Real>
+struct PpoBounds {
+  Real low, high, dual, log_low, log_high, log_dual;
+
+  explicit PpoBounds(const PpoLossArgs& args)
+      : low(static_cast<Real>(1.0 - args.clip_low)),
+        high(static_cast<Real>(1.0 + args.clip_high)),
+        dual(static_cast<Real>(args.dual_clip)),
+        log_low(static_cast<Real>(std::log1p(-args.clip_low))),
+        log_high(static_cast<Real>(std::log1p(args.clip_high))),
+        log_dual(static_cast<Real>(std::log(args.dual_clip))) {}
+};
+
+// What the tokens of a block contribute, each 0 where it is masked.
+template <typename Real>
+struct PpoBlock {
+  Real valid[kTokenBlock];  // 1, or 0 where the token is masked
+  Real log_ratio[kTokenBlock], advantage[kTokenBlock], ratio[kTokenBlock], k3[kTokenBlock];
+  Real policy_loss[kTokenBlock], log_ref_ratio[kTokenBlock], kl[kTokenBlock];
+  Real kl_slope[kTokenBlock], entropy[kTokenBlock], slope[kTokenBlock];
+};
+
+// The policy term of `count` tokens from `first` on. Its inputs are masked, not its results: under
+// the mask r = 1, and nothing there is inf or NaN.
+template <typename Real>
+void policy_terms(const PpoLossArgs& args, PpoBounds<Real> bounds, std::int64_t first,
+                  std::int64_t count, PpoBlock<Real>* block) {
+  const auto* logprobs = static_cast<const Real*>(args.logprobs) + first;
+  const auto* old_logprobs = static_cast<const Real*>(args.old_logprobs) + first;
+  const auto* advantages = static_cast<const Real*>(args.advantages) + first;
+  const std::uint8_t* mask = args.mask + first;
+  for (std::int64_t j = 0; j < count; ++j) block->valid[j] = static_cast<Real>(mask[j]);
+  for (std::int64_t j = 0; j < count; ++j) {
+    block->log_ratio[j] = masked(logprobs[j] - old_logprobs[j], block->valid[j]);
+    block->advantage[j] = masked(advantages[j], block->valid[j]);
+  }
+  for (std::int64_t j = 0; j < count; ++j) {
+    const Real log_ratio = block->log_ratio[j];
+    const Exponentials<Real> exponentials = exp_and_expm1(log_ratio);
+    block->ratio[j] = exponentials.exp * block->valid[j];
+    block->k3[j] = exponentials.expm1 - log_ratio;
+  }
+  constexpr Real kLowest = -std::numeric_limits<Real>::infinity();
+  for (std::int64_t j = 0; j < count; ++j) {
+    const Real log_ratio = block->log_ratio[j], ratio = block->ratio[j], a = block->advantage[j];
+    const bool gains = a >= Real(0);
+    const Real log_floor = gains ? kLowest : bounds.log_low;
+    const Real log_ceiling = gains ? bounds.log_high : bounds.log_dual;
+    const Real ceiling = gains ? bounds.high : bounds.dual;
+    const Real capped = log_ratio > log_ceiling ? ceiling : ratio;
+    const Real loss = -a * (log_ratio < log_floor ? bounds.low : capped);
+    // Asked like this, a NaN has no slope, as under torch.clamp.
+    const bool active = (log_ratio >= log_floor) & (log_ratio <= log_ceiling);
+    block->policy_loss[j] = loss;
+    block->slope[j] = active ? loss : Real(0);
+  }
+}
+
+template <typename Real>
+void count_clipped(const PpoBlock<Real>& block, PpoBounds<Real> bounds, std::int64_t count,
+                   PpoStats* stats) {
+  std::int32_t high = 0, low = 0, dual = 0;
+  for (std::int64_t j = 0; j < count; ++j) {
+    const Real a = block.advantage[j], log_ratio = block.log_ratio[j];
+    high += (a > Real(0)) & (log_ratio > bounds.log_high);
+    low += (a < Real(0)) & (log_ratio < bounds.log_low);
+    dual += (a < Real(0)) & (log_ratio > bounds.log_dual);
+  }
+  stats->at[PpoStats::clipped_high] += high;
+  stats->at[PpoStats::clipped_low] += low;
+  stats->at[PpoStats::dual_clipped] += dual;
+}
+
+template <typename Real>
+void kl_terms(const PpoLossArgs& args, std::int64_t first, std::int64_t count,
+              PpoBlock<Real>* block) {
+  const auto* logprobs = static_cast<const Real*>(args.logprobs) + first;
+  const auto* ref_logprobs = static_cast<const Real*>(args.ref_logprobs) + first;
+  with_estimator(args.kl_estimator, [&](auto estimator) {
+    for (std::int64_t j = 0; j < count; ++j) {
+      const Real d = masked(logprobs[j] - ref_logprobs[j], block->valid[j]);
+      const KlTerm<Real> term = kl_term<decltype(estimator)::value>(d);
+      block->log_ref_ratio[j] = d;
+      block->kl[j] = term.value;
+      block->kl_slope[j] = term.slope;
+    }
+  });
+  if (args.kl_coef == 0.0) return;  // a metric only, which may be inf
+  const Real coef = static_cast<Real>(args.kl_coef);
+  for (std::int64_t j = 0; j < count; ++j) block->slope[j] += coef * block->kl_slope[j];
+}
+
+// The two numbers a token that the gradient of the head needs, of which `weight` is a factor.
+template <typename Real>
+void write_gradients(const PpoLossArgs& args, std::int64_t first, std::int64_t count, double weight,
+                     const PpoBlock<Real>& block) {
+  if (args.grad_logprobs != nullptr) {
+    auto* grad = static_cast<Real*>(args.grad_logprobs) + first;
+    const Real scale = static_cast<Real>(weight);
+    for (std::int64_t j = 0; j < count; ++j) {
+      grad[j] = masked(block.slope[j] * scale, block.valid[j]);
+    }
+  }
+  if (args.grad_entropy != nullptr) {
+    auto* grad = static_cast<Real*>(args.grad_entropy) + first;
+    const Real bonus = static_cast<Real>(-args.entropy_coef * weight);
+    for (std::int64_t j = 0; j < count; ++j) grad[j] = masked(bonus, block.valid[j]);
+  }
+}
+
+// The same for the padding that ends a row.
+template <typename Real>
+void clear_gradients(const PpoLossArgs& args, std::int64_t first, std::int64_t count) {
+  for (void* grad : {args.grad_logprobs, args.grad_entropy}) {
+    if (grad != nullptr) std::fill_n(static_cast<Real*>(grad) + first, count, Real(0));
+  }
+}
+
+// Statistics and gradients of row i; `weight` is what one of its tokens counts in the loss.
+template <typename Real>
+PpoStats ppo_row(const PpoLossArgs& args, const PpoBounds<Real>& bounds, std::int64_t i,
+                 RowLength length, double weight) {
+  PpoStats stats;
+  Extrema<Real> log_ratios;
+  PpoBlock<Real> block;
+  for_blocks(length.end, [&](std::int64_t start, std::int64_t count) {
+    const std::int64_t first = i * args.num_steps + start;
+    policy_terms(args, bounds, first, count, &block);
+    count_clipped(block, bounds, count, &stats);
+    stats.at[PpoStats::policy_loss] += sum(block.policy_loss, count);
+    stats.at[PpoStats::approx_kl] -= sum(block.log_ratio, count);
+    stats.at[PpoStats::approx_kl_k3] += sum(block.k3, count);
+    stats.at[PpoStats::ratio] += sum(block.ratio, count);
+    log_ratios.fold(block.log_ratio, block.valid, count);
+    if (args.ref_logprobs != nullptr) {
+      kl_terms(args, first, count, &block);
+      stats.at[PpoStats::kl_loss] += sum(block.kl, count);
+      stats.at[PpoStats::ref_kl] += sum(block.log_ref_ratio, count);
+    }
+    if (args.entropy != nullptr) {
+      const auto* entropy = static_cast<const Real*>(args.entropy) + first;
+      for (std::int64_t j = 0; j < count; ++j) {
+        block.entropy[j] = masked(entropy[j], block.valid[j]);
+      }
+      stats.at[PpoStats::entropy] += sum(block.entropy, count);
+    }
+    write_gradients(args, first, count, weight, block);
+  });
+  clear_gradients<Real>(args, i * args.num_steps + length.end, args.num_steps - length.end);
+  stats.at[PpoStats::tokens] = static_cast<double>(length.tokens);
+  if (length.tokens > 0) {
+    stats.at[PpoStats::ratio_min] = exp(log_ratios.low);
+    stats.at[PpoStats::ratio_max] = exp(log_ratios.high);
+    stats.at[PpoStats::max_log_ratio] = larger(-log_ratios.low, log_ratios.high);
+  }
+  return stats;
+}
+
+// Per valid token, with log r = logprobs - old_logprobs, A the advantage, d = logprobs - ref:
+//
+//   policy = -A min(r, 1 + high)                      A >= 0, Schulman et al. 2017, eq. 7
+//   policy = -A max(r, 1 - low)                       A < 0
+//   policy = -A min(max(r, 1 - low), dual_clip)       A < 0 with dual clip, Ye et al. 2020, eq. 5
+//   L      = sum_t w_t (policy + kl_coef KL(d) - entropy_coef H)
+//   dL/dlogprobs = w_t ([r not clipped] (-r A) + kl_coef KL'(d))      dL/dH = -entropy_coef w_t
+//
+// (https://arxiv.org/abs/1707.06347, https://arxiv.org/abs/1912.09729), with w_t one over the
+// normalizer, and over the row's tokens too where the loss is a mean of token means. Clipping is
+// decided on log r. Saved for backward: the two gradients, which one multiplication with the
+// upstream gradient turns into those of the inputs. Bytes moved a token in float32: 13, and 4 each
+// for entropy, ref_logprobs and the gradients wanted; of the padding that ends a row, the mask and
+// the gradients alone.
+//
+// Rows are merged in their order: the bits do not depend on num_threads.
+inline void ppo_loss(const PpoLossArgs& args, int num_threads) {
+  const bool mean_of_means = args.aggregation == Aggregation::seq_mean_token_mean;
+  const auto num_rows = static_cast<std::size_t>(args.num_rows);
+  std::vector<RowLength> lengths(num_rows);
+  std::int64_t tokens = 0, sequences = 0;
+  for (std::size_t i = 0; i < num_rows; ++i) {
+    lengths[i] = row_length(args.mask + i * args.num_steps, args.num_steps);
+    tokens += lengths[i].tokens;
+    sequences += lengths[i].tokens > 0;
+  }
+  const auto count = static_cast<double>(mean_of_means ? sequences : tokens);
+  const double normalizer = args.normalizer != 0.0 ? args.normalizer : std::max(count, 1.0);
+  // What a row's sum counts in the loss, but for the normalizer.
+  const auto row_weight = [&](std::size_t i) {
+    return mean_of_means ? 1.0 / std::max<std::int64_t>(lengths[i].tokens, 1) : 1.0;
+  };
+
+  std::vector<PpoStats> rows(num_rows);
+  with_real(args.dtype, [&](auto* type) {
+    using Real = std::remove_pointer_t<decltype(type)>;
+    const PpoBounds<Real> bounds(args);
+    parallel_for(args.num_rows, 8 * args.num_steps, num_threads, [&](std::int64_t i) {
+      rows[i] = ppo_row(args, bounds, i, lengths[i], row_weight(i) / normalizer);
+    });
+    double loss = 0.0;
+    for (std::size_t i = 0; i < num_rows; ++i) {
+      double row_loss = rows[i].at[PpoStats::policy_loss];
+      if (args.kl_coef != 0.0) row_loss += args.kl_coef * rows[i].at[PpoStats::kl_loss];
+      if (args.entropy_coef != 0.0) row_loss -= args.entropy_coef * rows[i].at[PpoStats::entropy];
+      loss += row_weight(i) * row_loss;
+    }
+    *static_cast<Real*>(args.loss) = static_cast<Real>(loss / normalizer);
+  });
+  PpoStats stats;
+  for (const PpoStats& row : rows) stats.merge(row);
+  for (int i = 0; i < PpoStats::size; ++i) args.stats[i] = static_cast<float>(stats.at[i]);
+}
+
+}  // namespace PPO_FAST_ISA
+}  // namespace ppo_fast

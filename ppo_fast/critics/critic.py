@@ -1,0 +1,193 @@
+"""Critics: who estimates the value of the state before each response token."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ppo_fast.data.tokens import Tokens, make_tokens
+from ppo_fast.models.call_on_rows import call_on_rows
+from ppo_fast.models.heads import ValueModel
+from ppo_fast.models.precision import computing_in
+from ppo_fast.models.trunk import Split
+
+
+class Critic(Protocol):
+    """A value function. ``reads_states``: it is a head on the policy's states and is trained in
+    the policy's backward pass; otherwise it runs on the tokens, in a pass of its own."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The weights."""
+        ...
+
+    @property
+    def reads_states(self) -> bool: ...
+
+    def values(
+        self, tokens: Tokens, states: Tensor | None = None, trunk: Tensor | None = None
+    ) -> Tensor:
+        """Values [B, T], 0 beyond a response; ``states`` [B, T, D] for a head, ``trunk``
+        [B, L, D] for who can start from it."""
+        ...
+
+
+class ValueHead(nn.Module):
+    """A linear head on the policy's last hidden state: [..., D] -> [...] float32.
+
+    It starts at 0, so that the first advantages are those of the rewards alone.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.linear(states.to(self.linear.weight.dtype)).squeeze(-1)
+
+
+class HeadCritic:
+    """Values from a head on the policy's states."""
+
+    reads_states = True
+
+    def __init__(self, module: ValueHead) -> None:
+        self.module = module
+
+    def values(
+        self, tokens: Tokens, states: Tensor | None = None, trunk: Tensor | None = None
+    ) -> Tensor:
+        if states is None:
+            raise ValueError("a value head needs the policy's states")
+        masked = ~tokens.response_mask
+        # before the head too: 0 * NaN would reach the gradient of its weight
+        return self.module(states.masked_fill(masked[..., None], 0.0)).masked_fill(masked, 0.0)
+
+
+class TopValue(nn.Module):
+    """A transformer's body and a value head.
+
+    Args:
+        body: gives states [B, L, D].
+        hidden_size: D.
+    """
+
+    def __init__(self, body: nn.Module, hidden_size: int) -> None:
+        super().__init__()
+        self.body, self.head = body, ValueHead(hidden_size)
+
+
+class TopCritic:
+    """Values from top layers of its own above the policy's trunk.
+
+    Args:
+        module: its body's lower layers are the policy's own, frozen; the top is trained.
+        num_layers_unfrozen: layers of the top.
+        compute_dtype: as LanguageModel's.
+    """
+
+    reads_states = False
+
+    def __init__(
+        self,
+        module: TopValue,
+        num_layers_unfrozen: int,
+        *,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.module, self.split = module, Split(module.body, num_layers_unfrozen)
+        self.compute_dtype = compute_dtype
+
+    def values(
+        self, tokens: Tokens, states: Tensor | None = None, trunk: Tensor | None = None
+    ) -> Tensor:
+        with computing_in(self.compute_dtype, tokens.device):
+            states = self.split.states(tokens, trunk)
+        return HeadCritic(self.module.head).values(tokens, tokens.before_response(states))
+
+
+class ModelCritic:
+    """Values from a module ``forward(input_ids, attention_mask)``.
+
+    A module that gives one value a sequence is called on the prompt alone: a value that has read
+    the response leaks the outcome into the baseline of every token.
+
+    Args:
+        module: the value model.
+        budget: most tokens in one call.
+        compute_dtype: as LanguageModel's.
+        split: of a ValueModel whose lower layers are the policy's trunk; None: they are not.
+    """
+
+    reads_states = False
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        budget: int,
+        compute_dtype: torch.dtype | None = None,
+        split: Split | None = None,
+    ) -> None:
+        self.module, self.budget, self.compute_dtype = module, budget, compute_dtype
+        self.split = split
+        self.per_token = self._gives_a_value_a_token()
+        if not self.per_token:
+            warnings.warn(
+                f"value_model {type(module).__name__} gives one value a sequence: it is called on "
+                "the prompt alone and that value is the baseline of every token. A value a token "
+                "[B, L], as ppo_fast.ValueModel gives, learns faster.",
+                stacklevel=3,
+            )
+
+    def values(
+        self, tokens: Tokens, states: Tensor | None = None, trunk: Tensor | None = None
+    ) -> Tensor:
+        if self.split is not None and trunk is not None:
+            assert isinstance(self.module, ValueModel)
+            with computing_in(self.compute_dtype, tokens.device):
+                values = self.module.read(self.split.states(tokens, trunk))
+            return tokens.before_response(values.float()).masked_fill(~tokens.response_mask, 0.0)
+        if self.per_token:
+            return tokens.at_response(self._call(tokens.sequences()))
+        pairs = zip(tokens.sequences(), tokens.prompt_lengths.tolist(), strict=True)
+        value = torch.stack(self._call([row[:p] for row, p in pairs]))
+        return torch.where(tokens.response_mask, value[:, None], 0.0)
+
+    def _call(self, rows: list[Tensor]) -> list[Tensor]:
+        outputs = self._outputs(rows)
+        if not self.per_token:
+            # [B, 1] for prompts of one token: here it is a value a sequence
+            outputs = [out[0] if out.shape == (1,) else out for out in outputs]
+        if any((out.dim() == 1) != self.per_token for out in outputs):
+            raise ValueError("value_model: returned a value a token on one call and not on another")
+        return outputs
+
+    @torch.no_grad()
+    def _gives_a_value_a_token(self) -> bool:
+        device = next(self.module.parameters()).device
+        probe = make_tokens([[0, 0], [0, 0]], [[0], [0]], 0, device)
+        return self._outputs(probe.sequences())[0].dim() == 1
+
+    def _outputs(self, rows: list[Tensor]) -> list[Tensor]:
+        with computing_in(self.compute_dtype, rows[0].device):
+            return call_on_rows(self.module, rows, budget=self.budget, what="value_model")
+
+
+def batch_baseline(scores: Tensor, tokens: Tokens, gamma: float) -> Tensor:
+    """The mean score of the batch's other sequences, discounted to each token as a sequence's own
+    score is: scores [B] -> [B, T], 0 beyond a response; 0 for a batch of one.
+
+    Leave-one-out as in RLOO (Ahmadian et al. 2024, eq. 8), over the batch instead of samples of
+    one prompt.
+    """
+    others = (scores.sum() - scores) / max(len(scores) - 1, 1) * (len(scores) > 1)
+    places = torch.arange(tokens.response_ids.shape[1], device="cpu")
+    left = (tokens.response_lengths[:, None] - 1 - places).clamp_min(0)
+    discount = (gamma ** left.float()).to(scores.device)
+    return (others[:, None] * discount).masked_fill(~tokens.response_mask, 0.0)

@@ -1,0 +1,40 @@
+"""Rollout: what was sampled, ready to be scored and trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ppo_fast.data.sampling import Sampling
+from ppo_fast.data.tokens import Tokens
+from ppo_fast.models.trunk import TrunkStates
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Sampled responses. Legend: B sequences, P prompt and T response tokens, D hidden size.
+
+    tokens: the ids, and all masks by their lengths.
+    logprobs: [B, T] float32, of the tokens under softmax(logits / temperature), 0 beyond a
+        response; None: the engine does not know them.
+    sampling_logprobs: [B, T] float32, under the distribution really drawn from.
+    finished: [B] bool on the CPU, whether a response ended by itself, not at its largest length.
+    sampling: how they were drawn.
+    trunk: the activations of the policy's frozen trunk, as decoding computed them; 0 for each row's
+        last token, which no log-prob needs (a RewardModel that shares the trunk does, and has it).
+        None without a trunk.
+    states: [B, T, D], what the policy's LM head read before each token, 0 beyond a response; None
+        where nobody asked for them, or the model gives logits alone.
+    prompts, completions: B texts, for reward functions and for reading; never tokenised again.
+    """
+
+    tokens: Tokens
+    logprobs: Tensor | None
+    sampling_logprobs: Tensor
+    finished: Tensor
+    sampling: Sampling
+    trunk: TrunkStates | None = None
+    states: Tensor | None = None
+    prompts: list[str] = field(default_factory=list)
+    completions: list[str] = field(default_factory=list)

@@ -1,0 +1,180 @@
+"""The demo: a real pretrained model learns to continue reviews kindly, on any machine."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
+
+from ppo_fast.cli.main import save_policy
+from ppo_fast.config import PPOConfig
+from ppo_fast.data.tokens import Tokens
+from ppo_fast.demo.smollm2 import load_smollm2
+from ppo_fast.demo.task import distinct_2, load_prompts, plot_curves, positivity
+from ppo_fast.learning.make_experience import in_batches
+from ppo_fast.rollout import Rollout
+from ppo_fast.runs.folder import RunFolder, StepDisplay, step_logger
+from ppo_fast.trainer import PPOTrainer
+
+NUM_STEPS, BATCH_SIZE = 22, 32
+SAMPLES_PER_PROMPT = 4  # of each of the 32 held-out prompts, before and after
+EVALUATION_SEED = 1 << 40  # far from the training draws of every seed but 256
+
+
+def demo_config(seed: int) -> PPOConfig:
+    """The 4 top layers are trained on a frozen trunk, with a value head on the policy's states."""
+    return PPOConfig(
+        learning_rate=2e-4,
+        value_learning_rate=1e-3,
+        kl_penalty=0.02,
+        num_epochs=2,
+        num_minibatches=2,
+        critic="head",
+        num_layers_unfrozen=4,
+        max_length=24,
+        seed=seed,
+    )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The policy on the held-out prompts, always with the same seeds. kl: nats a sequence to the
+    start; ref_logprob: the start's log-prob of the samples, a token."""
+
+    rollout: Rollout
+    scores: list[float]
+    reward: float
+    standard_error: float
+    kl: float
+    ref_logprob: float
+    distinct_2: float
+
+    def summary(self) -> dict[str, float]:
+        """The plain numbers."""
+        names = ("reward", "standard_error", "kl", "ref_logprob", "distinct_2")
+        return {name: getattr(self, name) for name in names}
+
+
+def evaluate(trainer: PPOTrainer, prompts: list[str]) -> Evaluation:
+    """Sample every prompt ``SAMPLES_PER_PROMPT`` times and score the samples."""
+    prompts = prompts * SAMPLES_PER_PROMPT
+    seeds = EVALUATION_SEED + torch.arange(len(prompts), device="cpu")
+    rollout = trainer.rollout(prompts, seeds=seeds)
+    tokens, temperature = rollout.tokens, rollout.sampling.temperature
+    reference = trainer.reference
+
+    def logprobs(part: Tokens, _: torch.Tensor | None) -> torch.Tensor:
+        forward = reference.forward(part)
+        return reference.logprobs(forward, part, temperature=temperature).logprobs
+
+    with torch.no_grad():
+        ref = in_batches(logprobs, tokens, None, trainer.config.forward_batch_tokens)
+    assert rollout.logprobs is not None
+    scores = torch.tensor(positivity(rollout.prompts, rollout.completions))
+    return Evaluation(
+        rollout,
+        scores.tolist(),
+        float(scores.mean()),
+        float(scores.std() / len(scores) ** 0.5),
+        float((rollout.logprobs - ref).sum() / len(prompts)),
+        float(ref.sum() / tokens.response_lengths.sum()),
+        distinct_2(rollout.completions),
+    )
+
+
+def run_demo(
+    console: Console, output_dir: Path, *, num_steps: int | None = None, seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """Train, show what changed, and leave everything in ``output_dir``.
+
+    Returns:
+        The evaluations' numbers, as ``{"before": ..., "after": ...}``.
+    """
+    num_steps = NUM_STEPS if num_steps is None else num_steps
+    started = time.perf_counter()
+    disable_progress_bar()  # transformers' own, one for every load and save
+    train_prompts, held_out = load_prompts()
+    console.print("Loading SmolLM2-135M-Instruct (the first time, converting it: a minute) ...")
+    model, tokenizer = load_smollm2()
+    config = demo_config(seed)
+    trainer = PPOTrainer(model, None, positivity, tokenizer, "cpu", config=config)
+    folder = RunFolder(output_dir)
+    folder.write_config(config, num_steps=num_steps, batch_size=BATCH_SIZE)
+    count = len(held_out) * SAMPLES_PER_PROMPT
+    console.print(f"Sampling {count} continuations of {len(held_out)} held-out openings ...")
+    before = evaluate(trainer, held_out)
+    console.print(f"before: {describe(before)}", soft_wrap=True)
+    rewards: list[float] = []
+    kls: list[float] = []
+    with StepDisplay(console, num_steps) as display:
+        log = step_logger(trainer, folder, display)
+
+        def on_step(metrics: dict[str, float]) -> None:
+            rewards.append(metrics["mean_reward"])
+            kls.append(metrics["kl_sequence"])
+            log(metrics)
+
+        trainer.train(
+            train_prompts,
+            num_steps=num_steps,
+            batch_size=BATCH_SIZE,
+            progress=False,
+            on_step=on_step,
+        )
+    console.print(f"Sampling {count} continuations again, with the same seeds ...")
+    after = evaluate(trainer, held_out)
+    console.print(samples_table(before, after))
+    console.print(f"before: {describe(before)}\nafter:  {describe(after)}", soft_wrap=True)
+    numbers = {"before": before.summary(), "after": after.summary()}
+    (output_dir / "evaluation.json").write_text(json.dumps(numbers, indent=2), "utf-8")
+    plot_curves(output_dir / "learning.png", range(1, len(rewards) + 1), rewards, kls)
+    save_policy(trainer.policy_model, tokenizer, output_dir / "policy")
+    minutes = (time.perf_counter() - started) / 60
+    console.print(
+        f"mean reward {before.reward:+.2f} -> {after.reward:+.2f} in {minutes:.1f} minutes and "
+        f"{peak_gigabytes():.1f} GB; "
+        f"everything is in {output_dir}: learning.png, metrics.jsonl, samples.jsonl, policy/ "
+        "(loads with AutoModelForCausalLM.from_pretrained)",
+        soft_wrap=True,
+    )
+    return numbers
+
+
+def peak_gigabytes() -> float:
+    """The most memory of this process so far, 10^9 bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def describe(evaluation: Evaluation) -> str:
+    """An evaluation in a line."""
+    e = evaluation
+    return (
+        f"reward {e.reward:+.3f} ± {e.standard_error:.3f} (standard error, {len(e.scores)} "
+        f"samples)  KL {e.kl:.2f}/seq  start's log-prob {e.ref_logprob:.2f}/token  "
+        f"distinct-2 {e.distinct_2:.3f}"
+    )
+
+
+def samples_table(before: Evaluation, after: Evaluation, rows: int = 8) -> Table:
+    """The first held-out prompts with the first sample of each, before and after: no choosing."""
+    table = Table(title="Held-out openings, first sample of each", show_lines=True)
+    for name in ("prompt", "before", "score", "after", "score"):
+        table.add_column(name, justify="right" if name == "score" else "left")
+    for i in range(rows):
+        table.add_row(
+            before.rollout.prompts[i],
+            before.rollout.completions[i].strip(),
+            f"{before.scores[i]:+.2f}",
+            after.rollout.completions[i].strip(),
+            f"{after.scores[i]:+.2f}",
+        )
+    return table

@@ -1,0 +1,122 @@
+"""What this installation runs on: versions, device, and which implementation each op gets."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ppo_fast.ops.backends import first_use
+from ppo_fast.ops.backends.dispatch import COMPILED, choose, missing
+
+PACKAGES = ("ppo_fast", "torch", "transformers", "triton", "numpy", "tokenizers", "peft")
+
+
+def print_environment(console: Console, policy: str | None = None) -> None:
+    """Print the report that a bug report should hold. On a GPU, kernels that were not used on it
+    yet go through the check of their first use.
+
+    Args:
+        policy: a model directory or name; the fast paths that it can take are then checked too.
+    """
+    from ppo_fast.models.transformers_internals import why_no_add_adapter
+
+    device = main_device()
+    choices = {}
+    with console.status("checking kernels that were not used here yet"):
+        for op in COMPILED:
+            try:
+                choices[op] = choose(op, "auto", device)
+            except (ValueError, RuntimeError) as error:  # PPO_FAST_IMPL asks for what is not there
+                choices[op] = ("none", str(error))
+        triton_kernels = _triton_kernels(device)
+    table = Table("what", "found", title="ppo_fast environment")
+    for what, found in (facts(device) | {"Triton kernels": triton_kernels}).items():
+        table.add_row(what, found)
+    console.print(table)
+    ops = Table("op", "implementation", "why", title=f"ops on {device.type}")
+    for op, choice in choices.items():
+        ops.add_row(op, *choice)
+    console.print(ops)
+    if reason := why_no_add_adapter():
+        console.print(f"adapters: {reason}")
+    if policy is not None:
+        console.print(_fast_paths(policy, device))
+
+
+def main_device() -> torch.device:
+    """What this machine computes on."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def facts(device: torch.device) -> dict[str, str]:
+    """Versions and hardware."""
+    return {
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        **{package: _version(package) for package in PACKAGES},
+        "torch": torch.__version__,  # with its build (+cu130), which its metadata may leave out
+        "device": _describe(device),
+        "threads": str(torch.get_num_threads()),
+        "PPO_FAST_IMPL": os.environ.get("PPO_FAST_IMPL", "(not set)"),
+        "C++ kernels": missing("cpp") or f"built, running {_instruction_set()}",
+    }
+
+
+def _triton_kernels(device: torch.device) -> str:
+    if reason := missing("triton"):
+        return reason
+    if device.type != "cuda":
+        return "can be imported; no GPU here to run them on"
+    results = {
+        op: first_use.first_use(op, device) for op, impls in COMPILED.items() if "triton" in impls
+    }
+    wrong = [op for op, result in results.items() if not result.ok]
+    right = f"{len(results) - len(wrong)} ops right"
+    return f"checked on this GPU: {', '.join([right, *(f'{op} wrong' for op in wrong)])}"
+
+
+def _fast_paths(policy: str, device: torch.device) -> Table:
+    from transformers import AutoModelForCausalLM
+
+    from ppo_fast.models.language_model import LanguageModel
+    from ppo_fast.rollout.speedups.fast_paths import fast_paths
+
+    raw = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32).to(device)
+    try:
+        model, no_trunk = LanguageModel(raw, num_layers_unfrozen=1), None
+    except ValueError as error:
+        model, no_trunk = LanguageModel(raw), str(error)
+    table = Table("fast path", "can be taken", "why not", "what that costs", title=policy)
+    for path in fast_paths(model):
+        why_not = no_trunk if path.name == "frozen trunk" else path.why_not
+        cost = "" if path.in_force else path.cost
+        table.add_row(path.name, "yes" if path.in_force else "no", why_not or "", cost)
+    return table
+
+
+def _instruction_set() -> str:
+    from ppo_fast import _C
+
+    return f"{_C.instruction_set()} of {', '.join(_C.instruction_sets())}"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _describe(device: torch.device) -> str:
+    if device.type != "cuda":
+        return f"CPU, {torch.backends.cpu.get_cpu_capability()}"
+    gpu = torch.cuda.get_device_properties(device)
+    return (
+        f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, "
+        f"{gpu.multi_processor_count} multiprocessors, {gpu.total_memory / 2**30:.1f} GiB, "
+        f"driver {first_use.driver()}, CUDA {torch.version.cuda}"
+    )

@@ -1,0 +1,321 @@
+"""What training will take, before anything is allocated: from a transformers config alone.
+
+The model is made of fake tensors, which have shapes and no memory, and one pass through it counts
+what autograd keeps: for 70B parameters that takes seconds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
+
+from ppo_fast.config import PPOConfig
+from ppo_fast.critics.critic import ValueHead
+from ppo_fast.models.adapters import adapted_layers, base_of, body_of
+from ppo_fast.models.heads import ValueModel, enable_gradient_checkpointing
+from ppo_fast.models.lora import lora_config
+from ppo_fast.models.patching import replaced_forwards
+from ppo_fast.models.precision import computing_in, hold_trained_weights
+from ppo_fast.models.setup import make_reference
+from ppo_fast.models.transformers_internals import layer_types
+from ppo_fast.models.trunk import Split, freeze_trunk
+
+FLOAT = 4
+TOP = 4
+"""Layers of the plans with a trunk, where the config names no number."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes.
+
+    policy, reference, value_function: weights; the reference's and those of a top without what they
+        share with the policy.
+    gradients: of the weights that are trained at a time, policy or value function.
+    optimizer: of all trained weights.
+    trunk: its activations for a batch.
+    cache: keys and values of a rollout.
+    copies: of weights, for a rollout: in compute_dtype; on the CPU with adapters merged.
+    kept_rollout: the part of cache and copies that stays during the update (kept_rollout_bytes).
+    activations: what autograd keeps of one microbatch, without logits.
+    logits: tiles of the LM head that are kept for the backward pass.
+    """
+
+    policy: int
+    reference: int
+    value_function: int
+    gradients: int
+    optimizer: int
+    trunk: int
+    cache: int
+    copies: int
+    kept_rollout: int
+    activations: int
+    logits: int
+
+    @property
+    def peak(self) -> int:
+        """The most at one time: gradients and activations come when the rollout is done."""
+        held = self.policy + self.reference + self.value_function + self.optimizer + self.trunk
+        update = self.gradients + self.activations + self.logits + self.kept_rollout
+        return held + max(self.cache + self.copies, update)
+
+
+def plan_memory(
+    model_config: Any,
+    config: PPOConfig,
+    *,
+    batch_size: int,
+    prompt_length: int,
+    value_model: nn.Module | None = None,
+    policy_model: nn.Module | None = None,
+    adapter: Any = None,
+    device: str = "cuda",
+) -> MemoryPlan:
+    """The plan for a policy of ``model_config``, a transformers config.
+
+    Args:
+        model_config: of a causal LM whose head is fused (linear_logprobs).
+        config: how it is trained.
+        batch_size: prompts a step.
+        prompt_length: tokens of each, at most.
+        value_model: for ``critic="model"``; None: a ``ValueModel`` over a copy of the policy.
+        policy_model: whose trunk ``value_model`` may share; None: it shares nothing.
+        adapter: peft's config of a new adapter that the policy is given; None: it has none.
+        device: type of the device that is meant.
+
+    Raises:
+        ValueError: the model cannot be split or its layers not be cached.
+    """
+    text: Any = model_config.get_text_config()
+    length, k = prompt_length + config.max_length, config.num_layers_unfrozen
+    rows = min(batch_size, max(1, config.microbatch_tokens // length))
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    policy = _policy(fake, model_config, config, adapter)
+    value, valued = _value_weights(fake, policy, model_config, config, value_model)
+    with fake, warnings.catch_warnings():
+        # asked for by torch's own copying of a parameter, in vain
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        # new adapters are left out, others copied: they are small
+        reference = None if adapter is not None else make_reference(policy, config)
+        activations = _kept(policy, k, rows, length, config)
+        copies = _bytes(_copied(policy, config, device))
+    trained = [*_trained(policy.parameters()), *valued]
+    rounded = 2 * _count(trained) if config.trained_weights == "kahan" else 0
+    computed = FLOAT if config.compute_dtype is None else 2
+    kept = computed if config.trunk_dtype is None else 2
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    slots = min(config.rollout_slots or batch_size, batch_size)
+    per_token = 2 * len(layer_types(text)) * kv_heads * head_size
+    cache = computed * per_token * slots * length
+    keeps = device == "cuda" and config.cuda_graphs and not adapted_layers(policy)
+    most = config.kept_rollout_bytes if keeps else 0
+    return MemoryPlan(
+        policy=_bytes(policy.parameters()),
+        reference=0 if reference is None else _bytes(_own(reference, policy)),
+        value_function=_bytes(set(value) - set(policy_model.parameters() if policy_model else ())),
+        # a head's come with the policy's, those of a value model after them
+        gradients=_bytes(trained)
+        if config.critic == "head"
+        else max(_bytes(_trained(policy.parameters())), _bytes(valued)),
+        optimizer=2 * FLOAT * _count(trained) + rounded,
+        trunk=0 if k is None else kept * batch_size * length * text.hidden_size,
+        cache=cache,
+        copies=copies,
+        kept_rollout=sum(size for size in (cache, copies) if size <= most),
+        activations=activations,
+        logits=min(FLOAT * rows * config.max_length * text.vocab_size, config.logits_budget_bytes),
+    )
+
+
+def plans(
+    model_config: Any,
+    config: PPOConfig,
+    *,
+    batch_size: int,
+    prompt_length: int,
+    lora_rank: int = 16,
+    device: str = "cuda",
+) -> dict[str, MemoryPlan]:
+    """Ways to train a policy, by what they are; those with LoRA where peft is installed."""
+    layers = model_config.get_text_config().num_hidden_layers
+    k = min(config.num_layers_unfrozen or TOP, layers - 1)
+    ways: dict[str, dict[str, Any]] = {
+        "all layers, a value model": {"critic": "model", "num_layers_unfrozen": None},
+        "all layers, a value head": {"critic": "head", "num_layers_unfrozen": None},
+    }
+    if k > 0:
+        ways |= {
+            f"{k} top layers, values from a top": {"critic": "top", "num_layers_unfrozen": k},
+            f"{k} top layers, a value head": {"critic": "head", "num_layers_unfrozen": k},
+        }
+    adapters: dict[str, Any] = {}
+    if importlib.util.find_spec("peft"):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_config)
+        name = f"LoRA of rank {lora_rank}, a value head"
+        ways[name] = {"critic": "head", "num_layers_unfrozen": None}
+        adapters[name] = lora_config(model, lora_rank)
+        if k > 0:
+            name = f"LoRA on {k} top layers, a value head"
+            ways[name] = {"critic": "head", "num_layers_unfrozen": k}
+            adapters[name] = lora_config(model, lora_rank, k)
+    return {
+        name: plan_memory(
+            model_config,
+            replace(config, **way),
+            batch_size=batch_size,
+            prompt_length=prompt_length,
+            adapter=adapters.get(name),
+            device=device,
+        )
+        for name, way in ways.items()
+    }
+
+
+def show_plans(console: Console, found: dict[str, MemoryPlan], memory_gb: float | None) -> None:
+    """A table, a column a plan, in GB (10^9 bytes)."""
+    table = Table(title="memory of a run in GB, computed")
+    table.add_column("", no_wrap=True)
+    for name in found:
+        table.add_column(name, justify="right")
+    parts = [name for name in MemoryPlan.__dataclass_fields__ if name != "peak"]
+    for part in (*parts, "peak"):
+        sizes = [f"{getattr(plan, part) / 1e9:.2f}" for plan in found.values()]
+        table.add_row(part.replace("_", " "), *sizes, end_section=part == parts[-1])
+    if memory_gb is not None:
+        fits = ["yes" if plan.peak <= 1e9 * memory_gb else "no" for plan in found.values()]
+        table.add_row(f"fits {memory_gb:g} GB", *fits)
+    console.print(table)
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(t.nbytes for t in tensors)
+
+
+def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    return [p for p in parameters if p.requires_grad]
+
+
+def _own(module: nn.Module, other: nn.Module) -> list[nn.Parameter]:
+    """The weights of ``module`` that are not ``other``'s."""
+    shared = set(other.parameters())
+    return [p for p in module.parameters() if p not in shared]
+
+
+def _policy(fake: FakeTensorMode, model_config: Any, config: PPOConfig, adapter: Any) -> Any:
+    """As the trainer prepares it, of fake tensors."""
+    stored = torch.float32 if config.compute_dtype is None else model_config.dtype
+    with torch.device("meta"):  # peft moves what it adds, which fake tensors do not bear
+        policy = AutoModelForCausalLM.from_config(model_config, dtype=stored or torch.float32)
+        if adapter is not None:
+            from peft import get_peft_model
+
+            policy = get_peft_model(policy, adapter)
+    with fake:
+        policy.to_empty(device="cpu")
+        base_of(policy).tie_weights()
+        if config.num_layers_unfrozen is not None:
+            freeze_trunk(policy, config.num_layers_unfrozen)
+        hold_trained_weights(policy, config.weights_dtype)
+    return policy
+
+
+def _value_weights(
+    fake: FakeTensorMode,
+    policy: Any,
+    model_config: Any,
+    config: PPOConfig,
+    value_model: nn.Module | None,
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The value function's own, and those of them that are trained."""
+    critic = config.critic or ("baseline" if value_model is None else "model")
+    if critic == "baseline":
+        return [], []
+    hidden_size = policy.config.get_text_config().hidden_size
+    if critic == "model":
+        if value_model is None:
+            base = _policy(fake, model_config, replace(config, num_layers_unfrozen=None), None)
+            with fake:
+                value_model = ValueModel(base, hidden_size)
+        own, unread = list(value_model.parameters()), _lm_head(value_model)
+        return own, [p for p in _trained(own) if p not in unread]
+    top = _trained(body_of(policy).parameters()) if critic == "top" else []
+    with fake:
+        own = [*top, *ValueHead(hidden_size).parameters()]
+    return own, own
+
+
+def _lm_head(value_model: nn.Module) -> set[nn.Parameter]:
+    """Of a ValueModel, which never reads it, unless it is the embedding too."""
+    if not isinstance(value_model, ValueModel):
+        return set()
+    base: Any = value_model.base_model
+    head = getattr(base, "get_output_embeddings", lambda: None)()
+    return set() if head is None else {*head.parameters()} - {base.get_input_embeddings().weight}
+
+
+def _copied(policy: Any, config: PPOConfig, device: str) -> Iterator[torch.Tensor]:
+    """What a rollout copies."""
+    if config.compute_dtype is not None:
+        yield from (p.bfloat16() for p in policy.parameters() if p.dtype == torch.float32)
+    if device == "cpu":
+        merged = (place.layer.base_layer.weight for place in adapted_layers(policy))
+        yield from (w if config.compute_dtype is None else w.bfloat16() for w in merged)
+
+
+def _kept(policy: Any, k: int | None, rows: int, length: int, config: PPOConfig) -> int:
+    """Bytes that autograd keeps of a microbatch: of the policy's pass, or of the value function's,
+    which is as large, but not of both at once. Without checkpointing's second computation of a
+    layer's insides."""
+    layers: int = policy.config.get_text_config().num_hidden_layers
+    whole = _saved(policy, k, rows, length, config.torch_dtype)
+    if not config.gradient_checkpointing:
+        return whole
+    enable_gradient_checkpointing(policy, "policy_model")
+    policy.train()
+    return _saved(policy, k, rows, length, config.torch_dtype) + whole // (k or layers)
+
+
+def _saved(policy: Any, k: int | None, rows: int, length: int, dtype: torch.dtype | None) -> int:
+    weights = {p.untyped_storage()._cdata for p in policy.parameters()}
+    kept: dict[int, int] = {}
+    alive = []  # else another tensor might get a storage's place
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    body = body_of(policy)
+    with (
+        computing_in(dtype, torch.device("cpu")),
+        torch.enable_grad(),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+    ):
+        if k is None:
+            body(input_ids=torch.zeros(rows, length, dtype=torch.int64), use_cache=False)
+        else:
+            hidden = policy.config.get_text_config().hidden_size
+            trunk = torch.zeros(rows, length, hidden, dtype=next(body.parameters()).dtype)
+            lower = Split(body, k).lower
+            with replaced_forwards([(layer, lambda *_, **__: trunk) for layer in lower]):
+                body(inputs_embeds=trunk, use_cache=False)
+    return sum(kept.values())

@@ -1,0 +1,199 @@
+"""Experience -> metrics: epochs, minibatches, microbatches, optimizer steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ppo_fast.config import PPOConfig
+from ppo_fast.critics.critic import Critic
+from ppo_fast.data.tokens import Tokens, batches_by_tokens
+from ppo_fast.learning.make_experience import Experience, select_trunk
+from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.ops import ppo_loss, value_loss
+from ppo_fast.ops.stats import (
+    PPO_STATS,
+    VALUE_STATS,
+    merge_stats,
+    ppo_metrics,
+    value_metrics,
+)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows of an Experience, without the columns that none of them needs: [b, t] each."""
+
+    tokens: Tokens
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    trunk: Tensor | None
+
+
+def select(experience: Experience, rows: Tensor) -> Batch:
+    """``rows`` (int64 on the CPU) of ``experience``."""
+    tokens = experience.tokens.select(rows)
+    index, width = rows.to(tokens.device), tokens.response_ids.shape[1]
+    return Batch(
+        tokens,
+        experience.old_logprobs[index, :width],
+        experience.ref_logprobs[index, :width],
+        experience.values[index, :width],
+        experience.advantages[index, :width],
+        experience.returns[index, :width],
+        select_trunk(experience.trunk, experience.tokens, rows),
+    )
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What an update changes: the policy, its critic (None: a baseline, nothing to train) and
+    their optimizers."""
+
+    policy: LanguageModel
+    critic: Critic | None
+    policy_optimizer: Optimizer
+    value_optimizer: Optimizer | None
+    config: PPOConfig
+
+    @torch.enable_grad()
+    def update(self, experience: Experience, *, num_epochs: int, seed: int) -> dict[str, float]:
+        """PPO on one batch of experience (Schulman et al. 2017, algorithm 1).
+
+        Each epoch visits every sequence once, in minibatches drawn with ``seed``; a minibatch is
+        one optimizer step. Its losses are normalised by all its tokens, so that the split into
+        microbatches changes nothing but rounding.
+
+        Returns:
+            Means over all tokens and epochs (policy_loss too, whatever the aggregation);
+            ``first_max_log_ratio`` is that of the first minibatch, whose ratios are 1 to rounding.
+
+        Raises:
+            FloatingPointError: a gradient is not finite. It changed nothing; earlier optimizer
+                steps of this update stand, that of the policy before a value model's too.
+        """
+        if self.config.gradient_checkpointing:  # which transformers do in train mode alone
+            self.policy.model.train()
+            if self.critic is not None:
+                self.critic.module.train()
+        generator = torch.Generator().manual_seed(seed)
+        policy_stats: list[Tensor] = []
+        value_stats: list[Tensor] = []
+        norms: list[Tensor] = []
+        for _ in range(num_epochs):
+            order = torch.randperm(len(experience.tokens), generator=generator, device="cpu")
+            for rows in order.tensor_split(min(self.config.num_minibatches, len(order))):
+                stats, values, norm = self._train_on(experience, rows)
+                policy_stats.append(stats)
+                value_stats += values
+                norms.append(norm)
+        metrics = ppo_metrics(merge_stats(PPO_STATS, policy_stats))
+        metrics["first_max_log_ratio"] = ppo_metrics(policy_stats[0])["max_log_ratio"]
+        if value_stats:
+            metrics |= value_metrics(merge_stats(VALUE_STATS, value_stats))
+        if self.config.entropy_coef == 0:
+            del metrics["entropy"]  # it was not computed
+        metrics["policy_grad_norm"] = float(torch.stack(norms).mean())
+        return metrics
+
+    def _train_on(
+        self, experience: Experience, rows: Tensor
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """One minibatch, microbatch by microbatch: its statistics, and the norm of the policy's
+        gradient. A head is trained in the policy's backward pass; a value model of its own after
+        the policy, so that neither graphs nor gradients of both ever live together."""
+        joint = self.critic is not None and self.critic.reads_states
+        tokens = experience.tokens
+        count = int(tokens.response_lengths[rows].sum())
+        units = count if self.config.aggregation == "token-mean" else len(rows)
+        parts = batches_by_tokens(tokens.lengths[rows], self.config.microbatch_tokens)
+        policy_stats, value_stats = [], []
+        optimizers = self._optimizers()
+        for optimizer in optimizers.values():
+            optimizer.zero_grad()  # what an interrupted pass, or the user, may have left
+        for part in parts:
+            batch = select(experience, rows[part])
+            loss, stats, states = self._policy_loss(batch, experience.temperature, units)
+            policy_stats.append(stats)
+            if joint:
+                critic_loss, stats = self._value_loss(batch, states, count)
+                value_stats.append(stats)
+                loss = loss + critic_loss
+            loss.backward()
+        norm = self._step(optimizers if joint else {"policy": self.policy_optimizer})
+        if self.value_optimizer is not None and not joint:
+            for part in parts:
+                loss, stats = self._value_loss(select(experience, rows[part]), None, count)
+                value_stats.append(stats)
+                loss.backward()
+            self._step({"value": self.value_optimizer})
+        merged = [merge_stats(VALUE_STATS, value_stats)] if value_stats else []
+        return merge_stats(PPO_STATS, policy_stats), merged, norm
+
+    def _policy_loss(
+        self, batch: Batch, temperature: float, units: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        config, tokens = self.config, batch.tokens
+        forward = self.policy.forward(tokens, batch.trunk)
+        new = self.policy.logprobs(
+            forward, tokens, temperature=temperature, entropy=config.entropy_coef != 0
+        )
+        in_loss = config.kl_in == "loss"
+        loss, stats = ppo_loss(
+            new.logprobs,
+            old_logprobs=batch.old_logprobs,
+            advantages=batch.advantages,
+            mask=tokens.response_mask,
+            entropy=new.entropy,
+            ref_logprobs=batch.ref_logprobs,
+            clip=config.clip,
+            dual_clip=config.dual_clip,
+            kl_coef=config.kl_penalty if in_loss else 0.0,
+            kl_estimator=config.estimator() if in_loss else "k1+k2",
+            entropy_coef=config.entropy_coef,
+            aggregation=config.aggregation,
+            normalizer=units,
+        )
+        return loss, stats, forward.states
+
+    def _value_loss(self, batch: Batch, states: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+        assert self.critic is not None
+        loss, stats = value_loss(
+            self.critic.values(batch.tokens, states, batch.trunk),
+            old_values=batch.values,
+            returns=batch.returns,
+            mask=batch.tokens.response_mask,
+            clip=self.config.value_clip,
+            normalizer=count,
+        )
+        return self.config.value_loss_coef * loss, stats
+
+    def _step(self, optimizers: dict[str, Optimizer]) -> Tensor:
+        """Clip and apply the gradients; returns the first one's norm before clipping."""
+        norms = {}
+        for name, optimizer in optimizers.items():
+            weights = [p for group in optimizer.param_groups for p in group["params"]]
+            norms[name] = torch.nn.utils.clip_grad_norm_(weights, self.config.max_grad_norm)
+        if not torch.isfinite(torch.stack(list(norms.values()))).all():
+            for optimizer in optimizers.values():
+                optimizer.zero_grad()
+            found = ", ".join(f"{name} {float(norm)}" for name, norm in norms.items())
+            raise FloatingPointError(
+                f"gradient norms: {found}; expected finite numbers. The weights are as they were "
+                "before this optimizer step. Lower the learning rate, or look for NaN in the "
+                "models' outputs"
+            )
+        for optimizer in optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad()
+        return next(iter(norms.values()))
+
+    def _optimizers(self) -> dict[str, Optimizer]:
+        found = {"policy": self.policy_optimizer, "value": self.value_optimizer}
+        return {name: optimizer for name, optimizer in found.items() if optimizer is not None}

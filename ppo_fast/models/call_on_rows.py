@@ -1,0 +1,116 @@
+"""Calling reward and value modules: ours and transformers' classifiers on padded batches, anybody's
+own on rows of equal length without padding, so that code which reads position -1 or counts absolute
+positions is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ppo_fast.data.tokens import batches_by_tokens
+from ppo_fast.models.heads import RewardModel, ValueModel
+
+
+def takes_padding(module: nn.Module) -> bool:
+    """Whether ``module`` is known to be right on right-padded batches with a mask: our models and
+    those that transformers ships, not what users derive from them."""
+    if isinstance(module, PreTrainedModel):
+        return type(module).__module__.startswith("transformers.")
+    return type(module) in (RewardModel, ValueModel)
+
+
+def output_tensor(output: Any, what: str) -> Tensor:
+    """The tensor in a module's output: itself, ``.logits``, or the first of a tuple.
+
+    Raises:
+        TypeError: there is none.
+    """
+    if hasattr(output, "logits"):
+        output = output.logits
+    elif isinstance(output, (tuple, list)) and len(output) > 0:
+        output = output[0]
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"{what} returned {type(output).__name__}, expected a tensor, a tuple that starts with "
+            "one, or an object with .logits"
+        )
+    return output
+
+
+def call_on_rows(
+    module: nn.Module, rows: Sequence[Tensor], *, budget: int, what: str
+) -> list[Tensor]:
+    """The output of ``module(input_ids, attention_mask)`` for each row of ids [length].
+
+    Args:
+        budget: most tokens in one call.
+        what: the module's name in errors.
+
+    Returns:
+        One tensor a row: [] for a module that gives one number a sequence ([n] or [n, 1]),
+        [length] for one that gives a number a token ([n, L] or [n, L, 1]).
+
+    Raises:
+        ValueError: another shape.
+        RuntimeError: the module raised (chained).
+    """
+    lengths = torch.tensor([len(row) for row in rows], device="cpu")
+    outputs: list[Tensor] = [torch.empty(0, device="cpu")] * len(rows)
+    for batch in _batches(lengths, budget, equal_lengths=not takes_padding(module)):
+        members = [rows[i] for i in batch.tolist()]
+        try:
+            result = _call(module, members)
+        except Exception as error:
+            raise RuntimeError(f"{what} raised {type(error).__name__}: {error}") from error
+        values = _as_numbers(output_tensor(result, what), members, what)
+        for i, row, value in zip(batch.tolist(), members, values, strict=True):
+            outputs[i] = value[: len(row)] if value.dim() == 1 else value
+    return outputs
+
+
+def _batches(lengths: Tensor, budget: int, *, equal_lengths: bool) -> list[Tensor]:
+    if not equal_lengths:
+        return batches_by_tokens(lengths, budget)
+    groups = [torch.nonzero(lengths == n).flatten() for n in lengths.unique()]
+    return [g[part] for g in groups for part in batches_by_tokens(lengths[g], budget)]
+
+
+def _call(module: nn.Module, rows: list[Tensor]) -> Any:
+    if not takes_padding(module):
+        ids = torch.stack(rows)
+        return module(ids, torch.ones_like(ids))
+    config = getattr(module, "config", None)
+    # transformers' classifiers find the last token by their pad id; the others by the mask alone
+    pad_id = getattr(config, "pad_token_id", None) or 0
+    ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad_id)
+    lengths = torch.tensor([len(row) for row in rows], device="cpu")
+    # A causal body's real tokens never see padding on the right: without a mask, attention takes
+    # its fastest form.
+    if isinstance(module, ValueModel):
+        return module(input_ids=ids)
+    if isinstance(module, RewardModel):
+        return module(input_ids=ids, last=(lengths - 1).to(ids.device))
+    mask = torch.arange(ids.shape[1], device="cpu") < lengths[:, None]
+    return module(input_ids=ids, attention_mask=mask.long().to(ids.device))
+
+
+def _as_numbers(output: Tensor, rows: list[Tensor], what: str) -> Tensor:
+    """[n] one number a sequence, or [n, L] one a token."""
+    n, width = len(rows), max(len(row) for row in rows)
+    if n == 1 and (output.dim() == 0 or (output.shape == (width,) and width > 1)):
+        output = output[None]  # a module that ends in .squeeze(), on a row alone
+    if output.dim() == 3 and output.shape[-1] == 1:
+        output = output.squeeze(-1)
+    if output.shape == (n, 1) and width > 1:
+        output = output.squeeze(-1)
+    if output.shape not in ((n,), (n, width)):
+        raise ValueError(
+            f"{what} returned shape {list(output.shape)} for input_ids {[n, width]}; expected "
+            f"[{n}] or [{n}, 1] (a number a sequence) or [{n}, {width}] (a number a token)"
+        )
+    return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output

@@ -1,0 +1,142 @@
+"""ValueModel and RewardModel: a language model's body with a small head, and what makes modules
+fit for PPO (dropout off)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppo_fast.data.tokens import position_ids
+from ppo_fast.models.adapters import body_of
+
+
+def _head(hidden_size: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(hidden_size, 256), nn.ReLU(), nn.Dropout(0.1), nn.Linear(256, 1))
+
+
+def _check_hidden_size(base_model: nn.Module, hidden_size: int) -> None:
+    config = getattr(base_model, "config", None)
+    actual = None if config is None else config.get_text_config().hidden_size
+    if actual is not None and hidden_size != actual:
+        raise ValueError(
+            f"hidden_size: got {hidden_size}, but {type(base_model).__name__} has {actual}; "
+            f"pass hidden_size={actual}"
+        )
+
+
+class ValueModel(nn.Module):
+    """A value for every token: a language model's last hidden states through a small head.
+
+    The value at a token estimates the return from the state that ends with it. Padding may stand on
+    either side.
+
+    Args:
+        base_model: a transformers causal LM (its LM head is not used) or a bare body.
+        hidden_size: D, the width of its states.
+    """
+
+    def __init__(self, base_model: nn.Module, hidden_size: int = 768) -> None:
+        super().__init__()
+        _check_hidden_size(base_model, hidden_size)
+        self.base_model = base_model
+        self.value_head = _head(hidden_size)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """input_ids [B, L] int64, attention_mask [B, L] (default: all ones) -> values [B, L]."""
+        return self.read(_states(self.base_model, input_ids, attention_mask))
+
+    def read(self, states: Tensor) -> Tensor:
+        """The body's last states [B, L, D] -> values [B, L]."""
+        return self.value_head(states).squeeze(-1)
+
+
+class RewardModel(nn.Module):
+    """A score for every sequence, read at its last real token. Padding may stand on either side.
+
+    Args:
+        base_model: a transformers causal LM (its LM head is not used) or a bare body.
+        hidden_size: D, the width of its states.
+    """
+
+    def __init__(self, base_model: nn.Module, hidden_size: int = 768) -> None:
+        super().__init__()
+        _check_hidden_size(base_model, hidden_size)
+        self.base_model = base_model
+        self.reward_head = _head(hidden_size)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        last: Tensor | None = None,
+    ) -> Tensor:
+        """input_ids [B, L] int64 -> scores [B].
+
+        attention_mask [B, L], by default all ones, says where the real tokens are; or, if padding
+        stands on the right alone, ``last`` [B] int64 does, the index of each row's last token.
+        """
+        states = _states(self.base_model, input_ids, attention_mask)
+        if last is None:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            last = (mask.bool() * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
+        return self.read(states, last)
+
+    def read(self, states: Tensor, last: Tensor) -> Tensor:
+        """The body's last states [B, L, D], at places [B] -> scores [B]."""
+        return self.reward_head(states[torch.arange(len(last), device=last.device), last]).squeeze(
+            -1
+        )
+
+
+def _states(base_model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    # its last state is what ``output_hidden_states=True`` gives last, without the others and logits
+    body = body_of(base_model)
+    if attention_mask is None:
+        return body(input_ids=input_ids, use_cache=False).last_hidden_state
+    return body(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids(attention_mask),
+        use_cache=False,
+    ).last_hidden_state
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability of ``model`` to 0, whatever its train/eval mode.
+
+    A log-prob under dropout is a random number; the ratio of two of them says nothing.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            # transformers' attention modules keep probabilities as plain floats
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def enable_gradient_checkpointing(model: nn.Module, name: str) -> None:
+    """For every transformers model in ``model``, whenever it is in train mode.
+
+    Raises:
+        ValueError: there is none that could.
+    """
+    able: list[Any] = [
+        module
+        for module in model.modules()
+        if getattr(module, "supports_gradient_checkpointing", False)
+    ]
+    if not able:
+        raise ValueError(
+            f"gradient_checkpointing: {name} ({type(model).__name__}) holds no transformers model "
+            "that supports it; use gradient_checkpointing=False"
+        )
+    for module in able:
+        # newer transformers call it so, and warn of the old name
+        enable = getattr(module, "activation_checkpointing_enable", None)
+        (enable or module.gradient_checkpointing_enable)({"use_reentrant": False})
+        # without reentry nothing below the first trained layer needs a gradient
+        module.disable_input_require_grads()

@@ -1,0 +1,342 @@
+"""How the trainer reads a causal language model: states, then log-probs, and decoding steps.
+
+Two paths give the same numbers. The fused one asks the body for hidden states and makes log-probs
+with ``linear_logprobs``, at response positions only; the ordinary one asks the model for logits. A
+head that is not ``hidden @ weight.T`` in the model's own way (scaled, wrapped, hooked) shows in a
+comparison of both at construction, and means the ordinary path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ppo_fast.data.tokens import Tokens
+from ppo_fast.models.adapters import body_of
+from ppo_fast.models.precision import HALF, computing_in, uses_tf32
+from ppo_fast.models.transformers_internals import (
+    attention_of,
+    cache_argument,
+    logit_scale,
+    softcap,
+)
+from ppo_fast.models.trunk import Split, run
+from ppo_fast.ops import (
+    TokenLogprobs,
+    few_row_linear,
+    linear_logprobs,
+    logprobs_from_logits,
+)
+from ppo_fast.ops.gradient import computed_in
+from ppo_fast.ops.linear_logprobs.api import LOGITS_BUDGET_BYTES
+
+# Largest difference between the two paths, relative to the largest logit, that rounding explains.
+HEAD_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
+TF32_TOLERANCE = 5e-3
+HALF_TOLERANCE = 3e-2
+
+
+class Forward(NamedTuple):
+    """What one pass over Tokens gives: the state before each response token [B, T, D] (None where
+    the model's body cannot be told from its head) and, on the ordinary path only, logits
+    [B, T, V]."""
+
+    states: Tensor | None
+    logits: Tensor | None
+
+
+class Next(NamedTuple):
+    """What the next token of n sequences is drawn from: logits [n, V], float64 where the model is,
+    else float32, and the states [n, D] that they were made from (None on the ordinary path)."""
+
+    logits: Tensor
+    states: Tensor | None
+
+
+class LanguageModel:
+    """A transformers causal language model, read at response positions.
+
+    Args:
+        model: the model. It is not changed.
+        num_layers_unfrozen: the layers above the trunk, whose activations ``trunk`` computes and
+            ``forward`` can start from; None: there is no trunk.
+        compute_dtype: what its products are computed in (autocast); None: what its weights are.
+        logits_budget_bytes: as linear_logprobs': logits kept for the backward pass.
+
+    Attributes:
+        fused: whether log-probs come from hidden states and the LM head.
+        reason: why (not).
+        fused_differs: whether the reason is that log-probs would be others.
+
+    Raises:
+        ValueError: ``num_layers_unfrozen`` is not below the number of layers, or the model cannot
+            be split there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        num_layers_unfrozen: int | None = None,
+        compute_dtype: torch.dtype | None = None,
+        logits_budget_bytes: int = LOGITS_BUDGET_BYTES,
+    ) -> None:
+        self.model, self.compute_dtype = model, compute_dtype
+        self.logits_budget_bytes = logits_budget_bytes
+        body = body_of(model)
+        self.body: nn.Module | None = None if body is model else body
+        self.head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
+        config: Any = model.config
+        self.text_config: Any = config.get_text_config()
+        self.logit_scale, self.softcap = logit_scale(self.text_config), softcap(self.text_config)
+        self._cache_argument = cache_argument(model)
+        k = num_layers_unfrozen
+        self.split = None if k is None else Split(self.body, k)
+        self.fused_differs = False
+        reason = self._fused_fails()
+        self.fused = reason is None
+        self.reason = reason or "the body's states times the LM head equal the model's logits"
+        if self.split is not None and (reason := self._split_fails()):
+            raise ValueError(
+                f"num_layers_unfrozen: {type(model).__name__} cannot be split into a trunk and a "
+                f"top ({reason}); use num_layers_unfrozen=None"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def forward(self, tokens: Tokens, trunk: Tensor | None = None) -> Forward:
+        """One pass over prompts and responses, from the tokens or from the trunk's states
+        [B, L, D]. Gradients flow where the caller enabled them."""
+        states, logits = self._run(tokens, trunk)
+        return Forward(
+            None if states is None else tokens.before_response(states),
+            None if logits is None else tokens.before_response(logits),
+        )
+
+    def logprobs(
+        self, forward: Forward, tokens: Tokens, *, temperature: float, entropy: bool = False
+    ) -> TokenLogprobs:
+        """Log-probs (and entropies) [B, T] of the response tokens, 0 beyond a response."""
+        labels, mask = tokens.response_ids, tokens.response_mask
+        if forward.logits is not None:
+            return logprobs_from_logits(
+                forward.logits, labels, mask=mask, temperature=temperature, entropy=entropy
+            )
+        assert forward.states is not None
+        weight, bias = self._head_weights()
+        states = forward.states
+        if self.compute_dtype is not None:  # the op is deaf to autocast
+            states, weight = states.to(self.compute_dtype), weight.to(self.compute_dtype)
+        return linear_logprobs(
+            states,
+            weight,
+            labels,
+            bias=bias,
+            mask=mask,
+            temperature=temperature,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+            entropy=entropy,
+            logits_budget_bytes=self.logits_budget_bytes,
+        )
+
+    def shares_head_with(self, other: LanguageModel) -> bool:
+        """Whether one product gives both models' logits."""
+        return self.fused and other.fused and _same(self._head_weights(), other._head_weights())
+
+    @torch.no_grad()
+    def trunk(self, tokens: Tokens) -> Tensor:
+        """[B, L, D]: what enters the first unfrozen layer."""
+        assert self.split is not None
+        with computing_in(self.compute_dtype, tokens.device):
+            return self.split.trunk(tokens)
+
+    def recording_trunk(self) -> AbstractContextManager[list[Tensor]]:
+        """Within the block, what every pass hands to the first unfrozen layer lands in the list,
+        [B, n, D] each: decoding sees every token but the last, and computes its trunk anyway.
+        Without a trunk the list stays empty."""
+        return nullcontext([]) if self.split is None else self.split.recording()
+
+    @torch.no_grad()
+    def next(
+        self, at: tuple[Tensor, Tensor] | None = None, *, cache: Any, **arguments: Any
+    ) -> Next:
+        """What follows tokens of one pass with a cache: ``arguments`` are the model's other ones,
+        ``at`` the rows [n] and columns [n] of those tokens. None: of every row the last column,
+        which is all that the ordinary path can give."""
+        arguments[self._cache_argument] = cache
+        if not self.fused:
+            logits = self.model(**arguments, use_cache=True, logits_to_keep=1).logits[:, -1]
+            return Next(logits.to(computed_in(logits.dtype)), None)
+        assert self.body is not None
+        states = self.body(**arguments, use_cache=True).last_hidden_state
+        states = states[:, -1] if at is None else states[at]
+        return Next(self._shape(self._products(states)), states)
+
+    def _products(self, states: Tensor) -> Tensor:
+        """[n, D] -> [n, V], of half precision too in float32: a logit of 20 in bfloat16 is 6% of a
+        probability off."""
+        weight, bias = self._head_weights()
+        if states.dtype not in HALF:
+            return few_row_linear(states, weight, bias)
+        if states.is_cuda:
+            products = torch.mm(states, weight.T, out_dtype=torch.float32)
+        else:
+            products = few_row_linear(states.float(), weight.float())
+        return products if bias is None else products + bias
+
+    def _shape(self, logits: Tensor) -> Tensor:
+        logits = logits * self.logit_scale if self.logit_scale != 1.0 else logits
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+    def _head_weights(self) -> tuple[Tensor, Tensor | None]:
+        assert isinstance(self.head, nn.Linear)
+        return self.head.weight, self.head.bias
+
+    def _run(self, tokens: Tokens, trunk: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """States [B, L, D] and, on the ordinary path, logits [B, L, V]."""
+        with computing_in(self.compute_dtype, tokens.device):
+            if self.fused:
+                assert self.body is not None
+                return run(self.body, tokens, self.split, trunk).last_hidden_state, None
+            if self.body is None:
+                return None, run(self.model, tokens).logits
+            with _output_of(self.body) as output:
+                logits = run(self.model, tokens, self.split, trunk).logits
+            return output[0].last_hidden_state, logits
+
+    def _probe(self) -> Tokens:
+        """A few tokens, one row padded, to compare paths on."""
+        device = next(self.model.parameters()).device
+        vocabulary = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        ids = (torch.arange(10, device=device).reshape(2, 5) * 7 + 1) % vocabulary
+        return Tokens(
+            ids[:, :3],
+            torch.tensor([3, 2], device="cpu"),
+            ids[:, 3:],
+            torch.tensor([2, 2], device="cpu"),
+        )
+
+    @torch.no_grad()
+    def _fused_fails(self) -> str | None:
+        """Why the fused path cannot be used; None when it gives the model's own logits."""
+        if self.body is None:
+            return f"{type(self.model).__name__} has no base_model"
+        # a subclass may compute something else: 4-bit layers and LoRA's are such
+        if type(self.head) is not nn.Linear:
+            return f"the LM head is a {type(self.head).__name__}, not a torch.nn.Linear"
+        if self.head._forward_hooks or self.head._forward_pre_hooks:
+            return "the LM head has hooks"
+        probe = self._probe()
+        with computing_in(self.compute_dtype, self.device):
+            try:
+                expected = run(self.model, probe).logits.float()
+            except TypeError as cause:
+                raise ValueError(
+                    f"policy_model: {type(self.model).__name__} cannot be called with input_ids "
+                    f"and use_cache alone ({cause})"
+                ) from cause
+            states = getattr(run(self.body, probe), "last_hidden_state", None)
+            if states is None:
+                self.body = None  # a wrapper's base_model is the whole model
+                return f"the base_model of {type(self.model).__name__} returns no last_hidden_state"
+            found = self._shape(nn.functional.linear(states, *self._head_weights()).float())
+        real = probe.attention_mask.bool()
+        if found[real].isnan().any() or expected[real].isnan().any():
+            raise nan_error(self)
+        difference = (found - expected)[real].abs().max() / expected[real].abs().max()
+        if not difference <= self._tolerance(self.head.weight.dtype):
+            self.fused_differs = True
+            return f"the body's states times the LM head differ from the logits by {difference:.1e}"
+        return None
+
+    @torch.no_grad()
+    def _split_fails(self) -> str | None:
+        """Why the model cannot start from its trunk; None when top(trunk(x)) is the model."""
+        probe = self._probe()
+        try:
+            whole, split = self._run(probe, None)[0], self._run(probe, self.trunk(probe))[0]
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            return f"{type(error).__name__}: {error}"
+        assert whole is not None
+        assert split is not None
+        real = probe.attention_mask.bool()
+        if whole[real].isnan().any() or split[real].isnan().any():
+            raise nan_error(self)
+        difference = ((whole - split)[real].abs().max() / whole[real].abs().max()).item()
+        tolerance = self._tolerance(whole.dtype)
+        return None if difference <= tolerance else f"its states differ by {difference:.1e}"
+
+    def _tolerance(self, dtype: torch.dtype) -> float:
+        return tolerance(self.compute_dtype or dtype, self.device)
+
+
+def tolerance(dtype: torch.dtype, device: torch.device) -> float:
+    """The largest difference, relative to the largest number, that rounding explains between two
+    ways to compute the same logits or states with weights of ``dtype``."""
+    if dtype == torch.float32 and uses_tf32(device):
+        return TF32_TOLERANCE
+    return HEAD_TOLERANCE.get(dtype, HALF_TOLERANCE)
+
+
+def nan_error(model: LanguageModel) -> ValueError:
+    """What to say where a few tokens gave NaN."""
+    for name, weight in model.model.named_parameters():
+        if not torch.isfinite(weight).all():
+            return ValueError(f"policy_model: its weight {name} holds NaN or infinite numbers")
+    own = attention_of(model.text_config)
+    other = "sdpa" if own == "eager" else "eager"
+    float16 = ", or float16 overflowed" if model.dtype == torch.float16 else ""
+    return ValueError(
+        f"policy_model: attention gave NaN for a few tokens of {type(model.model).__name__}, whose "
+        f"weights are finite{float16} (attn_implementation={own!r}, {model.dtype} on "
+        f"{model.device}); load it with attn_implementation={other!r}"
+    )
+
+
+def logprobs_of_both(
+    one: LanguageModel,
+    other: LanguageModel,
+    tokens: Tokens,
+    trunk: Tensor | None,
+    *,
+    temperature: float,
+) -> Tensor:
+    """[2, B, T], of two models that have the trunk in common; a head that they share is read once,
+    for the rows of both."""
+    forwards = [model.forward(tokens, trunk) for model in (one, other)]
+    if not one.shares_head_with(other):
+        pairs = zip((one, other), forwards, strict=True)
+        return torch.stack(
+            [m.logprobs(f, tokens, temperature=temperature).logprobs for m, f in pairs]
+        )
+    states = torch.cat([forward.states for forward in forwards])  # type: ignore[misc]
+    stacked = one.logprobs(Forward(states, None), tokens.repeated(2), temperature=temperature)
+    return stacked.logprobs.unflatten(0, (2, len(tokens)))
+
+
+def _same(tensors: Iterable[Tensor | None], others: Iterable[Tensor | None]) -> bool:
+    return all(a is b for a, b in zip(tensors, others, strict=True))
+
+
+@contextmanager
+def _output_of(module: nn.Module) -> Iterator[list[Any]]:
+    """What ``module`` returns during the block."""
+    output: list[Any] = []
+    handle = module.register_forward_hook(lambda _, __, result: output.append(result))
+    try:
+        yield output
+    finally:
+        handle.remove()

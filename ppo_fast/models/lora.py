@@ -1,0 +1,48 @@
+"""LoRA adapters for a policy that comes without: what the command line and the plans use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ppo_fast.models.adapters import body_of
+from ppo_fast.models.transformers_internals import Conv1D
+from ppo_fast.models.trunk import layer_list
+
+
+def lora_config(model: nn.Module, rank: int, num_layers_unfrozen: int | None = None) -> Any:
+    """peft's LoraConfig for every product of the transformer's layers, or of its top layers alone;
+    alpha is twice the rank.
+
+    Raises:
+        ValueError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ValueError("LoRA needs peft: pip install 'ppo_fast[lora]'") from error
+    layers = layer_list(body_of(model))
+    top = layers[-(num_layers_unfrozen or len(layers)) :]
+    products = {
+        name.rpartition(".")[2]: type(module)
+        for name, module in top.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    }
+    first = len(layers) - len(top)
+    return LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=sorted(products),
+        fan_in_fan_out=Conv1D in products.values(),  # how GPT-2 stores weights
+        layers_to_transform=list(range(first, len(layers))),
+        task_type="CAUSAL_LM",
+    )
+
+
+def with_lora(model: Any, rank: int, num_layers_unfrozen: int | None = None) -> Any:
+    """``model`` in a peft wrapper, with adapters as ``lora_config`` says."""
+    config = lora_config(model, rank, num_layers_unfrozen)
+    from peft import get_peft_model
+
+    return get_peft_model(model, config)

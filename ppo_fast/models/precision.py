@@ -1,0 +1,81 @@
+"""What weights are held in, and what models compute in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from ppo_fast.models.transformers_internals import Conv1D
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def computing_in(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[object]:
+    """Autocast to ``dtype`` for the block; None: each product in the dtype of its operands."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def uses_tf32(device: torch.device) -> bool:
+    """Whether float32 products on ``device`` are computed in TF32, by whichever of torch's two
+    interfaces that was chosen: the old one raises after the new one was used."""
+    matmul = torch.backends.cuda.matmul
+    if device.type != "cuda":
+        return False
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and newer
+        return matmul.fp32_precision == "tf32"
+    return matmul.allow_tf32
+
+
+def hold_trained_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Weights in half precision, and those of float32, that are trained: in ``dtype`` from now."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float64:
+            parameter.data = parameter.data.to(dtype)
+
+
+def hold_products_in(dtype: torch.dtype, model: nn.Module, *, without: nn.Module) -> None:
+    """The weights of linear layers in ``dtype``, which is what autocast would make of them at every
+    call, bit for bit; but not those that ``without`` shares, nor the embedding's."""
+    shared = {*without.parameters(), model.get_input_embeddings().weight}  # type: ignore[operator]
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and module.weight not in shared:
+            module.weight.data = module.weight.data.to(dtype)
+
+
+class WeightCopies:
+    """Copies of float32 weights in another dtype, so that no decoding step casts them anew.
+
+    Args:
+        dtype: of the copies; None: none are made.
+        kept_bytes: copies of at most this size in all stay for the next use, at their addresses.
+    """
+
+    def __init__(self, dtype: torch.dtype | None, kept_bytes: int = 0) -> None:
+        self.dtype, self.kept_bytes = dtype, kept_bytes
+        self._kept: dict[nn.Parameter, Tensor] = {}
+
+    @contextmanager
+    def in_use(self, model: nn.Module) -> Iterator[None]:
+        """For the block, the model's float32 weights are replaced by copies."""
+        cast = [p for p in model.parameters() if self.dtype and p.dtype == torch.float32]
+        held = [parameter.data for parameter in cast]
+        copies, self._kept = self._kept, {}
+        try:
+            for parameter in cast:
+                parameter.data = self._copy(parameter, copies.pop(parameter, None))
+            yield
+            if sum(parameter.data.nbytes for parameter in cast) <= self.kept_bytes:
+                self._kept = {parameter: parameter.data for parameter in cast}
+        finally:
+            for parameter, data in zip(cast, held, strict=True):
+                parameter.data = data
+
+    def _copy(self, parameter: nn.Parameter, copy: Tensor | None) -> Tensor:
+        """Into ``copy`` where it fits."""
+        data = parameter.data
+        if copy is None or (copy.shape, copy.device) != (data.shape, data.device):
+            return data.to(self.dtype)
+        return copy.copy_(data)

@@ -1,0 +1,230 @@
+"""What this package needs of transformers beyond its public interface: names of arguments, of
+attributes and of weights, and what models do with them.
+
+Each item says why it is needed. ``tests/models/test_transformers_internals.py`` has a test for
+each, so that the test which fails after a new release of transformers names what moved. No other
+module of this package names one of these things.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+from packaging.version import Version
+from torch import Tensor, nn
+
+# Decoding keeps keys and values in a Cache of its own (rollout/slots.py). A model's layers call
+# ``update`` of the cache's layers, its masks their ``get_seq_length`` and ``get_mask_sizes``.
+from transformers import Cache as Cache
+
+# Settings of ``generate_batch``, since 5.4; before that they were arguments.
+from transformers import ContinuousBatchingConfig as ContinuousBatchingConfig
+from transformers.cache_utils import DynamicLayer as DynamicLayer
+
+# GPT-2's products: linear layers whose weight is stored transposed.
+from transformers.pytorch_utils import Conv1D as Conv1D
+
+
+def cache_argument(module: nn.Module) -> str:
+    """What a model, body or layer calls the KV cache that it is called with: ``cache`` since
+    transformers 5.24, ``past_key_values`` before that and in models that are not transformers' own.
+    A wrapper that hands its arguments on takes the name of what it wraps."""
+    for part in module.modules():
+        parameters = inspect.signature(type(part).forward).parameters
+        for name in ("cache", "past_key_values"):
+            if name in parameters:
+                return name
+    return "cache"
+
+
+def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The states [B, L, D] that a body calls a layer with: the trunk's activations are read there.
+    What a layer returns is the next states, a tensor and not a tuple."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+# Configurations
+
+# How a layer attends: to everything before, or to a window of the last tokens.
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def layer_types(config: Any) -> list[str]:
+    """How each layer attends, for masks and for the window that a layer's attention has.
+
+    Raises:
+        ValueError: a layer is neither ordinary attention nor one over a sliding window.
+    """
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        window = getattr(config, "sliding_window", None)
+        types = [FULL if window is None else SLIDING] * config.num_hidden_layers
+    if others := sorted(set(types) - {FULL, SLIDING}):
+        raise ValueError(
+            f"policy_model: its layers of type {', '.join(others)} have no keys and values "
+            "that the rollout could keep by sequence"
+        )
+    return list(types)
+
+
+def mask_is_by_type(config: Any) -> bool:
+    """Whether a body takes a dict of masks, one a type of attention, in place of a mask. A mask of
+    four dimensions, [n, 1, 1, columns], is used as it is."""
+    return getattr(config, "layer_types", None) is not None and len(set(layer_types(config))) > 1
+
+
+def logit_scale(config: Any) -> float:
+    """What a model multiplies its logits with, as Cohere's do."""
+    return float(getattr(config, "logit_scale", None) or 1.0)
+
+
+def softcap(config: Any) -> float | None:
+    """The bound c of logits c tanh(x / c), as Gemma 2 has it."""
+    return getattr(config, "final_logit_softcapping", None)
+
+
+# Layers of Llama's kind, for the kernel that computes one in a call (fused_layers.py)
+
+# Names of a layer's weights, by the kernel's names of them, and those that a layer may do without.
+LAYER_WEIGHTS = {
+    "attention_norm": "input_layernorm.weight",
+    "mlp_norm": "post_attention_layernorm.weight",
+    **{f"{x}_weight": f"self_attn.{x}_proj.weight" for x in "qkvo"},
+    **{f"{x}_weight": f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")},
+}
+LAYER_OPTIONAL = {
+    **{f"{x}_bias": f"self_attn.{x}_proj.bias" for x in "qkvo"},
+    **{f"{x}_bias": f"mlp.{x}_proj.bias" for x in ("gate", "up", "down")},
+    **{f"{x}_norm": f"self_attn.{x}_norm.weight" for x in "qk"},
+}
+SILU = ("SiLU", "SiLUActivation")
+
+
+class LlamaLayer(NamedTuple):
+    """What the kernel has to know of a layer. A body calls it with ``position_embeddings``, the
+    cosines and sines [1 or n, 1, head size] of its rows' positions.
+
+    weights: by the names of LAYER_WEIGHTS and LAYER_OPTIONAL; None: the layer has none.
+    eps: of its norms, by the kernel's names.
+    cache_index: its place in the cache's list of layers.
+    head_size, scaling: of its attention.
+    """
+
+    weights: dict[str, Any]
+    eps: dict[str, float]
+    cache_index: int
+    head_size: int
+    scaling: float
+
+
+def why_not_llama_like(layer: nn.Module) -> str | None:
+    """What keeps ``layer`` from having the parts of a Llama layer and nothing else that computes;
+    None: nothing does."""
+    names, expected = {name for name, _ in layer.named_parameters()}, set(LAYER_WEIGHTS.values())
+    if missing := sorted(expected - names):
+        return f"it has no {missing[0]}"
+    if more := sorted(names - expected - set(LAYER_OPTIONAL.values())):
+        return f"it has a {more[0]}"
+    modules = {name: module for name, module in layer.named_modules() if name}
+    if (activation := type(modules.get("mlp.act_fn")).__name__) not in SILU:
+        return f"its activation is {activation}, not SiLU"
+    for name, module in modules.items():
+        if list(module.children()) or type(module) is nn.Linear or name == "mlp.act_fn":
+            continue
+        if not type(module).__name__.endswith("RMSNorm"):
+            return f"its {name} is a {type(module).__name__}"
+        if not hasattr(module, "variance_epsilon"):
+            return f"its {name} has no variance_epsilon"
+    for name in ("head_dim", "scaling", "layer_idx"):
+        if not hasattr(modules["self_attn"], name):
+            return f"its self_attn has no {name}"
+    return None
+
+
+def read_llama_layer(layer: Any) -> LlamaLayer:
+    """Read a layer of which ``why_not_llama_like`` has nothing to say."""
+    attention, parameters = layer.self_attn, dict(layer.named_parameters())
+    norms = {
+        "attention_eps": layer.input_layernorm,
+        "mlp_eps": layer.post_attention_layernorm,
+        "q_eps": getattr(attention, "q_norm", None),
+        "k_eps": getattr(attention, "k_norm", None),
+    }
+    return LlamaLayer(
+        {name: parameters.get(path) for name, path in (LAYER_WEIGHTS | LAYER_OPTIONAL).items()},
+        {name: getattr(norm, "variance_epsilon", 0.0) for name, norm in norms.items()},
+        attention.layer_idx,
+        attention.head_dim,
+        attention.scaling,
+    )
+
+
+# Attention, which decoding steps compute by an op of ours on a GPU (step_attention.py)
+
+# What some models hand to attention beside the queries, keys, values, mask, scaling and window.
+ATTENTION_EXTRAS = ("softcap", "s_aux", "position_bias")
+
+
+def attention_of(config: Any) -> str:
+    """The name of a model's attention in AttentionInterface, which it looks up at every call."""
+    return getattr(config, "_attn_implementation", "sdpa")
+
+
+@contextmanager
+def attention_set_to(name: str, config: Any) -> Iterator[None]:
+    """Another one for the block. ``model.set_attn_implementation`` warns of wrapped models, and
+    asks the model's source at every call."""
+    before = attention_of(config)
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+# Other
+
+
+def why_no_continuous_batching() -> str | None:
+    """Why ``generate_batch`` is of no use; None: it is. Before 5.9 its settings had no seed, and it
+    drew from all tokens whatever ``top_k`` and ``top_p`` were."""
+    if hasattr(ContinuousBatchingConfig(), "seed"):
+        return None
+    return (
+        "TransformersEngine needs transformers >= 5.9, which draws by a seed and by top_k: found "
+        f"{version('transformers')}; update it, or use the trainer's own engine"
+    )
+
+
+def in_order_of_requests(outputs: dict[str, Any]) -> list[Any]:
+    """What ``generate_batch`` returned, in the order of its inputs: it numbers the requests so, in
+    names that end in _0, _1 ..., and returns them as they finish."""
+    return sorted(outputs.values(), key=lambda output: int(output.request_id.split("_")[-1]))
+
+
+def as_float_model(model: Any) -> None:
+    """Let a model that was read from a GGUF be saved as an ordinary one: its weights are
+    dequantised, yet it goes on being treated as quantised unless told."""
+    model.hf_quantizer = None
+    del model.config.quantization_config
+
+
+def why_no_add_adapter() -> str | None:
+    """Why ``model.add_adapter`` of the transformers model refuses what peft is installed; None: it
+    does not. 5.24 came out before the peft that it asks for."""
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+
+    try:
+        found = version("peft")
+    except PackageNotFoundError:
+        return None
+    if Version(found) >= Version(MIN_PEFT_VERSION):
+        return None
+    return (
+        f"transformers {version('transformers')} puts adapters in (model.add_adapter) with peft "
+        f">= {MIN_PEFT_VERSION} only, found {found}; peft.get_peft_model(model, ...) works"
+    )

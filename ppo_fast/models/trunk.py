@@ -1,0 +1,226 @@
+"""The frozen trunk: a transformer's embedding and lower layers, whose states are computed once.
+
+Through a model's own forward: with the trunk's states, the lower layers hand those on instead of
+computing them, so that masks, rotary tables and the final norm stay the model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppo_fast.data.tokens import Tokens
+from ppo_fast.models.adapters import body_of
+from ppo_fast.models.patching import replaced_forwards
+from ppo_fast.models.transformers_internals import layer_input
+
+
+@dataclass(frozen=True)
+class TrunkStates:
+    """What enters the first layer of the top: of B sequences' tokens, without padding.
+
+    states: [N, D], row after row.
+    first: [B] int64 on the CPU, where each row starts.
+    whole: whether each row's last token is among them; decoding has no need of it, and has 0 there.
+    """
+
+    states: Tensor
+    first: Tensor
+    whole: bool
+
+    @classmethod
+    def pack(cls, padded: Tensor, tokens: Tokens, *, whole: bool) -> TrunkStates:
+        """From [B, L or more, D], each row's tokens first."""
+        lengths = tokens.lengths
+        first = lengths.cumsum(0) - lengths
+        row = torch.repeat_interleave(torch.arange(len(lengths), device="cpu"), lengths)
+        column = torch.arange(len(row), device="cpu") - first[row]
+        return cls(padded[row.to(padded.device), column.to(padded.device)], first, whole)
+
+    def to(self, dtype: torch.dtype) -> TrunkStates:
+        return TrunkStates(self.states.to(dtype), self.first, self.whole)
+
+    def select(self, tokens: Tokens, rows: Tensor) -> Tensor:
+        """Of ``rows`` (int64 on the CPU), [b, l, D] beside ``tokens.select(rows).input_ids``; at
+        padded places some other token's."""
+        lengths = tokens.lengths[rows]
+        places = torch.minimum(torch.arange(int(lengths.max()), device="cpu"), lengths[:, None] - 1)
+        return self.states[(self.first[rows][:, None] + places).to(self.states.device)]
+
+
+class Split:
+    """A body, split below its top layers.
+
+    Args:
+        body: a transformer without its LM head.
+        num_layers_unfrozen: layers of the top.
+
+    Raises:
+        ValueError: the body has no list of layers, or not that many.
+    """
+
+    def __init__(self, body: nn.Module | None, num_layers_unfrozen: int) -> None:
+        self.num_layers_unfrozen = num_layers_unfrozen
+        self.lower = lower_layers(body, num_layers_unfrozen)
+        self.first = layer_list(body)[len(self.lower)]
+        self.body: Any = body
+
+    @torch.no_grad()
+    def trunk(self, tokens: Tokens) -> Tensor:
+        """[B, L, D]: what enters the first layer of the top."""
+        with _stopping_before(self.first) as reached:
+            try:
+                run(self.body, tokens)
+            except _Reached:
+                return reached[0]
+        raise RuntimeError("the first unfrozen layer was never reached")
+
+    def states(self, tokens: Tokens, trunk: Tensor | None) -> Tensor:
+        """[B, L, D]: the body's last states, from the tokens or from its trunk's states."""
+        return run(self.body, tokens, self, trunk).last_hidden_state
+
+    @contextmanager
+    def recording(self) -> Iterator[list[Tensor]]:
+        """Within the block, what passes hand to the first layer of the top lands in the list."""
+        pieces: list[Tensor] = []
+
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            pieces.append(layer_input(args, kwargs))
+
+        handle = self.first.register_forward_pre_hook(record, with_kwargs=True)
+        try:
+            yield pieces
+        finally:
+            handle.remove()
+
+
+def run(
+    module: Any, tokens: Tokens, split: Split | None = None, trunk: Tensor | None = None
+) -> Any:
+    """The output of a body, or of a model around it, for all tokens; with the trunk's states
+    [B, L, D], its lower layers do not run. Without a mask: padding stands after each row's tokens,
+    and causal attention never looks there."""
+    if trunk is None:
+        return module(input_ids=tokens.input_ids, use_cache=False)
+    assert split is not None
+    trunk = trunk.to(next(module.parameters()).dtype)  # it may be kept in half precision
+    with replaced_forwards([(layer, lambda *_, **__: trunk) for layer in split.lower]):
+        return module(inputs_embeds=trunk, use_cache=False)
+
+
+def layer_list(body: nn.Module | None) -> nn.ModuleList:
+    """The body's transformer layers.
+
+    Raises:
+        ValueError: no module list has as many entries as the configuration names layers.
+    """
+    config = getattr(body, "config", None)
+    count = config.get_text_config().num_hidden_layers if config is not None else None
+    for child in body.modules() if body is not None else ():
+        if isinstance(child, nn.ModuleList) and len(child) == count:
+            return child
+    raise ValueError(
+        f"num_layers_unfrozen: found no list of {count} layers in {type(body).__name__}; "
+        "use num_layers_unfrozen=None"
+    )
+
+
+def lower_layers(body: nn.Module | None, num_layers_unfrozen: int) -> list[nn.Module]:
+    """The layers of the trunk: all but the last ``num_layers_unfrozen``."""
+    layers = list(layer_list(body))
+    if not 0 < num_layers_unfrozen < len(layers):
+        raise ValueError(
+            f"num_layers_unfrozen: got {num_layers_unfrozen}, expected 1 to {len(layers) - 1} "
+            f"(the model has {len(layers)} layers), or None to train them all"
+        )
+    return layers[: len(layers) - num_layers_unfrozen]
+
+
+def top_modules(body: nn.Module, num_layers_unfrozen: int) -> list[nn.Module]:
+    """The top layers, and what comes after the layers by order of definition: the final norm."""
+    lower = lower_layers(body, num_layers_unfrozen)
+    layers = layer_list(body)
+    top = list(layers[len(lower) :])
+    for parent in body.modules():
+        children = list(parent.children())
+        top += children[_index(layers, children) + 1 :]
+    return top
+
+
+def share_trunk(
+    body: nn.Module, policy_body: nn.Module, num_layers_unfrozen: int, *, only_frozen: bool
+) -> bool:
+    """Make the trunk of ``body`` the policy's own if it holds the same weights and, with
+    ``only_frozen``, nobody trains them. Whether it is."""
+    if type(body) is not type(policy_body) or len(layer_list(body)) != len(layer_list(policy_body)):
+        return False
+    ours, theirs = (_trunk_weights(b, num_layers_unfrozen) for b in (body, policy_body))
+    if only_frozen and any(p.requires_grad for p in ours.values()):
+        return False
+    if ours.keys() != theirs.keys() or any(
+        p.dtype != theirs[name].dtype or not torch.equal(p, theirs[name])
+        for name, p in ours.items()
+    ):
+        return False
+    for name, parameter in theirs.items():
+        path, _, leaf = name.rpartition(".")
+        setattr(body.get_submodule(path), leaf, parameter)
+    return True
+
+
+def _trunk_weights(body: nn.Module, num_layers_unfrozen: int) -> dict[str, nn.Parameter]:
+    top = {p for m in top_modules(body, num_layers_unfrozen) for p in m.parameters()}
+    return {name: p for name, p in body.named_parameters() if p not in top}
+
+
+def freeze_trunk(model: nn.Module, num_layers_unfrozen: int) -> None:
+    """Freeze all of a causal LM but its top layers, its final norm and an untied LM head. What was
+    frozen before, as by an adapter, stays so.
+
+    Raises:
+        ValueError: a bad count, or a top whose lowest layer has nothing to train.
+    """
+    body = body_of(model)
+    trained = top_modules(body, num_layers_unfrozen)  # refuses a bad count first
+    if not any(p.requires_grad for p in trained[0].parameters()):
+        raise ValueError(
+            f"num_layers_unfrozen: got {num_layers_unfrozen}, but the lowest of these layers has "
+            "no weights to train; lower the number, or unfreeze them "
+            "(policy_model.requires_grad_(True))"
+        )
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    trained += [] if head is None else [head]
+    kept = {p for module in trained for p in module.parameters()} - {embedding.weight}
+    for parameter in model.parameters():
+        if parameter not in kept:
+            parameter.requires_grad_(False)
+
+
+def _index(module: nn.Module, modules: list[nn.Module]) -> int:
+    """Where ``module`` stands in ``modules``; their number where it does not."""
+    return next((i for i, other in enumerate(modules) if other is module), len(modules))
+
+
+class _Reached(Exception):
+    """The layer that a partial pass runs up to."""
+
+
+@contextmanager
+def _stopping_before(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """The next pass ends where ``layer`` would begin; its input lands in the list."""
+    reached: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        reached.append(layer_input(args, kwargs))
+        raise _Reached
+
+    handle = layer.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        yield reached
+    finally:
+        handle.remove()

@@ -1,0 +1,178 @@
+"""Scores of whole responses, from a module, a transformers classifier or a Python function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ppo_fast.data.tokens import Tokens, batches_by_tokens
+from ppo_fast.models.call_on_rows import call_on_rows, takes_padding
+from ppo_fast.models.heads import RewardModel
+from ppo_fast.models.trunk import Split, TrunkStates
+
+RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
+
+
+def score(
+    reward_model: nn.Module | RewardFunction,
+    tokens: Tokens,
+    prompts: list[str],
+    completions: list[str],
+    *,
+    budget: int,
+    split: Split | None = None,
+    trunk: TrunkStates | None = None,
+) -> Tensor:
+    """A score for each sequence.
+
+    Args:
+        reward_model: a module ``forward(input_ids, attention_mask)`` -> [B], [B, 1], a tuple or an
+            object with ``.logits``, run on the sampled tokens; or a function
+            ``f(prompts, completions) -> list[float]``.
+        budget: most tokens in one call of a module.
+        split: of a RewardModel whose lower layers are the policy's trunk; None: they are not.
+        trunk: what the trunk computed, of last tokens too.
+
+    Returns:
+        [B] float32 on the device of ``tokens``, finite.
+
+    Raises:
+        ValueError: a wrong count or shape, NaN or infinity (the prompt is named).
+        TypeError: something that is not numbers.
+        RuntimeError: the reward model or function raised (chained).
+    """
+    what = f"reward_model {getattr(reward_model, '__name__', type(reward_model).__name__)}"
+    if split is not None:
+        assert isinstance(reward_model, RewardModel)
+        assert trunk is not None
+        assert trunk.whole
+        scores = _scores_from_trunk(reward_model, split, tokens, trunk, budget)
+    elif isinstance(reward_model, nn.Module):
+        scores = _module_scores(reward_model, tokens, what, budget)
+    else:
+        scores = _function_scores(reward_model, prompts, completions, what)
+    return check_scores(scores, prompts, what).to(tokens.device)
+
+
+def check_scores(scores: Any, prompts: Sequence[str], what: str = "scores") -> Tensor:
+    """``scores`` as a float32 tensor [B].
+
+    Raises:
+        TypeError: they are not numbers.
+        ValueError: their count is not that of ``prompts``, or one is NaN or infinite.
+    """
+    if isinstance(scores, Mapping):
+        raise TypeError(f"{what}: got a mapping, expected a list of numbers, one a prompt")
+    if isinstance(scores, Tensor):
+        scores = scores.detach().to("cpu", torch.float32)
+    else:
+        try:
+            scores = torch.tensor([float(s) for s in scores], dtype=torch.float32, device="cpu")
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"{what}: expected a list of numbers, one a prompt ({error})"
+            ) from error
+    if scores.shape != (len(prompts),):
+        raise ValueError(
+            f"{what}: got shape {list(scores.shape)}, expected {[len(prompts)]}, a number a prompt"
+        )
+    for prompt, value in zip(prompts, scores.tolist(), strict=True):
+        if not math.isfinite(value):
+            raise ValueError(f"{what}: got {value} for the prompt {prompt!r}; scores are finite")
+    return scores
+
+
+def check_reward_model(reward_model: Any) -> None:
+    """Raise where ``reward_model`` cannot give one score a sequence, before any model runs."""
+    if not isinstance(reward_model, nn.Module) and not callable(reward_model):
+        raise TypeError(
+            f"reward_model: got {type(reward_model).__name__}, expected a torch.nn.Module with "
+            "forward(input_ids, attention_mask) or a function f(prompts, completions) -> "
+            "list[float]"
+        )
+    if isinstance(reward_model, type):
+        raise TypeError(
+            f"reward_model: got the class {reward_model.__name__}, expected an instance of it"
+        )
+    if not isinstance(reward_model, PreTrainedModel) or not takes_padding(reward_model):
+        return
+    labels = reward_model.config.num_labels
+    if labels != 1:
+        raise ValueError(
+            f"reward_model: {type(reward_model).__name__} has num_labels={labels}, expected 1 "
+            "(one score a sequence); wrap it in a function that says which label counts"
+        )
+    if reward_model.config.pad_token_id is None:
+        raise ValueError(
+            f"reward_model: {type(reward_model).__name__} has no pad token, by which it finds a "
+            "sequence's end; set reward_model.config.pad_token_id = tokenizer.pad_token_id"
+        )
+
+
+class ClassifierReward:
+    """A sequence classifier with a tokenizer of its own, as a reward function.
+
+    The texts are tokenised for the classifier, so it need not share the policy's vocabulary.
+
+    Args:
+        model: ``AutoModelForSequenceClassification`` with one label.
+        tokenizer: its tokenizer.
+        batch_size: texts in one call.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 32
+    ) -> None:
+        check_reward_model(model)
+        self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
+        texts = [p + c for p, c in zip(prompts, completions, strict=True)]
+        scores: list[float] = []
+        for start in range(0, len(texts), self.batch_size):
+            batch = self.tokenizer(
+                texts[start : start + self.batch_size],
+                padding=True,
+                padding_side="right",
+                truncation=True,
+                return_tensors="pt",
+            ).to(self.model.device)
+            scores += self.model(**batch).logits.float().flatten().tolist()
+        return scores
+
+
+@torch.no_grad()
+def _scores_from_trunk(
+    reward_model: RewardModel, split: Split, tokens: Tokens, trunk: TrunkStates, budget: int
+) -> Tensor:
+    scores = torch.empty(len(tokens), device=tokens.device)
+    for rows in batches_by_tokens(tokens.lengths, budget):
+        part = tokens.select(rows)
+        states = split.states(part, trunk.select(tokens, rows))
+        last = part.lengths - 1
+        scores[rows.to(tokens.device)] = reward_model.read(states, last.to(tokens.device)).float()
+    return scores
+
+
+@torch.no_grad()
+def _module_scores(module: nn.Module, tokens: Tokens, what: str, budget: int) -> Tensor:
+    rows = call_on_rows(module, tokens.sequences(), budget=budget, what=what)
+    if any(row.dim() != 0 and row.numel() != 1 for row in rows):
+        raise ValueError(f"{what} returned a number a token, expected one a sequence [B] or [B, 1]")
+    return torch.stack([row.reshape(()) for row in rows])
+
+
+def _function_scores(
+    function: RewardFunction, prompts: list[str], completions: list[str], what: str
+) -> Any:
+    try:
+        scores = function(list(prompts), list(completions))
+        return list(scores) if isinstance(scores, Iterator) else scores  # it may raise here
+    except Exception as error:
+        raise RuntimeError(f"{what} raised {type(error).__name__}: {error}") from error

@@ -1,0 +1,141 @@
+"""Whether decoding by slots computes what the model does: asked once, before it decodes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from ppo_fast.models.language_model import LanguageModel, nan_error, tolerance
+from ppo_fast.rollout.prompts import Prompts
+from ppo_fast.rollout.slots import SlotCache, step_arguments
+from ppo_fast.rollout.speedups.fused_layers import fused_layers, why_not_all_are_fused
+from ppo_fast.rollout.speedups.step_attention import step_attention
+
+# Lengths differ, so that every row stands at a place of its own.
+PROBE = ((1, 5, 2, 7, 3), (4, 1, 6), (2, 8, 5, 1))
+
+# Where steps attend by ``decode_attention``: the CPU has whole layers in C++.
+ATTENDING_DEVICES = {"cuda"}
+
+
+class FusedLayers(NamedTuple):
+    """number: of layers that are fused in decoding.
+    why_not: what keeps others from it; None: nothing does.
+    failed: they were meant to be fused, and failed the comparison with their own forward."""
+
+    number: int
+    why_not: str | None
+    failed: bool = False
+
+
+_fusable: WeakKeyDictionary[LanguageModel, FusedLayers] = WeakKeyDictionary()
+_attending: WeakKeyDictionary[LanguageModel, str | None] = WeakKeyDictionary()
+
+
+def layers_can_be_fused(model: LanguageModel) -> bool:
+    """Whether the model's steps may run on ``fused_layers``; see ``check_layers``."""
+    return check_layers(model).number > 0
+
+
+@torch.no_grad()
+def check_layers(model: LanguageModel) -> FusedLayers:
+    """Which of the model's layers may be fused. Remembered.
+
+    Raises:
+        ValueError: with its own layers, a prompt and a step by slots give other logits than one
+            pass over all tokens, or one of both gives NaN.
+    """
+    if model not in _fusable:
+        _fusable[model] = _check(model)
+    return _fusable[model]
+
+
+def steps_can_attend(model: LanguageModel) -> bool:
+    """Whether the model's steps may run within ``step_attention``."""
+    return model.device.type in ATTENDING_DEVICES and check_attention(model) is None
+
+
+@torch.no_grad()
+def check_attention(model: LanguageModel) -> str | None:
+    """Why steps may not run within ``step_attention``; None: they may. Remembered."""
+    if model not in _attending:
+        _attending[model] = _cannot_attend(model)
+    return _attending[model]
+
+
+def _cannot_attend(model: LanguageModel) -> str | None:
+    rows, expected = _rows_and_logits(model)
+    with step_attention(model) as used:
+        try:
+            found = _by_slots(model, rows, fused=False, attends=True)
+        except NotImplementedError as error:
+            return str(error)
+    layers = model.text_config.num_hidden_layers
+    if len(used) != layers:
+        return f"{len(used)} of {layers} layers take theirs from AttentionInterface"
+    difference = _difference(found, expected)
+    fits = difference <= tolerance(model.dtype, model.device)
+    return None if fits else f"logits differ by {difference:.1e}"
+
+
+def _rows_and_logits(model: LanguageModel) -> tuple[list[tuple[int, ...]], Tensor]:
+    """Rows of tokens, and the logits [n, V] after each by one pass of the plain model."""
+    vocab_size = model.text_config.vocab_size
+    rows = [tuple(token % vocab_size for token in row) for row in PROBE]
+    return rows, torch.cat([_whole_pass(model, row) for row in rows])
+
+
+def _check(model: LanguageModel) -> FusedLayers:
+    rows, expected = _rows_and_logits(model)
+    if expected.isnan().any():
+        raise nan_error(model)
+    if not torch.isfinite(expected).all():
+        return FusedLayers(0, "its logits are infinite: nothing can be compared")
+    found = _by_slots(model, rows, fused=False)
+    if found.isnan().any():
+        raise nan_error(model)
+    if not (difference := _difference(found, expected)) <= tolerance(model.dtype, model.device):
+        raise ValueError(
+            f"policy_model: {type(model.model).__name__} gives other logits token by token with a "
+            f"cache than in one pass (they differ by {difference:.1e}), so that its responses "
+            "would not be samples of what is trained"
+        )
+    why_not = why_not_all_are_fused(model)
+    with fused_layers(model) as layers:
+        if not layers:
+            return FusedLayers(0, why_not)
+        found = _by_slots(model, rows, fused=len(layers) == model.text_config.num_hidden_layers)
+    if unused := sum(layer.calls == 0 for layer in layers):
+        reason = f"a step does not reach the kernels of {unused} layers"
+        return FusedLayers(0, f"{reason}: transformers calls them in a way that is new", True)
+    if not (difference := _difference(found, expected)) <= tolerance(model.dtype, model.device):
+        return FusedLayers(0, f"with them, logits differ by {difference:.1e}", True)
+    return FusedLayers(len(layers), why_not)
+
+
+def _whole_pass(model: LanguageModel, row: tuple[int, ...]) -> Tensor:
+    ids = torch.tensor([row], device=model.device)
+    return model.model(input_ids=ids, use_cache=False).logits[:, -1]
+
+
+def _by_slots(
+    model: LanguageModel, rows: list[tuple[int, ...]], *, fused: bool, attends: bool = False
+) -> Tensor:
+    """Logits [n, V] of the last token: all before it as prompts, itself in a step."""
+    heads = [row[:-1] for row in rows]
+    cache = SlotCache(model.text_config, len(rows), max(map(len, rows)), attends=attends)
+    prompts = Prompts(model, heads, 1 << 20, 0, [], fused=fused)
+    prompts.read(heads, cache)
+    for batch, sources, slots in prompts.take(heads):
+        index = torch.tensor(sources, device=model.device)
+        cache.place(batch.keys_values, index, torch.tensor(slots, device=model.device))
+    lengths = torch.tensor([len(head) for head in heads], device=model.device)
+    last = torch.tensor([row[-1] for row in rows], device=model.device)
+    return model.next(**step_arguments(model, cache, last, lengths, int(lengths.max()) + 1)).logits
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max()).item()

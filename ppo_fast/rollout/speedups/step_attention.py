@@ -1,0 +1,76 @@
+"""Decoding steps' attention by ``decode_attention``, on a GPU.
+
+transformers hands a step's queries and the cache's keys to scaled_dot_product_attention with a
+mask. With grouped queries that copies keys and values to every head, each layer, each step, and
+reads every column of the cache. Here each row reads its own tokens, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.models.transformers_internals import ATTENTION_EXTRAS, attention_of, attention_set_to
+from ppo_fast.ops import decode_attention
+
+NAME = "ppo_fast_steps"
+TAKING_MASKS = ("eager", "sdpa")
+
+
+@contextmanager
+def masked_attention(model: LanguageModel) -> Iterator[None]:
+    """For the block, a model that was loaded with an attention that takes no mask of four
+    dimensions, as flash_attention_2, computes with scaled_dot_product_attention, which does."""
+    own = attention_of(model.text_config)
+    with attention_set_to(own if own in TAKING_MASKS else "sdpa", model.text_config):
+        yield
+
+
+@contextmanager
+def step_attention(model: LanguageModel) -> Iterator[set[nn.Module]]:
+    """For the block, a model that takes attention from transformers' AttentionInterface computes
+    steps of a SlotCache with ``attends`` by ``decode_attention``, and all else by
+    scaled_dot_product_attention. Gives the attention modules that have computed a step so."""
+    used: set[nn.Module] = set()
+    AttentionInterface.register(NAME, partial(_attention, used))
+    with attention_set_to(NAME, model.text_config):
+        yield used
+
+
+def _attention(
+    used: set[nn.Module],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """query [n, H, t, d], key and value [n, K, L, d] -> [n, t, H, d] (transformers'
+    AttentionInterface)."""
+    if unknown := [name for name in ATTENTION_EXTRAS if options.get(name) is not None]:
+        raise NotImplementedError(f"decode_attention has no {unknown[0]}")
+    lengths = getattr(key, "lengths", None)  # slots.py puts it there in steps
+    if lengths is None:
+        sdpa = AttentionInterface()["sdpa"]
+        return sdpa(module, query, key, value, attention_mask, scaling=scaling, **options)
+    used.add(module)
+    out = decode_attention(
+        query[:, :, 0],
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        lengths,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=options.get("sliding_window"),
+    )
+    return out[:, None], None
+
+
+AttentionMaskInterface.register(NAME, AttentionMaskInterface()["sdpa"])

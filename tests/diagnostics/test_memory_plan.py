@@ -1,0 +1,233 @@
+"""The memory plan, against the tensors of a real run."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+from tiny_models import FAMILIES, tiny_config, tiny_model, tiny_tokenizer
+from tiny_trainer import count_letters, tiny_value_model
+from transformers import AutoConfig
+
+from ppo_fast import PPOConfig, PPOTrainer
+from ppo_fast.cli.main import main
+from ppo_fast.diagnostics.memory_plan import MemoryPlan, plan_memory, plans
+from ppo_fast.models.lora import with_lora
+from ppo_fast.rollout import slots
+
+PROMPTS = ["The film was"] * 12
+NEW = 24
+
+
+def num_bytes(tensors, without=()):
+    """Of their storages, each once, those of ``without`` not counted."""
+    ours = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    for tensor in without:
+        ours.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(ours.values())
+
+
+def measured(trainer, monkeypatch):
+    """The same parts, of a step's own tensors."""
+    found = {}
+    policy = list(trainer.policy_model.parameters())
+    found["policy"] = num_bytes(policy)
+    found["reference"] = num_bytes(trainer.reference_model.parameters(), policy)
+    value = [] if trainer.critic is None else list(trainer.critic.module.parameters())
+    found["value_function"] = num_bytes(value, policy)
+    copies, own = [], [p.data for p in policy]
+
+    def note(*_):
+        # the parameters of before, whose data may be copies now, and those in the model now
+        copies.append(num_bytes([*policy, *trainer.policy_model.parameters()], own))
+
+    caches = []
+    start = slots._SlotLayer.lazy_initialization
+
+    def noted(self, *args):
+        start(self, *args)
+        if self.slots == len(PROMPTS):  # not those of a check of the model, or of prompts
+            caches.extend((self.keys, self.values))
+
+    trainer.rollout(PROMPTS[:1])  # which checks the model
+    monkeypatch.setattr(slots._SlotLayer, "lazy_initialization", noted)
+    with noted_at_each_pass(trainer.policy_model, note):
+        rollout = trainer.rollout(PROMPTS)
+    found["copies"] = max(copies)
+    found["cache"] = num_bytes(caches)
+    assert rollout.tokens.response_lengths.tolist() == [NEW] * len(PROMPTS)
+    experience = trainer.make_experience(rollout)
+    found["trunk"] = 0 if experience.trunk is None else experience.trunk.states.nbytes
+
+    gradients, kept, alive = [], {}, []
+
+    def count(*_):
+        weights = [p for g in trainer.policy_optimizer.param_groups for p in g["params"]]
+        weights += [p for p in value if p.requires_grad]
+        gradients.append(num_bytes([p.grad for p in weights if p.grad is not None]))
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        alive.append(tensor)
+        return tensor
+
+    for optimizer in (trainer.policy_optimizer, trainer.value_optimizer):
+        if optimizer is not None:
+            optimizer.register_step_pre_hook(count)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        experience_of_rows = trainer.policy.forward(rollout.tokens, select(experience))
+        trainer.policy.logprobs(experience_of_rows, rollout.tokens, temperature=1.0)
+    for weight in policy:
+        kept.pop(weight.untyped_storage().data_ptr(), None)
+    found["activations and logits"] = sum(kept.values())
+    trainer.update(experience)
+    found["gradients"] = max(gradients)
+    optimizers = [o for o in (trainer.policy_optimizer, trainer.value_optimizer) if o is not None]
+    states = [s for o in optimizers for state in o.state.values() for s in state.values()]
+    found["optimizer"] = num_bytes(
+        [s for s in states if isinstance(s, torch.Tensor) and s.numel() > 1]
+    )
+    return found
+
+
+@contextmanager
+def noted_at_each_pass(model, note):
+    handle = model.get_input_embeddings().register_forward_pre_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def select(experience):
+    if experience.trunk is None:
+        return None
+    return experience.trunk.select(experience.tokens, torch.arange(len(PROMPTS)))
+
+
+HALF = {"compute_dtype": "bfloat16"}
+FORMS = {
+    "float32": {},
+    "LoRA": {},
+    "bfloat16": HALF,
+    "stochastic": HALF | {"trained_weights": "stochastic"},
+    "kahan": HALF | {"trained_weights": "kahan"},
+    "LoRA on bfloat16": HALF,
+    "LoRA in bfloat16": HALF,
+}
+
+
+WAYS = [
+    *(("float32", critic, k) for critic in ("model", "head", "baseline") for k in (None, 2)),
+    *((form, "top", 2) for form in FORMS),
+    *((form, "head", None) for form in FORMS if form != "float32"),
+    ("LoRA", "model", None),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "critic", "k"), WAYS)
+def test_a_plan_is_what_a_step_takes(form, critic, k, monkeypatch):
+    settings = {"max_length": NEW, "learning_rate": 1e-4} | FORMS[form]
+    config = PPOConfig(critic=critic, num_layers_unfrozen=k, **settings)
+    value_model = tiny_value_model() if critic == "model" else None
+    policy = tiny_model(layers=4)
+    if config.compute_dtype is not None and form != "LoRA in bfloat16":
+        policy.bfloat16().config.dtype = torch.bfloat16
+    if form.startswith("LoRA"):
+        policy = with_lora(policy, 4, k)
+    trainer = PPOTrainer(policy, value_model, count_letters, tiny_tokenizer(), "cpu", config=config)
+    trainer.engine.eos_ids = list
+    prompt_length = len(trainer.tokenizer(PROMPTS[0])["input_ids"])
+    plan = trainer.memory_plan(len(PROMPTS), prompt_length)
+    found = measured(trainer, monkeypatch)
+    both = plan.activations + plan.logits
+    assert both == pytest.approx(found.pop("activations and logits"), rel=0.15)
+    for part, size in found.items():
+        assert getattr(plan, part) == pytest.approx(size, rel=0.15), part
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_planned(family):
+    """Each of less memory than what it stands beside."""
+    found = plans(tiny_config(family, layers=5), PPOConfig(), batch_size=4, prompt_length=8)
+    sizes = {name.replace(" of rank 16", ""): plan.peak for name, plan in found.items()}
+    assert list(sizes) == [
+        "all layers, a value model",
+        "all layers, a value head",
+        "4 top layers, values from a top",
+        "4 top layers, a value head",
+        "LoRA, a value head",
+        "LoRA on 4 top layers, a value head",
+    ]
+    whole, head, top, top_head, lora, top_lora = sizes.values()
+    assert whole > head > top > top_head > top_lora
+    assert head > lora > top_lora
+
+
+def test_without_peft_there_are_no_ways_with_lora(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    found = plans(tiny_config("llama"), PPOConfig(), batch_size=4, prompt_length=8)
+    assert len(found) == 4
+    assert not any("LoRA" in name for name in found)
+
+
+def test_seventy_billion_weights_need_no_memory():
+    config = AutoConfig.for_model(
+        "llama",
+        num_hidden_layers=80,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    )
+    top = PPOConfig(critic="top", num_layers_unfrozen=4, trunk_dtype="bfloat16", max_length=512)
+    plan = plan_memory(config, top, batch_size=16, prompt_length=512)
+    assert plan.policy == 4 * 70_553_706_496
+    layer = 2 * 8192 * (8192 + 1024) + 3 * 8192 * 28672 + 2 * 8192
+    assert plan.reference == 4 * (4 * layer + 8192 + 128256 * 8192)  # its head is not tied
+    assert plan.trunk == 2 * 16 * 1024 * 8192
+    assert plan.cache == 4 * 2 * 80 * 8 * 128 * 16 * 1024
+    checkpointed = plan_memory(
+        config,
+        PPOConfig(critic="top", num_layers_unfrozen=4, gradient_checkpointing=True, max_length=512),
+        batch_size=16,
+        prompt_length=512,
+    )
+    assert checkpointed.activations < plan.activations / 2
+
+
+def test_the_most_at_one_time():
+    plan = MemoryPlan(1, 2, 4, 8, 16, 32, 64, 128, 50, 256, 512)
+    assert plan.peak == 1 + 2 + 4 + 16 + 32 + 8 + 50 + 256 + 512
+    larger = MemoryPlan(1, 2, 4, 8, 16, 32, 1000, 128, 50, 256, 512)
+    assert larger.peak == 1 + 2 + 4 + 16 + 32 + 1128
+
+
+def test_what_a_gpu_keeps_between_rollouts():
+    def kept(device="cuda", **options):
+        config = PPOConfig(compute_dtype="bfloat16", max_length=8, **options)
+        plan = plan_memory(
+            tiny_config("llama"), config, batch_size=4, prompt_length=8, device=device
+        )
+        return plan.kept_rollout, plan.cache, plan.copies
+
+    both, cache, copies = kept()
+    assert 0 < cache < copies
+    assert both == cache + copies
+    assert kept(kept_rollout_bytes=copies - 1)[0] == cache
+    assert kept(kept_rollout_bytes=0)[0] == kept(cuda_graphs=False)[0] == kept("cpu")[0] == 0
+
+
+def test_the_command(tmp_path, capsys):
+    tiny_config("llama", layers=4).save_pretrained(tmp_path)
+    main(["plan", "--policy", str(tmp_path), "--memory", "0.0001", "--max-length", "8"])
+    shown = capsys.readouterr().out
+    assert "4 top" not in shown, "it has four layers"
+    assert "peak" in shown
+    assert "fits 0.0001 GB" in shown

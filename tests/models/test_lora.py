@@ -1,0 +1,403 @@
+"""Policies with peft's adapters: who is the reference, what is trained, sampled and saved."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from tiny_batch import batch
+from tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
+from tiny_trainer import (
+    PROMPTS,
+    changed,
+    count_letters,
+    no_model_runs,
+    true_logprobs,
+    weights,
+    without_times,
+)
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from ppo_fast import PPOConfig, PPOTrainer, ValueModel
+from ppo_fast.cli import main
+from ppo_fast.critics.critic import ValueHead
+from ppo_fast.data.tokens import position_ids
+from ppo_fast.models.adapters import adapted_layers, body_of, merged_adapters
+from ppo_fast.models.lora import lora_config, with_lora
+from ppo_fast.models.transformers_internals import why_no_add_adapter
+from ppo_fast.runs import checkpoint
+
+TOKENS = batch()
+families = pytest.mark.parametrize("family", ["llama", "gpt2"])
+
+
+def base_model(family="llama"):
+    """One token in twelve ends a response."""
+    model = tiny_model(family, layers=3, hidden=32)
+    model.generation_config.eos_token_id = list(range(0, VOCAB_SIZE, 12))
+    return model
+
+
+def adapted(family="llama", k=None, *, seed=0, trained=False, dora=False):
+    """A policy with adapters in its ``k`` top layers; ``trained``: not as they start."""
+    model = base_model(family)
+    config = lora_config(model, 4, k)
+    config.use_dora = dora
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        policy = get_peft_model(model, config)
+        for name, weight in policy.named_parameters():
+            if trained and "lora_B" in name:
+                nn.init.normal_(weight, std=0.05)
+    return policy
+
+
+def trainer_of(policy, value_model=None, **options):
+    settings = {"critic": "head", "max_length": 6, "learning_rate": 1e-2, "num_epochs": 2}
+    config = PPOConfig(**settings | options)
+    return PPOTrainer(policy, value_model, count_letters, tiny_tokenizer(), "cpu", config=config)
+
+
+def split_names(module):
+    """Of its adapters' weights, and of the others."""
+    names = {name for name, _ in module.named_parameters()}
+    adapters = {name for name in names if "lora_" in name}
+    return adapters, names - adapters
+
+
+def places(module, names):
+    """Where these weights lie in memory."""
+    parameters = dict(module.named_parameters())
+    return {name: parameters[name].data_ptr() for name in names}
+
+
+# The reference
+
+
+@families
+def test_of_new_adapters_the_plain_base_is_the_reference(family):
+    policy = adapted(family)
+    trainer = trainer_of(policy)
+    reference = trainer.reference_model
+    assert type(reference) is type(base_model(family))
+    assert not list(adapted_layers(reference))
+    assert len(list(adapted_layers(policy))) == 3 * (7 if family == "llama" else 4)
+    held = {p.data_ptr() for p in policy.parameters()}
+    assert all(p.data_ptr() in held for p in reference.parameters())
+    before = true_logprobs(reference, TOKENS)
+    assert torch.equal(before, true_logprobs(base_model(family), TOKENS))
+    assert trainer.train_step(PROMPTS)["kl_divergence"] == pytest.approx(0, abs=1e-6)
+    assert abs(trainer.train_step(PROMPTS)["kl_divergence"]) > 1e-3
+    assert torch.equal(true_logprobs(reference, TOKENS), before)
+    assert not torch.equal(true_logprobs(policy, TOKENS), before)
+
+
+@families
+@pytest.mark.parametrize("kind", [{"trained": True}, {"dora": True}], ids=["trained", "DoRA"])
+def test_of_other_adapters_a_frozen_copy_is_the_reference(family, kind):
+    policy = adapted(family, **kind)
+    trainer = trainer_of(policy)
+    reference = trainer.reference_model
+    adapters, others = split_names(policy)
+    assert split_names(reference) == (adapters, others)
+    assert places(reference, others) == places(policy, others)
+    mine, theirs = places(reference, adapters), places(policy, adapters)
+    assert not set(mine.values()) & set(theirs.values())
+    before = weights(reference)
+    assert trainer.train_step(PROMPTS)["kl_divergence"] == pytest.approx(0, abs=1e-6)
+    assert abs(trainer.train_step(PROMPTS)["kl_divergence"]) > 1e-3
+    assert not changed(reference, before)
+    assert changed(policy, before) <= adapters
+
+
+# What is trained, and what sampled
+
+
+@families
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_adapters_alone_are_trained_and_what_is_sampled_is_theirs(family, dora):
+    policy = adapted(family, dora=dora)
+    trainer = trainer_of(policy)
+    assert trainer.policy.fused
+    before, head = weights(policy), weights(trainer.critic.module)
+    for _ in range(3):
+        assert trainer.train_step(PROMPTS)["first_max_log_ratio"] < 2e-5
+    assert changed(policy, before) == split_names(policy)[0]
+    assert changed(trainer.critic.module, head)
+    rollout = trainer.rollout(PROMPTS)
+    merged = copy.deepcopy(policy).merge_and_unload()
+    assert not list(adapted_layers(merged))
+    expected = true_logprobs(merged, rollout.tokens)
+    assert (rollout.logprobs - expected).abs().max() < 2e-5
+    assert (true_logprobs(base_model(family), rollout.tokens) - expected).abs().max() > 0.1
+
+
+@families
+@pytest.mark.parametrize("k", [1, 2])
+def test_adapters_above_a_trunk_are_trained_as_without_one(family, k):
+    runs = []
+    for unfrozen in (k, None):
+        trainer = trainer_of(adapted(family, k), num_layers_unfrozen=unfrozen)
+        runs.append((trainer, [trainer.train_step(PROMPTS) for _ in range(3)]))
+    (top, found), (whole, expected) = runs
+    assert top.policy.split is not None
+    alike(found, expected)
+    alike_weights(top.policy_model, whole.policy_model)
+    alike_weights(top.critic.module, whole.critic.module)
+
+
+class Value(nn.Module):
+    """A value model that starts as ``body`` and shares nothing."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.head = copy.deepcopy(body), ValueHead(32)
+
+    def forward(self, input_ids, attention_mask):
+        places = position_ids(attention_mask)
+        return self.head(
+            self.body(input_ids, attention_mask=attention_mask, position_ids=places)[0]
+        )
+
+
+@families
+def test_a_top_critic_trains_adapters_of_its_own(family):
+    runs = []
+    for critic in ("top", "model"):
+        policy = adapted(family, 2)
+        value_model = Value(body_of(policy)) if critic == "model" else None
+        unfrozen = 2 if critic == "top" else None
+        trainer = trainer_of(policy, value_model, critic=critic, num_layers_unfrozen=unfrozen)
+        start = weights(trainer.critic.module)
+        runs.append((trainer, [trainer.train_step(PROMPTS) for _ in range(3)]))
+        moved = changed(trainer.critic.module, start)
+        assert moved == split_names(trainer.critic.module)[0] | {
+            "head.linear.weight",
+            "head.linear.bias",
+        }
+    (top, found), (whole, expected) = runs
+    alike(found, expected)
+    alike_weights(top.policy_model, whole.policy_model)
+    alike_weights(top.critic.module, whole.critic.module)
+    own, body = top.critic.module.body, body_of(top.policy_model)
+    adapters, others = split_names(own)
+    assert places(own, others) == places(body, others)
+    assert not set(places(own, adapters).values()) & set(places(body, adapters).values())
+
+
+def alike(found, expected):
+    for mine, other in zip(found, expected, strict=True):
+        for name in ("policy_loss", "value_loss", "kl_divergence", "policy_grad_norm"):
+            assert mine[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), name
+
+
+def alike_weights(one, other):
+    for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4, msg=name)
+
+
+def test_a_top_whose_lowest_layer_trains_nothing_is_refused():
+    mend = r"num_layers_unfrozen: got 2, .* no weights to train; lower the number, or unfreeze"
+    with no_model_runs(), pytest.raises(ValueError, match=mend):
+        trainer_of(adapted(k=1), num_layers_unfrozen=2)
+    plain = base_model()
+    trainer_of(plain, num_layers_unfrozen=1)  # which has frozen the others
+    with no_model_runs(), pytest.raises(ValueError, match=mend):
+        trainer_of(plain, num_layers_unfrozen=2)
+
+
+def test_a_top_within_a_former_top_is_trained():
+    for policy in (base_model(), adapted()):
+        for k in (2, 1):
+            trainer = trainer_of(policy, num_layers_unfrozen=k)
+        before = weights(policy)
+        trainer.train_step(PROMPTS)
+        moved = changed(policy, before)
+        assert moved
+        assert all(
+            "layers.2." in name or name.endswith("norm.weight")
+            for name in moved
+            if "lm_head" not in name
+        )
+
+
+# Adapters in other places
+
+
+@pytest.mark.parametrize("k", [None, 1])
+def test_an_adapter_on_the_head_means_the_ordinary_path(k):
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    policy = get_peft_model(base_model(), config)
+    trainer = trainer_of(policy, num_layers_unfrozen=k)
+    assert not trainer.policy.fused
+    before = weights(policy)
+    for _ in range(2):
+        metrics = trainer.train_step(PROMPTS)
+        assert metrics["first_max_log_ratio"] < 2e-5
+    moved = changed(policy, before)
+    assert {"lora_" in name for name in moved} == {True}
+    assert any("lm_head" in name for name in moved)
+    assert any("q_proj" in name for name in moved)
+
+
+@pytest.mark.skipif(why_no_add_adapter() is not None, reason=str(why_no_add_adapter()))
+def test_adapters_that_transformers_put_in():
+    policy = base_model()
+    policy.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
+    trainer = trainer_of(policy)
+    assert not list(adapted_layers(trainer.reference_model))
+    before = weights(policy)
+    for step in range(2):
+        metrics = trainer.train_step(PROMPTS)
+        assert metrics["first_max_log_ratio"] < 2e-5
+        assert (abs(metrics["kl_divergence"]) > 1e-6) == (step > 0)
+    assert changed(policy, before) == split_names(policy)[0]
+
+
+@families
+def test_a_value_model_with_adapters(family):
+    value_model = ValueModel(adapted(family), 32)
+    trainer = trainer_of(base_model(), value_model, critic="model")
+    before = weights(value_model)
+    trainer.train_step(PROMPTS)
+    trainer.train_step(PROMPTS)
+    head = {name for name in before if name.startswith("value_head")}
+    assert changed(value_model, before) == split_names(value_model)[0] | head
+
+
+def test_virtual_tokens_are_refused():
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    policy = get_peft_model(base_model(), config)
+    with no_model_runs(), pytest.raises(TypeError, match=r"PromptTuningConfig.* as LoRA does"):
+        trainer_of(policy)
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("k", [None, 1])
+def test_a_run_goes_on_from_the_adapters_alone(tmp_path, capsys, k):
+    options = {"num_layers_unfrozen": k}
+    trainer = trainer_of(adapted(k=k), **options)
+    trainer.train_step(PROMPTS)
+    path = trainer.save_checkpoint(tmp_path, 1)
+    saved, start = checkpoint.load(path)["models"]["policy"], weights(trainer.policy_model)
+    assert saved.keys() == split_names(trainer.policy_model)[0]
+    assert path.stat().st_size < sum(w.nbytes for w in base_model().parameters())
+    expected = without_times(trainer.train_step(PROMPTS))
+
+    other = adapted(k=k, seed=1)
+    assert changed(other, weights(adapted(k=k)))
+    resumed = trainer_of(other, **options)
+    assert resumed.load_checkpoint(path) == 1
+    assert capsys.readouterr().err == "", "the reference is the same"
+    assert not changed(resumed.policy_model, start)
+    assert without_times(resumed.train_step(PROMPTS)) == expected
+    assert not changed(resumed.policy_model, weights(trainer.policy_model))
+
+
+# Adapters merged for a rollout
+
+
+def test_merging_is_undone_whatever_happens(monkeypatch):
+    policy = adapted(trained=True)
+    layers, before = [place.layer for place in adapted_layers(policy)], weights(policy)
+
+    def untouched():
+        found = [place.layer for place in adapted_layers(policy)]
+        same = all(a is b for a, b in zip(found, layers, strict=True))
+        return same and not changed(policy, before)
+
+    def amid():
+        with merged_adapters(policy):
+            assert not list(adapted_layers(policy))
+            raise RuntimeError("amid")
+
+    with pytest.raises(RuntimeError, match="amid"):
+        amid()
+    assert untouched()
+    calls, merge = [], type(layers[0]).merge
+
+    def fails_later(self, *args):
+        calls.append(self)
+        if len(calls) == 3:
+            raise RuntimeError("no room")
+        merge(self, *args)
+
+    monkeypatch.setattr(type(layers[0]), "merge", fails_later)
+    with pytest.raises(RuntimeError, match="no room"), merged_adapters(policy):
+        pytest.fail("not reached")
+    assert untouched()
+
+
+@families
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_merging_changes_no_draw(family, dora, monkeypatch):
+    trainer = trainer_of(adapted(family, trained=True, dora=dora))
+    calls = []
+    for place in adapted_layers(trainer.policy_model):
+        place.layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    seeds = torch.arange(len(PROMPTS))
+    merged = trainer.rollout(PROMPTS, seeds=seeds)
+    assert not calls
+    decode = sys.modules["ppo_fast.rollout.decode"]
+    monkeypatch.setattr(decode, "merged_adapters", lambda _: nullcontext())
+    apart = trainer.rollout(PROMPTS, seeds=seeds)
+    assert calls
+    assert torch.equal(merged.tokens.response_ids, apart.tokens.response_ids)
+    torch.testing.assert_close(merged.logprobs, apart.logprobs, rtol=1e-5, atol=2e-5)
+
+
+# The command line
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """The arguments of a run of two steps."""
+    monkeypatch.chdir(tmp_path)
+    base_model().save_pretrained("model")
+    tiny_tokenizer().save_pretrained("model")
+    (tmp_path / "letters.py").write_text("from tiny_trainer import count_letters\n")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    flags = "--policy model --prompts prompts.txt --reward letters:count_letters --num-steps 2"
+    more = "--max-length 6 --learning-rate 0.01 --critic head --device cpu --lora-rank 4"
+    return ["train", *flags.split(), *more.split()]
+
+
+@pytest.mark.parametrize("k", [None, 1])
+def test_the_command_writes_a_whole_plain_model(command, tmp_path, monkeypatch, k):
+    policies, save = [], main.save_policy
+    monkeypatch.setattr(main, "save_policy", lambda *a: (policies.append(a[0]), save(*a)))
+    main.main([*command, *([] if k is None else ["--num-layers-unfrozen", str(k)])])
+    (policy,) = policies
+    assert len({name.split(".layers.")[1][0] for name in split_names(policy)[0]}) == (k or 3)
+    folder = tmp_path / "runs" / "train" / "policy"
+    assert not (folder / "adapter_config.json").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert not list(adapted_layers(loaded))
+    assert loaded.state_dict().keys() == base_model().state_dict().keys()
+    found, expected = true_logprobs(loaded, TOKENS), true_logprobs(policy, TOKENS)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert (true_logprobs(base_model(), TOKENS) - expected).abs().max() > 1e-3
+
+
+def test_without_peft_the_error_names_the_extra(command, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SystemExit):
+        main.main(command)
+    assert "LoRA needs peft: pip install 'ppo_fast[lora]'" in capsys.readouterr().err
+
+
+def test_with_lora_adapts_every_product_of_the_layers():
+    policy = with_lora(base_model("gpt2"), 4, 1)
+    names = {place.name for place in adapted_layers(policy)}
+    assert names == {"c_attn", "c_proj", "c_fc"}
+    assert all(".h.2." in name for name in split_names(policy)[0])
+    layer = next(iter(adapted_layers(policy))).layer
+    assert layer.scaling == {"default": 2.0}
+    assert layer.lora_A["default"].out_features == 4

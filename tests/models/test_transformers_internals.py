@@ -1,0 +1,372 @@
+"""What ppo_fast/models/transformers_internals.py says of transformers, a test an item: one that
+fails after a new release names what moved."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+
+import pytest
+import torch
+from tiny_models import FAMILIES, tiny_config, tiny_model
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
+
+from ppo_fast.models import transformers_internals as internals
+from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.models.trunk import layer_list
+from ppo_fast.rollout import TransformersEngine
+
+IDS = torch.tensor([[5, 6, 7, 8]])
+needs_continuous_batching = pytest.mark.skipif(
+    internals.why_no_continuous_batching() is not None,
+    reason=str(internals.why_no_continuous_batching()),
+)
+each_family = pytest.mark.parametrize("family", FAMILIES)
+LLAMA_LIKE = ["llama", "qwen2", "qwen3", "mistral", "smollm3"]
+each_llama_like = pytest.mark.parametrize("family", LLAMA_LIKE)
+
+
+def llama_like(family):
+    """One layer, heads of width 8."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config = AutoConfig.for_model(
+        family, num_hidden_layers=1, intermediate_size=48, vocab_size=50, pad_token_id=0, **sizes
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def first_layer(family):
+    return layers(llama_like(family))[0]
+
+
+def layers(model):
+    return list(layer_list(model.base_model))
+
+
+def handed_to_layers(model, **arguments):
+    """What the body calls its first layer with, and what that returns."""
+    seen = []
+    handle = layers(model)[0].register_forward_hook(
+        lambda _, args, kwargs, output: seen.append((args, kwargs, output)), with_kwargs=True
+    )
+    with torch.no_grad():
+        model.base_model(**arguments)
+    handle.remove()
+    return seen[0]
+
+
+# Attention
+
+
+def handed_to_attention(model):
+    """The options beside queries, keys, values, mask and scaling, under another attention."""
+    seen = []
+
+    def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
+        seen.append({name for name, value in options.items() if value is not None})
+        return query.transpose(1, 2), None
+
+    AttentionInterface.register("of_these_tests", attention)
+    AttentionMaskInterface.register("of_these_tests", lambda *_, **__: None)
+    before = internals.attention_of(model.config)
+    with torch.no_grad(), internals.attention_set_to("of_these_tests", model.config):
+        model(IDS)
+    assert internals.attention_of(model.config) == before
+    count = len(seen)
+    with torch.no_grad():
+        model(IDS)
+    assert len(seen) == count, "its own attention again"
+    return seen
+
+
+@each_llama_like
+def test_attention_is_looked_up_at_every_call(family):
+    assert len(handed_to_attention(llama_like(family))) == 1
+
+
+@pytest.mark.parametrize(("family", "extra"), [("gemma2", "softcap"), ("gpt_oss", "s_aux")])
+def test_what_some_models_add_to_attention(family, extra):
+    assert extra in internals.ATTENTION_EXTRAS
+    try:
+        handed = handed_to_attention(llama_like(family))
+    except NotImplementedError:
+        pytest.skip("PyTorch 2.8 has no product of GPT-OSS's experts on the CPU")
+    assert extra in handed[0]
+
+
+def test_the_window_of_attention_is_handed_to_it():
+    config = tiny_config("mistral", layers=1)
+    config.sliding_window, config.num_key_value_heads = 4, 2
+    (options,) = handed_to_attention(AutoModelForCausalLM.from_config(config))
+    assert "sliding_window" in options
+
+
+# Arguments
+
+
+@each_family
+@pytest.mark.parametrize("part", ["model", "body"])
+def test_the_argument_that_takes_the_cache(family, part):
+    model = tiny_model(family)
+    module = {"model": model, "body": model.base_model}[part]
+    name = internals.cache_argument(module)
+    assert name in inspect.signature(type(module).forward).parameters
+    cache = internals.Cache(layers=[Recorded(), Recorded()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module(input_ids=IDS, **{name: cache}, use_cache=True)
+    assert "update" in cache.layers[0].calls
+
+
+def test_a_wrapper_takes_the_cache_as_what_it_wraps_does():
+    model = tiny_model("llama")
+    assert internals.cache_argument(nn.Sequential(model)) == internals.cache_argument(model)
+
+
+@each_llama_like
+def test_a_body_hands_its_layers_the_cache_by_name(family):
+    layer, cache = first_layer(family), internals.Cache(layers=[Recorded()])
+    model = llama_like(family)
+    name = internals.cache_argument(model)
+    _, kwargs, _ = handed_to_layers(model, input_ids=IDS, **{name: cache}, use_cache=True)
+    name = internals.cache_argument(layer)
+    assert kwargs.get(name) is cache, f"the layer was called with {sorted(kwargs)}"
+
+
+@each_family
+def test_a_layer_takes_states_and_returns_a_tensor_of_them(family):
+    args, kwargs, output = handed_to_layers(tiny_model(family), input_ids=IDS)
+    given = internals.layer_input(args, kwargs)
+    assert given.shape == (1, 4, 64)
+    assert isinstance(output, Tensor), "not a tuple"
+    assert output.shape == given.shape
+
+
+def test_a_layer_is_called_with_position_embeddings():
+    _, kwargs, _ = handed_to_layers(tiny_model("llama"), input_ids=IDS)
+    cos, sin = kwargs["position_embeddings"]
+    assert cos.shape == sin.shape == (1, 4, 16)
+
+
+# The cache
+
+
+class Recorded(internals.DynamicLayer):
+    """Notes the calls that SlotCache's layers answer."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self.calls.append("update")
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def get_seq_length(self):
+        self.calls.append("get_seq_length")
+        return super().get_seq_length()
+
+    def get_mask_sizes(self, query_length):
+        assert isinstance(query_length, int), "the number of new tokens"
+        self.calls.append("get_mask_sizes")
+        return super().get_mask_sizes(query_length)
+
+
+@each_family
+def test_models_call_what_a_cache_layer_overrides(family):
+    model, recorded = tiny_model(family), [Recorded(), Recorded()]
+    LanguageModel(model).next(input_ids=IDS, cache=internals.Cache(layers=recorded))
+    assert set(recorded[0].calls) == {"update", "get_seq_length", "get_mask_sizes"}
+    assert recorded[1].calls.count("update") == 1
+
+
+def test_a_cache_layer_knows_whether_it_is_initialized():
+    layer = internals.DynamicLayer()
+    assert layer.is_initialized is False
+    assert list(inspect.signature(layer.lazy_initialization).parameters) == [
+        "key_states",
+        "value_states",
+    ]
+
+
+# Configurations and masks
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "expected"),
+    [
+        ("llama", {}, [internals.FULL] * 2),
+        ("gpt2", {}, [internals.FULL] * 2),
+        ("gemma2", {}, [internals.SLIDING, internals.FULL]),
+        ("qwen2", {}, [internals.FULL] * 2),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, None),
+        ("mistral", {"sliding_window": 4}, [internals.SLIDING] * 2),
+        ("mistral", {"sliding_window": None}, [internals.FULL] * 2),
+    ],
+)
+def test_layer_types(family, options, expected):
+    config = AutoConfig.for_model(family, num_hidden_layers=2, **options)
+    assert internals.layer_types(config) == (expected or [internals.FULL, internals.SLIDING])
+    mixed = len(set(internals.layer_types(config))) > 1
+    assert internals.mask_is_by_type(config) == mixed
+
+
+@each_family
+def test_a_mask_of_four_dimensions_is_used_as_it_is(family):
+    model = tiny_model(family)
+    seen = torch.ones(4, 4).tril().bool()
+    seen[3, 1] = False  # which no mask of two dimensions could say
+    mask = torch.zeros(1, 1, 4, 4).masked_fill(~seen, torch.finfo(torch.float32).min)
+    if internals.mask_is_by_type(model.config):
+        mask = dict.fromkeys(internals.layer_types(model.config), mask)
+    with torch.no_grad():
+        masked, whole = (
+            model(input_ids=IDS, attention_mask=m, position_ids=torch.arange(4)[None]).logits
+            for m in (mask, None)
+        )
+    torch.testing.assert_close(masked[:, :3], whole[:, :3])
+    assert (masked[:, 3] - whole[:, 3]).abs().max() > 1e-2
+
+
+def test_logit_scale():
+    assert internals.logit_scale(tiny_config("cohere")) == 0.75
+    assert internals.logit_scale(tiny_config("llama")) == 1
+
+
+def test_softcap():
+    assert internals.softcap(AutoConfig.for_model("gemma2")) == 30
+    assert internals.softcap(tiny_config("llama")) is None
+
+
+# Layers of Llama's kind
+
+
+@each_llama_like
+def test_names_of_weights(family):
+    layer = first_layer(family)
+    names = {name for name, _ in layer.named_parameters()}
+    assert set(internals.LAYER_WEIGHTS.values()) <= names
+    assert names <= {*internals.LAYER_WEIGHTS.values(), *internals.LAYER_OPTIONAL.values()}
+    read = internals.read_llama_layer(layer)
+    assert read.weights["k_weight"] is layer.self_attn.k_proj.weight
+    assert (read.weights["q_bias"] is not None) == (family == "qwen2")
+    assert (read.weights["q_norm"] is not None) == (family == "qwen3")
+
+
+@each_llama_like
+def test_name_of_the_activation(family):
+    assert type(first_layer(family).mlp.act_fn).__name__ in internals.SILU
+
+
+@each_llama_like
+def test_a_norm_has_variance_epsilon(family):
+    layer = first_layer(family)
+    layer.input_layernorm.variance_epsilon = 0.25
+    eps = internals.read_llama_layer(layer).eps
+    assert eps["attention_eps"] == 0.25
+    assert eps["mlp_eps"] in (1e-5, 1e-6)
+    assert eps["q_eps"] == (1e-6 if family == "qwen3" else 0)
+    assert type(layer.input_layernorm).__name__.endswith("RMSNorm")
+
+
+@each_llama_like
+@pytest.mark.parametrize(("name", "value"), [("layer_idx", 0), ("head_dim", 8)])
+def test_attention_has(family, name, value):
+    assert getattr(first_layer(family).self_attn, name) == value
+
+
+@each_llama_like
+def test_attention_has_its_scaling(family):
+    assert internals.read_llama_layer(first_layer(family)).scaling == pytest.approx(8**-0.5)
+
+
+@each_llama_like
+def test_nothing_else_keeps_it_from_being_read(family):
+    assert internals.why_not_llama_like(first_layer(family)) is None
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("gpt2", "it has no input_layernorm.weight"),
+        ("gemma2", "it has a post_feedforward_layernorm.weight"),
+        ("cohere", "it has no post_attention_layernorm.weight"),
+    ],
+)
+def test_why_a_layer_is_not_llama_like(family, reason):
+    assert internals.why_not_llama_like(layers(tiny_model(family))[0]) == reason
+
+
+def test_why_a_llama_layer_is_not_llama_like_any_more():
+    def changed(change):
+        layer = first_layer("llama")
+        change(layer)
+        return internals.why_not_llama_like(layer)
+
+    assert changed(lambda x: setattr(x.mlp, "act_fn", nn.GELU())) == (
+        "its activation is GELU, not SiLU"
+    )
+    assert changed(lambda x: delattr(x.input_layernorm, "variance_epsilon")) == (
+        "its input_layernorm has no variance_epsilon"
+    )
+    assert changed(lambda x: setattr(x, "more", nn.Identity())) == "its more is a Identity"
+    assert changed(lambda x: delattr(x.self_attn, "scaling")) == "its self_attn has no scaling"
+
+
+# Other
+
+
+def test_products_of_gpt2_are_conv1d():
+    layer = layers(tiny_model("gpt2"))[0]
+    assert type(layer.attn.c_attn) is internals.Conv1D
+    assert layer.attn.c_attn.weight.shape == (64, 3 * 64)
+
+
+def test_an_older_generate_batch_is_refused(monkeypatch):
+    monkeypatch.setattr(internals, "ContinuousBatchingConfig", object)
+    with pytest.raises(RuntimeError, match=r"^TransformersEngine needs transformers >= 5\.9"):
+        TransformersEngine(tiny_model("llama"), eos_ids=[], pad_id=1)
+
+
+@needs_continuous_batching
+def test_generate_batch_numbers_its_requests_and_says_what_it_did():
+    config = internals.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    assert hasattr(config, "return_logprobs")
+    config.return_logprobs = True
+    prompts = [[5, 6, 7], [8], [9, 10]]
+    outputs = tiny_model("llama").generate_batch(
+        prompts,
+        generation_config=GenerationConfig(max_new_tokens=2, eos_token_id=-1, pad_token_id=1),
+        continuous_batching_config=config,
+    )
+    found = internals.in_order_of_requests(dict(reversed(outputs.items())))
+    assert [list(output.prompt_ids) for output in found] == prompts
+    assert all(len(o.generated_tokens) == len(o.logprobs) == 2 and not o.error for o in found)
+
+
+def test_saving_asks_for_the_quantizer():
+    """Of a model that was read from a GGUF; test_smollm2.py converts one."""
+    assert "hf_quantizer" in inspect.getsource(PreTrainedModel.save_pretrained)
+
+
+def test_the_version_of_peft_that_add_adapter_asks_for():
+    from transformers.integrations import peft
+
+    assert peft.MIN_PEFT_VERSION[0].isdigit()
+    assert "MIN_PEFT_VERSION" in inspect.getsource(PreTrainedModel.add_adapter)
+
+
+@pytest.mark.parametrize("found", ["0.1.0", "99.0"])
+def test_an_older_peft_is_said(monkeypatch, found):
+    monkeypatch.setattr(internals, "version", lambda _: found)
+    reason = internals.why_no_add_adapter()
+    assert (reason is None) == (found == "99.0")
+    assert reason is None or "only, found 0.1.0; peft.get_peft_model(model, ...) works" in reason

@@ -1,0 +1,198 @@
+"""The frozen trunk: its states are the ordinary ones, and the top starts from them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_batch import batch
+from tiny_models import FAMILIES, tiny_model
+from torch import nn
+
+from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.models.trunk import freeze_trunk, layer_list
+
+LAYERS = 4
+
+each_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+each_split = pytest.mark.parametrize(
+    ("family", "k"), [(family, k) for family in FAMILIES for k in range(1, LAYERS)]
+)
+
+
+@each_split
+@torch.no_grad()
+def test_states_from_the_trunk_are_the_ordinary_states(family, k):
+    lm = LanguageModel(tiny_model(family, layers=LAYERS), num_layers_unfrozen=k)
+    whole = lm.trunk(batch())
+    for rows in ([0, 1, 2], [1], [2, 0]):
+        index = torch.tensor(rows)
+        part = batch().select(index)
+        trunk, expected = lm.trunk(part), lm.forward(part).states[part.response_mask]
+        assert trunk.shape == (*part.input_ids.shape, 64)
+        assert torch.equal(lm.forward(part, trunk).states[part.response_mask], expected)
+        # what was computed for the whole batch serves some of its rows
+        found = lm.forward(part, whole[index, : part.input_ids.shape[1]])
+        found = found.states[part.response_mask]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@each_split
+def test_the_trunk_is_what_enters_the_first_unfrozen_layer(family, k):
+    lm = LanguageModel(tiny_model(family, layers=LAYERS), num_layers_unfrozen=k)
+    with torch.no_grad():
+        output = lm.body(batch().input_ids, output_hidden_states=True, use_cache=False)
+    assert torch.equal(lm.trunk(batch()), output.hidden_states[LAYERS - k])
+
+
+@each_split
+def test_gradients_of_the_top_are_the_same_from_the_trunk(family, k):
+    model = tiny_model(family, layers=LAYERS)
+    freeze_trunk(model, k)
+    lm = LanguageModel(model, num_layers_unfrozen=k)
+    coefficients = torch.randn(3, 5)
+    gradients = []
+    for trunk in (None, lm.trunk(batch())):
+        model.zero_grad()
+        result = lm.logprobs(lm.forward(batch(), trunk), batch(), temperature=0.7, entropy=True)
+        (coefficients * (result.logprobs + 0.3 * result.entropy)).sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() == trainable(model)
+    for name in gradients[0]:
+        torch.testing.assert_close(gradients[0][name], gradients[1][name], rtol=1e-5, atol=1e-6)
+        assert gradients[0][name].abs().max() > 0
+
+
+def test_only_the_top_layers_run_from_the_trunk():
+    lm = LanguageModel(tiny_model("llama", layers=LAYERS), num_layers_unfrozen=1)
+    trunk = lm.trunk(batch())
+    ran = []
+    for i, layer in enumerate(layer_list(lm.body)):
+        layer.self_attn.register_forward_hook(lambda *_, i=i: ran.append(i))
+    lm.forward(batch(), trunk)
+    assert ran == [3]
+    ran.clear()
+    lm.trunk(batch())
+    assert ran == [0, 1, 2]
+
+
+def test_the_ordinary_path_starts_from_the_trunk_too():
+    model = tiny_model("llama", layers=LAYERS)
+    model.lm_head.register_forward_hook(lambda _, __, logits: 2 * logits)
+    lm = LanguageModel(model, num_layers_unfrozen=2)
+    with torch.no_grad():
+        ordinary, split = lm.forward(batch()), lm.forward(batch(), lm.trunk(batch()))
+    real = batch().response_mask
+    assert torch.equal(ordinary.logits[real], split.logits[real])
+
+
+def test_the_trunk_can_be_recorded_on_the_way():
+    lm = LanguageModel(tiny_model("llama", layers=LAYERS), num_layers_unfrozen=2)
+    with lm.recording_trunk() as pieces, torch.no_grad():
+        lm.forward(batch())
+        lm.forward(batch())
+    assert all(torch.equal(piece, lm.trunk(batch())) for piece in pieces)
+    assert len(pieces) == 2
+    lm.forward(batch())
+    assert len(pieces) == 2, "nothing is recorded after the block"
+    with LanguageModel(lm.model).recording_trunk() as pieces:
+        lm.forward(batch())
+    assert pieces == [], "there is no trunk"
+
+
+def test_layers_are_restored_after_an_exception():
+    model = tiny_model("llama", layers=LAYERS)
+    lm = LanguageModel(model, num_layers_unfrozen=2)
+    layers = layer_list(lm.body)
+    own = layers[1].forward
+    layers[1].forward = lambda *args, **kwargs: own(*args, **kwargs)  # as accelerate's hooks do
+    hooked = layers[1].forward
+    with torch.no_grad():
+        expected, trunk = lm.forward(batch()).states, lm.trunk(batch())
+
+    def fail(*_):
+        raise KeyError("top")
+
+    for place, run in (
+        (layers[3], lambda: lm.forward(batch(), trunk)),
+        (layers[0], lambda: lm.trunk(batch())),
+    ):
+        handle = place.register_forward_pre_hook(fail)
+        with pytest.raises(KeyError, match="top"):
+            run()
+        handle.remove()
+        assert "forward" not in layers[0].__dict__
+        assert layers[1].forward is hooked
+        assert not any(layer._forward_pre_hooks for layer in layers)
+    with torch.no_grad():
+        assert torch.equal(lm.forward(batch()).states, expected)
+
+
+def trainable(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+NORMS = {"gpt2": "transformer.ln_f", "gpt_neox": "gpt_neox.final_layer_norm"}
+LISTS = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}
+
+
+@each_split
+def test_freeze_trunk_leaves_the_top_the_norm_and_an_untied_head(family, k):
+    model = tiny_model(family, layers=LAYERS)
+    head = model.get_output_embeddings().weight
+    tied = head is model.get_input_embeddings().weight
+    freeze_trunk(model, k)
+    layers = LISTS.get(family, "model.layers")
+    top = tuple(f"{layers}.{i}." for i in range(LAYERS - k, LAYERS))
+    expected = {
+        name
+        for name, p in model.named_parameters()
+        if name.startswith((*top, NORMS.get(family, "model.norm") + "."))
+        or (p is head and not tied)
+    }
+    assert trainable(model) == expected
+    assert any(name.startswith(NORMS.get(family, "model.norm")) for name in expected)
+
+
+def test_tied_and_untied_heads_are_both_met():
+    tied = {
+        family: model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        for family in FAMILIES
+        for model in [tiny_model(family, layers=1)]
+    }
+    assert set(tied.values()) == {True, False}
+
+
+@pytest.mark.parametrize("k", [0, -1, LAYERS, LAYERS + 1])
+def test_a_bad_split_is_refused_with_the_layer_count(k):
+    model = tiny_model("gpt2", layers=LAYERS)
+    message = rf"num_layers_unfrozen: got {k}, expected 1 to 3 \(the model has 4 layers\)"
+    with pytest.raises(ValueError, match=message):
+        LanguageModel(model, num_layers_unfrozen=k)
+    with pytest.raises(ValueError, match=message):
+        freeze_trunk(model, k)
+    assert all(p.requires_grad for p in model.parameters()), "nothing was changed"
+
+
+def test_a_model_without_a_list_of_layers_is_refused():
+    model = tiny_model("llama", layers=LAYERS)
+    model.config.num_hidden_layers = 5
+    with pytest.raises(ValueError, match=r"num_layers_unfrozen: found no list of 5 layers"):
+        LanguageModel(model, num_layers_unfrozen=1)
+
+
+def test_a_model_that_does_not_start_from_its_trunk_is_refused():
+    """Its body adds something of the tokens to the states after the lower layers."""
+    model = tiny_model("llama", layers=LAYERS)
+    embed = model.model.embed_tokens
+    last = {}
+    embed.register_forward_hook(lambda module, args, output: last.update(ids=args[0]))
+    model.model.register_forward_pre_hook(lambda *_: last.clear())
+
+    def add(module, args, output):
+        return output + (embed.weight[last["ids"]] if "ids" in last else 0.0)
+
+    layer_list(model.model)[3].register_forward_hook(add)
+    with pytest.raises(ValueError, match="cannot be split into a trunk and a top"):
+        LanguageModel(model, num_layers_unfrozen=2)

@@ -1,0 +1,304 @@
+"""Scores from functions, modules and classifiers, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import EOS_ID, PAD_ID, tiny_classifier, tiny_config, tiny_model, tiny_tokenizer
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+from ppo_fast.data.tokens import Tokens, make_tokens
+from ppo_fast.models.heads import RewardModel
+from ppo_fast.rewards.score import ClassifierReward, check_reward_model, check_scores, score
+
+PROMPTS = ["The film", "She", "Nothing in this room"]
+COMPLETIONS = [" was over", " thought the phone would last", " was"]
+PROMPT_IDS = [[5, 6, 7], [4], [3, 2]]
+# The first ends with EOS; the third is as long as the first.
+RESPONSE_IDS = [[12, EOS_ID], [11, 2, 30, 9, 8, 7], [7, 8, 4]]
+
+
+def tokens(pad_id: int = PAD_ID) -> Tokens:
+    return make_tokens(PROMPT_IDS, RESPONSE_IDS, pad_id, torch.device("cpu"))
+
+
+def scores_of(reward_model, *, pad_id: int = PAD_ID, budget: int = 1000) -> torch.Tensor:
+    return score(reward_model, tokens(pad_id), PROMPTS, COMPLETIONS, budget=budget)
+
+
+# Functions
+
+
+def test_a_function_is_given_the_texts():
+    def lengths(prompts: list[str], completions: list[str]) -> list[int]:
+        assert (prompts, completions) == (PROMPTS, COMPLETIONS)
+        prompts.clear()  # its own list
+        return [len(c) for c in completions]
+
+    scores = scores_of(lengths)
+    assert scores.tolist() == [9.0, 29.0, 4.0]
+    assert scores.dtype == torch.float32
+    assert len(PROMPTS) == 3
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        (1, 2.5, -3),
+        np.array([1, 2.5, -3]),
+        torch.tensor([1, 2.5, -3], dtype=torch.float64, requires_grad=True),
+        [torch.tensor(1.0), torch.tensor([2.5]), np.float32(-3)],
+    ],
+    ids=["tuple", "array", "tensor", "list of scalars"],
+)
+def test_numbers_of_any_kind_serve(values):
+    scores = scores_of(lambda prompts, completions: values)
+    assert scores.tolist() == [1.0, 2.5, -3.0]
+    assert scores.dtype == torch.float32
+    assert not scores.requires_grad
+
+
+def constant(values):
+    def rate(prompts, completions):
+        return values
+
+    return rate
+
+
+@pytest.mark.parametrize(
+    "values", [[1.0, 2.0], [1.0] * 4, [], torch.zeros(2), torch.zeros(3, 1), torch.tensor(1.0)]
+)
+def test_a_wrong_count_or_shape_is_refused(values):
+    with pytest.raises(ValueError, match=r"reward_model rate: got shape \[.*expected \[3\]"):
+        scores_of(constant(values))
+
+
+@pytest.mark.parametrize("values", [None, 1.0, ["good", "bad", "good"], [1.0, None, 2.0], "abc"])
+def test_what_is_not_numbers_is_refused(values):
+    with pytest.raises(TypeError, match=r"reward_model rate: expected a list of numbers"):
+        scores_of(constant(values))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_not_finite_is_refused_with_its_prompt(bad):
+    for values in ([1.0, bad, 2.0], torch.tensor([1.0, bad, 2.0])):
+        with pytest.raises(ValueError, match=rf"reward_model rate: got {bad} for the prompt 'She'"):
+            scores_of(constant(values))
+    module = Sums()
+    module.weight.data[11] = bad  # a token of the second response only
+    with pytest.raises(ValueError, match=rf"reward_model Sums: got {bad} for the prompt 'She'"):
+        scores_of(module)
+
+
+def test_an_error_of_the_function_is_chained():
+    original = ZeroDivisionError("no words")
+
+    def rate(prompts, completions):
+        raise original
+
+    with pytest.raises(
+        RuntimeError, match="reward_model rate raised ZeroDivisionError: no words"
+    ) as caught:
+        scores_of(rate)
+    assert caught.value.__cause__ is original
+
+
+# Modules
+
+
+class Sums(nn.Module):
+    """A user's reward module: the weights of all tokens, and 100 times that of the last."""
+
+    def __init__(self, wrap=lambda x: x) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(40.0))
+        self.wrap = wrap
+        self.calls: list[tuple[list[list[int]], torch.Tensor]] = []
+
+    def forward(self, input_ids, attention_mask):
+        self.calls.append((input_ids.tolist(), attention_mask))
+        return self.wrap(self.weight[input_ids].sum(dim=1) + 100 * self.weight[input_ids[:, -1]])
+
+
+EXPECTED = [30.0, 71.0 + 700.0, 24.0 + 400.0]
+
+WRAPPINGS = {
+    "[B]": lambda x: x,
+    "[B, 1]": lambda x: x[:, None],
+    "tuple": lambda x: (x, None),
+    "logits": lambda x: SimpleNamespace(logits=x[:, None]),
+    "half": lambda x: (x / 8).bfloat16() * 8,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPINGS.values(), ids=WRAPPINGS.keys())
+def test_a_module_scores_whole_sequences(wrap):
+    scores = scores_of(Sums(wrap))
+    tolerance = 1e-2 if wrap is WRAPPINGS["half"] else 0
+    torch.testing.assert_close(scores, torch.tensor(EXPECTED), rtol=tolerance, atol=0)
+    assert scores.dtype == torch.float32
+    assert not scores.requires_grad
+
+
+@pytest.mark.parametrize("budget", [1, 5, 1000])
+def test_a_module_gets_rows_of_equal_length_without_padding(budget):
+    module = Sums()
+    assert scores_of(module, budget=budget).tolist() == EXPECTED
+    rows = sorted(row for call, _ in module.calls for row in call)
+    assert rows == sorted(p + r for p, r in zip(PROMPT_IDS, RESPONSE_IDS, strict=True))
+    for call, mask in module.calls:
+        assert mask.shape == (len(call), len(call[0]))
+        assert (mask == 1).all()
+    assert len(module.calls) == (3 if budget < 10 else 2), "two rows have the same length"
+
+
+@pytest.mark.parametrize(
+    ("wrap", "error", "message"),
+    [
+        (lambda x: x.expand(2, len(x)).T, ValueError, r"returned shape \[2, 2\] for input_ids"),
+        (lambda x: x.sum(), ValueError, r"returned shape \[\]"),
+        (lambda x: x[:0], ValueError, r"returned shape \[0\]"),
+        (lambda x: None, TypeError, r"returned NoneType, expected a tensor"),
+    ],
+    ids=["two labels", "one number", "none", "None"],
+)
+def test_another_output_of_a_module_is_refused(wrap, error, message):
+    with pytest.raises(error, match=f"reward_model Sums {message}"):
+        scores_of(Sums(wrap))
+
+
+def test_a_score_a_token_is_refused():
+    class PerToken(Sums):
+        def forward(self, input_ids, attention_mask):
+            return self.weight[input_ids]
+
+    with pytest.raises(ValueError, match="reward_model PerToken returned a number a token"):
+        scores_of(PerToken())
+
+
+def test_an_error_of_a_module_is_chained():
+    original = IndexError("beyond")
+
+    def fail(x):
+        raise original
+
+    with pytest.raises(RuntimeError, match="reward_model Sums raised IndexError: beyond") as caught:
+        scores_of(Sums(fail))
+    assert caught.value.__cause__ is original
+
+
+def test_reward_model_scores_a_padded_batch_as_rows_alone():
+    model = RewardModel(tiny_model("gpt2"), 64).eval()
+    with torch.no_grad():
+        alone = torch.cat([model(row[None]) for row in tokens().sequences()])
+    for pad_id in (PAD_ID, EOS_ID, 44):
+        torch.testing.assert_close(scores_of(model, pad_id=pad_id), alone, rtol=1e-4, atol=1e-4)
+
+
+# Classifiers
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "gpt_neox"])
+@pytest.mark.parametrize("pad_id", [PAD_ID, EOS_ID], ids=["pad", "pad is eos"])
+@torch.no_grad()
+def test_a_classifier_scores_a_padded_batch_as_rows_alone(family, pad_id):
+    model = tiny_classifier(family, pad_token_id=pad_id)
+    alone = torch.cat([model(row[None]).logits[:, 0] for row in tokens(pad_id).sequences()])
+    calls = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    scores = scores_of(model, pad_id=pad_id)
+    assert calls == [(3, 7)], "one batch of all lengths"
+    torch.testing.assert_close(scores, alone, rtol=1e-4, atol=1e-4)
+    assert scores.std() > 1e-2
+    torch.testing.assert_close(scores_of(model, pad_id=pad_id, budget=1), alone, rtol=0, atol=1e-4)
+
+
+def test_a_classifier_is_padded_with_its_own_pad_id():
+    """It finds the last token by its config's pad id, whatever the policy's tokenizer pads with."""
+    model = tiny_classifier("gpt2", pad_token_id=9)
+    other = tokens(pad_id=44)
+    expected = score(model, tokens(pad_id=9), PROMPTS, COMPLETIONS, budget=1000)
+    assert torch.equal(score(model, other, PROMPTS, COMPLETIONS, budget=1000), expected)
+
+
+def test_two_labels_are_refused_before_any_model_runs():
+    config = tiny_config("gpt2", pad_token_id=PAD_ID)
+    config.num_labels = 2
+    model = AutoModelForSequenceClassification.from_config(config)
+    message = "reward_model: GPT2ForSequenceClassification has num_labels=2, expected 1"
+    with pytest.raises(ValueError, match=message):
+        check_reward_model(model)
+    with pytest.raises(ValueError, match=message):
+        ClassifierReward(model, tiny_tokenizer())
+
+
+@pytest.mark.parametrize("thing", [None, 1.0, "helpful", [1.0]])
+def test_what_cannot_be_called_is_refused(thing):
+    with pytest.raises(
+        TypeError, match=r"reward_model: got .*expected a torch.nn.Module.*function"
+    ):
+        check_reward_model(thing)
+
+
+def test_what_can_be_called_is_accepted():
+    for good in (constant([1.0]), Sums(), tiny_classifier("gpt2"), print):
+        check_reward_model(good)
+
+
+class OtherTokenizer:
+    """A tokenizer of another kind: one id a character."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+        self.texts: list[str] = []
+
+    def __call__(self, texts, *, padding, padding_side, truncation, return_tensors):
+        assert (padding, padding_side, truncation, return_tensors) == (True, "right", True, "pt")
+        self.texts += texts
+        rows = [[2 + ord(c) % 37 for c in text] for text in texts]
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [self.pad_id] * (width - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        return Batch(input_ids=ids, attention_mask=mask)
+
+
+class Batch(dict):
+    def to(self, device):
+        return self
+
+
+@torch.no_grad()
+def test_a_classifier_with_a_tokenizer_of_its_own_scores_texts():
+    """Its vocabulary is another than the policy's: 41 tokens, of characters."""
+    model = tiny_classifier("gpt2", vocab_size=41, pad_token_id=1)
+    tokenizer = OtherTokenizer(1)
+    scores = scores_of(ClassifierReward(model, tokenizer, batch_size=2))
+    texts = [p + c for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    assert tokenizer.texts == texts
+    for text, found in zip(texts, scores, strict=True):
+        ids = torch.tensor([[2 + ord(c) % 37 for c in text]])
+        torch.testing.assert_close(found, model(ids).logits[0, 0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+@torch.no_grad()
+def test_a_classifier_reward_does_not_depend_on_its_batches(batch_size):
+    """Right-padded for the classifier, though the tokenizer pads on the left."""
+    model, tokenizer = tiny_classifier("gpt2"), tiny_tokenizer()
+    scores = scores_of(ClassifierReward(model, tokenizer, batch_size=batch_size))
+    for i, text in enumerate(p + c for p, c in zip(PROMPTS, COMPLETIONS, strict=True)):
+        alone = model(**tokenizer(text, return_tensors="pt")).logits[0, 0]
+        torch.testing.assert_close(scores[i], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_check_scores_names_what_it_checks():
+    assert check_scores([1, 2], ["a", "b"]).tolist() == [1.0, 2.0]
+    with pytest.raises(ValueError, match=r"^scores: got shape \[1\], expected \[2\]"):
+        check_scores([1], ["a", "b"])

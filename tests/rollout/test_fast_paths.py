@@ -1,0 +1,190 @@
+"""What is fast stays fast: the kernel runs for every layer of every family that should have it, and
+what is not fast is said."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+import pytest
+import torch
+from tiny_models import PAD_ID, tiny_model
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+
+from ppo_fast import _C
+from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.rollout import LocalEngine, Sampling
+from ppo_fast.rollout.speedups.fast_paths import fast_paths
+from ppo_fast.rollout.speedups.slot_check import check_layers
+
+# Those that the documentation calls fast, and others whose layers are of the same kind, some of
+# which older transformers lack.
+FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "smollm3"]
+MORE = ["ministral", "ministral3", "seed_oss", "exaone", "internlm3", "iquestcoder"]
+LAYERS = 3
+
+
+def model_of(family, **options):
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    sizes |= {"num_hidden_layers": LAYERS, "intermediate_size": 131, "vocab_size": 307}
+    sizes |= {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
+    config = AutoConfig.for_model(family, **sizes, **options)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def generate(model, **options):
+    engine = LocalEngine(model, eos_ids=list, pad_id=PAD_ID, **options)
+    return engine.generate([[3, 9], [4, 5, 6]], Sampling(5), seeds=torch.arange(2))
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """How often each kernel of a layer ran, by its place among those made together."""
+    calls, made, own = Counter(), [], _C.DecodeLayer
+
+    class Counted:
+        def __init__(self, arguments):
+            self.kernel, self.place = own(arguments), len(made)
+            made.append(self)
+
+        def __call__(self, **arguments):
+            calls[self.place] += 1
+            self.kernel(**arguments)
+
+    monkeypatch.setattr(_C, "DecodeLayer", Counted)
+    return calls, made
+
+
+@pytest.mark.parametrize("family", FAMILIES + MORE)
+def test_the_kernel_runs_for_every_layer(family, kernel_calls):
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"transformers has no {family}")
+    model = LanguageModel(model_of(family))
+    assert check_layers(model) == (LAYERS, None, False)
+    calls, made = kernel_calls
+    calls.clear()
+    made.clear()
+    generate(model)
+    # the prompts of both together, and a step for each token but the first
+    assert calls == dict.fromkeys(range(LAYERS), 1 + 4)
+
+
+def test_a_rollout_says_once_what_is_in_force(caplog):
+    model = LanguageModel(tiny_model("llama", layers=LAYERS), num_layers_unfrozen=1)
+    with caplog.at_level(logging.INFO, "ppo_fast"):
+        generate(model)
+        generate(model)
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO
+    assert record.getMessage() == (
+        "fast paths of LlamaForCausalLM: fused LM head, frozen trunk, 3 of 3 layers fused, "
+        "products of few rows"
+    )
+
+
+def test_a_rollout_says_what_is_not_in_force_why_and_what_it_costs(caplog):
+    model = LanguageModel(tiny_model("gpt2"))
+    with caplog.at_level(logging.INFO, "ppo_fast"):
+        generate(model)
+    (record,) = caplog.records
+    assert record.levelno == logging.INFO, "its layers are of another kind: nothing is wrong"
+    assert record.getMessage() == (
+        "fast paths of GPT2LMHeadModel: fused LM head, "
+        "no frozen trunk (num_layers_unfrozen is None: every pass computes every layer), "
+        "no fused layers (layer 0: it has no input_layernorm.weight: decoding takes 1.2 to 1.6 "
+        "times as long), products of few rows"
+    )
+
+
+def test_a_layer_that_is_left_out_is_said():
+    raw = tiny_model("llama", layers=LAYERS)
+    raw.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    found = {path.name: path for path in fast_paths(LanguageModel(raw))}
+    path = found["2 of 3 layers fused"]
+    assert path.in_force
+    assert str(path) == "2 of 3 layers fused (layer 1: its mlp was changed or has hooks)"
+
+
+def test_layers_that_fail_the_comparison_are_a_warning(caplog):
+    model = LanguageModel(model_of("granite", residual_multiplier=0.5))
+    generate(model)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "no fused layers (with them, logits differ by" in record.getMessage()
+
+
+def test_layers_that_are_never_reached_are_a_warning(caplog, monkeypatch):
+    """As with transformers 5.24, which renamed the argument that takes the cache."""
+    monkeypatch.setattr(
+        "ppo_fast.rollout.speedups.fused_layers.cache_argument", lambda _: "renamed"
+    )
+    model = LanguageModel(tiny_model("llama"))
+    generate(model)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "no fused layers (a step does not reach the kernels of 2 layers" in record.getMessage()
+
+
+def test_a_head_that_fails_the_comparison_is_a_warning(caplog):
+    raw = tiny_model("llama")
+    own = raw.lm_head.forward
+    raw.lm_head.forward = lambda x: own(x) * 1.5
+    generate(LanguageModel(raw))
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "no fused LM head (the body's states times the LM head differ" in record.getMessage()
+
+
+def test_without_the_kernels_it_is_said_why(monkeypatch):
+    monkeypatch.setenv("PPO_FAST_IMPL", "reference")
+    found = {path.name: path for path in fast_paths(LanguageModel(tiny_model("llama")))}
+    for name in ("fused layers", "products of few rows"):
+        assert not found[name].in_force
+        assert found[name].why_not.startswith("reference operations: ")
+
+
+# NaN
+
+
+def no_numbers(module, query, *_, **__):
+    """Attention of NaN."""
+    return torch.full_like(query.transpose(1, 2), torch.nan), None
+
+
+@pytest.fixture
+def nan_attention(monkeypatch):
+    from transformers import AttentionInterface
+
+    own = AttentionInterface()["sdpa"]
+    yield lambda: AttentionInterface.register("sdpa", no_numbers)
+    AttentionInterface.register("sdpa", own)
+
+
+ATTENTION = (
+    r"^policy_model: attention gave NaN for a few tokens of LlamaForCausalLM, whose weights are "
+    r"finite .*attn_implementation='sdpa'.* load it with attn_implementation='eager'$"
+)
+
+
+@pytest.mark.parametrize("k", [None, 1])
+def test_nan_of_attention_is_an_error(nan_attention, k):
+    raw = tiny_model("llama")
+    nan_attention()
+    with pytest.raises(ValueError, match=ATTENTION):
+        LanguageModel(raw, num_layers_unfrozen=k)
+
+
+def test_nan_of_attention_in_decoding_is_an_error(nan_attention):
+    model = LanguageModel(tiny_model("llama"))
+    nan_attention()
+    with pytest.raises(ValueError, match=ATTENTION):
+        generate(model)
+
+
+def test_nan_of_a_weight_is_an_error():
+    raw = tiny_model("llama")
+    with torch.no_grad():
+        raw.model.norm.weight[3] = torch.nan
+    with pytest.raises(ValueError, match=r"its weight model\.norm\.weight holds NaN or infinite"):
+        LanguageModel(raw)

@@ -1,0 +1,134 @@
+"""Decoding steps that attend by ``decode_attention``, as they do on a GPU, draw what others do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from recorded_ops import as_on_a_gpu, recorded_ops
+from tiny_models import FAMILIES, tiny_config, tiny_model
+from tiny_rollouts import sample, texts
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+
+from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.rollout import slots
+from ppo_fast.rollout.speedups import slot_check
+from ppo_fast.rollout.speedups.cuda_graphs import as_it_is
+
+CPU = torch.device("cpu")
+FLASH = "flash_attention_of_these_tests"
+
+
+@pytest.fixture(autouse=True)
+def on_a_gpu(monkeypatch):
+    monkeypatch.setattr(slot_check, "ATTENDING_DEVICES", {"cpu"})
+    with as_on_a_gpu():
+        yield
+
+
+def mistral(window: int) -> LanguageModel:
+    """All of its layers look at the last tokens alone."""
+    config = tiny_config("mistral", layers=3)
+    config.sliding_window, config.num_key_value_heads = window, 2
+    torch.manual_seed(0)
+    return LanguageModel(AutoModelForCausalLM.from_config(config).double().eval())
+
+
+def without_it(model, monkeypatch, **options):
+    with monkeypatch.context() as patch:
+        patch.setattr(slot_check, "ATTENDING_DEVICES", set())
+        return sample(model, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", [None, 3])
+@pytest.mark.parametrize("family", [*FAMILIES, "mistral"])
+def test_steps_draw_the_same(family, slots, monkeypatch):
+    model = (
+        mistral(window=4)
+        if family == "mistral"
+        else LanguageModel(tiny_model(family, layers=3).double())
+    )
+    expected = without_it(model, monkeypatch, slots=slots)
+    assert slot_check.steps_can_attend(model) == (family != "gemma2")  # which caps its scores
+    for capture in (None, as_it_is, recorded_ops(CPU)):
+        found = sample(model, slots=slots, capture=capture)
+        assert texts(found) == texts(expected)
+        torch.testing.assert_close(found.logprobs, expected.logprobs)
+
+
+def test_a_step_makes_no_mask_and_no_copy_of_keys(monkeypatch):
+    model = LanguageModel(tiny_model("llama", layers=3).double())
+    assert slot_check.steps_can_attend(model)
+    monkeypatch.setattr(slots, "step_mask", None)
+    calls = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda q, *args, **kwargs: (calls.append(q.shape[2]), attention(q, *args, **kwargs))[1],
+    )
+    sample(model)
+    assert 1 not in calls, "prompts alone"
+
+
+def test_one_recording_serves_every_length():
+    model = LanguageModel(tiny_model("llama"))
+    assert slot_check.steps_can_attend(model)
+    shapes = []
+
+    def counting(step):
+        shapes.append(step)
+        step()
+        return step
+
+    sample(model, slots=2, capture=counting)
+    assert len(shapes) == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_models_attention_is_its_own_again(fails):
+    model = LanguageModel(tiny_model("llama"))
+    before = model.model.config._attn_implementation
+
+    def failing(step):
+        raise OSError("no")
+
+    if fails:
+        with pytest.raises(OSError, match="no"):
+            sample(model, capture=failing)
+    else:
+        sample(model)
+    assert model.model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("attends", [True, False])
+def test_a_model_loaded_with_flash_attention_decodes(attends, monkeypatch):
+    """Which takes masks of two dimensions alone, those of padding."""
+    model = LanguageModel(tiny_model("llama").double())
+    expected = without_it(model, monkeypatch)
+
+    def flash(module, query, key, value, attention_mask, **options):
+        assert attention_mask is None or attention_mask.dim() == 2
+        return AttentionInterface()["sdpa"](module, query, key, value, None, **options)
+
+    AttentionInterface.register(FLASH, flash)
+    AttentionMaskInterface.register(FLASH, lambda *_, **__: None)
+    other = LanguageModel(tiny_model("llama").double())
+    other.model.config._attn_implementation = FLASH
+    monkeypatch.setattr(slot_check, "ATTENDING_DEVICES", {"cpu"} if attends else set())
+    found = sample(other)
+    assert texts(found) == texts(expected)
+    assert other.model.config._attn_implementation == FLASH
+
+
+def test_why_not_is_known():
+    model = LanguageModel(tiny_model("gemma2"))
+    assert not slot_check.steps_can_attend(model)
+    assert "softcap" in slot_check._attending[model]
+
+
+def test_wrong_numbers_are_not_used(monkeypatch):
+    from ppo_fast.rollout.speedups import step_attention
+
+    monkeypatch.setattr(step_attention, "decode_attention", lambda query, *_, **__: query)
+    assert not slot_check.steps_can_attend(LanguageModel(tiny_model("llama")))
