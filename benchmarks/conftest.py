@@ -10,7 +10,7 @@ import pytest
 import torch
 from sides import Side, ratios_to_ours, take_turns
 
-from ppo_fast import _C
+from ppo_fast.ops import _C
 
 
 def pytest_addoption(parser):

@@ -1,25 +1,17 @@
 """ppo_fast: PPO for language models with a fast core."""
 
 import os
-
-# How long torch's OpenMP threads spin before they sleep, about 0.1 ms: by default it is some
-# milliseconds, also while another process has the processor of the thread that they wait for. Read
-# when torch is loaded; where it is loaded already, this changes nothing.
-os.environ.setdefault("GOMP_SPINCOUNT", "4000")
-
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from ppo_fast.config import PPOConfig
-from ppo_fast.learning.make_experience import Experience
-from ppo_fast.models.heads import RewardModel, ValueModel
-from ppo_fast.rewards.score import ClassifierReward
-from ppo_fast.rollout import Rollout
-from ppo_fast.trainer import PPOTrainer
-
-try:
-    __version__ = version("ppo_fast")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+unknown"
+if TYPE_CHECKING:
+    from ppo_fast.config import PPOConfig
+    from ppo_fast.data.rollout import Rollout
+    from ppo_fast.learning.make_experience import Experience
+    from ppo_fast.models.heads import RewardModel, ValueModel
+    from ppo_fast.rewards.score import ClassifierReward
+    from ppo_fast.trainer import PPOTrainer
 
 __all__ = [
     "ClassifierReward",
@@ -30,3 +22,36 @@ __all__ = [
     "Rollout",
     "ValueModel",
 ]
+
+# How long torch's OpenMP threads spin before they sleep, about 0.1 ms: by default it is some
+# milliseconds, also while another process has the processor of the thread that they wait for. Read
+# when torch is loaded; where it is loaded already, this changes nothing.
+os.environ.setdefault("GOMP_SPINCOUNT", "4000")
+
+# Where each name is defined. It is loaded when it is first asked for (PEP 562), so that
+# `from ppo_fast.ops import gae` loads torch, but neither transformers nor the trainer.
+_MODULES = {
+    "ClassifierReward": "ppo_fast.rewards.score",
+    "Experience": "ppo_fast.learning.make_experience",
+    "PPOConfig": "ppo_fast.config",
+    "PPOTrainer": "ppo_fast.trainer",
+    "RewardModel": "ppo_fast.models.heads",
+    "Rollout": "ppo_fast.data.rollout",
+    "ValueModel": "ppo_fast.models.heads",
+}
+
+try:
+    __version__ = version("ppo_fast")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(import_module(_MODULES[name]), name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -63,14 +63,14 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     in_package = {name for name in names if name.startswith("ppo_fast/")}
     extensions = {name for name in in_package if name.endswith((".so", ".pyd"))}
     assert len(extensions) == 1
-    assert next(iter(extensions)).startswith("ppo_fast/_C.")
+    assert next(iter(extensions)).startswith("ppo_fast/ops/_C.")
     sources = {
         path.relative_to(ROOT).as_posix()
         for path in PACKAGE.rglob("*")
         if path.is_file() and path.suffix not in (".pyc", ".so", ".pyd")
     }
     assert in_package - extensions == sources
-    assert {"ppo_fast/py.typed", "ppo_fast/_C.pyi", "ppo_fast/demo/reviews.txt"} <= sources
+    assert {"ppo_fast/py.typed", "ppo_fast/ops/_C.pyi", "ppo_fast/demo/reviews.txt"} <= sources
     others = names - in_package
     assert all(".dist-info/" in name for name in others), f"csrc or tests? {others}"
     assert any(name.endswith("licenses/LICENSE") for name in others)
@@ -101,7 +101,7 @@ import ppo_fast
 from ppo_fast.ops import dispatch
 from ppo_fast.ops.gae import gae
 reason = dispatch.missing("cpp")
-assert "ppo_fast._C is not there" in reason, reason
+assert "ppo_fast.ops._C is not there" in reason, reason
 ones = torch.ones(2, 3)
 try:
     gae(ones, ones, gamma=0.5, lam=0.0, impl="cpp")

@@ -142,14 +142,14 @@ class Run:
 
 def build(run: Run) -> None:
     """The C++ extension beside the sources, unless it is there or installed."""
-    there = [PYTHON, "-c", "import ppo_fast._C"]
+    there = [PYTHON, "-c", "import ppo_fast.ops._C"]
     if subprocess.run(there, cwd=ROOT, env=run.environment, capture_output=True).returncode == 0:
         return
     wheels = run.work / "wheels"
     options = ["--no-build-isolation", "--no-deps", "--no-index", "-q", "-w", str(wheels)]
     if run.stage("build", 120, [PYTHON, "-m", "pip", "wheel", *options, "."]) == 0:
         with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
-            built = [name for name in wheel.namelist() if name.startswith("ppo_fast/_C.")]
+            built = [name for name in wheel.namelist() if name.startswith("ppo_fast/ops/_C.")]
             wheel.extractall(ROOT, built)
 
 

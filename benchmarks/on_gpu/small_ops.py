@@ -27,7 +27,7 @@ BIG = {
 
 def check(ops: list[str]) -> bool:
     right = True
-    for op in ops or list(first_use.CASES):
+    for op in ops or list(first_use.CHECKED):
         result = first_use.check(op, CUDA)
         note("check", op=op, ok=result.ok, error=result.error, detail=result.detail[:300])
         right &= result.ok

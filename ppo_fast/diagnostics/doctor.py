@@ -20,7 +20,7 @@ from rich.text import Text
 from ppo_fast import ops
 from ppo_fast.diagnostics.env import facts, main_device
 from ppo_fast.ops.backends import first_use
-from ppo_fast.ops.backends.dispatch import COMPILED, Impl, missing
+from ppo_fast.ops.backends.impls import COMPILED, Impl, missing
 
 INTERPRETED = {"TRITON_INTERPRET": "1"}
 
@@ -103,7 +103,7 @@ def _check_all(console: Console, device: torch.device, in_interpreter: bool) -> 
         runs.append(("triton", device))
     checks = []
     for impl, where in runs:
-        for op in (op for op in first_use.CASES if impl in COMPILED[op]):
+        for op in (op for op in first_use.CHECKED if impl in COMPILED[op]):
             with console.status(f"checking {op}, {impl}"):
                 result = _check(op, impl, where)
             name = "cpu, interpreted" if impl == "triton" and where == cpu else where.type

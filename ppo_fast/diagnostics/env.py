@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ppo_fast.ops.backends import first_use
-from ppo_fast.ops.backends.dispatch import COMPILED, choose, missing
+from ppo_fast.ops.backends.dispatch import choose
+from ppo_fast.ops.backends.impls import COMPILED, missing
 
 PACKAGES = ("ppo_fast", "torch", "transformers", "triton", "numpy", "tokenizers", "peft")
 
@@ -99,7 +100,7 @@ def _fast_paths(policy: str, device: torch.device) -> Table:
 
 
 def _instruction_set() -> str:
-    from ppo_fast import _C
+    from ppo_fast.ops import _C
 
     return f"{_C.instruction_set()} of {', '.join(_C.instruction_sets())}"
 

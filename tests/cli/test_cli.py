@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo_fast import PPOConfig
 from ppo_fast.cli.main import Train, main, newest_checkpoint, parse, read_config, read_prompts
-from ppo_fast.ops.backends.dispatch import COMPILED
+from ppo_fast.ops.backends.impls import COMPILED
 
 PROMPTS = ["The film was", "She thought", "Nothing in this room"]
 REWARD = """

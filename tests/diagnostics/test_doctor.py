@@ -12,8 +12,8 @@ from ppo_fast.cli.main import main
 from ppo_fast.diagnostics import doctor, env
 from ppo_fast.diagnostics.doctor import Sizes, measure
 from ppo_fast.ops.backends import dispatch, first_use, library
-from ppo_fast.ops.backends.dispatch import COMPILED
-from ppo_fast.ops.backends.first_use import CASES, Result
+from ppo_fast.ops.backends.first_use import CHECKED, Result
+from ppo_fast.ops.backends.impls import COMPILED
 from ppo_fast.ops.decode_attention import reference
 
 pytestmark = [
@@ -87,7 +87,7 @@ def test_without_a_gpu(capsys):
     assert "All checks passed." in out
     report = json.loads(out[out.index("{") : out.rindex("}") + 1])
     assert report["facts"]["torch"] == torch.__version__
-    assert {c["op"] for c in report["checks"]} == {op for op in CASES if "cpp" in COMPILED[op]}
+    assert {c["op"] for c in report["checks"]} == {op for op in CHECKED if "cpp" in COMPILED[op]}
     assert all(c["ok"] and c["impl"] == "cpp" and c["error"] < 1e-2 for c in report["checks"])
     assert "speeds" not in report
 
@@ -131,7 +131,7 @@ def test_in_a_process_that_interprets(capsys, monkeypatch, stand_ins):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     status, out = run(capsys, "--interpret")  # starts no other
     assert status == 0
-    assert out.count("cpu, interpreted") == 2 * len(CASES)  # in the table and in the JSON
+    assert out.count("cpu, interpreted") == 2 * len(CHECKED)  # in the table and in the JSON
     assert "No GPU here" not in out
 
 
@@ -257,7 +257,7 @@ def test_after_an_error_that_ends_the_use_of_a_gpu_each_op_is_checked_in_a_proce
     monkeypatch.setattr(doctor, "_is_lost", lambda device: bool(lost))
     status, out = run(capsys)
     assert status == 1
-    assert [*lost, *alone] == [op for op in CASES if "triton" in COMPILED[op]]
+    assert [*lost, *alone] == [op for op in CHECKED if "triton" in COMPILED[op]]
     assert len(lost) == 1
     assert "an illegal memory access" in out
 

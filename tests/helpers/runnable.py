@@ -11,7 +11,7 @@ import os
 import pytest
 import torch
 
-from ppo_fast.ops.backends.dispatch import COMPILED, missing
+from ppo_fast.ops.backends.impls import COMPILED, missing
 
 TRITON = os.environ.get("PPO_FAST_TEST_TRITON") == "1"  # set by conftest.py
 # The Triton kernels have no float64.

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from tiny_models import tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ppo_fast import _C
 from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.ops import _C
 from ppo_fast.ops.backends import cpus
 from ppo_fast.rollout.slots import SlotCache, step_arguments
 from ppo_fast.rollout.speedups.few_rows import few_row_products

@@ -9,7 +9,7 @@ from logprob_truth import assert_within_budget
 from runnable import implementations
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ppo_fast import _C
+from ppo_fast.ops import _C
 from ppo_fast.ops.few_row_linear import few_row_linear
 from ppo_fast.ops.few_row_linear.api import MOST_ROWS
 

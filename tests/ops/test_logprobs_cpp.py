@@ -10,7 +10,7 @@ import torch
 from logprob_truth import assert_within_budget, true_logit_grad, true_logprobs
 
 from ppo_fast.ops import linear_logprobs, logprobs_from_logits
-from ppo_fast.ops.backends.dispatch import missing
+from ppo_fast.ops.backends.impls import missing
 from ppo_fast.ops.linear_logprobs import cpp as linear_cpp
 from ppo_fast.ops.logprobs.cpp import _rows
 
@@ -20,14 +20,14 @@ pytestmark = pytest.mark.skipif(bool(missing("cpp")), reason=str(missing("cpp"))
 def instruction_sets() -> list[str]:
     if missing("cpp"):
         return []
-    from ppo_fast import _C
+    from ppo_fast.ops import _C
 
     return _C.instruction_sets()
 
 
 @contextmanager
 def instruction_set(name: str):
-    from ppo_fast import _C
+    from ppo_fast.ops import _C
 
     before = _C.instruction_set()
     _C.use_instruction_set(name)
@@ -76,7 +76,7 @@ def test_every_instruction_set_keeps_to_the_budget(name, dtype, v):
 
 
 def test_an_unknown_instruction_set_is_refused():
-    from ppo_fast import _C
+    from ppo_fast.ops import _C
 
     with pytest.raises(ValueError, match="no kernels for instruction set 'avx1024' here"):
         _C.use_instruction_set("avx1024")

@@ -21,7 +21,7 @@ from ppo_fast.ops import (
     value_loss,
     whiten,
 )
-from ppo_fast.ops.backends.dispatch import FASTEST, missing
+from ppo_fast.ops.backends.impls import FASTEST, missing
 from ppo_fast.ops.stats import PPO_STATS, VALUE_STATS, merge_stats
 
 B, T, D, V = 3, 5, 8, 41

@@ -10,7 +10,7 @@ import torch
 from sample_truth import KINDS, TRUNCATIONS, logits_of, noisy
 
 from ppo_fast.ops import logprobs_from_logits, sample_tokens
-from ppo_fast.ops.backends.dispatch import missing
+from ppo_fast.ops.backends.impls import missing
 from ppo_fast.ops.sample_tokens import reference
 
 pytestmark = pytest.mark.skipif(bool(missing("cpp")), reason=str(missing("cpp")))
@@ -21,14 +21,14 @@ FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 def instruction_sets() -> list[str]:
     if missing("cpp"):
         return []
-    from ppo_fast import _C
+    from ppo_fast.ops import _C
 
     return _C.instruction_sets()
 
 
 @pytest.fixture(params=instruction_sets())
 def instruction_set(request):
-    from ppo_fast import _C
+    from ppo_fast.ops import _C
 
     before = _C.instruction_set()
     _C.use_instruction_set(request.param)

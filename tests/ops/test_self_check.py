@@ -18,9 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import ppo_fast
 from ppo_fast import ops
 from ppo_fast.ops.backends import dispatch, first_use, library
-from ppo_fast.ops.backends.dispatch import COMPILED, choose
-from ppo_fast.ops.backends.first_use import CASES, Result, check
+from ppo_fast.ops.backends.dispatch import choose
+from ppo_fast.ops.backends.first_use import CHECKED, Result, check
+from ppo_fast.ops.backends.impls import COMPILED
 from ppo_fast.ops.decode_attention import reference
+from ppo_fast.ops.sample_tokens import check as sample_tokens_check
 
 pytestmark = [
     pytest.mark.parametrize("impl", ["triton" if TRITON else "cpp"]),
@@ -28,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(bool(dispatch.missing("cpp")), reason=str(dispatch.missing("cpp"))),
 ]
 
-OPS = [op for op in CASES if not TRITON or "triton" in COMPILED[op]]
+OPS = [op for op in CHECKED if not TRITON or "triton" in COMPILED[op]]
 RAW_OPS = {
     "logprobs_from_logits": ("logprobs_forward", "logprobs_backward"),
     "linear_logprobs": ("linear_logprobs_forward", "linear_logprobs_backward"),
@@ -353,7 +355,7 @@ def test_the_driver_where_it_is_hidden(monkeypatch):
 
 def test_no_draw_of_the_case_is_close(gpu):
     """Kernels that round otherwise must draw the same tokens."""
-    case, _ = CASES["sample_tokens"]
+    case = sample_tokens_check.case
     side = ("reference", torch.device("cpu"), torch.float32)
 
     class Shifted(first_use.Side):

@@ -11,8 +11,8 @@ import torch
 from tiny_models import PAD_ID, tiny_model
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
-from ppo_fast import _C
 from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.ops import _C
 from ppo_fast.rollout import LocalEngine, Sampling
 from ppo_fast.rollout.speedups.fast_paths import fast_paths
 from ppo_fast.rollout.speedups.slot_check import check_layers

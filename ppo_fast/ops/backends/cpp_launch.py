@@ -40,7 +40,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """``torch.empty`` on the CPU, in large pages where it is large."""
     tensor = torch.empty(shape, dtype=dtype, device="cpu")
     if tensor.nbytes >= 2**22:
-        from ppo_fast import _C
+        from ppo_fast.ops import _C
 
         _C.prefer_huge_pages(start=tensor.data_ptr(), num_bytes=tensor.nbytes)
     return tensor

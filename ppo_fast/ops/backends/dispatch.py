@@ -9,32 +9,13 @@ missing.
 
 from __future__ import annotations
 
-import importlib
 import os
-from functools import cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from ppo_fast.ops.backends import first_use
-
-Impl = Literal["auto", "reference", "cpp", "triton"]
-
-# Every op has a reference; these are the compiled implementations that exist beside it.
-COMPILED: dict[str, tuple[Impl, ...]] = {
-    "logprobs_from_logits": ("cpp", "triton"),
-    "linear_logprobs": ("cpp", "triton"),
-    "gae": ("cpp", "triton"),
-    "kl_estimate": ("cpp", "triton"),
-    "ppo_loss": ("cpp", "triton"),
-    "value_loss": ("cpp", "triton"),
-    "whiten": ("cpp", "triton"),
-    "sample_tokens": ("cpp", "triton"),
-    "few_row_linear": ("cpp",),
-    "decode_attention": ("triton",),
-}
-
-FASTEST: dict[str, Impl] = {"cpu": "cpp", "cuda": "triton"}
+from ppo_fast.ops.backends.impls import COMPILED, FASTEST, Impl, missing
 
 
 class Choice(NamedTuple):
@@ -44,23 +25,6 @@ class Choice(NamedTuple):
     reason: str
 
 
-@cache
-def missing(impl: Impl) -> str | None:
-    """Why ``impl`` cannot run in this installation; None when it can."""
-    if impl == "cpp":
-        try:
-            importlib.import_module("ppo_fast._C")
-        except ImportError as error:
-            return f"the compiled extension ppo_fast._C is not there ({error}); `pip install .`"
-    if impl == "triton":
-        try:
-            importlib.import_module("triton")
-        except ImportError as error:
-            return f"triton cannot be imported ({error})"
-    return None
-
-
-@torch.compiler.assume_constant_result  # torch.compile takes the answer and traces nothing of it
 def choose(op: str, impl: Impl, device: torch.device, dtype: torch.dtype = torch.float32) -> Choice:
     """The implementation that ``op`` uses for tensors of ``dtype`` on ``device``.
 
@@ -90,6 +54,11 @@ def choose(op: str, impl: Impl, device: torch.device, dtype: torch.dtype = torch
     if device.type != wanted:
         raise RuntimeError(f"{source}: {op} got tensors on {device}, expected {wanted}")
     return Choice(impl, source)
+
+
+# torch.compile takes the answer and traces nothing of it. torch.compiler.assume_constant_result does
+# so too, but it loads torch._dynamo, which takes longer than everything else here.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _triton_interpreted() -> bool:

@@ -10,6 +10,8 @@ raise, are not used by ``auto``; an explicit ``impl="triton"`` is not stopped.
 from __future__ import annotations
 
 import hashlib
+import importlib
+import importlib.metadata
 import json
 import math
 import os
@@ -17,19 +19,28 @@ import re
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ppo_fast import ops
-from ppo_fast.ops.stats import PPO_STATS, VALUE_STATS
+from ppo_fast.ops.backends.impls import FOLDERS, Impl
+from ppo_fast.ops.backends.side import Side
 
-if TYPE_CHECKING:
-    from ppo_fast.ops.backends.dispatch import Impl
+CHECKED = (
+    "logprobs_from_logits",
+    "linear_logprobs",
+    "gae",
+    "kl_estimate",
+    "ppo_loss",
+    "value_loss",
+    "whiten",
+    "sample_tokens",
+    "decode_attention",
+)
+"""Ops with a check.py: a function ``case(side)`` and the dtypes that it is run in."""
 
 
 class Result(NamedTuple):
@@ -87,7 +98,8 @@ def check(op: str, device: torch.device, impl: Impl = "triton") -> Result:
 
 
 def _check(op: str, device: torch.device, impl: Impl) -> Result:
-    case, dtypes = CASES[op]
+    module = importlib.import_module(f"ppo_fast.ops.{FOLDERS.get(op, op)}.check")
+    case, dtypes = module.case, module.DTYPES
     outcomes = []  # error as a share of what is allowed, error, words
     try:
         for dtype in dtypes:
@@ -183,15 +195,20 @@ def installation(device: torch.device) -> str:
     """What an answer holds for: the GPU, what compiles and runs the kernels, the kernels."""
     import triton
 
-    from ppo_fast import __version__
-
     ops = Path(__file__).parents[1]
     sources = sorted([*ops.glob("*.py"), *ops.glob("backends/*.py"), *ops.glob("*/triton*.py")])
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     return (
         f"{torch.cuda.get_device_name(device)}, driver {driver()}, torch {torch.__version__}, "
-        f"triton {triton.__version__}, ppo_fast {__version__}, kernels {digest[:12]}"
+        f"triton {triton.__version__}, ppo_fast {_own_version()}, kernels {digest[:12]}"
     )
+
+
+def _own_version() -> str:
+    try:
+        return importlib.metadata.version("ppo_fast")
+    except importlib.metadata.PackageNotFoundError:  # a source tree that was never installed
+        return "unknown"
 
 
 def driver() -> str:
@@ -212,185 +229,3 @@ def _can_run_on(device: torch.device) -> bool:
         and (device.index or 0) < torch.cuda.device_count()
         and not torch.cuda.is_current_stream_capturing()
     )
-
-
-# What is checked
-
-
-class Side:
-    """One side of a comparison: where and how a case runs, and its numbers, equal on both."""
-
-    def __init__(
-        self, impl: Impl, device: torch.device, dtype: torch.dtype, holds: torch.dtype
-    ) -> None:
-        """The numbers are of ``dtype``, held in ``holds``: float64 for the reference."""
-        self.impl, self.device = impl, device
-        self._dtype, self._holds = dtype, holds
-        self._generator = torch.Generator("cpu").manual_seed(1)
-
-    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        """Normal numbers of 8 significant bits: exact in bfloat16, and factors exact in TF32."""
-        return self._normal(shape, scale).to(self._dtype).to(self.device, self._holds)
-
-    def integers(self, high: int, *shape: int) -> Tensor:
-        x = torch.randint(high, shape, generator=self._generator, device="cpu")
-        return x.to(self.device)
-
-    def mask(self, *shape: int) -> Tensor:
-        """True three times out of four."""
-        return self.integers(4, *shape) > 0
-
-    def gradients(self, outputs: list[Tensor], **inputs: Tensor) -> dict[str, Tensor]:
-        """Of the named inputs, for random upstream gradients."""
-        upstream = [self._normal(tuple(y.shape), 1.0).to(y) for y in outputs]
-        grads = torch.autograd.grad(outputs, list(inputs.values()), upstream)
-        return {f"gradient of {x}": grad for x, grad in zip(inputs, grads, strict=True)}
-
-    def _normal(self, shape: tuple[int, ...], scale: float) -> Tensor:
-        x = torch.randn(shape, generator=self._generator, dtype=torch.float32, device="cpu")
-        return (x * scale).bfloat16().float()
-
-
-def _nan_outside(mask: Tensor, x: Tensor) -> Tensor:
-    return x.masked_fill(~mask, math.nan)
-
-
-def _logprobs_from_logits(side: Side) -> dict[str, Tensor]:
-    mask, labels = side.mask(4), side.integers(4129, 4)
-    logits = _nan_outside(mask[:, None], side.normal(4, 4129, scale=3.0)).requires_grad_()
-    labels = labels.masked_fill(~mask, -100)
-    out = ops.logprobs_from_logits(logits, labels, mask=mask, temperature=0.7, impl=side.impl)
-    assert out.entropy is not None
-    gradients = side.gradients([out.logprobs, out.entropy], logits=logits)
-    return {"logprobs": out.logprobs, "entropy": out.entropy, **gradients}
-
-
-def _linear_logprobs(side: Side) -> dict[str, Tensor]:
-    mask, labels = side.mask(9), side.integers(507, 9)
-    hidden = _nan_outside(mask[:, None], side.normal(9, 64)).requires_grad_()
-    weight = side.normal(507, 64, scale=0.3).requires_grad_()
-    bias = side.normal(507).requires_grad_()
-    out = ops.linear_logprobs(
-        hidden,
-        weight,
-        labels,
-        bias=bias,
-        mask=mask,
-        temperature=0.7,
-        logit_scale=0.5,
-        softcap=5.0,
-        logits_budget_bytes=0,
-        impl=side.impl,
-    )
-    assert out.entropy is not None
-    gradients = side.gradients([out.logprobs, out.entropy], hidden=hidden, weight=weight, bias=bias)
-    return {"logprobs": out.logprobs, "entropy": out.entropy, **gradients}
-
-
-def _gae(side: Side) -> dict[str, Tensor]:
-    mask, dones = side.mask(2, 1031), side.integers(40, 2, 1031) == 0
-    out = ops.gae(
-        _nan_outside(mask, side.normal(2, 1031)),
-        _nan_outside(mask, side.normal(2, 1031)),
-        mask=mask,
-        dones=dones,
-        bootstrap_value=side.normal(2),
-        gamma=0.99,
-        lam=0.95,
-        impl=side.impl,
-    )
-    return out._asdict()
-
-
-def _kl_estimate(side: Side) -> dict[str, Tensor]:
-    mask = side.mask(3, 701)
-    found: dict[str, Tensor] = {}
-    for estimator in ("k3", "k1+k2"):
-        logprobs = _nan_outside(mask, side.normal(3, 701, scale=0.5)).requires_grad_()
-        ref = _nan_outside(mask, side.normal(3, 701, scale=0.5))
-        kl = ops.kl_estimate(logprobs, ref, mask=mask, estimator=estimator, impl=side.impl)
-        (gradient,) = side.gradients([kl], logprobs=logprobs).values()
-        found |= {estimator: kl, f"gradient of {estimator}": gradient}
-    return found
-
-
-def _ppo_loss(side: Side) -> dict[str, Tensor]:
-    mask = side.mask(3, 701)
-    names = ("logprobs", "entropy", "old_logprobs", "advantages", "ref_logprobs")
-    x: dict[str, Any] = {name: _nan_outside(mask, side.normal(3, 701, scale=0.5)) for name in names}
-    logprobs, entropy = x["logprobs"].requires_grad_(), x["entropy"].requires_grad_()
-    out = ops.ppo_loss(
-        **x,
-        mask=mask,
-        dual_clip=1.5,
-        kl_coef=0.1,
-        kl_estimator="k3",
-        entropy_coef=0.02,
-        aggregation="seq-mean-token-mean",
-        impl=side.impl,
-    )
-    gradients = side.gradients([out.loss], logprobs=logprobs, entropy=entropy)
-    metrics = dict(zip(PPO_STATS, out.metrics.unbind(), strict=True))
-    return {"loss": out.loss, **metrics, **gradients}
-
-
-def _value_loss(side: Side) -> dict[str, Tensor]:
-    mask = side.mask(3, 701)
-    values, old, returns = (_nan_outside(mask, side.normal(3, 701)) for _ in range(3))
-    values.requires_grad_()
-    out = ops.value_loss(
-        values, old_values=old, returns=returns, mask=mask, clip=0.5, impl=side.impl
-    )
-    metrics = dict(zip(VALUE_STATS, out.metrics.unbind(), strict=True))
-    return {"loss": out.loss, **metrics, **side.gradients([out.loss], values=values)}
-
-
-def _whiten(side: Side) -> dict[str, Tensor]:
-    mask = side.mask(3, 701)
-    values = _nan_outside(mask, side.normal(3, 701, scale=3.0)).requires_grad_()
-    whitened = ops.whiten(values, mask=mask, impl=side.impl)
-    return {"whitened": whitened, **side.gradients([whitened], values=values)}
-
-
-def _sample_tokens(side: Side) -> dict[str, Tensor]:
-    logits, seeds = side.normal(2, 4129, scale=3.0), side.integers(2**62, 2) - 2**61
-    positions = side.integers(2**20, 2)
-    found: dict[str, Tensor] = {}
-    for words, top_k, top_p in (("", 0, 1.0), ("truncated ", 50, 0.9)):
-        drawn = ops.sample_tokens(
-            logits, seeds, positions, temperature=0.7, top_k=top_k, top_p=top_p, impl=side.impl
-        )
-        found |= {words + name: x for name, x in drawn._asdict().items()}
-    return found
-
-
-def _decode_attention(side: Side) -> dict[str, Tensor]:
-    """A slice of a cache that is NaN where no row looks; rows of one column, of three chunks."""
-    lengths = torch.tensor([1, 507, 1203], device=side.device)
-    query = side.normal(3, 6, 80)
-    keys, values = side.normal(4, 1301, 2, 80)[:3], side.normal(4, 1301, 2, 80)[:3]
-    column = torch.arange(1301, device=side.device)
-    found: dict[str, Tensor] = {}
-    for words, window in (("result", None), ("with a window", 600)):
-        seen = column < lengths[:, None]
-        if window is not None:
-            seen &= column >= lengths[:, None] - window
-        k, v = (_nan_outside(seen[..., None, None], x)[:, :1203] for x in (keys, values))
-        found[words] = ops.decode_attention(
-            query, k, v, lengths, scaling=80**-0.5, window=window, impl=side.impl
-        )
-    return found
-
-
-# By op: the case, and the dtypes that it is run in.
-CASES: dict[str, tuple[Callable[[Side], dict[str, Tensor]], tuple[torch.dtype, ...]]] = {
-    "logprobs_from_logits": (_logprobs_from_logits, (torch.float32, torch.bfloat16)),
-    "linear_logprobs": (_linear_logprobs, (torch.float32, torch.bfloat16)),
-    "gae": (_gae, (torch.float32,)),
-    "kl_estimate": (_kl_estimate, (torch.float32,)),
-    "ppo_loss": (_ppo_loss, (torch.float32,)),
-    "value_loss": (_value_loss, (torch.float32,)),
-    "whiten": (_whiten, (torch.float32,)),
-    "sample_tokens": (_sample_tokens, (torch.float32, torch.bfloat16)),
-    "decode_attention": (_decode_attention, (torch.float32, torch.bfloat16)),
-}

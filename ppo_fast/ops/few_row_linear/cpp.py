@@ -11,7 +11,7 @@ from ppo_fast.ops.backends.cpus import num_threads
 
 def few_row_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """[..., V] from x [..., D], weight [V, D] and bias [V], CPU tensors of one dtype."""
-    from ppo_fast import _C
+    from ppo_fast.ops import _C
 
     dtype, (num_outputs, num_inputs) = x.dtype, weight.shape
     x = vouched("x", x, (*x.shape[:-1], num_inputs), dtype)

@@ -20,7 +20,7 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """As reference.gae, on CPU tensors: rewards, values [B, T] and bootstrap_value, lam [B] of one
     dtype, float32 or float64; mask and dones [B, T] bool. Any strides."""
-    from ppo_fast import _C
+    from ppo_fast.ops import _C
 
     dtype, step = rewards.dtype, tuple(rewards.shape)
     num_rows, num_steps = step

@@ -20,7 +20,7 @@ def kl_estimate(
 ) -> tuple[Tensor, Tensor]:
     """The estimate [B, T] and, with ``with_slope``, its derivative in ``logprobs`` (else an empty
     tensor), of CPU log-probs [B, T] of one dtype, float32 or float64, and a bool mask."""
-    from ppo_fast import _C
+    from ppo_fast.ops import _C
 
     dtype, shape = logprobs.dtype, tuple(logprobs.shape)
     logprobs = vouched("logprobs", logprobs, shape, dtype)

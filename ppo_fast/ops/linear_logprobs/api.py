@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from ppo_fast.ops.backends import library
-from ppo_fast.ops.backends.dispatch import Impl, choose
+from ppo_fast.ops.backends.dispatch import choose
+from ppo_fast.ops.backends.impls import Impl
 from ppo_fast.ops.linear_logprobs import reference
 from ppo_fast.ops.logprobs import TokenLogprobs
 from ppo_fast.ops.validation import (

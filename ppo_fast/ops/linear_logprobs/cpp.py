@@ -97,7 +97,7 @@ def linear_logprobs_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probs [N], entropies [N] (an empty tensor without ``with_entropy``), the statistics
     [N, 2] and the kept tiles, at most ``budget_bytes``, that backward needs."""
-    from ppo_fast import _C
+    from ppo_fast.ops import _C
 
     head = _vouched_head(hidden, weight, bias, logit_scale, softcap, temperature)
     rows, hidden, labels = _counting_rows(hidden, labels, mask, head.work)
@@ -209,7 +209,7 @@ def _tile_gradient(
     values: _RowValues,
 ) -> Tensor:
     """dL/d(W h) of a tile, in the scratch tile: a kept one stays whole for another backward."""
-    from ppo_fast import _C
+    from ppo_fast.ops import _C
 
     gradient = tiles.scratch(len(hidden), columns)
     if place is None:

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ppo_fast.ops.backends import library
-from ppo_fast.ops.backends.dispatch import Impl, choose
+from ppo_fast.ops.backends.dispatch import choose
+from ppo_fast.ops.backends.impls import Impl
 from ppo_fast.ops.logprobs import reference
 from ppo_fast.ops.validation import (
     check_floating,

@@ -21,7 +21,7 @@ def logprobs_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs [...], entropies [...] (an empty tensor without ``with_entropy``) and the
     statistics [..., 2] that backward needs, of CPU logits [..., V] of any strides."""
-    from ppo_fast import _C
+    from ppo_fast.ops import _C
 
     lead = tuple(logits.shape[:-1])
     labels = vouched("labels", labels, lead, torch.int64)
@@ -55,7 +55,7 @@ def logprobs_backward(
     grad_entropy: Tensor | None,
 ) -> Tensor:
     """Gradient of the logits, [..., V] contiguous, of their dtype."""
-    from ppo_fast import _C
+    from ppo_fast.ops import _C
 
     lead = tuple(logits.shape[:-1])
     labels = vouched("labels", labels, lead, torch.int64)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ppo_fast.ops.backends import library
-from ppo_fast.ops.backends.dispatch import Impl, choose
+from ppo_fast.ops.backends.dispatch import choose
+from ppo_fast.ops.backends.impls import Impl
 from ppo_fast.ops.gradient import (
     as_dtype,
     computed_in,

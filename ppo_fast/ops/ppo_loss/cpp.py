@@ -39,7 +39,7 @@ def ppo_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [], metrics [K] and gradients [num_gradients, B, T] (0: none, 1: of the log-probs,
     2: of the entropy too), of CPU tensors [B, T] of one dtype, float32 or float64, and a mask."""
-    from ppo_fast import _C
+    from ppo_fast.ops import _C
 
     dtype, shape = logprobs.dtype, tuple(logprobs.shape)
     num_rows, num_steps = shape

@@ -8,7 +8,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ppo_fast.ops.backends import library
-from ppo_fast.ops.backends.dispatch import Impl, choose
+from ppo_fast.ops.backends.dispatch import choose
+from ppo_fast.ops.backends.impls import Impl
 from ppo_fast.ops.sample_tokens import reference
 from ppo_fast.ops.validation import (
     check_floating,

@@ -19,7 +19,7 @@ def sample_tokens(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As reference.sample_tokens, on CPU tensors: logits [B, V] of any strides, seeds and
     positions [B] int64."""
-    from ppo_fast import _C
+    from ppo_fast.ops import _C
 
     num_rows, vocab_size = logits.shape
     if logits.stride(1) != 1 and vocab_size > 1:

@@ -23,7 +23,7 @@ def value_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [], metrics [K] and gradients [num_gradients, B, T] (0: none, 1: of the values), of CPU
     tensors [B, T] of one dtype, float32 or float64, and a bool mask."""
-    from ppo_fast import _C
+    from ppo_fast.ops import _C
 
     dtype, shape = values.dtype, tuple(values.shape)
     values = vouched("values", values, shape, dtype)

@@ -12,7 +12,7 @@ from ppo_fast.ops.backends.cpus import num_threads
 def whiten(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Whitened values [B, T] and, for backward, what they were scaled with [] in float64, of CPU
     values [B, T], float32 or float64, and a bool mask."""
-    from ppo_fast import _C
+    from ppo_fast.ops import _C
 
     dtype, shape = values.dtype, tuple(values.shape)
     values = vouched("values", values, shape, dtype)
@@ -34,7 +34,7 @@ def whiten(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def whiten_backward(grad_whitened: Tensor, whitened: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
     """Gradient of the values, [B, T]."""
-    from ppo_fast import _C
+    from ppo_fast.ops import _C
 
     dtype, shape = whitened.dtype, tuple(whitened.shape)
     grad_whitened = vouched("grad_whitened", grad_whitened, shape, dtype)

@@ -99,7 +99,7 @@ class StepForward:
     ``calls`` counts the kernel's."""
 
     def __init__(self, layer: Any, window: int) -> None:
-        from ppo_fast import _C
+        from ppo_fast.ops import _C
 
         self._layer, self._cache_argument, self.calls = layer, cache_argument(layer), 0
         read = read_llama_layer(layer)

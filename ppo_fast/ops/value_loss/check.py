@@ -1,0 +1,22 @@
+"""The small case on which the kernels of value_loss are compared with float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ppo_fast.ops.backends.side import Side, nan_outside
+from ppo_fast.ops.stats import VALUE_STATS
+from ppo_fast.ops.value_loss.api import value_loss
+
+DTYPES = (torch.float32,)
+
+
+def case(side: Side) -> dict[str, Tensor]:
+    """Numbers of ``value_loss`` on random input, by name."""
+    mask = side.mask(3, 701)
+    values, old, returns = (nan_outside(mask, side.normal(3, 701)) for _ in range(3))
+    values.requires_grad_()
+    out = value_loss(values, old_values=old, returns=returns, mask=mask, clip=0.5, impl=side.impl)
+    metrics = dict(zip(VALUE_STATS, out.metrics.unbind(), strict=True))
+    return {"loss": out.loss, **metrics, **side.gradients([out.loss], values=values)}
