@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ppo_fast.config import PPOConfig
+    from ppo_fast.data.experience import Experience
     from ppo_fast.data.rollout import Rollout
-    from ppo_fast.learning.make_experience import Experience
     from ppo_fast.models.heads import RewardModel, ValueModel
-    from ppo_fast.rewards.score import ClassifierReward
+    from ppo_fast.ppo import PPO
+    from ppo_fast.rewards.classifier import ClassifierReward
     from ppo_fast.trainer import PPOTrainer
 
 __all__ = [
+    "PPO",
     "ClassifierReward",
     "Experience",
     "PPOConfig",
@@ -31,8 +33,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 # Where each name is defined. It is loaded when it is first asked for (PEP 562), so that
 # `from ppo_fast.ops import gae` loads torch, but neither transformers nor the trainer.
 _MODULES = {
-    "ClassifierReward": "ppo_fast.rewards.score",
-    "Experience": "ppo_fast.learning.make_experience",
+    "PPO": "ppo_fast.ppo",
+    "ClassifierReward": "ppo_fast.rewards.classifier",
+    "Experience": "ppo_fast.data.experience",
     "PPOConfig": "ppo_fast.config",
     "PPOTrainer": "ppo_fast.trainer",
     "RewardModel": "ppo_fast.models.heads",

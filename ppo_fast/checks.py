@@ -1,88 +1,141 @@
-"""Checks of what users hand in, made before any model runs."""
+"""Checks of numbers and words that users give: settings with a range, and counts.
+
+A dataclass says beside each field what it allows, and ``check_fields`` holds it to that::
+
+    gamma: float = number(1.0, at_least=0, at_most=1)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral
-from typing import Any
+import math
+from collections.abc import Callable
+from dataclasses import field, fields
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-import torch
-from torch import nn
+
+class Allowed(NamedTuple):
+    """What a field allows: a test of a value, and the same in words."""
+
+    test: Callable[[Any], bool]
+    words: str
 
 
-def check_policy(policy_model: Any) -> None:
-    """A transformers causal language model.
+def number(
+    default: Any,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    below: float = math.inf,
+    at_most: float = math.inf,
+    or_inf: str = "",
+    or_none: bool = False,
+) -> Any:
+    """A dataclass field for a finite number in a range.
+
+    Args:
+        default: its default.
+        above, at_least, below, at_most: the ends of the range.
+        or_inf: what infinity means, where that is allowed too.
+        or_none: whether None is allowed too.
+    """
+
+    def test(value: Any) -> bool:
+        if not isinstance(value, Real):
+            return False
+        x = float(value)
+        if not math.isfinite(x):
+            return bool(or_inf) and x == math.inf
+        return above < x and at_least <= x < below and x <= at_most
+
+    words = f"a number{_range(above, at_least, below, at_most)}"
+    words = words if words != "a number" else "a finite number"
+    return _field(default, test, words + (f" (inf: {or_inf})" if or_inf else ""), or_none)
+
+
+def whole(
+    default: Any, *, at_least: int = 1, below: float = math.inf, or_none: bool = False
+) -> Any:
+    """A dataclass field for a whole number in a range; ``or_none``: or None."""
+
+    def test(value: Any) -> bool:
+        return is_whole(value) and at_least <= value < below
+
+    limit = f"2**{int(math.log2(below))}" if below < math.inf else ""
+    words = f"in [{at_least}, {limit})" if limit else f">= {at_least}"
+    return _field(default, test, f"a whole number {words}", or_none)
+
+
+def tuple_of(default: Any, kind: type, words: str) -> Any:
+    """A dataclass field for a tuple of ``kind``; in a config file it is a list."""
+
+    def test(value: Any) -> bool:
+        return isinstance(value, tuple) and all(isinstance(v, kind) for v in value)
+
+    return _field(default, test, words, False)
+
+
+def allowed(default: Any, test: Callable[[Any], bool], words: str) -> Any:
+    """A dataclass field with a test of its own."""
+    return _field(default, test, words, False)
+
+
+def _field(default: Any, test: Callable[[Any], bool], words: str, or_none: bool) -> Any:
+    if or_none:
+        found = Allowed(lambda value: value is None or test(value), f"{words}, or None")
+    else:
+        found = Allowed(test, words)
+    return field(default=default, metadata={"allowed": found})
+
+
+def _range(above: float, at_least: float, below: float, at_most: float) -> str:
+    low, high = max(above, at_least), min(below, at_most)
+    if low == -math.inf and high == math.inf:
+        return ""
+    if high == math.inf:
+        return f" above {low:g}" if above > at_least else f" >= {low:g}"
+    return (
+        f" in {'(' if above > at_least else '['}{low:g}, {high:g}{']' if at_most < below else ')'}"
+    )
+
+
+def check_fields(settings: Any) -> None:
+    """Hold a dataclass to what its fields allow; a field of a Literal type, or of bool, allows the
+    values that its type names. Lists become tuples where a tuple is expected.
 
     Raises:
-        TypeError: it is something else.
+        ValueError: a value is not allowed; it names the field, the value and what is allowed.
     """
-    if not isinstance(policy_model, nn.Module) or not hasattr(policy_model, "config"):
-        raise TypeError(
-            f"policy_model: got {type(policy_model).__name__}, expected a transformers causal "
-            "language model, as AutoModelForCausalLM.from_pretrained(...) gives"
-        )
-    adapter: Any = getattr(policy_model, "active_peft_config", None)
-    if getattr(adapter, "is_prompt_learning", False):
-        raise TypeError(
-            f"policy_model: its adapter is a {type(adapter).__name__}, whose "
-            "virtual tokens stand before every prompt; use one that changes layers, as LoRA does"
-        )
-    head = getattr(policy_model, "get_output_embeddings", lambda: None)()
-    if head is None or getattr(policy_model.config, "is_encoder_decoder", False):
-        raise TypeError(
-            f"policy_model: {type(policy_model).__name__} is no causal language model; load it "
-            "with AutoModelForCausalLM.from_pretrained(...)"
-        )
+    hints = get_type_hints(type(settings))
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        if isinstance(value, list) and isinstance(item.default, tuple):
+            value = tuple(value)
+            object.__setattr__(settings, item.name, value)
+        found = item.metadata.get("allowed") or _choices(hints[item.name])
+        if found is not None and not found.test(value):
+            raise ValueError(f"{item.name}: got {value!r}, expected {found.words}")
 
 
-def check_tokenizer(tokenizer: Any, policy_model: nn.Module) -> None:
-    """A tokenizer with a pad token, all of whose ids the policy has.
-
-    Raises:
-        ValueError: it has no pad token, or ids beyond the policy's vocabulary.
-    """
-    if not hasattr(tokenizer, "get_vocab"):
-        raise TypeError(
-            f"tokenizer: got {type(tokenizer).__name__}, expected a transformers tokenizer, as "
-            "AutoTokenizer.from_pretrained(...) gives"
-        )
-    if getattr(tokenizer, "pad_token_id", None) is None:
-        raise ValueError(
-            "tokenizer: has no pad token; set one, for example "
-            "tokenizer.pad_token = tokenizer.eos_token"
-        )
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    rows = policy_model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    if largest >= rows:
-        raise ValueError(
-            f"tokenizer: its largest id is {largest}, but policy_model has {rows} embeddings; use "
-            "the model's own tokenizer, or policy_model.resize_token_embeddings(len(tokenizer))"
-        )
+def _choices(hint: Any) -> Allowed | None:
+    """Of a Literal, an optional Literal or bool."""
+    if hint is bool:
+        return Allowed(lambda value: isinstance(value, bool), "True or False")
+    optional = get_origin(hint) in (Union, UnionType) and NoneType in get_args(hint)
+    parts = [part for part in get_args(hint) if part is not NoneType] if optional else [hint]
+    if len(parts) != 1 or get_origin(parts[0]) is not Literal:
+        return None
+    values = (*((None,) if optional else ()), *get_args(parts[0]))
+    return Allowed(
+        lambda value: any(value is v or (isinstance(v, str) and value == v) for v in values),
+        f"one of {values}",
+    )
 
 
-def place(model: Any, name: str, device: torch.device) -> None:
-    """Move a module that lies on the CPU to ``device``.
-
-    Raises:
-        ValueError: it lies on several devices, or on one that is neither the CPU nor ``device``.
-    """
-    if not isinstance(model, nn.Module):
-        return
-    found = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
-    if len(found) > 1:
-        raise ValueError(
-            f"{name}: its weights lie on several devices {sorted(map(str, found))}, expected one; "
-            "load it without device_map"
-        )
-    where = next(iter(found), device)
-    if where.type not in ("cpu", device.type) or (
-        where.type == device.type and None not in (where.index, device.index) and where != device
-    ):
-        raise ValueError(
-            f"{name}: lies on {where}, but device={device}; the models of a trainer share one "
-            f"device: move it with .to({str(device)!r})"
-        )
-    model.to(device)
+def is_whole(value: Any) -> bool:
+    """Whether it is an integer, and no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_counts(**counts: Any) -> None:
@@ -92,59 +145,5 @@ def check_counts(**counts: Any) -> None:
         ValueError: one is not.
     """
     for name, value in counts.items():
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        if not is_whole(value) or value < 1:
             raise ValueError(f"{name}: got {value!r}, expected a whole number of at least 1")
-
-
-def check_prompts(prompts: Any) -> list[str]:
-    """A list of strings, not empty.
-
-    Raises:
-        TypeError: ``prompts`` is one string or no list, or holds something that is not a string.
-        ValueError: there are none.
-    """
-    if isinstance(prompts, str):
-        raise TypeError("prompts: got one string, expected a list of strings; pass [prompt]")
-    if not isinstance(prompts, Iterable) or isinstance(prompts, Mapping):
-        raise TypeError(f"prompts: got {type(prompts).__name__}, expected a list of strings")
-    prompts = list(prompts)
-    if not prompts:
-        raise ValueError("prompts: got an empty list, expected at least one prompt")
-    for i, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise TypeError(f"prompts[{i}]: got {type(prompt).__name__}, expected a string")
-    return prompts
-
-
-def context_limit(model: nn.Module) -> int | None:
-    """The most positions that the model's config allows; None when it names no limit."""
-    config = getattr(model, "config", None)
-    return None if config is None else getattr(
-        config.get_text_config(), "max_position_embeddings", None
-    )  # fmt: skip
-
-
-def check_prompt_ids(
-    prompts: Sequence[str],
-    prompt_ids: Sequence[Sequence[int]],
-    max_length: int,
-    limit: int | None,
-) -> None:
-    """No prompt is empty, and each leaves room for a response of ``max_length`` tokens.
-
-    Raises:
-        ValueError: one does not (it is named, with its length and the limit).
-    """
-    for i, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True)):
-        if not ids:
-            raise ValueError(
-                f"prompts[{i}]: {prompt!r} is empty after tokenisation; remove it, or give the "
-                "model something to start from"
-            )
-        if limit is not None and len(ids) + max_length > limit:
-            short = prompt if len(prompt) <= 60 else prompt[:57] + "..."
-            raise ValueError(
-                f"prompts[{i}]: {short!r} has {len(ids)} tokens; with max_length={max_length} "
-                f"that exceeds the model's context of {limit}; shorten the prompt or lower "
-                f"max_length to {max(limit - len(ids), 0)}"
-            )

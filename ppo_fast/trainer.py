@@ -1,52 +1,43 @@
-"""PPOTrainer: PPO for a causal language model, as the algorithm reads.
-
-prompts --rollout--> Rollout --make_experience--> Experience --update--> metrics
-"""
+"""PPOTrainer: PPO by the constructor and the method names of the classic interface."""
 
 from __future__ import annotations
 
-import time
-import warnings
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
-from ppo_fast import checks
+from ppo_fast.checks import check_counts
 from ppo_fast.config import PPOConfig
-from ppo_fast.diagnostics.memory_plan import MemoryPlan, plan_memory
-from ppo_fast.learning.half_adamw import HalfAdamW
-from ppo_fast.learning.learner import Learner
-from ppo_fast.learning.make_experience import (
-    Experience,
-    computes_in_float32,
-    make_experience,
-    with_trunk,
-)
-from ppo_fast.models import setup
-from ppo_fast.models.adapters import adapted_layers
+from ppo_fast.data.batches import in_batches
+from ppo_fast.data.experience import Experience
+from ppo_fast.data.prompts import check_prompt_ids, check_prompts
+from ppo_fast.data.rollout import Rollout
+from ppo_fast.data.tokens import Tokens, make_tokens
 from ppo_fast.models.attention import without_cudnn_attention
+from ppo_fast.models.checks import context_limit
 from ppo_fast.models.language_model import LanguageModel
-from ppo_fast.models.precision import WeightCopies
-from ppo_fast.rewards.score import RewardFunction, check_reward_model, check_scores, score
-from ppo_fast.rollout import Engine, LocalEngine, Rollout, eos_ids
-from ppo_fast.rollout.speedups.cuda_graph_check import CAPTURES
-from ppo_fast.runs.loop import TrainingLoop
-from ppo_fast.spec_methods import SpecMethods
-
-# Rounding stays far below this: between decoding with a cache and one pass over all tokens in
-# float32; in half precision between two passes whose batches differ (0.07 was seen on an H200).
-MOST_FIRST_LOG_RATIO = 1e-2
-MOST_FIRST_LOG_RATIO_HALF = 0.3
+from ppo_fast.ops import gae, ppo_loss
+from ppo_fast.ppo import PPO
+from ppo_fast.rewards.score import RewardFunction, check_reward_model
+from ppo_fast.rewards.scorer import Scorer
+from ppo_fast.rollout import Engine
+from ppo_fast.runs.loop import OnStep
 
 
-class PPOTrainer(SpecMethods, TrainingLoop):
-    """Trains a causal language model by PPO against a reward.
+class PPOTrainer(PPO):
+    """Trains a causal language model by PPO against a reward: the classic interface.
+
+    Tensors [B, T] that its methods return are 0 beyond a response. Pairs of texts that came from
+    the last ``generate_responses`` (or ``rollout``) stand for the very tokens that were sampled,
+    and their log-probs are at its temperature unless another is given; other responses are encoded
+    without special tokens and get no EOS.
 
     Args:
         policy_model: the transformers causal LM that is trained. It is moved to ``device``, its
@@ -68,23 +59,21 @@ class PPOTrainer(SpecMethods, TrainingLoop):
         config: every other setting; ``PPOConfig()`` has what works for language models. The
             arguments above, where given, come before it; without one, the defaults above hold
             (``PPOConfig.spec()``).
-        engine: who samples (``ppo_fast.rollout``); None: the policy, in this process.
+        engine: what samples (``ppo_fast.rollout``); None: the policy, in this process.
 
     Attributes:
         policy_model, value_model, reward_model, tokenizer, device: as given.
         reference_model: the policy as it was at construction, frozen, sharing its frozen weights.
-        policy_optimizer, value_optimizer: AdamW over float32 weights; the latter None without a
-            value function.
+        policy_optimizer, value_optimizer: of the learner; the latter None where nothing is trained
+            for the values.
         stats: running totals: total_steps, and sums over steps of the rewards, KLs and losses.
-        config: the resolved PPOConfig.
-        last_rollout, last_scores: what was sampled last, and its scores [B].
+        last_rollout: what was sampled last, without states and trunk; None.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, what it got, what
             was expected and how to mend it.
     """
 
-    @without_cudnn_attention()
     def __init__(
         self,
         policy_model: nn.Module,
@@ -103,6 +92,8 @@ class PPOTrainer(SpecMethods, TrainingLoop):
         config: PPOConfig | None = None,
         engine: Engine | None = None,
     ) -> None:
+        if config is not None and not isinstance(config, PPOConfig):
+            raise TypeError(f"config: got {type(config).__name__}, expected a PPOConfig(...)")
         given = {
             "learning_rate": learning_rate,
             "clip_epsilon": clip_epsilon,
@@ -113,145 +104,82 @@ class PPOTrainer(SpecMethods, TrainingLoop):
             "max_grad_norm": max_grad_norm,
         }
         given = {name: value for name, value in given.items() if value is not None}
-        if config is not None and not isinstance(config, PPOConfig):
-            raise TypeError(f"config: got {type(config).__name__}, expected a PPOConfig(...)")
-        self.config = replace(config or PPOConfig.spec(), **given)  # type: ignore[arg-type]
-        self.device = torch.device(device)
-        self.tokenizer = tokenizer
-        checks.check_policy(policy_model)
-        checks.check_tokenizer(tokenizer, policy_model)
-        check_reward_model(reward_model)
-        critic = setup.which_critic(self.config, value_model)
-        models = {
-            "policy_model": policy_model,
-            "value_model": value_model,
-            "reward_model": reward_model,
-        }
-        for name, model in models.items():
-            checks.place(model, name, self.device)
+        super().__init__(
+            policy_model,
+            tokenizer,
+            reward_model,
+            value_model=value_model,
+            device=device,
+            config=replace(config or PPOConfig.spec(), **given),  # type: ignore[arg-type]
+            engine=engine,
+        )
         self.policy_model, self.value_model = policy_model, value_model
-        self.reward_model = reward_model
-        setup.prepare(policy_model, value_model, reward_model, self.config)
-        setup.hold_weights(policy_model, value_model, self.config)
-        self.reference_model = setup.make_reference(policy_model, self.config)
-        self.policy = self._language_model(policy_model)
-        self.reference = self._language_model(self.reference_model)
-        self.critic = setup.make_critic(critic, self.policy, value_model, self.config, self.device)
-        self.reward_split = setup.put_on_trunk(reward_model, self.policy)
-        setup.check_shared_weights(policy_model, value_model, reward_model, self.critic)
-        self.engine = engine or self._local_engine()
-        self.weight_copies = WeightCopies(self.config.torch_dtype, self._kept_bytes())
-        self.policy_optimizer = self._adamw(policy_model, self.config.learning_rate)
-        self.value_optimizer = None
-        if self.critic is not None:
-            rate = self.config.value_learning_rate or self.config.learning_rate
-            self.value_optimizer = self._adamw(self.critic.module, rate)
-        self._init_counters()
-        self._warned_of_discount = False
+        self.reference_model = self.reference.model
+        self.last_rollout: Rollout | None = None
 
-    # The algorithm
+    @property
+    def reward_model(self) -> Any:
+        return self.scorer.reward
 
-    @without_cudnn_attention()
-    def rollout(
+    @reward_model.setter
+    def reward_model(self, reward_model: nn.Module | RewardFunction) -> None:
+        check_reward_model(reward_model)
+        self.scorer = Scorer(reward_model, self.policy, self.config.forward_batch_tokens)
+
+    @property
+    def policy_optimizer(self) -> Optimizer:
+        return self.learner.optimizers["policy"]
+
+    @policy_optimizer.setter
+    def policy_optimizer(self, optimizer: Optimizer) -> None:
+        self.learner.optimizers["policy"] = optimizer
+
+    @property
+    def value_optimizer(self) -> Optimizer | None:
+        return self.learner.optimizers.get("value")
+
+    @value_optimizer.setter
+    def value_optimizer(self, optimizer: Optimizer) -> None:
+        self.learner.optimizers["value"] = optimizer
+
+    @property
+    def stats(self) -> dict[str, float]:
+        return self.progress.stats
+
+    def get_statistics(self) -> dict[str, float]:
+        """total_steps, and avg_reward, avg_kl_divergence, avg_policy_loss, avg_value_loss over all
+        steps so far."""
+        return self.progress.averages()
+
+    def train(  # type: ignore[override]
         self,
         prompts: Sequence[str],
+        num_steps: int = 100,
+        batch_size: int = 4,
+        num_epochs_per_batch: int | None = None,
         max_length: int | None = None,
         temperature: float | None = None,
+        checkpoint_dir: str | Path | None = None,
+        checkpoint_freq: int = 10,
         *,
-        seeds: Tensor | None = None,
-    ) -> Rollout:
-        """Sample a response for every prompt from the current policy.
-
-        Args:
-            prompts: B texts; tokenised as the tokenizer does by default.
-            max_length: most response tokens; None: the config's.
-            temperature: None: the config's.
-            seeds: [B] int64, what each draw depends on beside the token's place; None: the next
-                ones of the trainer's own.
-        """
-        sampling = self.config.sampling(max_length, temperature)
-        self._warn_of_discount(sampling.max_length)
-        prompts = checks.check_prompts(prompts)
-        prompt_ids = self.tokenizer(prompts)["input_ids"]
-        limit = checks.context_limit(self.policy_model)
-        checks.check_prompt_ids(prompts, prompt_ids, sampling.max_length, limit)
-        seeds = self._next_seeds(len(prompts)) if seeds is None else seeds
-        with self.weight_copies.in_use(self.policy_model):
-            self.engine.sync_weights(self.policy_model)
-            rollout = self.engine.generate(prompt_ids, sampling, seeds=seeds)
-        lengths = rollout.tokens.response_lengths.tolist()
-        rows = zip(rollout.tokens.response_ids.tolist(), lengths, strict=True)
-        completions = self.tokenizer.batch_decode(
-            [ids[:length] for ids, length in rows], skip_special_tokens=True
+        progress: bool = True,
+        on_step: OnStep | None = None,
+    ) -> dict[str, Any]:
+        """As ``PPO.train``; ``num_epochs_per_batch`` (4), ``max_length`` (150) and ``temperature``
+        (1.0) are the config's by default."""
+        self._check_epochs(num_epochs_per_batch)
+        return super().train(
+            prompts,
+            num_steps,
+            batch_size,
+            num_epochs=num_epochs_per_batch,
+            max_length=max_length,
+            temperature=temperature,
+            checkpoint_dir=checkpoint_dir,
+            checkpoint_freq=checkpoint_freq,
+            progress=progress,
+            on_step=on_step,
         )
-        rollout = replace(rollout, prompts=prompts, completions=completions)
-        # without what is large, and read by no one
-        self.last_rollout = replace(rollout, trunk=None, states=None)
-        return rollout
-
-    @without_cudnn_attention()
-    def make_experience(
-        self, rollout: Rollout, scores: Tensor | Sequence[float] | None = None
-    ) -> Experience:
-        """Rewards, values, advantages and returns of a rollout.
-
-        Args:
-            rollout: from ``rollout``, before the policy is updated.
-            scores: one a sequence [B]; None: the reward model's.
-        """
-        if scores is None:
-            budget = self.config.forward_batch_tokens
-            if self.reward_split is not None:
-                rollout = with_trunk(rollout, self.policy, budget, whole=True)
-            scores = score(
-                self.reward_model,
-                rollout.tokens,
-                rollout.prompts,
-                rollout.completions,
-                budget=budget,
-                split=self.reward_split,
-                trunk=rollout.trunk,
-            )
-        self.last_scores = check_scores(scores, rollout.prompts).to(self.device)
-        return make_experience(
-            rollout,
-            self.last_scores,
-            policy=self.policy,
-            reference=self.reference,
-            critic=self.critic,
-            config=self.config,
-        )
-
-    @without_cudnn_attention()
-    def update(
-        self, experience: Experience, num_epochs_per_batch: int | None = None
-    ) -> dict[str, float]:
-        """Train policy and value function on a batch of experience; counts as one step.
-
-        Args:
-            experience: from ``make_experience``.
-            num_epochs_per_batch: passes over it; None: the config's num_epochs.
-
-        Returns:
-            Plain floats: policy_loss, value_loss, kl_divergence (token mean of log pi - log ref,
-            as sampled), mean_reward (of the scores, before KL), mean_advantage (before
-            whitening), and more (docs: README).
-
-        Raises:
-            FloatingPointError: a gradient was not finite. It changed nothing; earlier optimizer
-                steps of this update stand.
-        """
-        epochs = self.config.num_epochs if num_epochs_per_batch is None else num_epochs_per_batch
-        checks.check_counts(num_epochs_per_batch=epochs)
-        learner = Learner(
-            self.policy, self.critic, self.policy_optimizer, self.value_optimizer, self.config
-        )
-        seed = self._seed_of("minibatches", int(self.stats["total_steps"]))
-        self._amid_update = True
-        metrics = {"value_loss": 0.0} | learner.update(experience, num_epochs=epochs, seed=seed)
-        metrics = experience.metrics | metrics
-        self._count_step(metrics)
-        return metrics
 
     def train_step(
         self,
@@ -260,111 +188,208 @@ class PPOTrainer(SpecMethods, TrainingLoop):
         max_length: int | None = None,
         temperature: float | None = None,
     ) -> dict[str, float]:
-        """One step of PPO: sample, score, update.
+        """The metrics of ``step``: sample, score, update."""
+        self._check_epochs(num_epochs_per_batch)
+        return self.step(
+            prompts,
+            num_epochs=num_epochs_per_batch,
+            max_length=max_length,
+            temperature=temperature,
+        ).metrics
 
-        Args:
-            prompts: the batch.
-            num_epochs_per_batch: passes over it, 4.
-            max_length: most response tokens, 150.
-            temperature: of sampling, 1.0. (These defaults are the config's.)
+    def update(
+        self, experience: Experience, num_epochs_per_batch: int | None = None
+    ) -> dict[str, float]:
+        """As ``PPO.update``."""
+        self._check_epochs(num_epochs_per_batch)
+        return super().update(experience, num_epochs_per_batch)
 
-        Returns:
-            As ``update``, and the seconds of each part as time/rollout, time/experience and
-            time/update.
-        """
-        checks.check_counts(
-            num_epochs_per_batch=self.config.num_epochs
-            if num_epochs_per_batch is None
-            else num_epochs_per_batch
+    def _check_epochs(self, num_epochs_per_batch: int | None) -> None:
+        """By the name that callers of this class know."""
+        epochs = self.config.num_epochs if num_epochs_per_batch is None else num_epochs_per_batch
+        check_counts(num_epochs_per_batch=epochs)
+
+    def rollout(
+        self,
+        prompts: Sequence[str],
+        max_length: int | None = None,
+        temperature: float | None = None,
+        *,
+        seeds: Tensor | None = None,
+    ) -> Rollout:
+        """As ``PPO.rollout``. It is kept, for methods that take texts."""
+        rollout = super().rollout(prompts, max_length, temperature, seeds=seeds)
+        self.last_rollout = replace(rollout, trunk=None, states=None)
+        return rollout
+
+    # the numbers by the names of the classic interface; they are the config's and do not change
+    clip_epsilon = property(lambda self: self.config.clip_epsilon)
+    kl_penalty = property(lambda self: self.config.kl_penalty)
+    gamma = property(lambda self: self.config.gamma)
+    gae_lambda = property(lambda self: self.config.gae_lambda)
+    value_loss_coef = property(lambda self: self.config.value_loss_coef)
+    max_grad_norm = property(lambda self: self.config.max_grad_norm)
+
+    def compute_gae(
+        self, rewards: Tensor, values: Tensor, dones: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(advantages, returns), [B, T] each: GAE with the trainer's gamma and lambda
+        (Schulman et al. 2016, eq. 16). ``dones`` [B, T]: the episode ends with that step."""
+        result = gae(
+            rewards,
+            values,
+            dones=None if dones is None else dones.bool(),
+            gamma=self.config.gamma,
+            lam=self.config.gae_lambda,
         )
-        times = [time.perf_counter()]
+        return result.advantages, result.returns
+
+    def compute_kl_divergence(self, current_logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+        """The mean of current - reference, a 0-dim tensor."""
+        return (current_logprobs - reference_logprobs).mean()
+
+    def compute_ppo_loss(
+        self, old_logprobs: Tensor, new_logprobs: Tensor, advantages: Tensor
+    ) -> Tensor:
+        """The clipped loss, a 0-dim tensor: -mean(min(ratio A, clip(ratio) A)) with ratio =
+        exp(new - old) (Schulman et al. 2017, eq. 7)."""
+        return ppo_loss(
+            new_logprobs,
+            old_logprobs=old_logprobs,
+            advantages=advantages,
+            mask=torch.ones_like(new_logprobs, dtype=torch.bool),
+            clip=self.config.clip,
+            dual_clip=self.config.dual_clip,
+        ).loss
+
+    def generate_responses(
+        self,
+        prompts: Sequence[str],
+        max_length: int | None = None,
+        temperature: float | None = None,
+    ) -> tuple[list[str], Tensor]:
+        """(responses, their log-probs [B, T]), sampled from the current policy; ``max_length``
+        (150) counts response tokens, ``temperature`` is 1.0 by default."""
         rollout = self.rollout(prompts, max_length, temperature)
-        times.append(time.perf_counter())
-        experience = self.make_experience(rollout)
-        times.append(time.perf_counter())
-        metrics = self.update(experience, num_epochs_per_batch)
-        times.append(time.perf_counter())
-        full = computes_in_float32(self.policy)
-        most = MOST_FIRST_LOG_RATIO if full else MOST_FIRST_LOG_RATIO_HALF
-        if metrics["first_max_log_ratio"] > most:
-            warnings.warn(
-                f"the first minibatch's ratios are not 1: exp({metrics['first_max_log_ratio']:.2g})"
-                f" at most. Decoding and the update compute {type(self.policy_model).__name__} "
-                "differently, and what is learned is not to be trusted",
-                stacklevel=2,
+        known = rollout.sampling_logprobs if rollout.logprobs is None else rollout.logprobs
+        return rollout.completions, known
+
+    @without_cudnn_attention()
+    def compute_rewards(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        """[B, T]: the reward model's score on each response's last token, 0 elsewhere."""
+        tokens = self._pairs(prompts, responses)
+        scores = self.scorer.of_tokens(tokens, list(prompts), list(responses))
+        last = (tokens.response_lengths - 1).to(self.device)
+        rewards = torch.zeros(tokens.response_ids.shape, device=self.device)
+        return rewards.scatter(1, last[:, None], scores[:, None])
+
+    @without_cudnn_attention()
+    @torch.no_grad()
+    def compute_values(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        """[B, T]: the value of the state before each response token.
+
+        Raises:
+            ValueError: the trainer has no value function (critic="baseline").
+        """
+        if not self.critic.trained:
+            raise ValueError(
+                "compute_values: critic='baseline' has no value function; pass a value_model or "
+                "config=PPOConfig(critic='head')"
             )
-        for part, start, end in zip(
-            ("rollout", "experience", "update"), times, times[1:], strict=False
-        ):
-            metrics[f"time/{part}"] = end - start
-        return metrics
 
-    def memory_plan(self, batch_size: int, prompt_length: int) -> MemoryPlan:
-        """What steps of ``batch_size`` prompts, each of at most ``prompt_length`` tokens, take."""
-        config = self.config if self.critic is not None else replace(self.config, critic="baseline")
-        adapters: Any = getattr(self.policy_model, "peft_config", None) or {}
-        return plan_memory(
-            self.policy_model.config,
-            config,
-            batch_size=batch_size,
-            prompt_length=prompt_length,
-            value_model=self.value_model,
-            policy_model=self.policy_model,
-            adapter=next(iter(adapters.values()), None),
-            device=self.device.type,
+        def values(part: Tokens, _: Tensor | None) -> Tensor:
+            states = self.policy.forward(part).states if self.critic.reads_states else None
+            return self.critic.values(part, states)
+
+        tokens = self._pairs(prompts, responses)
+        return in_batches(values, tokens, None, self.config.forward_batch_tokens)
+
+    def get_logprobs(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        temperature: float | None = None,
+    ) -> Tensor:
+        """[B, T]: log-probs of the response tokens under the current policy."""
+        return self._logprobs(self.policy, prompts, responses, temperature)
+
+    def get_reference_logprobs(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        temperature: float | None = None,
+    ) -> Tensor:
+        """[B, T]: log-probs of the response tokens under the reference."""
+        return self._logprobs(self.reference, prompts, responses, temperature)
+
+    @without_cudnn_attention()
+    @torch.no_grad()
+    def _logprobs(
+        self,
+        model: LanguageModel,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        temperature: float | None,
+    ) -> Tensor:
+        tokens = self._pairs(prompts, responses)
+        t = self.config.temperature if temperature is None else temperature
+        if temperature is None and self.last_rollout is not None:
+            sampled = self._sampled_ids()
+            if all(pair in sampled for pair in zip(prompts, responses, strict=True)):
+                t = self.last_rollout.sampling.temperature
+        return in_batches(
+            lambda part, _: model.logprobs(model.forward(part), part, temperature=t).logprobs,
+            tokens,
+            None,
+            self.config.forward_batch_tokens,
         )
 
-    # Construction
-
-    def _language_model(self, model: nn.Module) -> LanguageModel:
-        return LanguageModel(
-            model,
-            num_layers_unfrozen=self.config.num_layers_unfrozen,
-            compute_dtype=self.config.torch_dtype,
-            logits_budget_bytes=self.config.logits_budget_bytes,
-        )
-
-    def _local_engine(self) -> LocalEngine:
-        return LocalEngine(
-            self.policy,
-            eos_ids=partial(eos_ids, self.policy_model, self.tokenizer),
-            pad_id=self.tokenizer.pad_token_id,
-            slots=self.config.rollout_slots,
-            prompt_tokens=self.config.forward_batch_tokens,
-            to_text=partial(self.tokenizer.decode, skip_special_tokens=False),
-            keep_states=self.critic is not None and self.critic.reads_states,
-            whole_trunk=self.reward_split is not None,
-            cuda_graphs=self.config.cuda_graphs,
-            kept_bytes=self._kept_bytes(),
-        )
-
-    def _kept_bytes(self) -> int:
-        """For what is kept between rollouts, from which graphs alone gain; LocalEngine keeps none
-        of a model with adapters."""
-        graphs = self.device.type in CAPTURES and self.config.cuda_graphs
-        keeps = graphs and not adapted_layers(self.policy_model)
-        return self.config.kept_rollout_bytes if keeps else 0
-
-    def _adamw(self, model: nn.Module, learning_rate: float) -> Optimizer:
-        config = self.config
-        trained = [p for p in model.parameters() if p.requires_grad]
-        settings: dict[str, Any] = {
-            "lr": learning_rate,
-            "betas": config.adam_betas,
-            "eps": config.adam_eps,
-            "weight_decay": config.weight_decay,
-        }
-        if config.trained_weights == "float32":
-            return AdamW(trained, **settings | {config.adamw: True})
-        return HalfAdamW(trained, **settings, rounding=config.trained_weights, seed=config.seed)
-
-    def _warn_of_discount(self, max_length: int) -> None:
-        """Once, where the score of a long response hardly counts for its first token."""
-        gamma, weight = self.config.gamma, self.config.gamma**max_length
-        if weight < 0.5 and not self._warned_of_discount:
-            self._warned_of_discount = True
-            warnings.warn(
-                f"gamma: {gamma} over {max_length} tokens leaves {weight:.2f} of the score at a "
-                "response's first token; gamma=1 counts it in full",
-                stacklevel=3,
+    def _pairs(self, prompts: Sequence[str], responses: Sequence[str]) -> Tokens:
+        """The tokens of pairs of texts: those sampled last where they are, else encoded."""
+        prompts = check_prompts(prompts)
+        if len(prompts) != len(responses):
+            raise ValueError(
+                f"responses: got {len(responses)}, expected {len(prompts)}, one a prompt"
             )
+        sampled = self._sampled_ids()
+        prompt_ids, response_ids = [], []
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            if rows := sampled.get((prompt, response)):
+                # the same pair may have been sampled twice, from different tokens
+                pair = rows.pop(0) if len(rows) > 1 else rows[0]
+            else:
+                encoded = self.tokenizer(response, add_special_tokens=False)["input_ids"]
+                pair = (self.tokenizer(prompt)["input_ids"], encoded)
+            if not pair[1]:
+                raise ValueError(
+                    f"responses[{i}]: {response!r} is empty after tokenisation; a response has at "
+                    "least one token"
+                )
+            prompt_ids.append(pair[0])
+            response_ids.append(pair[1])
+        limit = context_limit(self.policy_model)
+        longest = max(len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True))
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"prompts and responses: the longest pair has {longest} tokens, more than the "
+                f"model's context of {limit}"
+            )
+        check_prompt_ids(prompts, prompt_ids, 0, limit)
+        return make_tokens(prompt_ids, response_ids, self.tokenizer.pad_token_id, self.device)
+
+    def _sampled_ids(
+        self,
+    ) -> dict[tuple[str, str], list[tuple[list[int], list[int]]]]:
+        """The ids of the last rollout by (prompt, completion)."""
+        found = defaultdict(list)
+        if (rollout := self.last_rollout) is not None:
+            rows = zip(
+                rollout.prompts,
+                rollout.completions,
+                rollout.tokens.sequences(),
+                rollout.tokens.prompt_lengths.tolist(),
+                strict=True,
+            )
+            for prompt, completion, ids, n in rows:
+                found[prompt, completion].append((ids[:n].tolist(), ids[n:].tolist()))
+        return dict(found)

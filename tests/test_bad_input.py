@@ -229,13 +229,13 @@ BAD_PROMPTS = {
 def untouched(trainer, call, error, message):
     """``call`` fails so, before any model runs, and leaves the trainer as it was."""
     policy, stats = weights(trainer.policy_model), dict(trainer.stats)
-    counters = trainer._prompts_drawn, trainer._sequences_sampled
+    counters = trainer.progress.prompts_drawn, trainer.progress.sequences_sampled
     with no_model_runs(), pytest.raises(error, match=message) as caught:
         call()
     assert one_line(caught)
     assert not changed(trainer.policy_model, policy)
     assert trainer.stats == stats
-    assert (trainer._prompts_drawn, trainer._sequences_sampled) == counters
+    assert (trainer.progress.prompts_drawn, trainer.progress.sequences_sampled) == counters
 
 
 @pytest.mark.parametrize("door", DOORS)

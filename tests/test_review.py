@@ -12,9 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ppo_fast import PPOConfig, PPOTrainer, RewardModel, ValueModel
-from ppo_fast.critics.critic import HeadCritic, ValueHead
+from ppo_fast.critics.critic import HeadCritic
 from ppo_fast.data.tokens import make_tokens
 from ppo_fast.models.call_on_rows import call_on_rows
+from ppo_fast.models.heads import ValueHead
 
 CPU = torch.device("cpu")
 
@@ -70,7 +71,7 @@ def test_a_resumed_run_takes_its_learning_rate_from_the_config(tmp_path):
     assert resumed.policy_optimizer.state, "the moments are loaded"
 
 
-def test_an_error_amid_an_update_writes_no_checkpoint(tmp_path, monkeypatch, capsys):
+def test_an_error_amid_an_update_writes_no_checkpoint(tmp_path, monkeypatch, caplog):
     trainer = tiny_trainer()
     arguments = {"batch_size": 2, "checkpoint_dir": tmp_path, "checkpoint_freq": 2}
     trainer.train(PROMPTS, num_steps=3, progress=False, **arguments)
@@ -78,7 +79,7 @@ def test_an_error_amid_an_update_writes_no_checkpoint(tmp_path, monkeypatch, cap
     with pytest.raises(ZeroDivisionError):
         trainer.train(PROMPTS, num_steps=1, progress=False, **arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["ppo_checkpoint_step_2.pt"]
-    assert "newest checkpoint" in capsys.readouterr().err
+    assert "newest checkpoint" in caplog.text
 
 
 def test_nan_at_a_masked_state_reaches_no_gradient_of_the_head():

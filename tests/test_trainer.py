@@ -182,7 +182,7 @@ def test_critic_follows_the_value_model():
     with_model = PPOTrainer(policy, value_model, reward_model, tokenizer, device)
     assert with_model.critic.module is value_model
     without = PPOTrainer(policy, None, reward_model, tokenizer, device)
-    assert without.critic is None
+    assert not without.critic.trained
     assert without.value_optimizer is None
     assert without.value_model is None
 

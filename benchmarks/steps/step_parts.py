@@ -18,10 +18,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-import ppo_fast.trainer
 from ppo_fast import PPOTrainer
-from ppo_fast.models.adapters import body_of
-from ppo_fast.models.trunk import layer_list
+from ppo_fast.models.parts import body_of, layer_list
 from ppo_fast.rollout.prompts import Prompts
 
 BYTES = 4  # of a float32
@@ -67,10 +65,10 @@ def seconds_of_parts(trainer: PPOTrainer, step: Callable[[], None]) -> dict[str,
     places = [
         ("prefill", Prompts, "read"),
         ("decode", trainer.engine, "generate"),
-        ("score", ppo_fast.trainer, "score"),
+        ("score", trainer.scorer, "of_rollout"),
         ("reference", trainer.reference, "forward"),
         ("reference", trainer.reference, "logprobs"),
-        *([("value", trainer.critic, "values")] if trainer.critic is not None else []),
+        *([("value", trainer.critic, "values")] if trainer.critic.trained else []),
         ("forward", trainer.policy, "forward"),
         ("forward", trainer.policy, "logprobs"),
         ("backward", Tensor, "backward"),
@@ -142,7 +140,7 @@ def work_of_parts(trainer: PPOTrainer) -> dict[str, Work]:
     heads = 2 * sizes.head * responses
     above = sum(sizes.through(0, prompt + new, top) for prompt, new in lengths)
     # a head of one number is nothing beside the rest
-    value = above if trainer.critic is not None and not trainer.critic.reads_states else 0.0
+    value = above if trainer.critic.trained and not trainer.critic.reads_states else 0.0
     head = trainer.policy_model.get_output_embeddings()
     head_gradients = 1 + head.weight.requires_grad
     spans = [(prompt, prompt + new - 1) for prompt, new in lengths]

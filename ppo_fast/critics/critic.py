@@ -8,50 +8,74 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ppo_fast.data.batches import in_batches
+from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.tokens import Tokens, make_tokens
 from ppo_fast.models.call_on_rows import call_on_rows
-from ppo_fast.models.heads import ValueModel
+from ppo_fast.models.heads import TopValue, ValueHead, ValueModel
+from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.models.precision import computing_in
 from ppo_fast.models.trunk import Split
 
 
 class Critic(Protocol):
-    """A value function. ``reads_states``: it is a head on the policy's states and is trained in
-    the policy's backward pass; otherwise it runs on the tokens, in a pass of its own."""
+    """Estimates the value of the state before each response token.
+
+    trained: whether it has weights, in ``module``, that the learner trains.
+    reads_states: it is a head on the policy's states and is trained in the policy's backward pass;
+        otherwise it runs on the tokens, in a pass of its own.
+    bootstraps: whether GAE may use its values of later states; if not, lambda is 1.
+    """
 
     @property
-    def module(self) -> nn.Module:
-        """The weights."""
-        ...
+    def module(self) -> nn.Module: ...
+
+    @property
+    def trained(self) -> bool: ...
 
     @property
     def reads_states(self) -> bool: ...
 
+    @property
+    def bootstraps(self) -> bool: ...
+
     def values(
         self, tokens: Tokens, states: Tensor | None = None, trunk: Tensor | None = None
     ) -> Tensor:
-        """Values [B, T], 0 beyond a response; ``states`` [B, T, D] for a head, ``trunk``
-        [B, L, D] for who can start from it."""
+        """Values [B, T], 0 beyond a response, with gradient; ``states`` [B, T, D] for a head,
+        ``trunk`` [B, L, D] for a critic that can start from it."""
+        ...
+
+    def values_of_rollout(
+        self, rollout: Rollout, scores: Tensor, policy: LanguageModel, budget: int
+    ) -> Tensor:
+        """Values [B, T] of what ``policy`` sampled, before the update; ``scores`` [B] are of whole
+        responses, ``budget`` is the most tokens of a pass."""
         ...
 
 
-class ValueHead(nn.Module):
-    """A linear head on the policy's last hidden state: [..., D] -> [...] float32.
+class _TrainedCritic:
+    """What critics with weights have in common."""
 
-    It starts at 0, so that the first advantages are those of the rewards alone.
-    """
+    trained, bootstraps, reads_states = True, True, False
 
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(hidden_size, 1)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
+    def values(
+        self, tokens: Tokens, states: Tensor | None = None, trunk: Tensor | None = None
+    ) -> Tensor:
+        raise NotImplementedError
 
-    def forward(self, states: Tensor) -> Tensor:
-        return self.linear(states.to(self.linear.weight.dtype)).squeeze(-1)
+    def values_of_rollout(
+        self, rollout: Rollout, scores: Tensor, policy: LanguageModel, budget: int
+    ) -> Tensor:
+        return in_batches(
+            lambda part, below: self.values(part, trunk=below),
+            rollout.tokens,
+            rollout.trunk,
+            budget,
+        )
 
 
-class HeadCritic:
+class HeadCritic(_TrainedCritic):
     """Values from a head on the policy's states."""
 
     reads_states = True
@@ -68,21 +92,20 @@ class HeadCritic:
         # before the head too: 0 * NaN would reach the gradient of its weight
         return self.module(states.masked_fill(masked[..., None], 0.0)).masked_fill(masked, 0.0)
 
+    def values_of_rollout(
+        self, rollout: Rollout, scores: Tensor, policy: LanguageModel, budget: int
+    ) -> Tensor:
+        if rollout.states is not None:
+            return self.values(rollout.tokens, rollout.states)
+        return in_batches(
+            lambda part, below: self.values(part, policy.forward(part, below).states),
+            rollout.tokens,
+            rollout.trunk,
+            budget,
+        )
 
-class TopValue(nn.Module):
-    """A transformer's body and a value head.
 
-    Args:
-        body: gives states [B, L, D].
-        hidden_size: D.
-    """
-
-    def __init__(self, body: nn.Module, hidden_size: int) -> None:
-        super().__init__()
-        self.body, self.head = body, ValueHead(hidden_size)
-
-
-class TopCritic:
+class TopCritic(_TrainedCritic):
     """Values from top layers of its own above the policy's trunk.
 
     Args:
@@ -90,8 +113,6 @@ class TopCritic:
         num_layers_unfrozen: layers of the top.
         compute_dtype: as LanguageModel's.
     """
-
-    reads_states = False
 
     def __init__(
         self,
@@ -111,7 +132,7 @@ class TopCritic:
         return HeadCritic(self.module.head).values(tokens, tokens.before_response(states))
 
 
-class ModelCritic:
+class ModelCritic(_TrainedCritic):
     """Values from a module ``forward(input_ids, attention_mask)``.
 
     A module that gives one value a sequence is called on the prompt alone: a value that has read
@@ -123,8 +144,6 @@ class ModelCritic:
         compute_dtype: as LanguageModel's.
         split: of a ValueModel whose lower layers are the policy's trunk; None: they are not.
     """
-
-    reads_states = False
 
     def __init__(
         self,
@@ -177,17 +196,3 @@ class ModelCritic:
     def _outputs(self, rows: list[Tensor]) -> list[Tensor]:
         with computing_in(self.compute_dtype, rows[0].device):
             return call_on_rows(self.module, rows, budget=self.budget, what="value_model")
-
-
-def batch_baseline(scores: Tensor, tokens: Tokens, gamma: float) -> Tensor:
-    """The mean score of the batch's other sequences, discounted to each token as a sequence's own
-    score is: scores [B] -> [B, T], 0 beyond a response; 0 for a batch of one.
-
-    Leave-one-out as in RLOO (Ahmadian et al. 2024, eq. 8), over the batch instead of samples of
-    one prompt.
-    """
-    others = (scores.sum() - scores) / max(len(scores) - 1, 1) * (len(scores) > 1)
-    places = torch.arange(tokens.response_ids.shape[1], device="cpu")
-    left = (tokens.response_lengths[:, None] - 1 - places).clamp_min(0)
-    discount = (gamma ** left.float()).to(scores.device)
-    return (others[:, None] * discount).masked_fill(~tokens.response_mask, 0.0)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ppo_fast.data.sampling import Sampling
 from ppo_fast.data.tokens import Tokens
-from ppo_fast.models.trunk import TrunkStates
+from ppo_fast.data.trunk_states import TrunkStates
 
 
 @dataclass(frozen=True)

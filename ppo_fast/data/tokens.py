@@ -148,16 +148,3 @@ def make_tokens(
         pad_right(responses, pad_id, device),
         torch.tensor([len(r) for r in responses], device="cpu"),
     )
-
-
-def batches_by_tokens(lengths: Tensor, budget: int) -> list[Tensor]:
-    """Rows in batches of similar length: [B] lengths -> row indices, each batch of at most
-    ``budget`` tokens with its padding (a longer row is a batch of its own)."""
-    batches: list[list[int]] = []
-    for row in torch.argsort(lengths, descending=True, stable=True).tolist():
-        # rows come longest first, so a batch's first row is its width
-        if batches and int(lengths[batches[-1][0]]) * (len(batches[-1]) + 1) <= budget:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return [torch.tensor(batch, device="cpu") for batch in batches]

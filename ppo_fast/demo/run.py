@@ -14,15 +14,17 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from ppo_fast.cli.main import save_policy
 from ppo_fast.config import PPOConfig
+from ppo_fast.data.batches import in_batches
+from ppo_fast.data.rollout import Rollout
+from ppo_fast.data.step import Step
 from ppo_fast.data.tokens import Tokens
 from ppo_fast.demo.smollm2 import load_smollm2
 from ppo_fast.demo.task import distinct_2, load_prompts, plot_curves, positivity
-from ppo_fast.learning.make_experience import in_batches
-from ppo_fast.rollout import Rollout
-from ppo_fast.runs.folder import RunFolder, StepDisplay, step_logger
-from ppo_fast.trainer import PPOTrainer
+from ppo_fast.ppo import PPO
+from ppo_fast.runs.display import StepDisplay
+from ppo_fast.runs.folder import RunFolder, save_policy
+from ppo_fast.runs.trackers import step_logger
 
 NUM_STEPS, BATCH_SIZE = 22, 32
 SAMPLES_PER_PROMPT = 4  # of each of the 32 held-out prompts, before and after
@@ -63,20 +65,20 @@ class Evaluation:
         return {name: getattr(self, name) for name in names}
 
 
-def evaluate(trainer: PPOTrainer, prompts: list[str]) -> Evaluation:
+def evaluate(ppo: PPO, prompts: list[str]) -> Evaluation:
     """Sample every prompt ``SAMPLES_PER_PROMPT`` times and score the samples."""
     prompts = prompts * SAMPLES_PER_PROMPT
     seeds = EVALUATION_SEED + torch.arange(len(prompts), device="cpu")
-    rollout = trainer.rollout(prompts, seeds=seeds)
+    rollout = ppo.rollout(prompts, seeds=seeds)
     tokens, temperature = rollout.tokens, rollout.sampling.temperature
-    reference = trainer.reference
+    reference = ppo.reference
 
     def logprobs(part: Tokens, _: torch.Tensor | None) -> torch.Tensor:
         forward = reference.forward(part)
         return reference.logprobs(forward, part, temperature=temperature).logprobs
 
     with torch.no_grad():
-        ref = in_batches(logprobs, tokens, None, trainer.config.forward_batch_tokens)
+        ref = in_batches(logprobs, tokens, None, ppo.config.forward_batch_tokens)
     assert rollout.logprobs is not None
     scores = torch.tensor(positivity(rollout.prompts, rollout.completions))
     return Evaluation(
@@ -105,24 +107,24 @@ def run_demo(
     console.print("Loading SmolLM2-135M-Instruct (the first time, converting it: a minute) ...")
     model, tokenizer = load_smollm2()
     config = demo_config(seed)
-    trainer = PPOTrainer(model, None, positivity, tokenizer, "cpu", config=config)
+    ppo = PPO(model, tokenizer, positivity, device="cpu", config=config)
     folder = RunFolder(output_dir)
     folder.write_config(config, num_steps=num_steps, batch_size=BATCH_SIZE)
     count = len(held_out) * SAMPLES_PER_PROMPT
     console.print(f"Sampling {count} continuations of {len(held_out)} held-out openings ...")
-    before = evaluate(trainer, held_out)
+    before = evaluate(ppo, held_out)
     console.print(f"before: {describe(before)}", soft_wrap=True)
     rewards: list[float] = []
     kls: list[float] = []
     with StepDisplay(console, num_steps) as display:
-        log = step_logger(trainer, folder, display)
+        log = step_logger(folder, display)
 
-        def on_step(metrics: dict[str, float]) -> None:
-            rewards.append(metrics["mean_reward"])
-            kls.append(metrics["kl_sequence"])
-            log(metrics)
+        def on_step(step: Step) -> None:
+            rewards.append(step.metrics["mean_reward"])
+            kls.append(step.metrics["kl_sequence"])
+            log(step)
 
-        trainer.train(
+        ppo.train(
             train_prompts,
             num_steps=num_steps,
             batch_size=BATCH_SIZE,
@@ -130,13 +132,13 @@ def run_demo(
             on_step=on_step,
         )
     console.print(f"Sampling {count} continuations again, with the same seeds ...")
-    after = evaluate(trainer, held_out)
+    after = evaluate(ppo, held_out)
     console.print(samples_table(before, after))
     console.print(f"before: {describe(before)}\nafter:  {describe(after)}", soft_wrap=True)
     numbers = {"before": before.summary(), "after": after.summary()}
     (output_dir / "evaluation.json").write_text(json.dumps(numbers, indent=2), "utf-8")
     plot_curves(output_dir / "learning.png", range(1, len(rewards) + 1), rewards, kls)
-    save_policy(trainer.policy_model, tokenizer, output_dir / "policy")
+    save_policy(ppo.policy.model, tokenizer, output_dir / "policy")
     minutes = (time.perf_counter() - started) / 60
     console.print(
         f"mean reward {before.reward:+.2f} -> {after.reward:+.2f} in {minutes:.1f} minutes and "

@@ -27,7 +27,7 @@ def print_environment(console: Console, policy: str | None = None) -> None:
     from ppo_fast.models.transformers_internals import why_no_add_adapter
 
     device = main_device()
-    choices = {}
+    choices: dict[str, tuple[str, str]] = {}
     with console.status("checking kernels that were not used here yet"):
         for op in COMPILED:
             try:

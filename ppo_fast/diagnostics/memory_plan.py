@@ -20,13 +20,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 from ppo_fast.config import PPOConfig
-from ppo_fast.critics.critic import ValueHead
-from ppo_fast.models.adapters import adapted_layers, base_of, body_of
-from ppo_fast.models.heads import ValueModel, enable_gradient_checkpointing
+from ppo_fast.critics.make import critic_name
+from ppo_fast.models.adapters import adapted_layers
+from ppo_fast.models.heads import ValueHead, ValueModel
 from ppo_fast.models.lora import lora_config
+from ppo_fast.models.parts import base_of, body_of
 from ppo_fast.models.patching import replaced_forwards
 from ppo_fast.models.precision import computing_in, hold_trained_weights
-from ppo_fast.models.setup import make_reference
+from ppo_fast.models.setup import enable_gradient_checkpointing, logits_budget_bytes, make_reference
 from ppo_fast.models.transformers_internals import layer_types
 from ppo_fast.models.trunk import Split, freeze_trunk
 
@@ -135,7 +136,7 @@ def plan_memory(
         copies=copies,
         kept_rollout=sum(size for size in (cache, copies) if size <= most),
         activations=activations,
-        logits=min(FLOAT * rows * config.max_length * text.vocab_size, config.logits_budget_bytes),
+        logits=min(FLOAT * rows * config.max_length * text.vocab_size, logits_budget_bytes(config)),
     )
 
 
@@ -244,7 +245,7 @@ def _value_weights(
     value_model: nn.Module | None,
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The value function's own, and those of them that are trained."""
-    critic = config.critic or ("baseline" if value_model is None else "model")
+    critic = critic_name(config, value_model)
     if critic == "baseline":
         return [], []
     hidden_size = policy.config.get_text_config().hidden_size

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.critics.critic import Critic
-from ppo_fast.data.tokens import Tokens, batches_by_tokens
-from ppo_fast.learning.make_experience import Experience, select_trunk
+from ppo_fast.data.batches import batches_by_tokens
+from ppo_fast.data.experience import Batch, Experience, select
+from ppo_fast.learning.optimizers import make_adamw
 from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.ops import ppo_loss, value_loss
 from ppo_fast.ops.stats import (
@@ -23,44 +21,26 @@ from ppo_fast.ops.stats import (
 )
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Some rows of an Experience, without the columns that none of them needs: [b, t] each."""
-
-    tokens: Tokens
-    old_logprobs: Tensor
-    ref_logprobs: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
-    trunk: Tensor | None
-
-
-def select(experience: Experience, rows: Tensor) -> Batch:
-    """``rows`` (int64 on the CPU) of ``experience``."""
-    tokens = experience.tokens.select(rows)
-    index, width = rows.to(tokens.device), tokens.response_ids.shape[1]
-    return Batch(
-        tokens,
-        experience.old_logprobs[index, :width],
-        experience.ref_logprobs[index, :width],
-        experience.values[index, :width],
-        experience.advantages[index, :width],
-        experience.returns[index, :width],
-        select_trunk(experience.trunk, experience.tokens, rows),
-    )
-
-
-@dataclass(frozen=True)
 class Learner:
-    """What an update changes: the policy, its critic (None: a baseline, nothing to train) and
-    their optimizers."""
+    """Trains a policy and its critic on experience. Owns their optimizers.
 
-    policy: LanguageModel
-    critic: Critic | None
-    policy_optimizer: Optimizer
-    value_optimizer: Optimizer | None
-    config: PPOConfig
+    Args:
+        policy: what samples.
+        critic: who estimates values.
+        config: of losses, epochs and optimizers.
+
+    Attributes:
+        optimizers: by name: "policy" and, where the critic has weights, "value".
+        amid_update: whether an update began and did not end: the weights are those of no step.
+    """
+
+    def __init__(self, policy: LanguageModel, critic: Critic, config: PPOConfig) -> None:
+        self.policy, self.critic, self.config = policy, critic, config
+        self.optimizers = {"policy": make_adamw(policy.model, config.learning_rate, config)}
+        if critic.trained:
+            rate = config.value_learning_rate or config.learning_rate
+            self.optimizers["value"] = make_adamw(critic.module, rate, config)
+        self.amid_update = False
 
     @torch.enable_grad()
     def update(self, experience: Experience, *, num_epochs: int, seed: int) -> dict[str, float]:
@@ -78,10 +58,10 @@ class Learner:
             FloatingPointError: a gradient is not finite. It changed nothing; earlier optimizer
                 steps of this update stand, that of the policy before a value model's too.
         """
+        self.amid_update = True
         if self.config.gradient_checkpointing:  # which transformers do in train mode alone
             self.policy.model.train()
-            if self.critic is not None:
-                self.critic.module.train()
+            self.critic.module.train()
         generator = torch.Generator().manual_seed(seed)
         policy_stats: list[Tensor] = []
         value_stats: list[Tensor] = []
@@ -100,6 +80,7 @@ class Learner:
         if self.config.entropy_coef == 0:
             del metrics["entropy"]  # it was not computed
         metrics["policy_grad_norm"] = float(torch.stack(norms).mean())
+        self.amid_update = False
         return metrics
 
     def _train_on(
@@ -108,14 +89,13 @@ class Learner:
         """One minibatch, microbatch by microbatch: its statistics, and the norm of the policy's
         gradient. A head is trained in the policy's backward pass; a value model of its own after
         the policy, so that neither graphs nor gradients of both ever live together."""
-        joint = self.critic is not None and self.critic.reads_states
+        joint = self.critic.reads_states
         tokens = experience.tokens
         count = int(tokens.response_lengths[rows].sum())
         units = count if self.config.aggregation == "token-mean" else len(rows)
         parts = batches_by_tokens(tokens.lengths[rows], self.config.microbatch_tokens)
         policy_stats, value_stats = [], []
-        optimizers = self._optimizers()
-        for optimizer in optimizers.values():
+        for optimizer in self.optimizers.values():
             optimizer.zero_grad()  # what an interrupted pass, or the user, may have left
         for part in parts:
             batch = select(experience, rows[part])
@@ -126,13 +106,13 @@ class Learner:
                 value_stats.append(stats)
                 loss = loss + critic_loss
             loss.backward()
-        norm = self._step(optimizers if joint else {"policy": self.policy_optimizer})
-        if self.value_optimizer is not None and not joint:
+        norm = self._step(("policy", "value") if joint else ("policy",))
+        if self.critic.trained and not joint:
             for part in parts:
                 loss, stats = self._value_loss(select(experience, rows[part]), None, count)
                 value_stats.append(stats)
                 loss.backward()
-            self._step({"value": self.value_optimizer})
+            self._step(("value",))
         merged = [merge_stats(VALUE_STATS, value_stats)] if value_stats else []
         return merge_stats(PPO_STATS, policy_stats), merged, norm
 
@@ -163,7 +143,6 @@ class Learner:
         return loss, stats, forward.states
 
     def _value_loss(self, batch: Batch, states: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
-        assert self.critic is not None
         loss, stats = value_loss(
             self.critic.values(batch.tokens, states, batch.trunk),
             old_values=batch.values,
@@ -174,8 +153,10 @@ class Learner:
         )
         return self.config.value_loss_coef * loss, stats
 
-    def _step(self, optimizers: dict[str, Optimizer]) -> Tensor:
-        """Clip and apply the gradients; returns the first one's norm before clipping."""
+    def _step(self, names: tuple[str, ...]) -> Tensor:
+        """Clip and apply the gradients of these optimizers; returns the first one's norm before
+        clipping."""
+        optimizers = {name: self.optimizers[name] for name in names}
         norms = {}
         for name, optimizer in optimizers.items():
             weights = [p for group in optimizer.param_groups for p in group["params"]]
@@ -193,7 +174,3 @@ class Learner:
             optimizer.step()
             optimizer.zero_grad()
         return next(iter(norms.values()))
-
-    def _optimizers(self) -> dict[str, Optimizer]:
-        found = {"policy": self.policy_optimizer, "value": self.value_optimizer}
-        return {name: optimizer for name, optimizer in found.items() if optimizer is not None}

@@ -2,51 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ppo_fast.config import PPOConfig
-from ppo_fast.critics.critic import Critic, batch_baseline
-from ppo_fast.data.tokens import Tokens, batches_by_tokens
-from ppo_fast.models.language_model import LanguageModel, logprobs_of_both
+from ppo_fast.critics.critic import Critic
+from ppo_fast.data.batches import in_batches
+from ppo_fast.data.experience import Experience
+from ppo_fast.data.rollout import Rollout
+from ppo_fast.data.tokens import Tokens
+from ppo_fast.models.language_model import LanguageModel, logprobs_of_both, with_trunk
 from ppo_fast.models.precision import uses_tf32
-from ppo_fast.models.trunk import TrunkStates
 from ppo_fast.ops import gae, kl_estimate, whiten
-from ppo_fast.rollout import Rollout
-
-
-@dataclass(frozen=True)
-class Experience:
-    """What the update reads. Legend: B sequences, P prompt and T response tokens, D hidden size.
-    Everything [B, T] is float32 and 0 beyond a response.
-
-    tokens: the ids and their masks.
-    temperature: divides logits in every log-prob.
-    old_logprobs, ref_logprobs: [B, T], of the policy that sampled and of the reference.
-    values: [B, T], of the state before each token, by the old value function.
-    scores: [B], one a sequence, before KL.
-    rewards: [B, T]: the score on the last token, less the KL penalty where it is in the reward.
-    advantages: [B, T], as the update uses them (whitened where the config says so).
-    returns: [B, T], the value function's targets, from unwhitened advantages.
-    trunk: the frozen trunk's activations; None without a trunk.
-    metrics: plain numbers for the log.
-    """
-
-    tokens: Tokens
-    temperature: float
-    old_logprobs: Tensor
-    ref_logprobs: Tensor
-    values: Tensor
-    scores: Tensor
-    rewards: Tensor
-    advantages: Tensor
-    returns: Tensor
-    trunk: TrunkStates | None
-    metrics: dict[str, float]
 
 
 @torch.no_grad()
@@ -56,7 +25,7 @@ def make_experience(
     *,
     policy: LanguageModel,
     reference: LanguageModel,
-    critic: Critic | None,
+    critic: Critic,
     config: PPOConfig,
 ) -> Experience:
     """Score a rollout token by token.
@@ -66,20 +35,16 @@ def make_experience(
         scores: [B] float32, one a sequence.
         policy: as it was when it sampled.
         reference: the frozen model that the KL is measured to.
-        critic: the value function; None: the batch's mean of the other sequences.
+        critic: estimates values.
         config: KL, gamma, lambda, whitening.
     """
     tokens, mask = rollout.tokens, rollout.tokens.response_mask
-    if critic is None and len(tokens) == 1:
-        warnings.warn(
-            "critic='baseline' with a batch of one: there is no other sequence to compare with, so "
-            "that nothing is learned from its score; use a larger batch or critic='head'",
-            stacklevel=3,
-        )
     temperature, budget = rollout.sampling.temperature, config.forward_batch_tokens
-    trunk = with_trunk(rollout, policy, budget).trunk
+    rollout = with_trunk(rollout, policy, budget)
+    trunk = rollout.trunk
     if trunk is not None and config.trunk_dtype is not None:
         trunk = trunk.to(torch.bfloat16)
+        rollout = replace(rollout, trunk=trunk)
 
     def reference_logprobs(part: Tokens, below: Tensor | None) -> Tensor:
         forward = reference.forward(part, below)
@@ -97,25 +62,10 @@ def make_experience(
     else:
         ref = in_batches(reference_logprobs, tokens, trunk, budget)
     rewards = token_rewards(scores, old, ref, tokens, config)
-    if critic is None:
-        values = batch_baseline(scores, tokens, config.gamma)
-    elif critic.reads_states and rollout.states is not None:
-        values = critic.values(tokens, rollout.states)
-    elif critic.reads_states:
-        values = in_batches(
-            lambda part, below: critic.values(part, policy.forward(part, below).states),
-            tokens,
-            trunk,
-            budget,
-        )
-    else:
-        values = in_batches(
-            lambda part, below: critic.values(part, trunk=below), tokens, trunk, budget
-        )
+    values = critic.values_of_rollout(rollout, scores, policy, budget)
     if not torch.isfinite(values).all():
         raise ValueError("value_model: returned NaN or infinity; values must be finite")
-    # a baseline says nothing of later states: lambda 1 never bootstraps from it
-    lam = 1.0 if critic is None else config.gae_lambda
+    lam = config.gae_lambda if critic.bootstraps else 1.0
     advantages, returns = gae(rewards, values.float(), mask=mask, gamma=config.gamma, lam=lam)
     metrics = experience_metrics(rollout, scores, old, ref, advantages)
     if config.whiten_advantages:
@@ -139,53 +89,6 @@ def token_rewards(
         rewards = -config.kl_penalty * kl
     last = (tokens.response_lengths - 1).to(tokens.device)
     return rewards.scatter_add(1, last[:, None], scores.to(rewards)[:, None])
-
-
-def with_trunk(
-    rollout: Rollout, policy: LanguageModel, budget: int, *, whole: bool = False
-) -> Rollout:
-    """``rollout`` with the activations of the policy's trunk, if it has one: as they were decoded
-    or, where they were not, or not ``whole``, from one pass."""
-    trunk = rollout.trunk
-    if policy.split is None or (trunk is not None and (trunk.whole or not whole)):
-        return rollout
-    return replace(rollout, trunk=trunk_states(policy, rollout.tokens, budget))
-
-
-def trunk_states(policy: LanguageModel, tokens: Tokens, budget: int) -> TrunkStates:
-    """The frozen trunk's activations of every token."""
-    parts: list[Tensor] = []
-    rows = torch.empty(0, dtype=torch.int64, device="cpu")
-    for batch in batches_by_tokens(tokens.lengths, budget):
-        part = tokens.select(batch)
-        parts.append(TrunkStates.pack(policy.trunk(part), part, whole=True).states)
-        rows = torch.cat([rows, batch])
-    lengths = tokens.lengths[rows]
-    first = torch.empty_like(lengths)
-    first[rows] = lengths.cumsum(0) - lengths
-    return TrunkStates(torch.cat(parts), first, whole=True)
-
-
-def in_batches(
-    compute: Callable[[Tokens, Tensor | None], Tensor],
-    tokens: Tokens,
-    trunk: TrunkStates | None,
-    budget: int,
-) -> Tensor:
-    """``compute`` on batches of at most ``budget`` tokens, [..., b, t] each, put together as
-    [..., B, T] float32."""
-    out = torch.empty(0, device="cpu")
-    for rows in batches_by_tokens(tokens.lengths, budget):
-        part = compute(tokens.select(rows), select_trunk(trunk, tokens, rows)).float()
-        if not out.numel():
-            out = part.new_zeros(*part.shape[:-2], *tokens.response_ids.shape)
-        out[..., rows.to(tokens.device), : part.shape[-1]] = part
-    return out
-
-
-def select_trunk(trunk: TrunkStates | None, tokens: Tokens, rows: Tensor) -> Tensor | None:
-    """The trunk's activations for ``tokens.select(rows)``."""
-    return None if trunk is None else trunk.select(tokens, rows)
 
 
 def computes_in_float32(policy: LanguageModel) -> bool:

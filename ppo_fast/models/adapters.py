@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ppo_fast.models.parts import base_of
+
 
 class Adapted(NamedTuple):
     """A layer with an adapter, and where it sits."""
@@ -16,18 +18,6 @@ class Adapted(NamedTuple):
     parent: nn.Module
     name: str
     layer: Any
-
-
-def base_of(model: nn.Module) -> Any:
-    """The transformers model in a peft wrapper; any other model itself."""
-    get_base_model: Any = getattr(model, "get_base_model", None)
-    return model if get_base_model is None else get_base_model()
-
-
-def body_of(model: nn.Module) -> nn.Module:
-    """A causal LM's body, in a peft wrapper too; a bare body stays itself."""
-    base = base_of(model)
-    return getattr(base, "base_model", base)
 
 
 def adapted_layers(model: nn.Module) -> list[Adapted]:

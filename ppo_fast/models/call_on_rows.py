@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ppo_fast.data.tokens import batches_by_tokens
+from ppo_fast.data.batches import batches_by_tokens
 from ppo_fast.models.heads import RewardModel, ValueModel
 
 

@@ -3,13 +3,11 @@ fit for PPO (dropout off)."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from ppo_fast.data.tokens import position_ids
-from ppo_fast.models.adapters import body_of
+from ppo_fast.models.parts import body_of
 
 
 def _head(hidden_size: int) -> nn.Sequential:
@@ -104,39 +102,30 @@ def _states(base_model: nn.Module, input_ids: Tensor, attention_mask: Tensor | N
     ).last_hidden_state
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability of ``model`` to 0, whatever its train/eval mode.
+class ValueHead(nn.Module):
+    """A linear head on the policy's last hidden state: [..., D] -> [...] float32.
 
-    A log-prob under dropout is a random number; the ratio of two of them says nothing.
+    It starts at 0, so that the first advantages are those of the rewards alone.
     """
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):
-            # transformers' attention modules keep probabilities as plain floats
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.linear(states.to(self.linear.weight.dtype)).squeeze(-1)
 
 
-def enable_gradient_checkpointing(model: nn.Module, name: str) -> None:
-    """For every transformers model in ``model``, whenever it is in train mode.
+class TopValue(nn.Module):
+    """A transformer's body and a value head.
 
-    Raises:
-        ValueError: there is none that could.
+    Args:
+        body: gives states [B, L, D].
+        hidden_size: D.
     """
-    able: list[Any] = [
-        module
-        for module in model.modules()
-        if getattr(module, "supports_gradient_checkpointing", False)
-    ]
-    if not able:
-        raise ValueError(
-            f"gradient_checkpointing: {name} ({type(model).__name__}) holds no transformers model "
-            "that supports it; use gradient_checkpointing=False"
-        )
-    for module in able:
-        # newer transformers call it so, and warn of the old name
-        enable = getattr(module, "activation_checkpointing_enable", None)
-        (enable or module.gradient_checkpointing_enable)({"use_reentrant": False})
-        # without reentry nothing below the first trained layer needs a gradient
-        module.disable_input_require_grads()
+
+    def __init__(self, body: nn.Module, hidden_size: int) -> None:
+        super().__init__()
+        self.body, self.head = body, ValueHead(hidden_size)

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ppo_fast.data.batches import batches_by_tokens
+from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.tokens import Tokens
-from ppo_fast.models.adapters import body_of
+from ppo_fast.data.trunk_states import TrunkStates
+from ppo_fast.models.parts import body_of
 from ppo_fast.models.precision import HALF, computing_in, uses_tf32
 from ppo_fast.models.transformers_internals import (
     attention_of,
@@ -340,3 +344,28 @@ def _output_of(module: nn.Module) -> Iterator[list[Any]]:
         yield output
     finally:
         handle.remove()
+
+
+def with_trunk(
+    rollout: Rollout, policy: LanguageModel, budget: int, *, whole: bool = False
+) -> Rollout:
+    """``rollout`` with the activations of the policy's trunk, if it has one: as they were decoded
+    or, where they were not, or not ``whole``, from one pass."""
+    trunk = rollout.trunk
+    if policy.split is None or (trunk is not None and (trunk.whole or not whole)):
+        return rollout
+    return replace(rollout, trunk=trunk_states(policy, rollout.tokens, budget))
+
+
+def trunk_states(policy: LanguageModel, tokens: Tokens, budget: int) -> TrunkStates:
+    """The frozen trunk's activations of every token."""
+    parts: list[Tensor] = []
+    rows = torch.empty(0, dtype=torch.int64, device="cpu")
+    for batch in batches_by_tokens(tokens.lengths, budget):
+        part = tokens.select(batch)
+        parts.append(TrunkStates.pack(policy.trunk(part), part, whole=True).states)
+        rows = torch.cat([rows, batch])
+    lengths = tokens.lengths[rows]
+    first = torch.empty_like(lengths)
+    first[rows] = lengths.cumsum(0) - lengths
+    return TrunkStates(torch.cat(parts), first, whole=True)

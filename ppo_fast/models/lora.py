@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ppo_fast.models.adapters import body_of
+from ppo_fast.models.parts import body_of, layer_list
 from ppo_fast.models.transformers_internals import Conv1D
-from ppo_fast.models.trunk import layer_list
 
 
 def lora_config(model: nn.Module, rank: int, num_layers_unfrozen: int | None = None) -> Any:

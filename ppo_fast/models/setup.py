@@ -1,4 +1,4 @@
-"""What PPOTrainer makes of the models that it is given."""
+"""Prepares the models that a trainer is given: dtypes, dropout, the trunk, the reference."""
 
 from __future__ import annotations
 
@@ -6,39 +6,40 @@ import copy
 import warnings
 from typing import Any
 
-import torch
 from torch import nn
 
 from ppo_fast.config import PPOConfig
-from ppo_fast.critics.critic import Critic, HeadCritic, ModelCritic, TopCritic, TopValue, ValueHead
-from ppo_fast.models.adapters import body_of, without_new_adapters
-from ppo_fast.models.heads import (
-    RewardModel,
-    ValueModel,
-    disable_dropout,
-    enable_gradient_checkpointing,
-)
+from ppo_fast.models.adapters import without_new_adapters
+from ppo_fast.models.heads import RewardModel, ValueModel
 from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.models.parts import body_of
 from ppo_fast.models.precision import HALF, hold_products_in, hold_trained_weights
 from ppo_fast.models.trunk import Split, freeze_trunk, share_trunk
+from ppo_fast.ops.linear_logprobs.api import LOGITS_BUDGET_BYTES
 
 
-def which_critic(config: PPOConfig, value_model: Any) -> str:
-    """The critic asked for, with None resolved; TypeError or ValueError if that does not fit."""
-    critic = config.critic or ("baseline" if value_model is None else "model")
-    if critic == "model" and not isinstance(value_model, nn.Module):
-        raise TypeError(
-            f"value_model: got {type(value_model).__name__}, but critic='model' needs a "
-            "torch.nn.Module; pass one, or config=PPOConfig(critic='head' or 'baseline')"
-        )
-    if value_model is not None and not any(p.requires_grad for p in value_model.parameters()):
-        raise ValueError("value_model: it has no weights to train; unfreeze some or pass None")
-    if critic != "model" and value_model is not None:
-        raise ValueError(
-            f"value_model: got {type(value_model).__name__}, but critic={critic!r} uses none; "
-            "pass None, or config=PPOConfig(critic='model')"
-        )
-    return critic
+def make_models(
+    policy_model: nn.Module, value_model: nn.Module | None, reward_model: Any, config: PPOConfig
+) -> tuple[LanguageModel, LanguageModel]:
+    """Prepare the models, and return the policy and its reference, ready to be read."""
+    prepare(policy_model, value_model, reward_model, config)
+    hold_weights(policy_model, value_model, config)
+    reference = make_reference(policy_model, config)
+    return _language_model(policy_model, config), _language_model(reference, config)
+
+
+def _language_model(model: nn.Module, config: PPOConfig) -> LanguageModel:
+    return LanguageModel(
+        model,
+        num_layers_unfrozen=config.num_layers_unfrozen,
+        compute_dtype=config.torch_dtype,
+        logits_budget_bytes=logits_budget_bytes(config),
+    )
+
+
+def logits_budget_bytes(config: PPOConfig) -> int:
+    """What linear_logprobs may keep for its backward pass."""
+    return 0 if config.gradient_checkpointing else LOGITS_BUDGET_BYTES
 
 
 def prepare(
@@ -54,7 +55,7 @@ def prepare(
                 f"{name}: its half-precision weights become float32; at the learning rates of "
                 "RL most updates of a half-precision weight are lost to rounding. "
                 "compute_dtype='bfloat16' leaves those that are not trained as they are",
-                stacklevel=3,
+                stacklevel=5,
             )
             model.float()
         disable_dropout(model)
@@ -70,7 +71,7 @@ def prepare(
 def make_reference(policy_model: nn.Module, config: PPOConfig) -> nn.Module:
     """What the KL is measured to, frozen: a copy of what is trained, or the model without its
     adapters where these are new."""
-    reference = without_new_adapters(_copy_of_what_is_trained(policy_model))
+    reference = without_new_adapters(copy_of_what_is_trained(policy_model))
     if config.torch_dtype is not None:
         hold_products_in(config.torch_dtype, reference, without=policy_model)
     return reference.requires_grad_(False).eval()
@@ -84,37 +85,6 @@ def hold_weights(policy_model: nn.Module, value_model: nn.Module | None, config:
     for model in (policy_model, value_model):
         if model is not None:
             hold_trained_weights(model, config.weights_dtype)
-
-
-def make_critic(
-    critic: str,
-    policy: LanguageModel,
-    value_model: nn.Module | None,
-    config: PPOConfig,
-    device: torch.device,
-) -> Critic | None:
-    """The value function; None for a baseline. ValueError where the policy shows no states."""
-    if critic == "baseline":
-        return None
-    if critic == "model":
-        assert value_model is not None
-        return ModelCritic(
-            value_model,
-            budget=config.forward_batch_tokens,
-            compute_dtype=config.torch_dtype,
-            split=put_on_trunk(value_model, policy),
-        )
-    if policy.body is None:
-        raise ValueError(
-            f"config.critic={critic!r}: the hidden states of {type(policy.model).__name__} cannot "
-            "be told from its logits; pass a value_model or use critic='baseline'"
-        )
-    hidden_size = policy.text_config.hidden_size
-    if critic == "head":
-        return HeadCritic(ValueHead(hidden_size).to(device))
-    assert config.num_layers_unfrozen is not None
-    top = TopValue(_copy_of_what_is_trained(policy.body), hidden_size).to(device)
-    return TopCritic(top, config.num_layers_unfrozen, compute_dtype=config.torch_dtype)
 
 
 def put_on_trunk(model: Any, policy: LanguageModel) -> Split | None:
@@ -132,7 +102,7 @@ def check_shared_weights(
     policy_model: nn.Module,
     value_model: nn.Module | None,
     reward_model: Any,
-    critic: Critic | None,
+    critic: nn.Module,
 ) -> None:
     """Raise ValueError where training one model would change another, or nothing is trained."""
     trained = {id(p) for p in policy_model.parameters() if p.requires_grad}
@@ -145,9 +115,9 @@ def check_shared_weights(
                 "(copy.deepcopy) or, for values from the policy's own states, use "
                 "value_model=None with config=PPOConfig(critic='head')"
             )
-    if critic is None or not isinstance(reward_model, nn.Module):
+    if not isinstance(reward_model, nn.Module):
         return
-    valued = {id(p) for p in critic.module.parameters() if p.requires_grad}
+    valued = {id(p) for p in critic.parameters() if p.requires_grad}
     if any(id(p) in valued for p in reward_model.parameters()):
         raise ValueError(
             "reward_model: shares trained weights with value_model, so that scores would move "
@@ -155,6 +125,44 @@ def check_shared_weights(
         )
 
 
-def _copy_of_what_is_trained(module: nn.Module) -> nn.Module:
+def copy_of_what_is_trained(module: nn.Module) -> nn.Module:
     """What is not trained is the same for both: the copy shares it."""
     return copy.deepcopy(module, {id(p): p for p in module.parameters() if not p.requires_grad})
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability of ``model`` to 0, whatever its train/eval mode.
+
+    A log-prob under dropout is a random number; the ratio of two of them says nothing.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            # transformers' attention modules keep probabilities as plain floats
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def enable_gradient_checkpointing(model: nn.Module, name: str) -> None:
+    """For every transformers model in ``model``, whenever it is in train mode.
+
+    Raises:
+        ValueError: there is none that could.
+    """
+    able: list[Any] = [
+        module
+        for module in model.modules()
+        if getattr(module, "supports_gradient_checkpointing", False)
+    ]
+    if not able:
+        raise ValueError(
+            f"gradient_checkpointing: {name} ({type(model).__name__}) holds no transformers model "
+            "that supports it; use gradient_checkpointing=False"
+        )
+    for module in able:
+        # newer transformers call it so, and warn of the old name
+        enable = getattr(module, "activation_checkpointing_enable", None)
+        (enable or module.gradient_checkpointing_enable)({"use_reentrant": False})
+        # without reentry nothing below the first trained layer needs a gradient
+        module.disable_input_require_grads()

@@ -8,49 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ppo_fast.data.tokens import Tokens
-from ppo_fast.models.adapters import body_of
+from ppo_fast.models.parts import body_of, layer_list
 from ppo_fast.models.patching import replaced_forwards
 from ppo_fast.models.transformers_internals import layer_input
-
-
-@dataclass(frozen=True)
-class TrunkStates:
-    """What enters the first layer of the top: of B sequences' tokens, without padding.
-
-    states: [N, D], row after row.
-    first: [B] int64 on the CPU, where each row starts.
-    whole: whether each row's last token is among them; decoding has no need of it, and has 0 there.
-    """
-
-    states: Tensor
-    first: Tensor
-    whole: bool
-
-    @classmethod
-    def pack(cls, padded: Tensor, tokens: Tokens, *, whole: bool) -> TrunkStates:
-        """From [B, L or more, D], each row's tokens first."""
-        lengths = tokens.lengths
-        first = lengths.cumsum(0) - lengths
-        row = torch.repeat_interleave(torch.arange(len(lengths), device="cpu"), lengths)
-        column = torch.arange(len(row), device="cpu") - first[row]
-        return cls(padded[row.to(padded.device), column.to(padded.device)], first, whole)
-
-    def to(self, dtype: torch.dtype) -> TrunkStates:
-        return TrunkStates(self.states.to(dtype), self.first, self.whole)
-
-    def select(self, tokens: Tokens, rows: Tensor) -> Tensor:
-        """Of ``rows`` (int64 on the CPU), [b, l, D] beside ``tokens.select(rows).input_ids``; at
-        padded places some other token's."""
-        lengths = tokens.lengths[rows]
-        places = torch.minimum(torch.arange(int(lengths.max()), device="cpu"), lengths[:, None] - 1)
-        return self.states[(self.first[rows][:, None] + places).to(self.states.device)]
 
 
 class Split:
@@ -111,23 +77,6 @@ def run(
     trunk = trunk.to(next(module.parameters()).dtype)  # it may be kept in half precision
     with replaced_forwards([(layer, lambda *_, **__: trunk) for layer in split.lower]):
         return module(inputs_embeds=trunk, use_cache=False)
-
-
-def layer_list(body: nn.Module | None) -> nn.ModuleList:
-    """The body's transformer layers.
-
-    Raises:
-        ValueError: no module list has as many entries as the configuration names layers.
-    """
-    config = getattr(body, "config", None)
-    count = config.get_text_config().num_hidden_layers if config is not None else None
-    for child in body.modules() if body is not None else ():
-        if isinstance(child, nn.ModuleList) and len(child) == count:
-            return child
-    raise ValueError(
-        f"num_layers_unfrozen: found no list of {count} layers in {type(body).__name__}; "
-        "use num_layers_unfrozen=None"
-    )
 
 
 def lower_layers(body: nn.Module | None, num_layers_unfrozen: int) -> list[nn.Module]:

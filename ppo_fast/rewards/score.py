@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from ppo_fast.data.tokens import Tokens, batches_by_tokens
+from ppo_fast.data.batches import batches_by_tokens
+from ppo_fast.data.tokens import Tokens
+from ppo_fast.data.trunk_states import TrunkStates
 from ppo_fast.models.call_on_rows import call_on_rows, takes_padding
 from ppo_fast.models.heads import RewardModel
-from ppo_fast.models.trunk import Split, TrunkStates
+from ppo_fast.models.trunk import Split
 
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
 
@@ -112,39 +114,6 @@ def check_reward_model(reward_model: Any) -> None:
             f"reward_model: {type(reward_model).__name__} has no pad token, by which it finds a "
             "sequence's end; set reward_model.config.pad_token_id = tokenizer.pad_token_id"
         )
-
-
-class ClassifierReward:
-    """A sequence classifier with a tokenizer of its own, as a reward function.
-
-    The texts are tokenised for the classifier, so it need not share the policy's vocabulary.
-
-    Args:
-        model: ``AutoModelForSequenceClassification`` with one label.
-        tokenizer: its tokenizer.
-        batch_size: texts in one call.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 32
-    ) -> None:
-        check_reward_model(model)
-        self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
-
-    @torch.no_grad()
-    def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
-        texts = [p + c for p, c in zip(prompts, completions, strict=True)]
-        scores: list[float] = []
-        for start in range(0, len(texts), self.batch_size):
-            batch = self.tokenizer(
-                texts[start : start + self.batch_size],
-                padding=True,
-                padding_side="right",
-                truncation=True,
-                return_tensors="pt",
-            ).to(self.model.device)
-            scores += self.model(**batch).logits.float().flatten().tolist()
-        return scores
 
 
 @torch.no_grad()

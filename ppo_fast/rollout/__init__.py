@@ -3,7 +3,8 @@
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.sampling import Sampling
 from ppo_fast.rollout.decode import decode
-from ppo_fast.rollout.engine import Engine, LocalEngine, eos_ids
+from ppo_fast.rollout.engine import Engine, eos_ids
+from ppo_fast.rollout.local_engine import LocalEngine
 from ppo_fast.rollout.transformers_engine import TransformersEngine
 
 __all__ = [

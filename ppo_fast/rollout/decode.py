@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ppo_fast.data.rollout import Rollout
-from ppo_fast.data.sampling import Sampling, Stops
+from ppo_fast.data.sampling import Sampling
 from ppo_fast.data.tokens import Tokens, make_tokens
+from ppo_fast.data.trunk_states import TrunkStates
 from ppo_fast.models.adapters import merged_adapters
 from ppo_fast.models.attention import without_cudnn_attention
 from ppo_fast.models.language_model import LanguageModel, Next
-from ppo_fast.models.trunk import TrunkStates
 from ppo_fast.ops import Sampled, logprobs_from_logits, sample_tokens
 from ppo_fast.rollout.buffers import Buffers, KeptBuffers, Sizes, recorded_with
 from ppo_fast.rollout.prompts import Prompt, PromptBatch, Prompts
@@ -26,6 +26,7 @@ from ppo_fast.rollout.speedups.few_rows import few_row_products
 from ppo_fast.rollout.speedups.fused_layers import StepForward, fused_layers
 from ppo_fast.rollout.speedups.slot_check import layers_can_be_fused, steps_can_attend
 from ppo_fast.rollout.speedups.step_attention import masked_attention, step_attention
+from ppo_fast.rollout.stops import Stops
 
 NOT_FINITE = (
     "policy_model: its logits were NaN or infinite while it sampled; look at its weights (was the "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -10,12 +10,6 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.sampling import Sampling
-from ppo_fast.models.adapters import adapted_layers
-from ppo_fast.models.language_model import LanguageModel
-from ppo_fast.rollout.buffers import KeptBuffers
-from ppo_fast.rollout.decode import decode
-from ppo_fast.rollout.speedups.cuda_graph_check import capture_for
-from ppo_fast.rollout.speedups.fast_paths import log_fast_paths
 
 
 class Engine(Protocol):
@@ -47,71 +41,3 @@ def eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     configured: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = configured if isinstance(configured, (list, tuple)) else [configured]
     return sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})
-
-
-class LocalEngine:
-    """Decodes with the policy in this process; see ``decode``.
-
-    Args:
-        model: the policy, read at every call: there is nothing to synchronise.
-        eos_ids: gives the ids that end a response, asked for at every call.
-        pad_id: what stands at padded places.
-        slots: sequences decoded at a time; None: all.
-        prompt_tokens: most tokens of the prompts computed in one pass.
-        to_text: ids -> text, for stop strings.
-        keep_states: whether rollouts keep the states that the LM head read.
-        whole_trunk: whether they hold the trunk's activations of last tokens too.
-        cuda_graphs: on a GPU, capture steps and replay them, after a check that it changes nothing.
-        kept_bytes: buffers of at most this size are kept for the next rollout, with the graphs
-            captured on them. Never with adapters, which may be merged or switched off in between.
-    """
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        *,
-        eos_ids: Callable[[], Sequence[int]],
-        pad_id: int,
-        slots: int | None = None,
-        prompt_tokens: int = 8192,
-        to_text: Callable[[list[int]], str] | None = None,
-        keep_states: bool = False,
-        whole_trunk: bool = False,
-        cuda_graphs: bool = True,
-        kept_bytes: int = 0,
-    ) -> None:
-        self.model, self.eos_ids, self.pad_id = model, eos_ids, pad_id
-        self.slots, self.prompt_tokens = slots, prompt_tokens
-        self.to_text, self.cuda_graphs = to_text, cuda_graphs
-        self.keep_states, self.whole_trunk = keep_states, whole_trunk
-        self.kept = KeptBuffers(kept_bytes)
-
-    def generate(
-        self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, *, seeds: Tensor
-    ) -> Rollout:
-        capture = capture_for(self.model) if self.cuda_graphs else None
-        rollout = decode(
-            self.model,
-            prompt_ids,
-            sampling,
-            seeds=seeds,
-            eos_ids=self.eos_ids(),
-            pad_id=self.pad_id,
-            slots=self.slots,
-            prompt_tokens=self.prompt_tokens,
-            to_text=self.to_text,
-            keep_states=self.keep_states,
-            whole_trunk=self.whole_trunk,
-            capture=capture,
-            kept=None if adapted_layers(self.model.model) else self.kept,
-        )
-        log_fast_paths(self.model, cuda_graphs=self.cuda_graphs)
-        return rollout
-
-    def sync_weights(self, model: nn.Module) -> None:
-        if model is not self.model.model:
-            raise ValueError("model: a LocalEngine decodes with the model that it was made with")
-
-    def close(self) -> None:
-        """Free the kept buffers."""
-        self.kept.free()

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ppo_fast.data.tokens import batches_by_tokens, pad_right
+from ppo_fast.data.batches import batches_by_tokens
+from ppo_fast.data.tokens import pad_right
 from ppo_fast.models.language_model import LanguageModel, Next
 from ppo_fast.rollout.slots import SlotCache
 

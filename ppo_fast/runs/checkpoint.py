@@ -6,6 +6,7 @@ import hashlib
 import os
 import random
 import tempfile
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,92 @@ CONTENTS = {
     "sequences_sampled",
     "random_states",
 }
+
+
+def checkpoint_path(folder: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step is written."""
+    return Path(folder) / f"ppo_checkpoint_step_{step}.pt"
+
+
+def write_checkpoint(
+    path: Path,
+    step: int,
+    *,
+    modules: dict[str, nn.Module],
+    optimizers: dict[str, torch.optim.Optimizer],
+    reference: nn.Module,
+    progress: dict[str, Any],
+) -> None:
+    """Write all that a run needs to go on, whole or not at all.
+
+    Args:
+        path: of the file.
+        step: its number.
+        modules: what is trained, by name; of frozen weights the file holds a fingerprint.
+        optimizers: by name.
+        reference: what the KL is measured to; its fingerprint is written.
+        progress: counters and the seed.
+    """
+    save(
+        {
+            "step": step,
+            "identity": {name: identity(module) for name, module in modules.items()},
+            "reference": fingerprint(reference),
+            "frozen": {name: frozen_fingerprint(module) for name, module in modules.items()},
+            "models": {name: trained_state(module) for name, module in modules.items()},
+            "optimizers": {name: o.state_dict() for name, o in optimizers.items()},
+            **progress,
+            "random_states": random_states(),
+        },
+        path,
+    )
+
+
+def read_checkpoint(
+    path: Path,
+    *,
+    modules: dict[str, nn.Module],
+    optimizers: dict[str, torch.optim.Optimizer],
+    reference: nn.Module,
+    seed: int,
+) -> dict[str, Any]:
+    """Restore modules, optimizers and random states from what ``write_checkpoint`` wrote, and
+    return the file's contents. Nothing in it is executed, and nothing is changed when it does not
+    fit. Warns where the reference or the seed is another.
+
+    Raises:
+        FileNotFoundError, ValueError: no file; truncated, not ours, or of another model.
+    """
+    payload = load(path)
+    if payload["models"].keys() != modules.keys():
+        raise ValueError(
+            f"checkpoint: {path} holds {sorted(payload['models'])}, the trainer has "
+            f"{sorted(modules)}; construct it with the same critic"
+        )
+    for name, module in modules.items():
+        check_identity(name, payload["identity"][name], module, path)
+    for name, optimizer in optimizers.items():
+        check_optimizer(name, payload["optimizers"][name], optimizer, path)
+    for name, module in modules.items():
+        check_frozen(name, payload["frozen"][name], module, path)
+    if payload["reference"] != fingerprint(reference):
+        warnings.warn(
+            f"{path} was trained against another reference model; construct the trainer with the "
+            "policy that training started from, else the KL is measured to the wrong model",
+            stacklevel=3,
+        )
+    if payload["seed"] != seed:
+        warnings.warn(
+            f"{path} was trained with seed {payload['seed']}, the trainer's is {seed}: prompts and "
+            "draws will not be those of a run without a stop",
+            stacklevel=3,
+        )
+    for name, module in modules.items():
+        load_trained_state(module, payload["models"][name])
+    for name, optimizer in optimizers.items():
+        restore_optimizer(optimizer, payload["optimizers"][name])
+    restore_random_states(payload["random_states"])
+    return payload
 
 
 def save(payload: dict[str, Any], path: Path) -> None:

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from ppo_fast.config import PPOConfig
-from ppo_fast.rollout import Rollout
-
-if TYPE_CHECKING:
-    from ppo_fast.trainer import PPOTrainer
+from ppo_fast.data.rollout import Rollout
 
 
 class RunFolder:
@@ -78,62 +74,24 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-class StepDisplay:
-    """One line a step and, on a terminal, a progress bar with the time left under it.
-
-    Use as a context manager; ``show`` after every step.
-    """
-
-    def __init__(self, console: Console, num_steps: int) -> None:
-        self.console, self.num_steps, self.done = console, num_steps, 0
-        self.started = time.perf_counter()
-        self.progress = Progress(
-            TextColumn("PPO"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.task = self.progress.add_task("PPO", total=num_steps)
-
-    def __enter__(self) -> StepDisplay:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()
-
-    def show(self, step: int, metrics: dict[str, float], tokens: int) -> None:
-        """A step's line; ``tokens`` were generated in it."""
-        self.done += 1
-        parts = [metrics[f"time/{part}"] for part in ("rollout", "experience", "update")]
-        elapsed = time.perf_counter() - self.started
-        left = elapsed / self.done * (self.num_steps - self.done)
-        line = (
-            f"step {step:3d}  reward {metrics['mean_reward']:+.3f}  "
-            f"KL {metrics['kl_sequence']:6.2f}/seq  clip {metrics['clip_fraction']:.3f}  "
-            f"entropy {metrics['entropy']:.2f}  {tokens / parts[0]:4.0f} tok/s  "
-            f"rollout {parts[0]:.1f}s experience {parts[1]:.1f}s update {parts[2]:.1f}s  "
-            f"left {left / 60:.1f} min"
-        )
-        self.progress.console.print(line, highlight=False, soft_wrap=True)
-        self.progress.advance(self.task)
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the highest step in ``folder``."""
+    files = folder.glob("ppo_checkpoint_step_*.pt")
+    return max(files, key=lambda f: int(f.stem.rpartition("_")[2]), default=None)
 
 
-def step_logger(
-    trainer: PPOTrainer, folder: RunFolder, display: StepDisplay
-) -> Callable[[dict[str, float]], None]:
-    """An ``on_step`` for ``trainer.train``: every step to the folder and to the console."""
+def save_policy(policy: Any, tokenizer: Any, folder: Path) -> None:
+    """``save_pretrained`` of both in ``folder``, which is replaced only by a complete one. Adapters
+    are merged: it is a whole model."""
+    from ppo_fast.models.adapters import merged_adapters
+    from ppo_fast.models.parts import base_of
 
-    def log(metrics: dict[str, float]) -> None:
-        step = int(trainer.stats["total_steps"])
-        rollout, scores = trainer.last_rollout, trainer.last_scores
-        assert rollout is not None
-        assert scores is not None
-        folder.write_metrics(step, metrics)
-        folder.write_samples(step, rollout, scores)
-        display.show(step, metrics, int(rollout.tokens.response_lengths.sum()))
-
-    return log
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        new = Path(temporary) / folder.name
+        with merged_adapters(policy):
+            base_of(policy).save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        if folder.exists():
+            shutil.move(folder, Path(temporary) / "old")
+        shutil.move(new, folder)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -25,8 +27,7 @@ def finish_step_on_interrupt() -> Iterator[Callable[[], bool]]:
         count += 1
         if count > 1:
             raise KeyboardInterrupt
-        message = "\nCtrl-C: finishing this step; again to stop at once (this step is then lost)"
-        print(message, file=sys.stderr, flush=True)
+        logger.warning("Ctrl-C: finishing this step; again to stop at once (it is then lost)")
 
     before = signal.signal(signal.SIGINT, note)
     try:

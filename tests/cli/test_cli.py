@@ -13,8 +13,12 @@ from tiny_models import VOCAB_SIZE, tiny_classifier, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppo_fast import PPOConfig
-from ppo_fast.cli.main import Train, main, newest_checkpoint, parse, read_config, read_prompts
+from ppo_fast.cli.config_file import read_config
+from ppo_fast.cli.main import main, parse
+from ppo_fast.cli.train import Train
+from ppo_fast.data.prompts import read_prompts
 from ppo_fast.ops.backends.impls import COMPILED
+from ppo_fast.runs.folder import newest_checkpoint
 
 PROMPTS = ["The film was", "She thought", "Nothing in this room"]
 REWARD = """

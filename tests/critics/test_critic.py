@@ -11,9 +11,10 @@ from tiny_models import FAMILIES, tiny_classifier, tiny_config, tiny_model
 from torch import nn
 from transformers import AutoModelForTokenClassification
 
-from ppo_fast.critics.critic import HeadCritic, ModelCritic, ValueHead, batch_baseline
+from ppo_fast.critics.baselines import batch_baseline
+from ppo_fast.critics.critic import HeadCritic, ModelCritic
 from ppo_fast.data.tokens import Tokens, make_tokens
-from ppo_fast.models.heads import ValueModel
+from ppo_fast.models.heads import ValueHead, ValueModel
 from ppo_fast.models.language_model import LanguageModel
 
 PROMPTS = [[5, 6, 7], [4], [3, 2], [8, 9, 1]]

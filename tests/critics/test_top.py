@@ -12,10 +12,11 @@ from tiny_trainer import PROMPTS, count_letters, tiny_trainer, weights
 from torch import nn
 
 from ppo_fast import PPOConfig, PPOTrainer
-from ppo_fast.critics.critic import TopCritic, TopValue, ValueHead
+from ppo_fast.critics.critic import TopCritic
 from ppo_fast.data.tokens import position_ids
+from ppo_fast.data.trunk_states import TrunkStates
+from ppo_fast.models.heads import TopValue, ValueHead
 from ppo_fast.models.language_model import LanguageModel
-from ppo_fast.models.trunk import TrunkStates
 from ppo_fast.runs import checkpoint
 
 TOKENS = batch()
@@ -115,7 +116,7 @@ def test_a_top_needs_a_trunk():
 def test_a_trunk_kept_in_half_precision(critic):
     options = {"num_layers_unfrozen": 1, "layers": 3, "critic": critic}
     exact, trainer = tiny_trainer(**options), tiny_trainer(trunk_dtype="bfloat16", **options)
-    rollout = trainer.rollout(PROMPTS)
+    rollout = trainer.rollout(PROMPTS, seeds=trainer.progress.next_seeds(len(PROMPTS)))
     assert rollout.trunk.states.dtype == torch.float32
     experience = trainer.make_experience(rollout)
     assert experience.trunk.states.dtype == torch.bfloat16

@@ -8,9 +8,9 @@ import torch
 from tiny_models import PAD_ID, tiny_model, tiny_tokenizer
 from tiny_trainer import PROMPTS, tiny_trainer
 
-from ppo_fast.data.sampling import Stops
 from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.rollout import Sampling, decode
+from ppo_fast.rollout.stops import Stops
 
 TOKENIZER = tiny_tokenizer()
 IDS = [[5, 61, 7], [44], [3, 2, 91, 250], [90, 90]] * 3

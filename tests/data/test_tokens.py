@@ -9,14 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppo_fast.data.tokens import (
-    Tokens,
-    batches_by_tokens,
-    make_tokens,
-    pad_left,
-    pad_right,
-    position_ids,
-)
+from ppo_fast.data.batches import batches_by_tokens
+from ppo_fast.data.tokens import Tokens, make_tokens, pad_left, pad_right, position_ids
 
 CPU = torch.device("cpu")
 EOS = 9

@@ -12,12 +12,14 @@ from tiny_models import FAMILIES, tiny_model, tiny_tokenizer
 
 from ppo_fast import PPOTrainer
 from ppo_fast.config import PPOConfig
-from ppo_fast.critics.critic import HeadCritic, ModelCritic, ValueHead
+from ppo_fast.critics.baselines import BatchBaseline
+from ppo_fast.critics.critic import HeadCritic, ModelCritic
+from ppo_fast.data.experience import Experience
 from ppo_fast.data.tokens import Tokens
-from ppo_fast.learning.make_experience import Experience, make_experience
-from ppo_fast.models.heads import ValueModel
+from ppo_fast.data.trunk_states import TrunkStates
+from ppo_fast.learning.make_experience import make_experience
+from ppo_fast.models.heads import ValueHead, ValueModel
 from ppo_fast.models.language_model import LanguageModel
-from ppo_fast.models.trunk import TrunkStates
 from ppo_fast.rollout import Rollout, Sampling, decode
 
 PER_TOKEN = ("old_logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns")
@@ -42,7 +44,7 @@ def critic_of(kind: str) -> object:
         return HeadCritic(head)
     if kind == "model":
         return ModelCritic(ValueModel(tiny_model("gpt2", seed=3), 64).eval(), budget=10_000)
-    return None
+    return BatchBaseline(CONFIG.gamma)
 
 
 def experience_of(

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from ppo_fast.config import PPOConfig
+from ppo_fast.critics.baselines import BatchBaseline
+from ppo_fast.data.experience import Experience
 from ppo_fast.data.tokens import Tokens, make_tokens
-from ppo_fast.learning.make_experience import Experience, make_experience, token_rewards
+from ppo_fast.learning.make_experience import make_experience, token_rewards
 from ppo_fast.ops import TokenLogprobs
 from ppo_fast.rollout import Rollout, Sampling
 
@@ -61,16 +63,10 @@ class TableModel:
 
 
 class TableCritic:
-    reads_states = False
+    bootstraps = True
 
-    def values(
-        self,
-        tokens: Tokens,
-        states: torch.Tensor | None = None,
-        trunk: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        assert states is None
-        assert trunk is None
+    def values_of_rollout(self, rollout: Rollout, *_: object) -> torch.Tensor:
+        tokens = rollout.tokens
         return (tokens.response_ids / 4.0).masked_fill(~tokens.response_mask, 0.0)
 
 
@@ -93,7 +89,7 @@ def by_hand(critic: object | None = None, rollout: Rollout | None = None, **chan
         SCORES,
         policy=TableModel(),
         reference=TableModel(),
-        critic=critic,
+        critic=critic or BatchBaseline(HAND_CONFIG.gamma),
         config=replace(HAND_CONFIG, **changes),
     )
 
@@ -211,7 +207,7 @@ def test_half_precision_means_recomputed_old_logprobs():
         SCORES,
         policy=policy,
         reference=TableModel(),
-        critic=None,
+        critic=BatchBaseline(1.0),
         config=HAND_CONFIG,
     )
     assert_rows(experience.old_logprobs, [[-0.25, -0.5, -0.75], [-1.0]])

@@ -163,7 +163,7 @@ def test_a_step_equals_its_recomputation_in_float64(family, critic, kl_in):
     value_start = [p.clone() for p in critic64.parameters()]
     rollout = trainer.rollout(PROMPTS)
     experience = trainer.make_experience(rollout)
-    generator = torch.Generator().manual_seed(trainer._seed_of("minibatches", 0))
+    generator = torch.Generator().manual_seed(trainer.progress.seed_of("minibatches", 0))
     orders = [
         part.tolist()
         for _ in range(config.num_epochs)

@@ -25,7 +25,7 @@ from ppo_fast import PPOConfig, PPOTrainer
 def test_train_step_trains(critic, kl_in):
     trainer = tiny_trainer(critic=critic, kl_in=kl_in)
     policy = weights(trainer.policy_model)
-    value = None if trainer.critic is None else weights(trainer.critic.module)
+    value = weights(trainer.critic.module)
     metrics = trainer.train_step(PROMPTS)
     assert changed(trainer.policy_model, policy) == policy.keys()
     if critic == "baseline":
@@ -76,7 +76,8 @@ def test_open_loop_is_the_train_step():
     closed, opened = tiny_trainer(), tiny_trainer()
     for _ in range(2):
         expected = closed.train_step(PROMPTS, num_epochs_per_batch=3, temperature=0.8)
-        rollout = opened.rollout(PROMPTS, temperature=0.8)
+        seeds = opened.progress.next_seeds(len(PROMPTS))
+        rollout = opened.rollout(PROMPTS, temperature=0.8, seeds=seeds)
         found = opened.update(opened.make_experience(rollout), num_epochs_per_batch=3)
         assert without_times(expected) == found
     assert not changed(opened.policy_model, weights(closed.policy_model))
@@ -162,7 +163,7 @@ def test_minibatches_follow_the_seed_and_the_step():
 def plain_steps(trainer):
     """Replace AdamW, which would turn the rounding of a tiny gradient into a whole step."""
     trainer.policy_optimizer = SGD(trainer.policy_model.parameters(), lr=0.1)
-    if trainer.critic is not None:
+    if trainer.critic.trained:
         trainer.value_optimizer = SGD(trainer.critic.module.parameters(), lr=0.1)
     return trainer
 
@@ -302,6 +303,6 @@ class SumOfIds(nn.Module):
 
 def test_a_module_scores_the_sampled_ids():
     trainer = tiny_trainer(SumOfIds())
-    trainer.train_step(PROMPTS)
-    rows = trainer.last_rollout.tokens.sequences()
-    assert trainer.last_scores.tolist() == [float(row.sum()) for row in rows]
+    step = trainer.step(PROMPTS)
+    rows = step.rollout.tokens.sequences()
+    assert step.scores.tolist() == [float(row.sum()) for row in rows]

@@ -8,7 +8,8 @@ from tiny_models import FAMILIES, MAX_POSITIONS, VOCAB_SIZE, tiny_config, tiny_m
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from ppo_fast.models.heads import RewardModel, ValueModel, disable_dropout
+from ppo_fast.models.heads import RewardModel, ValueModel
+from ppo_fast.models.setup import disable_dropout
 
 HIDDEN = 64
 SEQUENCES = [[5, 61, 7, 300, 12, 8], [44], [3, 2, 91, 250]]

@@ -12,10 +12,10 @@ from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model, tiny_tokenizer
 from tiny_trainer import PROMPTS, count_letters, without_times
 
 from ppo_fast import PPOConfig, PPOTrainer, RewardModel, ValueModel
-from ppo_fast.learning.make_experience import trunk_states
 from ppo_fast.models import language_model
-from ppo_fast.models.language_model import LanguageModel, logprobs_of_both
-from ppo_fast.models.trunk import layer_list, top_modules
+from ppo_fast.models.language_model import LanguageModel, logprobs_of_both, trunk_states
+from ppo_fast.models.parts import layer_list
+from ppo_fast.models.trunk import top_modules
 
 LAYERS = 3
 
@@ -64,7 +64,7 @@ def test_scores_and_values_from_the_trunk_are_those_of_whole_models(family, slot
         models = [on_the_same_base(kind, family) for kind in kinds]
         trainer = trainer_with(*models, family, rollout_slots=slots)
         shared = kinds[0] is RewardModel
-        assert (trainer.reward_split is not None) == shared
+        assert (trainer.scorer.split is not None) == shared
         assert (trainer.critic.split is not None) == shared
         steps.append([without_times(trainer.train_step(PROMPTS)) for _ in range(2)])
     for mine, other in zip(*steps, strict=True):
@@ -85,12 +85,12 @@ def test_another_trunk_is_not_the_policys():
     with torch.no_grad():
         reward.base_model.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-6
     trainer = trainer_with(reward, value)
-    assert trainer.reward_split is None
+    assert trainer.scorer.split is None
     assert trainer.critic.split is None, "its lower layers are trained"
     assert not lower_weights(reward.base_model) & lower_weights(trainer.policy_model)
     assert any(p.requires_grad for p in value.base_model.model.layers[0].parameters())
     shallow = trainer_with(RewardModel(tiny_model(layers=2), 64), on_the_same_base(ValueModel))
-    assert shallow.reward_split is None
+    assert shallow.scorer.split is None
 
 
 @pytest.mark.parametrize("slots", [None, 2])

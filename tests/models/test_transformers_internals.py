@@ -21,7 +21,7 @@ from transformers import (
 
 from ppo_fast.models import transformers_internals as internals
 from ppo_fast.models.language_model import LanguageModel
-from ppo_fast.models.trunk import layer_list
+from ppo_fast.models.parts import layer_list
 from ppo_fast.rollout import TransformersEngine
 
 IDS = torch.tensor([[5, 6, 7, 8]])

@@ -9,7 +9,8 @@ from tiny_models import FAMILIES, tiny_model
 from torch import nn
 
 from ppo_fast.models.language_model import LanguageModel
-from ppo_fast.models.trunk import freeze_trunk, layer_list
+from ppo_fast.models.parts import layer_list
+from ppo_fast.models.trunk import freeze_trunk
 
 LAYERS = 4
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForSequenceClassification
 
 from ppo_fast.data.tokens import Tokens, make_tokens
 from ppo_fast.models.heads import RewardModel
-from ppo_fast.rewards.score import ClassifierReward, check_reward_model, check_scores, score
+from ppo_fast.rewards.classifier import ClassifierReward
+from ppo_fast.rewards.score import check_reward_model, check_scores, score
 
 PROMPTS = ["The film", "She", "Nothing in this room"]
 COMPLETIONS = [" was over", " thought the phone would last", " was"]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 
+from ppo_fast.data.trunk_states import TrunkStates
 from ppo_fast.models.language_model import LanguageModel
-from ppo_fast.models.trunk import TrunkStates
 from ppo_fast.ops import sample_tokens
 from ppo_fast.rollout import Rollout, Sampling, decode
 from ppo_fast.rollout.speedups.slot_check import layers_can_be_fused

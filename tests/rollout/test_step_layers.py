@@ -10,8 +10,8 @@ import torch
 from tiny_models import FAMILIES, PAD_ID, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ppo_fast.models.heads import disable_dropout
 from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.models.setup import disable_dropout
 from ppo_fast.models.transformers_internals import cache_argument
 from ppo_fast.rollout import Sampling, decode
 from ppo_fast.rollout.speedups.few_rows import few_row_products

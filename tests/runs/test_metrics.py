@@ -14,7 +14,12 @@ from rich.console import Console
 from tiny_trainer import PROMPTS, tiny_trainer
 
 from ppo_fast import PPOConfig
-from ppo_fast.runs.folder import RunFolder, StepDisplay
+from ppo_fast.data.rollout import Rollout
+from ppo_fast.data.sampling import Sampling
+from ppo_fast.data.step import Step
+from ppo_fast.data.tokens import make_tokens
+from ppo_fast.runs.display import StepDisplay
+from ppo_fast.runs.folder import RunFolder
 
 METRICS = {
     "mean_reward": 0.25,
@@ -110,11 +115,19 @@ def test_config_holds_every_setting(tmp_path):
     assert settings == expected | {"policy": "model", "output_dir": "a/b", "resume": False}
 
 
+def a_step(number, metrics):
+    """Of 100 tokens in two responses."""
+    tokens = make_tokens([[1], [2]], [[3] * 60, [4] * 40], 0, torch.device("cpu"))
+    drawn = torch.zeros(2, 60)
+    rollout = Rollout(tokens, drawn, drawn, torch.ones(2, dtype=torch.bool), Sampling(60))
+    return Step(number, metrics, rollout, torch.zeros(2))
+
+
 def shown(**console):
     file = io.StringIO()
     with StepDisplay(Console(file=file, **console), 2) as display:
-        display.show(7, METRICS, tokens=100)
-        display.show(8, METRICS | {"mean_reward": -1.0}, tokens=100)
+        display.show(a_step(7, METRICS))
+        display.show(a_step(8, METRICS | {"mean_reward": -1.0}))
     return file.getvalue()
 
 

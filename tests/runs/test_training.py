@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_trainer import PROMPTS, changed, count_letters, tiny_trainer, weights
 
-from ppo_fast.runs import checkpoint
+from ppo_fast.runs import checkpoint, loop
 
 QUIET = {"progress": False}
 HISTORY = ["policy_losses", "value_losses", "kl_divergences", "mean_rewards", "step_avg_rewards"]
@@ -50,8 +50,11 @@ def test_result():
         "kl_divergences": "kl_divergence",
         "mean_rewards": "mean_reward",
     }.items():
-        assert history[name] == [step[metric] for step in steps]
+        assert history[name] == [step.metrics[metric] for step in steps]
         assert len(history[name]) == 3
+    assert [step.number for step in steps] == [1, 2, 3]
+    assert all(len(step.scores) == len(step.rollout.completions) == 2 for step in steps)
+    assert all(step.rollout.trunk is None for step in steps)
     rewards = history["mean_rewards"]
     assert len(set(rewards)) == 3
     running = [sum(rewards[: n + 1]) / (n + 1) for n in range(3)]
@@ -61,7 +64,7 @@ def test_result():
     assert trainer.get_statistics().items() <= final.items()
     assert {"avg_reward", "avg_kl_divergence", "avg_policy_loss", "avg_value_loss"} <= final.keys()
     assert result["final_avg_reward"] == pytest.approx(running[-1])
-    assert result["final_kl_divergence"] == steps[-1]["kl_divergence"]
+    assert result["final_kl_divergence"] == steps[-1].metrics["kl_divergence"]
     assert result["interrupted"] is False
 
 
@@ -96,11 +99,37 @@ def test_arguments_reach_the_steps():
 
 
 @pytest.mark.parametrize("progress", [True, False])
-def test_progress_bar(capsys, progress):
+def test_progress_bar(capsys, monkeypatch, progress):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
     tiny_trainer().train(PROMPTS, num_steps=2, batch_size=2, progress=progress)
     shown = capsys.readouterr().err
     assert ("2/2" in shown) == progress
     assert ("reward" in shown) == progress
+
+
+def test_an_evaluation_between_steps_changes_no_later_draw():
+    alone, watched = tiny_trainer(), tiny_trainer()
+    alone.train(PROMPTS, num_steps=3, batch_size=2, **QUIET)
+    watched.train(
+        PROMPTS,
+        num_steps=3,
+        batch_size=2,
+        on_step=lambda _: watched.compute_values(*evaluated(watched)),
+        **QUIET,
+    )
+    assert watched.progress.sequences_outside == 9
+    assert not changed(watched.policy_model, weights(alone.policy_model))
+
+
+def evaluated(trainer):
+    rollout = trainer.rollout(PROMPTS[:3])
+    return rollout.prompts, rollout.completions
+
+
+def test_rollouts_outside_of_steps_differ():
+    trainer = tiny_trainer()
+    first, second = (trainer.rollout(PROMPTS).completions for _ in range(2))
+    assert first != second
 
 
 # Batches
@@ -181,7 +210,7 @@ def handler():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_ctrl_c_finishes_the_step_and_keeps_it(tmp_path, handler, capsys):
+def test_ctrl_c_finishes_the_step_and_keeps_it(tmp_path, handler, caplog):
     undisturbed = tiny_trainer()
     undisturbed.train(PROMPTS, num_steps=2, batch_size=2, **QUIET)
     trainer = tiny_trainer(ctrl_c_at(2))
@@ -191,7 +220,7 @@ def test_ctrl_c_finishes_the_step_and_keeps_it(tmp_path, handler, capsys):
     assert trainer.stats == undisturbed.stats
     assert not changed(trainer.policy_model, weights(undisturbed.policy_model))
     assert names(tmp_path) == ["ppo_checkpoint_step_2.pt"]
-    said = capsys.readouterr().err
+    said = caplog.text
     assert "Ctrl-C" in said
     assert str(tmp_path / "ppo_checkpoint_step_2.pt") in said
     assert "step 2" in said
@@ -207,18 +236,18 @@ def test_ctrl_c_between_steps(tmp_path, handler):
         num_steps=9,
         batch_size=2,
         checkpoint_dir=tmp_path,
-        on_step=lambda metrics: signal.raise_signal(signal.SIGINT),
+        on_step=lambda step: signal.raise_signal(signal.SIGINT),
         **QUIET,
     )
     assert result["interrupted"] is True
     assert names(tmp_path) == ["ppo_checkpoint_step_1.pt"]
 
 
-def test_ctrl_c_without_a_folder_says_where_the_weights_are(handler, capsys):
+def test_ctrl_c_without_a_folder_says_where_the_weights_are(handler, caplog):
     trainer = tiny_trainer(ctrl_c_at(1))
     result = trainer.train(PROMPTS, num_steps=9, batch_size=2, **QUIET)
     assert result["interrupted"] is True
-    assert "trainer.policy_model" in capsys.readouterr().err
+    assert "the weights are in the policy" in caplog.text
 
 
 def test_ctrl_c_finishes_the_write_in_hand(tmp_path, handler, monkeypatch):
@@ -231,7 +260,7 @@ def test_ctrl_c_finishes_the_write_in_hand(tmp_path, handler, monkeypatch):
     monkeypatch.setattr(torch, "save", interrupted_write)
     trainer = tiny_trainer()
     # the write when stopping would be interrupted again: the second Ctrl-C
-    monkeypatch.setattr(trainer, "_keep", lambda *args: None)
+    monkeypatch.setattr(loop, "_keep", lambda *args: None)
     result = trainer.train(
         PROMPTS, num_steps=9, batch_size=2, checkpoint_dir=tmp_path, checkpoint_freq=2, **QUIET
     )
@@ -305,7 +334,7 @@ def failing_at(step):
     return reward
 
 
-def test_an_error_keeps_what_was_trained(tmp_path, handler, capsys):
+def test_an_error_keeps_what_was_trained(tmp_path, handler, caplog):
     undisturbed = tiny_trainer()
     undisturbed.train(PROMPTS, num_steps=2, batch_size=2, **QUIET)
     trainer = tiny_trainer(failing_at(3))
@@ -313,7 +342,7 @@ def test_an_error_keeps_what_was_trained(tmp_path, handler, capsys):
         trainer.train(PROMPTS, num_steps=9, batch_size=2, checkpoint_dir=tmp_path, **QUIET)
     assert isinstance(caught.value.__cause__, ConnectionError)
     assert names(tmp_path) == ["ppo_checkpoint_step_2.pt"]
-    said = capsys.readouterr().err
+    said = caplog.text
     assert "step 2" in said
     assert str(tmp_path / "ppo_checkpoint_step_2.pt") in said
     fresh = tiny_trainer()
@@ -343,7 +372,7 @@ def test_an_error_before_the_first_step_writes_nothing(tmp_path):
 
 
 def test_an_error_of_on_step_keeps_what_was_trained(tmp_path):
-    def full_disk(metrics):
+    def full_disk(step):
         raise OSError("no space left")
 
     trainer = tiny_trainer()
@@ -363,7 +392,7 @@ def test_an_error_amid_an_update_leaves_the_checkpoint_of_its_step(tmp_path, mon
         next(trainer.policy_model.parameters()).data.zero_()
         raise FloatingPointError("nan")
 
-    monkeypatch.setattr("ppo_fast.learning.learner.Learner.update", half_an_update)
+    monkeypatch.setattr("ppo_fast.learning.learner.Learner._train_on", half_an_update)
     with pytest.raises(FloatingPointError):
         trainer.train(PROMPTS, num_steps=1, **arguments)
     assert file.read_bytes() == whole

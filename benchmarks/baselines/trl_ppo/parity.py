@@ -38,9 +38,9 @@ from trl.experimental.ppo import ppo_trainer
 from trl_side import SumOfIds, make_trainer, value_model_of
 
 from ppo_fast import PPOConfig, PPOTrainer
+from ppo_fast.data.experience import Experience
 from ppo_fast.data.tokens import make_tokens
 from ppo_fast.learning import learner
-from ppo_fast.learning.make_experience import Experience
 from ppo_fast.ops import gae, whiten
 from ppo_fast.rollout import Rollout
 

@@ -56,8 +56,8 @@ def choose(op: str, impl: Impl, device: torch.device, dtype: torch.dtype = torch
     return Choice(impl, source)
 
 
-# torch.compile takes the answer and traces nothing of it. torch.compiler.assume_constant_result does
-# so too, but it loads torch._dynamo, which takes longer than everything else here.
+# torch.compile takes the answer and traces nothing of it. It is what
+# torch.compiler.assume_constant_result sets, which would load torch._dynamo, slow to import.
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.models.parts import layer_list
 from ppo_fast.models.patching import replaced_forwards
 from ppo_fast.models.transformers_internals import (
     SLIDING,
@@ -24,7 +25,6 @@ from ppo_fast.models.transformers_internals import (
     read_llama_layer,
     why_not_llama_like,
 )
-from ppo_fast.models.trunk import layer_list
 from ppo_fast.ops.backends.cpp_launch import DTYPE_CODES, address
 from ppo_fast.ops.backends.cpus import num_threads
 from ppo_fast.rollout.slots import SlotCache

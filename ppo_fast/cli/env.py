@@ -1,0 +1,21 @@
+"""``ppo-fast env``: versions, the device, and which implementation each op gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Env:
+    """Print versions, the device, and which implementation each op gets and why."""
+
+    policy: str | None = None
+    """A model directory or name; says which fast paths it takes."""
+
+    def run(self, console: Console) -> None:
+        """Run the command."""
+        from ppo_fast.diagnostics.env import print_environment
+
+        print_environment(console, self.policy)

@@ -1,0 +1,77 @@
+"""Which critic a trainer gets, and how it is made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ppo_fast.config import PPOConfig
+from ppo_fast.critics.baselines import BatchBaseline
+from ppo_fast.critics.critic import Critic, HeadCritic, ModelCritic, TopCritic
+from ppo_fast.models.heads import TopValue, ValueHead
+from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.models.setup import copy_of_what_is_trained, put_on_trunk
+
+
+def critic_name(config: PPOConfig, value_model: Any) -> str:
+    """``config.critic``; where that is None, "model" with a value model, else "baseline"."""
+    return config.critic or ("baseline" if value_model is None else "model")
+
+
+def which_critic(config: PPOConfig, value_model: Any) -> str:
+    """The critic asked for, by name.
+
+    Raises:
+        TypeError, ValueError: it does not fit ``value_model``.
+    """
+    critic = critic_name(config, value_model)
+    if critic == "model" and not isinstance(value_model, nn.Module):
+        raise TypeError(
+            f"value_model: got {type(value_model).__name__}, but critic='model' needs a "
+            "torch.nn.Module; pass one, or config=PPOConfig(critic='head' or 'baseline')"
+        )
+    if value_model is not None and not any(p.requires_grad for p in value_model.parameters()):
+        raise ValueError("value_model: it has no weights to train; unfreeze some or pass None")
+    if critic != "model" and value_model is not None:
+        raise ValueError(
+            f"value_model: got {type(value_model).__name__}, but critic={critic!r} uses none; "
+            "pass None, or config=PPOConfig(critic='model')"
+        )
+    return critic
+
+
+def make_critic(
+    critic: str,
+    policy: LanguageModel,
+    value_model: nn.Module | None,
+    config: PPOConfig,
+    device: torch.device,
+) -> Critic:
+    """The critic of this name.
+
+    Raises:
+        ValueError: it needs the policy's states, which the policy does not show.
+    """
+    if critic == "baseline":
+        return BatchBaseline(config.gamma)
+    if critic == "model":
+        assert value_model is not None
+        return ModelCritic(
+            value_model,
+            budget=config.forward_batch_tokens,
+            compute_dtype=config.torch_dtype,
+            split=put_on_trunk(value_model, policy),
+        )
+    if policy.body is None:
+        raise ValueError(
+            f"config.critic={critic!r}: the hidden states of {type(policy.model).__name__} cannot "
+            "be told from its logits; pass a value_model or use critic='baseline'"
+        )
+    hidden_size = policy.text_config.hidden_size
+    if critic == "head":
+        return HeadCritic(ValueHead(hidden_size).to(device))
+    assert config.num_layers_unfrozen is not None
+    top = TopValue(copy_of_what_is_trained(policy.body), hidden_size).to(device)
+    return TopCritic(top, config.num_layers_unfrozen, compute_dtype=config.torch_dtype)

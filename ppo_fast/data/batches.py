@@ -1,0 +1,46 @@
+"""Batches of rows within a budget of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ppo_fast.data.tokens import Tokens
+from ppo_fast.data.trunk_states import TrunkStates
+
+
+def batches_by_tokens(lengths: Tensor, budget: int) -> list[Tensor]:
+    """Rows in batches of similar length: [B] lengths -> row indices, each batch of at most
+    ``budget`` tokens with its padding (a longer row is a batch of its own)."""
+    batches: list[list[int]] = []
+    for row in torch.argsort(lengths, descending=True, stable=True).tolist():
+        # rows come longest first, so a batch's first row is its width
+        if batches and int(lengths[batches[-1][0]]) * (len(batches[-1]) + 1) <= budget:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return [torch.tensor(batch, device="cpu") for batch in batches]
+
+
+def in_batches(
+    compute: Callable[[Tokens, Tensor | None], Tensor],
+    tokens: Tokens,
+    trunk: TrunkStates | None,
+    budget: int,
+) -> Tensor:
+    """``compute`` on batches of at most ``budget`` tokens, [..., b, t] each, put together as
+    [..., B, T] float32."""
+    out = torch.empty(0, device="cpu")
+    for rows in batches_by_tokens(tokens.lengths, budget):
+        part = compute(tokens.select(rows), select_trunk(trunk, tokens, rows)).float()
+        if not out.numel():
+            out = part.new_zeros(*part.shape[:-2], *tokens.response_ids.shape)
+        out[..., rows.to(tokens.device), : part.shape[-1]] = part
+    return out
+
+
+def select_trunk(trunk: TrunkStates | None, tokens: Tokens, rows: Tensor) -> Tensor | None:
+    """The trunk's activations for ``tokens.select(rows)``."""
+    return None if trunk is None else trunk.select(tokens, rows)

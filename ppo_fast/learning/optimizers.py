@@ -1,0 +1,25 @@
+"""AdamW as a PPOConfig asks for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from ppo_fast.config import PPOConfig
+from ppo_fast.learning.half_adamw import HalfAdamW
+
+
+def make_adamw(module: nn.Module, learning_rate: float, config: PPOConfig) -> Optimizer:
+    """AdamW over what is trained of ``module``; HalfAdamW where its weights are in bfloat16."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    settings: dict[str, Any] = {
+        "lr": learning_rate,
+        "betas": config.adam_betas,
+        "eps": config.adam_eps,
+        "weight_decay": config.weight_decay,
+    }
+    if config.trained_weights == "float32":
+        return AdamW(trained, **settings | {config.adamw: True})
+    return HalfAdamW(trained, **settings, rounding=config.trained_weights, seed=config.seed)

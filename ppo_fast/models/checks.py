@@ -1,0 +1,91 @@
+"""Checks of the models and the tokenizer that a trainer is given, before any model runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def check_policy(policy_model: Any) -> None:
+    """A transformers causal language model.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(policy_model, nn.Module) or not hasattr(policy_model, "config"):
+        raise TypeError(
+            f"policy_model: got {type(policy_model).__name__}, expected a transformers causal "
+            "language model, as AutoModelForCausalLM.from_pretrained(...) gives"
+        )
+    adapter: Any = getattr(policy_model, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        raise TypeError(
+            f"policy_model: its adapter is a {type(adapter).__name__}, whose "
+            "virtual tokens stand before every prompt; use one that changes layers, as LoRA does"
+        )
+    head = getattr(policy_model, "get_output_embeddings", lambda: None)()
+    if head is None or getattr(policy_model.config, "is_encoder_decoder", False):
+        raise TypeError(
+            f"policy_model: {type(policy_model).__name__} is no causal language model; load it "
+            "with AutoModelForCausalLM.from_pretrained(...)"
+        )
+
+
+def check_tokenizer(tokenizer: Any, policy_model: nn.Module) -> None:
+    """A tokenizer with a pad token, all of whose ids the policy has.
+
+    Raises:
+        ValueError: it has no pad token, or ids beyond the policy's vocabulary.
+    """
+    if not hasattr(tokenizer, "get_vocab"):
+        raise TypeError(
+            f"tokenizer: got {type(tokenizer).__name__}, expected a transformers tokenizer, as "
+            "AutoTokenizer.from_pretrained(...) gives"
+        )
+    if getattr(tokenizer, "pad_token_id", None) is None:
+        raise ValueError(
+            "tokenizer: has no pad token; set one, for example "
+            "tokenizer.pad_token = tokenizer.eos_token"
+        )
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    rows = policy_model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    if largest >= rows:
+        raise ValueError(
+            f"tokenizer: its largest id is {largest}, but policy_model has {rows} embeddings; use "
+            "the model's own tokenizer, or policy_model.resize_token_embeddings(len(tokenizer))"
+        )
+
+
+def place(model: Any, name: str, device: torch.device) -> None:
+    """Move a module that lies on the CPU to ``device``.
+
+    Raises:
+        ValueError: it lies on several devices, or on one that is neither the CPU nor ``device``.
+    """
+    if not isinstance(model, nn.Module):
+        return
+    found = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
+    if len(found) > 1:
+        raise ValueError(
+            f"{name}: its weights lie on several devices {sorted(map(str, found))}, expected one; "
+            "load it without device_map"
+        )
+    where = next(iter(found), device)
+    if where.type not in ("cpu", device.type) or (
+        where.type == device.type and None not in (where.index, device.index) and where != device
+    ):
+        raise ValueError(
+            f"{name}: lies on {where}, but device={device}; the models of a trainer share one "
+            f"device: move it with .to({str(device)!r})"
+        )
+    model.to(device)
+
+
+def context_limit(model: nn.Module) -> int | None:
+    """The most positions that the model's config allows; None when it names no limit."""
+    config = getattr(model, "config", None)
+    return None if config is None else getattr(
+        config.get_text_config(), "max_position_embeddings", None
+    )  # fmt: skip

@@ -1,0 +1,36 @@
+"""Parts of a transformers model: the model inside adapters, its body, its layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def base_of(model: nn.Module) -> Any:
+    """The transformers model in a peft wrapper; any other model itself."""
+    get_base_model: Any = getattr(model, "get_base_model", None)
+    return model if get_base_model is None else get_base_model()
+
+
+def body_of(model: nn.Module) -> nn.Module:
+    """A causal LM's body, in a peft wrapper too; a bare body stays itself."""
+    base = base_of(model)
+    return getattr(base, "base_model", base)
+
+
+def layer_list(body: nn.Module | None) -> nn.ModuleList:
+    """The body's transformer layers.
+
+    Raises:
+        ValueError: no module list has as many entries as the configuration names layers.
+    """
+    config = getattr(body, "config", None)
+    count = config.get_text_config().num_hidden_layers if config is not None else None
+    for child in body.modules() if body is not None else ():
+        if isinstance(child, nn.ModuleList) and len(child) == count:
+            return child
+    raise ValueError(
+        f"num_layers_unfrozen: found no list of {count} layers in {type(body).__name__}; "
+        "use num_layers_unfrozen=None"
+    )

@@ -1,0 +1,413 @@
+"""PPO for a causal language model, as the algorithm reads.
+
+prompts --rollout--> Rollout --make_experience--> Experience --update--> metrics
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from ppo_fast.checks import check_counts
+from ppo_fast.config import PPOConfig
+from ppo_fast.critics.critic import Critic, ModelCritic
+from ppo_fast.critics.make import make_critic, which_critic
+from ppo_fast.data.experience import Experience
+from ppo_fast.data.prompts import check_prompt_ids, check_prompts
+from ppo_fast.data.rollout import Rollout
+from ppo_fast.data.step import Step
+from ppo_fast.diagnostics.memory_plan import MemoryPlan, plan_memory
+from ppo_fast.learning.learner import Learner
+from ppo_fast.learning.make_experience import computes_in_float32, make_experience
+from ppo_fast.models import setup
+from ppo_fast.models.adapters import adapted_layers
+from ppo_fast.models.attention import without_cudnn_attention
+from ppo_fast.models.checks import check_policy, check_tokenizer, context_limit, place
+from ppo_fast.models.language_model import with_trunk
+from ppo_fast.models.precision import WeightCopies
+from ppo_fast.rewards.score import RewardFunction, check_reward_model, check_scores
+from ppo_fast.rewards.scorer import Scorer
+from ppo_fast.rollout import Engine, LocalEngine, eos_ids
+from ppo_fast.rollout.speedups.cuda_graph_check import CAPTURES
+from ppo_fast.runs import loop
+from ppo_fast.runs.checkpoint import checkpoint_path, read_checkpoint, write_checkpoint
+from ppo_fast.runs.progress import Progress
+
+# Rounding stays far below this: between decoding with a cache and one pass over all tokens in
+# float32; in half precision between two passes whose batches differ (0.07 was seen on an H200).
+MOST_FIRST_LOG_RATIO = 1e-2
+MOST_FIRST_LOG_RATIO_HALF = 0.3
+
+
+class PPO:
+    """Trains a causal language model by PPO against a reward.
+
+    Args:
+        policy: the transformers causal LM that is trained. It is moved to ``device``, its dropout
+            is switched off and weights stored in half precision become float32.
+        tokenizer: the policy's, with a pad token.
+        reward: a function ``f(prompts, completions) -> list[float]``, or a module that gives a
+            score a sequence (``ppo_fast.RewardModel``, a transformers classifier with one label,
+            your own).
+        value_model: for ``critic="model"``: a module ``forward(input_ids, attention_mask)`` that
+            gives a value a token [B, L] (``ppo_fast.ValueModel``) or a sequence [B].
+        device: where everything runs; models on the CPU are moved there. None: where the policy is.
+        config: every setting; None: ``PPOConfig()``.
+        engine: what samples (``ppo_fast.rollout``); None: the policy, in this process.
+
+    Attributes:
+        policy, reference: the policy, and the frozen one that the KL is measured to: as the policy
+            was at construction, sharing its frozen weights. Each a LanguageModel, with the
+            transformers model in ``model``.
+        critic: estimates values.
+        engine: samples.
+        scorer: calls the reward.
+        learner: updates policy and critic; owns their optimizers.
+        progress: counts steps, prompts and samples.
+        config, device, tokenizer: as given or resolved.
+        newest_checkpoint: the file that was written or loaded last; None.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says which, what it got, what
+            was expected and how to mend it.
+    """
+
+    @without_cudnn_attention()
+    def __init__(
+        self,
+        policy: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        reward: nn.Module | RewardFunction,
+        *,
+        value_model: nn.Module | None = None,
+        device: torch.device | str | None = None,
+        config: PPOConfig | None = None,
+        engine: Engine | None = None,
+    ) -> None:
+        if config is not None and not isinstance(config, PPOConfig):
+            raise TypeError(f"config: got {type(config).__name__}, expected a PPOConfig(...)")
+        self.config = config = config or PPOConfig()
+        self.tokenizer = tokenizer
+        check_policy(policy)
+        check_tokenizer(tokenizer, policy)
+        check_reward_model(reward)
+        critic = which_critic(config, value_model)
+        self.device = torch.device(device or next(policy.parameters()).device)
+        models = {"policy_model": policy, "value_model": value_model, "reward_model": reward}
+        for name, model in models.items():
+            place(model, name, self.device)
+        self.policy, self.reference = setup.make_models(policy, value_model, reward, config)
+        self.critic: Critic = make_critic(critic, self.policy, value_model, config, self.device)
+        self.scorer = Scorer(reward, self.policy, config.forward_batch_tokens)
+        setup.check_shared_weights(policy, value_model, reward, self.critic.module)
+        self.engine = engine or self._local_engine()
+        self._weight_copies = WeightCopies(config.torch_dtype, self._kept_bytes())
+        self.learner = Learner(self.policy, self.critic, config)
+        self.progress = Progress(config.seed)
+        self.newest_checkpoint: Path | None = None
+        self._warned_of_discount = False
+
+    # The algorithm
+
+    @without_cudnn_attention()
+    def rollout(
+        self,
+        prompts: Sequence[str],
+        max_length: int | None = None,
+        temperature: float | None = None,
+        *,
+        seeds: Tensor | None = None,
+    ) -> Rollout:
+        """Sample a response for every prompt from the current policy.
+
+        Args:
+            prompts: B texts; tokenised as the tokenizer does by default.
+            max_length: most response tokens; None: the config's.
+            temperature: None: the config's.
+            seeds: [B] int64, what each draw depends on beside the token's position; None: new ones,
+                which change no draw of later steps.
+        """
+        sampling = self.config.sampling(max_length, temperature)
+        self._warn_of_discount(sampling.max_length)
+        prompts = check_prompts(prompts)
+        prompt_ids = self._prompt_ids(prompts, sampling.max_length)
+        seeds = self.progress.seeds_outside(len(prompts)) if seeds is None else seeds
+        policy_model = self.policy.model
+        with self._weight_copies.in_use(policy_model):
+            self.engine.sync_weights(policy_model)
+            rollout = self.engine.generate(prompt_ids, sampling, seeds=seeds)
+        lengths = rollout.tokens.response_lengths.tolist()
+        rows = zip(rollout.tokens.response_ids.tolist(), lengths, strict=True)
+        completions = self.tokenizer.batch_decode(
+            [ids[:length] for ids, length in rows], skip_special_tokens=True
+        )
+        return replace(rollout, prompts=prompts, completions=completions)
+
+    @without_cudnn_attention()
+    def make_experience(
+        self, rollout: Rollout, scores: Tensor | Sequence[float] | None = None
+    ) -> Experience:
+        """Rewards, values, advantages and returns of a rollout.
+
+        Args:
+            rollout: from ``rollout``, before the policy is updated.
+            scores: one a sequence [B]; None: the reward's.
+        """
+        if scores is None:
+            if self.scorer.reads_trunk:
+                budget = self.config.forward_batch_tokens
+                rollout = with_trunk(rollout, self.policy, budget, whole=True)
+            scores = self.scorer.of_rollout(rollout)
+        return make_experience(
+            rollout,
+            check_scores(scores, rollout.prompts).to(self.device),
+            policy=self.policy,
+            reference=self.reference,
+            critic=self.critic,
+            config=self.config,
+        )
+
+    @without_cudnn_attention()
+    def update(self, experience: Experience, num_epochs: int | None = None) -> dict[str, float]:
+        """Train policy and critic on a batch of experience; counts as one step.
+
+        Args:
+            experience: from ``make_experience``.
+            num_epochs: passes over it; None: the config's.
+
+        Returns:
+            Plain floats: policy_loss, value_loss, kl_divergence (token mean of log pi - log ref,
+            as sampled), mean_reward (of the scores, before KL), mean_advantage (before
+            whitening), and more (docs: README).
+
+        Raises:
+            FloatingPointError: a gradient was not finite. It changed nothing; earlier optimizer
+                steps of this update stand.
+        """
+        epochs = self._epochs(num_epochs)
+        seed = self.progress.seed_of("minibatches", self.progress.steps)
+        metrics = self.learner.update(experience, num_epochs=epochs, seed=seed)
+        metrics = experience.metrics | {"value_loss": 0.0} | metrics
+        self.progress.count_step(metrics)
+        return metrics
+
+    def step(
+        self,
+        prompts: Sequence[str],
+        *,
+        num_epochs: int | None = None,
+        max_length: int | None = None,
+        temperature: float | None = None,
+    ) -> Step:
+        """One step of PPO: sample, score, update.
+
+        Args:
+            prompts: the batch.
+            num_epochs, max_length, temperature: None: the config's.
+
+        Returns:
+            Its metrics are those of ``update`` and the seconds of each part, as time/rollout,
+            time/experience and time/update.
+        """
+        self._epochs(num_epochs)
+        sampling = self.config.sampling(max_length, temperature)
+        prompts = self.check_prompts(prompts, sampling.max_length)
+        times = [time.perf_counter()]
+        seeds = self.progress.next_seeds(len(prompts))
+        rollout = self.rollout(prompts, max_length, temperature, seeds=seeds)
+        times.append(time.perf_counter())
+        experience = self.make_experience(rollout)
+        times.append(time.perf_counter())
+        metrics = self.update(experience, num_epochs)
+        times.append(time.perf_counter())
+        self._check_first_ratio(metrics["first_max_log_ratio"])
+        parts = ("rollout", "experience", "update")
+        for part, start, end in zip(parts, times, times[1:], strict=False):
+            metrics[f"time/{part}"] = end - start
+        light = replace(rollout, trunk=None, states=None)
+        return Step(self.progress.steps, metrics, light, experience.scores)
+
+    def train(
+        self,
+        prompts: Sequence[str],
+        num_steps: int = 100,
+        batch_size: int = 16,
+        *,
+        num_epochs: int | None = None,
+        max_length: int | None = None,
+        temperature: float | None = None,
+        checkpoint_dir: str | Path | None = None,
+        checkpoint_freq: int = 10,
+        progress: bool = True,
+        on_step: loop.OnStep | None = None,
+    ) -> dict[str, Any]:
+        """Run ``num_steps`` steps of PPO on batches drawn from ``prompts``.
+
+        Prompts come in random order, every one once before any comes again. Ctrl-C lets the step
+        in hand finish, writes a checkpoint if there is a ``checkpoint_dir``, and returns; an error
+        writes one too before it is raised.
+
+        Args:
+            prompts: the texts to draw from.
+            num_steps: steps to run, after those already done.
+            batch_size: prompts a step; more than there are means all of them.
+            num_epochs, max_length, temperature: as in ``step``.
+            checkpoint_dir: where ``ppo_checkpoint_step_<step>.pt`` files go; None: nowhere.
+            checkpoint_freq: steps between them.
+            progress: show a progress bar on a terminal.
+            on_step: called with the Step after every step.
+
+        Returns:
+            training_history (policy_losses, value_losses, kl_divergences, mean_rewards,
+            step_avg_rewards (their running mean): one entry a step), final_stats (averages and
+            running totals), final_avg_reward, final_kl_divergence (of the last step), interrupted.
+        """
+        return loop.train(
+            self,
+            prompts,
+            num_steps=num_steps,
+            batch_size=batch_size,
+            num_epochs=num_epochs,
+            max_length=max_length,
+            temperature=temperature,
+            checkpoint_dir=checkpoint_dir,
+            checkpoint_freq=checkpoint_freq,
+            progress=progress,
+            on_step=on_step,
+        )
+
+    # Checkpoints
+
+    def save_checkpoint(self, checkpoint_dir: str | Path, step: int) -> Path:
+        """Write ``ppo_checkpoint_step_<step>.pt`` in ``checkpoint_dir``, whole or not at all.
+
+        One file with the trained weights of policy and critic, their optimizers, the counters and
+        all that is random, which ``load_checkpoint`` reads. Of frozen weights it holds a
+        fingerprint.
+        """
+        path = checkpoint_path(checkpoint_dir, step)
+        write_checkpoint(
+            path,
+            step,
+            modules=self._trained_modules(),
+            optimizers=self.learner.optimizers,
+            reference=self.reference.model,
+            progress=self.progress.state_dict(),
+        )
+        self.newest_checkpoint = path.resolve()
+        return path
+
+    def load_checkpoint(self, checkpoint_path: str | Path) -> int:
+        """Restore what ``save_checkpoint`` wrote, and return its step. Nothing in the file is
+        executed, and nothing is changed when it does not fit.
+
+        Raises:
+            FileNotFoundError, ValueError: no file; truncated, not ours, or of another model.
+        """
+        path = Path(checkpoint_path)
+        contents = read_checkpoint(
+            path,
+            modules=self._trained_modules(),
+            optimizers=self.learner.optimizers,
+            reference=self.reference.model,
+            seed=self.config.seed,
+        )
+        self.progress.load_state_dict(contents)
+        self.learner.amid_update = False
+        self.newest_checkpoint = path.resolve()
+        return contents["step"]
+
+    @property
+    def amid_update(self) -> bool:
+        """Whether the weights are those of no whole step, since an update was broken off."""
+        return self.learner.amid_update
+
+    def _trained_modules(self) -> dict[str, nn.Module]:
+        modules = {"policy": self.policy.model, "value": self.critic.module}
+        return {name: modules[name] for name in self.learner.optimizers}
+
+    # Checks and construction
+
+    def check_prompts(self, prompts: Sequence[str], max_length: int | None = None) -> list[str]:
+        """All prompts, checked before the first step, not when a batch meets a bad one."""
+        length = self.config.max_length if max_length is None else max_length
+        prompts = check_prompts(prompts)
+        check_counts(max_length=length)
+        self._prompt_ids(prompts, length)
+        return prompts
+
+    def memory_plan(self, batch_size: int, prompt_length: int) -> MemoryPlan:
+        """What steps of ``batch_size`` prompts, each of at most ``prompt_length`` tokens, take."""
+        policy_model = self.policy.model
+        adapters: Any = getattr(policy_model, "peft_config", None) or {}
+        return plan_memory(
+            policy_model.config,
+            self.config,
+            batch_size=batch_size,
+            prompt_length=prompt_length,
+            value_model=self.critic.module if isinstance(self.critic, ModelCritic) else None,
+            policy_model=policy_model,
+            adapter=next(iter(adapters.values()), None),
+            device=self.device.type,
+        )
+
+    def _prompt_ids(self, prompts: list[str], max_length: int) -> list[list[int]]:
+        prompt_ids = self.tokenizer(prompts)["input_ids"]
+        check_prompt_ids(prompts, prompt_ids, max_length, context_limit(self.policy.model))
+        return prompt_ids
+
+    def _epochs(self, num_epochs: int | None) -> int:
+        epochs = self.config.num_epochs if num_epochs is None else num_epochs
+        check_counts(num_epochs=epochs)
+        return epochs
+
+    def _local_engine(self) -> LocalEngine:
+        return LocalEngine(
+            self.policy,
+            eos_ids=partial(eos_ids, self.policy.model, self.tokenizer),
+            pad_id=self.tokenizer.pad_token_id,
+            slots=self.config.rollout_slots,
+            prompt_tokens=self.config.forward_batch_tokens,
+            to_text=partial(self.tokenizer.decode, skip_special_tokens=False),
+            keep_states=self.critic.reads_states,
+            whole_trunk=self.scorer.reads_trunk,
+            cuda_graphs=self.config.cuda_graphs,
+            kept_bytes=self._kept_bytes(),
+        )
+
+    def _kept_bytes(self) -> int:
+        """For what is kept between rollouts, from which graphs alone gain; LocalEngine keeps none
+        of a model with adapters."""
+        graphs = self.device.type in CAPTURES and self.config.cuda_graphs
+        keeps = graphs and not adapted_layers(self.policy.model)
+        return self.config.kept_rollout_bytes if keeps else 0
+
+    def _check_first_ratio(self, log_ratio: float) -> None:
+        full = computes_in_float32(self.policy)
+        if log_ratio > (MOST_FIRST_LOG_RATIO if full else MOST_FIRST_LOG_RATIO_HALF):
+            warnings.warn(
+                f"the first minibatch's ratios are not 1: exp({log_ratio:.2g}) at most. Decoding "
+                f"and the update compute {type(self.policy.model).__name__} differently, and what "
+                "is learned is not to be trusted",
+                stacklevel=3,
+            )
+
+    def _warn_of_discount(self, max_length: int) -> None:
+        """Once, where the score of a long response hardly counts for its first token."""
+        gamma, weight = self.config.gamma, self.config.gamma**max_length
+        if weight < 0.5 and not self._warned_of_discount:
+            self._warned_of_discount = True
+            warnings.warn(
+                f"gamma: {gamma} over {max_length} tokens leaves {weight:.2f} of the score at a "
+                "response's first token; gamma=1 counts it in full",
+                stacklevel=4,
+            )

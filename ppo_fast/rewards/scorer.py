@@ -1,0 +1,50 @@
+"""Scorer: the reward of a trainer, and how it is called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ppo_fast.data.rollout import Rollout
+from ppo_fast.data.tokens import Tokens
+from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.models.setup import put_on_trunk
+from ppo_fast.rewards.score import score
+
+
+class Scorer:
+    """Scores whole responses.
+
+    Args:
+        reward: a module or a function; see ``score``. A RewardModel whose lower layers equal the
+            policy's frozen trunk shares them from now on.
+        policy: the policy.
+        budget: most tokens in one call of a module.
+    """
+
+    def __init__(self, reward: Any, policy: LanguageModel, budget: int) -> None:
+        self.reward, self.budget = reward, budget
+        self.split = put_on_trunk(reward, policy)
+
+    @property
+    def reads_trunk(self) -> bool:
+        """Whether scores start from the trunk's activations, of last tokens too."""
+        return self.split is not None
+
+    def of_rollout(self, rollout: Rollout) -> Tensor:
+        """[B] float32: the score of each response; with ``reads_trunk`` the rollout has a whole
+        trunk."""
+        return score(
+            self.reward,
+            rollout.tokens,
+            rollout.prompts,
+            rollout.completions,
+            budget=self.budget,
+            split=self.split,
+            trunk=rollout.trunk,
+        )
+
+    def of_tokens(self, tokens: Tokens, prompts: list[str], completions: list[str]) -> Tensor:
+        """[B] float32: the same of other responses, from their tokens alone."""
+        return score(self.reward, tokens, prompts, completions, budget=self.budget)

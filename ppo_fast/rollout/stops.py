@@ -1,0 +1,44 @@
+"""Where a response ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ppo_fast.data.sampling import Sampling
+
+
+class Stops:
+    """Where a response ends.
+
+    Args:
+        sampling: its stop tokens and stop strings.
+        eos_ids: further ids that end a response.
+        to_text: ids -> text, for stop strings.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        eos_ids: Sequence[int],
+        to_text: Callable[[list[int]], str] | None = None,
+    ) -> None:
+        self.ids = {*eos_ids, *sampling.stop_token_ids}
+        self._strings, self._to_text = sampling.stop_strings, to_text
+        self._least = sampling.min_new_tokens
+        if self._strings and to_text is None:
+            raise ValueError("stop_strings: need a tokenizer; pass one, or use stop_token_ids")
+        # A token is a byte at least, but for special ones, and the last may complete a character.
+        self._tail = max((len(s.encode()) for s in self._strings), default=0) + 8
+
+    def ends(self, response: list[int]) -> bool:
+        """Whether ``response`` ends with its last token."""
+        if response[-1] in self.ids:
+            return True
+        if not self._strings or len(response) < self._least:
+            return False
+        assert self._to_text is not None
+        tail = response[-self._tail :]
+        text = self._to_text(tail)
+        found = [string for string in self._strings if string in text]
+        # completed by this token, not before it
+        return bool(found) and any(s not in self._to_text(tail[:-1]) for s in found)

@@ -1,0 +1,98 @@
+"""Progress: how far a run has come, and the prompts and seeds that follow from that."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Running totals, and the metric that each adds up.
+TOTALS = {
+    "total_reward": "mean_reward",
+    "total_kl_divergence": "kl_divergence",
+    "total_policy_loss": "policy_loss",
+    "total_value_loss": "value_loss",
+}
+OUTSIDE_STEPS = 1 << 31  # where the numbers of sequences sampled outside of steps begin
+
+
+class Progress:
+    """Counters of a run. All that is random comes from the seed and these, so that a run which is
+    resumed from a checkpoint goes on as if it had never stopped.
+
+    Args:
+        seed: in [0, 2**31).
+
+    Attributes:
+        stats: total_steps, and sums over steps of TOTALS' metrics.
+        prompts_drawn: prompts that steps took from the training set.
+        sequences_sampled: responses that steps sampled.
+        sequences_outside: responses sampled outside of steps, by seeds of their own: an evaluation
+            changes no later draw of the training.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.stats: dict[str, float] = {"total_steps": 0} | dict.fromkeys(TOTALS, 0.0)
+        self.prompts_drawn = self.sequences_sampled = self.sequences_outside = 0
+
+    @property
+    def steps(self) -> int:
+        """Steps done."""
+        return int(self.stats["total_steps"])
+
+    def count_step(self, metrics: dict[str, float]) -> None:
+        """One more step, with these metrics."""
+        self.stats["total_steps"] += 1
+        for name, metric in TOTALS.items():
+            self.stats[name] += metrics[metric]
+
+    def averages(self) -> dict[str, float]:
+        """total_steps, and avg_reward, avg_kl_divergence, avg_policy_loss, avg_value_loss over all
+        steps so far."""
+        means = {name: self.stats[name] / max(self.steps, 1) for name in TOTALS}
+        return {"total_steps": self.stats["total_steps"]} | {
+            name.replace("total_", "avg_"): value for name, value in means.items()
+        }
+
+    def next_prompts(self, prompts: list[str], batch_size: int) -> list[str]:
+        """The next batch of an endless sequence of random permutations of ``prompts``."""
+        size = min(batch_size, len(prompts))
+        batch: list[str] = []
+        while len(batch) < size:
+            round_, first = divmod(self.prompts_drawn + len(batch), len(prompts))
+            generator = torch.Generator().manual_seed(self.seed_of("prompts", round_))
+            order = torch.randperm(len(prompts), generator=generator, device="cpu")
+            batch += [prompts[j] for j in order[first : first + size - len(batch)].tolist()]
+        self.prompts_drawn += len(batch)
+        return batch
+
+    def seed_of(self, what: str, number: int) -> int:
+        """A seed for torch's CPU generator, which reads no more than 32 bits of it."""
+        return random.Random(f"{what} {self.seed} {number}").getrandbits(32)
+
+    def next_seeds(self, count: int) -> Tensor:
+        """Seeds [count] int64 of a step's next sequences."""
+        first = (self.seed << 32) + self.sequences_sampled
+        self.sequences_sampled += count
+        return torch.arange(first, first + count, device="cpu")
+
+    def seeds_outside(self, count: int) -> Tensor:
+        """Seeds [count] int64 of the next sequences that are sampled outside of steps."""
+        first = (self.seed << 32) + OUTSIDE_STEPS + self.sequences_outside
+        self.sequences_outside += count
+        return torch.arange(first, first + count, device="cpu")
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        names = ("seed", "prompts_drawn", "sequences_sampled", "sequences_outside")
+        return {"stats": dict(self.stats)} | {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the counters of ``state``; the seed stays."""
+        self.stats = dict(state["stats"])
+        self.prompts_drawn = state["prompts_drawn"]
+        self.sequences_sampled = state["sequences_sampled"]
+        self.sequences_outside = state.get("sequences_outside", 0)  # older files have none

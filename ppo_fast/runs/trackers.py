@@ -1,0 +1,20 @@
+"""What records a run's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ppo_fast.data.step import Step
+from ppo_fast.runs.display import StepDisplay
+from ppo_fast.runs.folder import RunFolder
+
+
+def step_logger(folder: RunFolder, display: StepDisplay) -> Callable[[Step], None]:
+    """An ``on_step``: every step to the folder and to the console."""
+
+    def log(step: Step) -> None:
+        folder.write_metrics(step.number, step.metrics)
+        folder.write_samples(step.number, step.rollout, step.scores)
+        display.show(step)
+
+    return log
