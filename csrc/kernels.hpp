@@ -1,4 +1,4 @@
-// One set of kernels for each instruction set that they were compiled for, and the choice.
+// The kernels of each instruction set that they were compiled for, and the set in use.
 #pragma once
 
 #include "kernels/decode_layer.hpp"
@@ -36,7 +36,8 @@ struct Kernels {
 extern const Kernels kernels_baseline;
 extern const Kernels kernels_avx2;  // AVX2 and FMA; there only where PPO_FAST_HAVE_AVX2 is defined
 
-// Those in use: the best that this processor can run, unless bindings/module.cpp was told otherwise.
+// The kernels in use: the best that this processor can run, or those that use_instruction_set chose
+// (bindings/module.cpp).
 const Kernels& kernels();
 
 }  // namespace ppo_fast

@@ -1,6 +1,6 @@
 """Checks of numbers and words that users give: settings with a range, and counts.
 
-A dataclass says beside each field what it allows, and ``check_fields`` holds it to that::
+A dataclass states beside each field what it allows, and ``check_fields`` checks it::
 
     gamma: float = number(1.0, at_least=0, at_most=1)
 """
@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 
 
 class Allowed(NamedTuple):
-    """What a field allows: a test of a value, and the same in words."""
+    """Test of a field's values, and a description of what it allows."""
 
     test: Callable[[Any], bool]
     words: str
@@ -32,7 +32,7 @@ def number(
     or_inf: str = "",
     or_none: bool = False,
 ) -> Any:
-    """A dataclass field for a finite number in a range.
+    """Make a dataclass field for a finite number in a range.
 
     Args:
         default: its default.
@@ -57,7 +57,7 @@ def number(
 def whole(
     default: Any, *, at_least: int = 1, below: float = math.inf, or_none: bool = False
 ) -> Any:
-    """A dataclass field for a whole number in a range; ``or_none``: or None."""
+    """Make a dataclass field for a whole number in a range; ``or_none``: or None."""
 
     def test(value: Any) -> bool:
         return is_whole(value) and at_least <= value < below
@@ -68,7 +68,7 @@ def whole(
 
 
 def tuple_of(default: Any, kind: type, words: str) -> Any:
-    """A dataclass field for a tuple of ``kind``; in a config file it is a list."""
+    """Make a dataclass field for a tuple of ``kind``, which is a list in a config file."""
 
     def test(value: Any) -> bool:
         return isinstance(value, tuple) and all(isinstance(v, kind) for v in value)
@@ -77,7 +77,7 @@ def tuple_of(default: Any, kind: type, words: str) -> Any:
 
 
 def allowed(default: Any, test: Callable[[Any], bool], words: str) -> Any:
-    """A dataclass field with a test of its own."""
+    """Make a dataclass field with a test of its own."""
     return _field(default, test, words, False)
 
 
@@ -101,8 +101,10 @@ def _range(above: float, at_least: float, below: float, at_most: float) -> str:
 
 
 def check_fields(settings: Any) -> None:
-    """Hold a dataclass to what its fields allow; a field of a Literal type, or of bool, allows the
-    values that its type names. Lists become tuples where a tuple is expected.
+    """Check a dataclass's values against what its fields allow.
+
+    A field of a Literal type, or of bool, allows the values that its type names. Lists become
+    tuples where a tuple is expected.
 
     Raises:
         ValueError: a value is not allowed; it names the field, the value and what is allowed.
@@ -119,7 +121,7 @@ def check_fields(settings: Any) -> None:
 
 
 def _choices(hint: Any) -> Allowed | None:
-    """Of a Literal, an optional Literal or bool."""
+    """Return what a Literal, an optional Literal or bool allows; None for other types."""
     if hint is bool:
         return Allowed(lambda value: isinstance(value, bool), "True or False")
     optional = get_origin(hint) in (Union, UnionType) and NoneType in get_args(hint)
@@ -134,12 +136,12 @@ def _choices(hint: Any) -> Allowed | None:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether it is an integer, and no bool."""
+    """Return whether ``value`` is an integer, and no bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_counts(**counts: Any) -> None:
-    """Whole numbers of at least 1.
+    """Check that each count is a whole number of at least 1.
 
     Raises:
         ValueError: one is not.

@@ -1,4 +1,4 @@
-"""PPOConfig: every number of the algorithm, with what its default rests on."""
+"""PPOConfig: every setting of the algorithm, with the reason for its default."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ Critic = Literal["model", "head", "top", "baseline"]
 
 @dataclass(frozen=True)
 class PPOConfig:
-    """Settings of a PPO run. ``PPOConfig()`` has what the field found to work for language models;
-    ``PPOConfig.spec()`` has the numbers and forms of the classic trainer interface that a bare
-    ``PPOTrainer(...)`` uses. Values out of range raise ValueError.
+    """Settings of a PPO run. Values out of range raise ValueError.
+
+    ``PPOConfig()`` has defaults that published work found good for language models.
+    ``PPOConfig.spec()`` has the numbers and forms of the classic trainer interface, which a bare
+    ``PPOTrainer(...)`` uses.
     """
 
     learning_rate: float = number(1e-5, above=0)
@@ -43,15 +45,16 @@ class PPOConfig:
     """New values stay within this of the old ones; None: not clipped."""
     kl_penalty: float = number(0.05, at_least=0)
     """Coefficient of the KL to the reference. The same number holds the policy far more firmly in
-    the reward than in the loss, since advantages are whitened: 0.4 against 41 nats in one toy."""
+    the reward than in the loss, since advantages are whitened: in one toy run the KL was 0.4 nats
+    against 41."""
     kl_in: Literal["reward", "loss"] = "reward"
     """"reward": subtracted from each token's reward (InstructGPT; unbiased). "loss": a term of the
     loss (biased low in practice, never delays the score)."""
     kl_estimator: Literal["k1", "abs", "k2", "k3", "k1+k2"] | None = None
-    """Per-token KL estimate; None: k1 in the reward, k1+k2 (k1's value, k2's gradient) in the
+    """KL estimate per token; None: k1 in the reward, k1+k2 (k1's value, k2's gradient) in the
     loss."""
     gamma: float = number(1.0, at_least=0, at_most=1)
-    """Discount a token. 1: a response's score counts in full for its first token."""
+    """Discount per token. 1: a response's score counts in full for its first token."""
     gae_lambda: float = number(0.95, at_least=0, at_most=1)
     """GAE's lambda: 1 has no bias, lower trusts the value function more. critic="baseline" has no
     value of later states to trust and uses 1."""
@@ -64,52 +67,51 @@ class PPOConfig:
     num_epochs: int = whole(4)
     """Passes over each batch of experience."""
     num_minibatches: int = whole(1)
-    """Optimizer steps an epoch. One was found best by the TL;DR reproduction studies."""
+    """Optimizer steps per epoch. One was found best by the TL;DR reproduction studies."""
     microbatch_tokens: int = whole(16384)
-    """Most tokens (padding included) in one forward-backward pass. Bounds memory, of which logits
-    take 4 bytes times the vocabulary a response token, a few times over; the result does not
-    depend on it."""
+    """Max tokens (padding included) in one forward-backward pass. Bounds memory: per response
+    token, logits take a few times 4 bytes times the vocabulary. The result does not depend on
+    it."""
     forward_batch_tokens: int = whole(32768)
-    """The same for passes without gradients."""
+    """Max tokens (padding included) in one pass without gradients."""
     whiten_advantages: bool = True
-    """Advantages of a batch to mean 0, variance 1 over its valid tokens."""
+    """Scale a batch's advantages to mean 0, variance 1 over its valid tokens."""
     aggregation: Literal["token-mean", "seq-mean-token-mean"] = "token-mean"
     """"token-mean": every token of a batch counts the same; "seq-mean-token-mean": every
     response does."""
     critic: Critic | None = None
-    """Who estimates values: "model" (the value_model), "head" (a linear head on the policy's last
+    """What estimates values: "model" (the value_model), "head" (a linear head on the policy's last
     hidden state), "top" (top layers of its own above the policy's frozen trunk; with
     num_layers_unfrozen), "baseline" (the mean of the other sequences of the batch, no value
     function). None: "model" when a value_model is given, else "baseline"."""
     num_layers_unfrozen: int | None = whole(None, or_none=True)
     """Train only this many top layers (with the final norm and an untied LM head); the layers
-    below are one frozen trunk, its activations computed once a step. None: train everything."""
+    below are one frozen trunk, its activations computed once per step. None: train everything."""
     trunk_dtype: Literal["bfloat16"] | None = None
-    """What the trunk's activations are kept as from the rollout to the last epoch: 2 bytes a number
-    instead of 4. Old log-probs then are computed from them too. (Activations outgrow float16.)
-    None: as the model computes."""
+    """Storage dtype of the trunk's activations from the rollout to the last epoch. "bfloat16" takes
+    2 bytes per number instead of 4; old log-probs are then computed from the rounded activations
+    too. (Activations exceed float16's range.) None: the dtype that the model computes in."""
     compute_dtype: Literal["bfloat16"] | None = None
-    """What the models compute in. "bfloat16": trained weights are float32 all the same (autocast;
-    responses are drawn with copies in bfloat16), frozen ones stay as they are stored. None: float32
-    throughout."""
+    """Dtype that the models compute in. "bfloat16": trained weights are still float32 (autocast;
+    responses are drawn with copies in bfloat16) unless trained_weights says otherwise, and frozen
+    ones stay as they are stored. None: float32 throughout."""
     trained_weights: Literal["float32", "stochastic", "kahan"] = "float32"
-    """How trained weights are held. In float32; or, with compute_dtype, in bfloat16, to which each
-    step's sum is rounded up or down by chance ("stochastic") or with its rounding error kept for
-    the next one ("kahan"): plain rounding would lose most steps of RL's size."""
+    """How trained weights are stored: "float32"; or, with compute_dtype, in bfloat16. Each step's
+    sum is then rounded up or down by chance ("stochastic"), or its rounding error is kept for the
+    next step ("kahan"): plain rounding would lose most steps of RL's size."""
     gradient_checkpointing: bool = False
-    """Keep a layer's input alone, and no logits, and compute the rest again in the backward
-    pass."""
+    """Keep only each layer's input, and no logits; the backward pass computes the rest again."""
     adamw: Literal["fused", "foreach"] = "fused"
     """torch's implementation of AdamW. "fused" reads and writes everything once, and needs no
     temporaries; "foreach" is for devices that it does not know."""
     adam_betas: tuple[float, float] = allowed((0.9, 0.999), _are_betas, "two numbers in [0, 1)")
-    """AdamW's averaging of gradients and of their squares: its usual numbers."""
+    """AdamW's decay rates of the means of gradients and of their squares; its usual numbers."""
     adam_eps: float = number(1e-5, above=0)
     """1e-5, as in the original PPO code, keeps rarely touched weights from large steps."""
     weight_decay: float = number(0.0, at_least=0)
-    """AdamW's. The KL to the reference, not a pull to zero, is what holds the policy: 0."""
+    """AdamW's weight decay. 0: the KL to the reference holds the policy, not a pull to zero."""
     max_length: int = 150
-    """Most tokens a response."""
+    """Max tokens of a response."""
     temperature: float = 1.0
     """Divides logits when sampling and in every log-prob."""
     top_k: int = 0
@@ -118,21 +120,21 @@ class PPOConfig:
     top_p: float = 1.0
     """Sample from the likeliest tokens that hold this much probability; 1: from all."""
     min_new_tokens: int = 0
-    """A response's first tokens, this many, are drawn among those that end nothing."""
+    """This many first tokens of a response are drawn among tokens that do not end it."""
     stop_token_ids: tuple[int, ...] = ()
     """Ids that end a response, beside the tokenizer's EOS and the model's."""
     stop_strings: tuple[str, ...] = ()
     """Texts that end a response; the token that completes one belongs to it."""
     rollout_slots: int | None = whole(None, or_none=True)
-    """Sequences decoded at a time: where one ends, the next prompt takes its place. Bounds the KV
+    """Sequences decoded at a time: when one ends, the next prompt takes its slot. Bounds the KV
     cache; None: the whole batch."""
     cuda_graphs: bool = True
-    """On a GPU, capture decoding steps and replay them: a small model's take less than launching
-    their kernels one by one. Off by itself, with a warning, where that changes a token."""
+    """On a GPU, capture decoding steps and replay them: a small model's kernels take less time than
+    launching them one by one. Switched off, with a warning, where replaying changes a token."""
     kept_rollout_bytes: int = whole(2**32, at_least=0)
     """With cuda_graphs on a GPU: a rollout's buffers (KV cache) and its copies of weights in
-    compute_dtype are each kept for the next one where they take at most this many bytes, so that
-    its graphs need not be captured again, which takes 30 to 60 ms for each batch size. 0: both are
+    compute_dtype are each kept for the next rollout if they take at most this many bytes. Then its
+    graphs need not be captured again, which takes 30 to 60 ms for each batch size. 0: both are
     freed before the update."""
     seed: int = whole(0, at_least=0, below=2**31)
     """Seed of everything random: prompt order, minibatches, and, with a sequence's number and a
@@ -140,7 +142,7 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        self.sampling()  # which checks its own fields
+        self.sampling()  # Sampling checks its own fields
         if self.critic == "top" and self.num_layers_unfrozen is None:
             raise ValueError(
                 "critic='top' is trained above a frozen trunk: set num_layers_unfrozen, or use "
@@ -159,18 +161,20 @@ class PPOConfig:
 
     @classmethod
     def spec(cls) -> PPOConfig:
-        """The numbers and forms of the classic interface: gamma 0.99, KL 0.1 in the loss, values
-        not clipped, AdamW's usual epsilon."""
+        """Return the numbers and forms of the classic interface.
+
+        These are gamma 0.99, KL 0.1 in the loss, values not clipped, AdamW's usual epsilon.
+        """
         return cls(gamma=0.99, kl_penalty=0.1, kl_in="loss", value_clip=None, adam_eps=1e-8)
 
     @property
     def clip(self) -> tuple[float, float]:
-        """(low, high) clip ranges."""
+        """Clip ranges (low, high)."""
         return self.clip_epsilon, self.clip_epsilon_high or self.clip_epsilon
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        """compute_dtype, as torch has it."""
+        """``compute_dtype`` as a torch dtype, or None."""
         import torch  # here, so that the command line's --help can do without
 
         return None if self.compute_dtype is None else getattr(torch, self.compute_dtype)
@@ -183,7 +187,7 @@ class PPOConfig:
         return torch.float32 if self.trained_weights == "float32" else torch.bfloat16
 
     def sampling(self, max_length: int | None = None, temperature: float | None = None) -> Sampling:
-        """How responses are drawn; an argument comes before the setting of its name."""
+        """Return how responses are drawn; an argument overrides the setting of its name."""
         return Sampling(
             max_length=self.max_length if max_length is None else max_length,
             temperature=self.temperature if temperature is None else temperature,
@@ -195,5 +199,5 @@ class PPOConfig:
         )
 
     def estimator(self) -> Literal["k1", "abs", "k2", "k3", "k1+k2"]:
-        """The KL estimator, with None resolved by ``kl_in``."""
+        """Return the KL estimator; where it is None, the one that ``kl_in`` implies."""
         return self.kl_estimator or ("k1" if self.kl_in == "reward" else "k1+k2")

@@ -27,7 +27,7 @@ from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.step import Step
 from ppo_fast.diagnostics.memory_plan import MemoryPlan, plan_memory
 from ppo_fast.learning.learner import Learner
-from ppo_fast.learning.make_experience import computes_in_float32, make_experience
+from ppo_fast.learning.make_experience import check_first_ratio, make_experience
 from ppo_fast.models import setup
 from ppo_fast.models.adapters import adapted_layers
 from ppo_fast.models.attention import without_cudnn_attention
@@ -42,11 +42,6 @@ from ppo_fast.runs import loop
 from ppo_fast.runs.checkpoint import checkpoint_path, read_checkpoint, write_checkpoint
 from ppo_fast.runs.progress import Progress
 
-# Rounding stays far below this: between decoding with a cache and one pass over all tokens in
-# float32; in half precision between two passes whose batches differ (0.07 was seen on an H200).
-MOST_FIRST_LOG_RATIO = 1e-2
-MOST_FIRST_LOG_RATIO_HALF = 0.3
-
 
 class PPO:
     """Trains a causal language model by PPO against a reward.
@@ -55,26 +50,26 @@ class PPO:
         policy: the transformers causal LM that is trained. It is moved to ``device``, its dropout
             is switched off and weights stored in half precision become float32.
         tokenizer: the policy's, with a pad token.
-        reward: a function ``f(prompts, completions) -> list[float]``, or a module that gives a
-            score a sequence (``ppo_fast.RewardModel``, a transformers classifier with one label,
+        reward: a function ``f(prompts, completions) -> list[float]``, or a module that gives one
+            score per sequence (``ppo_fast.RewardModel``, a transformers classifier with one label,
             your own).
         value_model: for ``critic="model"``: a module ``forward(input_ids, attention_mask)`` that
-            gives a value a token [B, L] (``ppo_fast.ValueModel``) or a sequence [B].
+            gives one value per token [B, L] (``ppo_fast.ValueModel``) or per sequence [B].
         device: where everything runs; models on the CPU are moved there. None: where the policy is.
         config: every setting; None: ``PPOConfig()``.
-        engine: what samples (``ppo_fast.rollout``); None: the policy, in this process.
+        engine: samples responses (``ppo_fast.rollout``); None: the policy does, in this process.
 
     Attributes:
-        policy, reference: the policy, and the frozen one that the KL is measured to: as the policy
-            was at construction, sharing its frozen weights. Each a LanguageModel, with the
-            transformers model in ``model``.
+        policy, reference: LanguageModels, with the transformers model in ``model``. The reference
+            is the frozen model that the KL is measured to: the policy as it was at construction,
+            sharing its frozen weights.
         critic: estimates values.
-        engine: samples.
+        engine: samples responses.
         scorer: calls the reward.
         learner: updates policy and critic; owns their optimizers.
         progress: counts steps, prompts and samples.
         config, device, tokenizer: as given or resolved.
-        newest_checkpoint: the file that was written or loaded last; None.
+        newest_checkpoint: the file that was written or loaded last, or None.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, what it got, what
@@ -131,10 +126,10 @@ class PPO:
 
         Args:
             prompts: B texts; tokenised as the tokenizer does by default.
-            max_length: most response tokens; None: the config's.
+            max_length: max response tokens; None: the config's.
             temperature: None: the config's.
-            seeds: [B] int64, what each draw depends on beside the token's position; None: new ones,
-                which change no draw of later steps.
+            seeds: [B] int64; each draw depends on its sequence's seed and the token's position.
+                None: new seeds, which change no draw of later steps.
         """
         sampling = self.config.sampling(max_length, temperature)
         self._warn_of_discount(sampling.max_length)
@@ -156,11 +151,11 @@ class PPO:
     def make_experience(
         self, rollout: Rollout, scores: Tensor | Sequence[float] | None = None
     ) -> Experience:
-        """Rewards, values, advantages and returns of a rollout.
+        """Compute rewards, values, advantages and returns of a rollout.
 
         Args:
             rollout: from ``rollout``, before the policy is updated.
-            scores: one a sequence [B]; None: the reward's.
+            scores: one per sequence [B]; None: the reward's.
         """
         if scores is None:
             if self.scorer.reads_trunk:
@@ -208,15 +203,15 @@ class PPO:
         max_length: int | None = None,
         temperature: float | None = None,
     ) -> Step:
-        """One step of PPO: sample, score, update.
+        """Run one step of PPO: sample, score, update.
 
         Args:
             prompts: the batch.
             num_epochs, max_length, temperature: None: the config's.
 
         Returns:
-            Its metrics are those of ``update`` and the seconds of each part, as time/rollout,
-            time/experience and time/update.
+            The Step. Its metrics are those of ``update`` and the seconds of each part, as
+                time/rollout, time/experience and time/update.
         """
         self._epochs(num_epochs)
         sampling = self.config.sampling(max_length, temperature)
@@ -229,7 +224,7 @@ class PPO:
         times.append(time.perf_counter())
         metrics = self.update(experience, num_epochs)
         times.append(time.perf_counter())
-        self._check_first_ratio(metrics["first_max_log_ratio"])
+        check_first_ratio(self.policy, metrics["first_max_log_ratio"])
         parts = ("rollout", "experience", "update")
         for part, start, end in zip(parts, times, times[1:], strict=False):
             metrics[f"time/{part}"] = end - start
@@ -252,14 +247,14 @@ class PPO:
     ) -> dict[str, Any]:
         """Run ``num_steps`` steps of PPO on batches drawn from ``prompts``.
 
-        Prompts come in random order, every one once before any comes again. Ctrl-C lets the step
-        in hand finish, writes a checkpoint if there is a ``checkpoint_dir``, and returns; an error
+        Prompts come in random order, every one once before any comes again. Ctrl-C lets the current
+        step finish, writes a checkpoint if there is a ``checkpoint_dir``, and returns; an error
         writes one too before it is raised.
 
         Args:
             prompts: the texts to draw from.
             num_steps: steps to run, after those already done.
-            batch_size: prompts a step; more than there are means all of them.
+            batch_size: prompts per step; more than there are means all of them.
             num_epochs, max_length, temperature: as in ``step``.
             checkpoint_dir: where ``ppo_checkpoint_step_<step>.pt`` files go; None: nowhere.
             checkpoint_freq: steps between them.
@@ -268,8 +263,9 @@ class PPO:
 
         Returns:
             training_history (policy_losses, value_losses, kl_divergences, mean_rewards,
-            step_avg_rewards (their running mean): one entry a step), final_stats (averages and
-            running totals), final_avg_reward, final_kl_divergence (of the last step), interrupted.
+                step_avg_rewards (their running mean): one entry per step), final_stats (averages
+                and running totals), final_avg_reward, final_kl_divergence (of the last step),
+                interrupted.
         """
         return loop.train(
             self,
@@ -290,9 +286,8 @@ class PPO:
     def save_checkpoint(self, checkpoint_dir: str | Path, step: int) -> Path:
         """Write ``ppo_checkpoint_step_<step>.pt`` in ``checkpoint_dir``, whole or not at all.
 
-        One file with the trained weights of policy and critic, their optimizers, the counters and
-        all that is random, which ``load_checkpoint`` reads. Of frozen weights it holds a
-        fingerprint.
+        The file holds the trained weights of policy and critic, their optimizers, the counters and
+        all random states, for ``load_checkpoint``. Of frozen weights it holds a fingerprint.
         """
         path = checkpoint_path(checkpoint_dir, step)
         write_checkpoint(
@@ -307,8 +302,9 @@ class PPO:
         return path
 
     def load_checkpoint(self, checkpoint_path: str | Path) -> int:
-        """Restore what ``save_checkpoint`` wrote, and return its step. Nothing in the file is
-        executed, and nothing is changed when it does not fit.
+        """Restore what ``save_checkpoint`` wrote, and return its step.
+
+        Nothing in the file is executed, and nothing is changed if it does not fit.
 
         Raises:
             FileNotFoundError, ValueError: no file; truncated, not ours, or of another model.
@@ -328,7 +324,7 @@ class PPO:
 
     @property
     def amid_update(self) -> bool:
-        """Whether the weights are those of no whole step, since an update was broken off."""
+        """Whether an update was broken off, so that the weights are those of no whole step."""
         return self.learner.amid_update
 
     def _trained_modules(self) -> dict[str, nn.Module]:
@@ -338,7 +334,7 @@ class PPO:
     # Checks and construction
 
     def check_prompts(self, prompts: Sequence[str], max_length: int | None = None) -> list[str]:
-        """All prompts, checked before the first step, not when a batch meets a bad one."""
+        """Check all prompts before the first step, and return them as a list."""
         length = self.config.max_length if max_length is None else max_length
         prompts = check_prompts(prompts)
         check_counts(max_length=length)
@@ -346,7 +342,8 @@ class PPO:
         return prompts
 
     def memory_plan(self, batch_size: int, prompt_length: int) -> MemoryPlan:
-        """What steps of ``batch_size`` prompts, each of at most ``prompt_length`` tokens, take."""
+        """Plan the memory of steps of ``batch_size`` prompts of at most ``prompt_length``
+        tokens."""
         policy_model = self.policy.model
         adapters: Any = getattr(policy_model, "peft_config", None) or {}
         return plan_memory(
@@ -385,24 +382,16 @@ class PPO:
         )
 
     def _kept_bytes(self) -> int:
-        """For what is kept between rollouts, from which graphs alone gain; LocalEngine keeps none
-        of a model with adapters."""
+        """Return the max bytes that are kept between rollouts; 0 where nothing is.
+
+        Only CUDA graphs gain from it, and LocalEngine keeps nothing of a model with adapters.
+        """
         graphs = self.device.type in CAPTURES and self.config.cuda_graphs
         keeps = graphs and not adapted_layers(self.policy.model)
         return self.config.kept_rollout_bytes if keeps else 0
 
-    def _check_first_ratio(self, log_ratio: float) -> None:
-        full = computes_in_float32(self.policy)
-        if log_ratio > (MOST_FIRST_LOG_RATIO if full else MOST_FIRST_LOG_RATIO_HALF):
-            warnings.warn(
-                f"the first minibatch's ratios are not 1: exp({log_ratio:.2g}) at most. Decoding "
-                f"and the update compute {type(self.policy.model).__name__} differently, and what "
-                "is learned is not to be trusted",
-                stacklevel=3,
-            )
-
     def _warn_of_discount(self, max_length: int) -> None:
-        """Once, where the score of a long response hardly counts for its first token."""
+        """Warn once if the score of a long response hardly counts for its first token."""
         gamma, weight = self.config.gamma, self.config.gamma**max_length
         if weight < 0.5 and not self._warned_of_discount:
             self._warned_of_discount = True

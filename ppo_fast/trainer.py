@@ -1,4 +1,4 @@
-"""PPOTrainer: PPO by the constructor and the method names of the classic interface."""
+"""PPOTrainer: PPO with the constructor and the method names of the classic interface."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ from ppo_fast.runs.loop import OnStep
 class PPOTrainer(PPO):
     """Trains a causal language model by PPO against a reward: the classic interface.
 
-    Tensors [B, T] that its methods return are 0 beyond a response. Pairs of texts that came from
-    the last ``generate_responses`` (or ``rollout``) stand for the very tokens that were sampled,
-    and their log-probs are at its temperature unless another is given; other responses are encoded
-    without special tokens and get no EOS.
+    Tensors [B, T] that its methods return are 0 beyond a response. A prompt and response from the
+    last ``generate_responses`` (or ``rollout``) stand for the tokens that were sampled, and their
+    log-probs are at its temperature unless another is given. Other responses are encoded without
+    special tokens and get no EOS.
 
     Args:
         policy_model: the transformers causal LM that is trained. It is moved to ``device``, its
             dropout is switched off and weights stored in half precision become float32.
-        value_model: a module ``forward(input_ids, attention_mask)`` that gives a value a token
-            [B, L] (``ppo_fast.ValueModel``) or a sequence [B]; None for the critics without one.
-        reward_model: a module that gives a score a sequence (``ppo_fast.RewardModel``, a
-            transformers classifier with one label, your own), or a function
-            ``f(prompts, completions) -> list[float]``.
+        value_model: a module ``forward(input_ids, attention_mask)`` that gives one value per token
+            [B, L] (``ppo_fast.ValueModel``) or per sequence [B]; None for the critics without one.
+        reward_model: a module that gives one score per sequence (``ppo_fast.RewardModel``, a
+            transformers classifier with one label, your own), or a function ``f(prompts,
+            completions) -> list[float]``.
         tokenizer: the policy's, with a pad token.
         device: where everything runs. Models on the CPU are moved there.
-        learning_rate: of AdamW, 1e-5.
+        learning_rate: AdamW's, 1e-5.
         clip_epsilon: the ratio's clip range, 0.2.
         kl_penalty: coefficient of the KL to the reference, 0.1.
         gamma: discount, 0.99.
@@ -57,17 +57,17 @@ class PPOTrainer(PPO):
         value_loss_coef: weight of the value loss, 0.5.
         max_grad_norm: largest gradient norm, 1.0.
         config: every other setting; ``PPOConfig()`` has what works for language models. The
-            arguments above, where given, come before it; without one, the defaults above hold
+            arguments above, where given, override it; without a config, the defaults above hold
             (``PPOConfig.spec()``).
-        engine: what samples (``ppo_fast.rollout``); None: the policy, in this process.
+        engine: samples responses (``ppo_fast.rollout``); None: the policy does, in this process.
 
     Attributes:
         policy_model, value_model, reward_model, tokenizer, device: as given.
         reference_model: the policy as it was at construction, frozen, sharing its frozen weights.
-        policy_optimizer, value_optimizer: of the learner; the latter None where nothing is trained
-            for the values.
+        policy_optimizer, value_optimizer: the learner's optimizers; value_optimizer is None where
+            no value function is trained.
         stats: running totals: total_steps, and sums over steps of the rewards, KLs and losses.
-        last_rollout: what was sampled last, without states and trunk; None.
+        last_rollout: the last rollout, without states and trunk states, or None.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, what it got, what
@@ -147,8 +147,10 @@ class PPOTrainer(PPO):
         return self.progress.stats
 
     def get_statistics(self) -> dict[str, float]:
-        """total_steps, and avg_reward, avg_kl_divergence, avg_policy_loss, avg_value_loss over all
-        steps so far."""
+        """Return the number of steps and means over all steps so far.
+
+        These are total_steps, avg_reward, avg_kl_divergence, avg_policy_loss and avg_value_loss.
+        """
         return self.progress.averages()
 
     def train(  # type: ignore[override]
@@ -165,8 +167,11 @@ class PPOTrainer(PPO):
         progress: bool = True,
         on_step: OnStep | None = None,
     ) -> dict[str, Any]:
-        """As ``PPO.train``; ``num_epochs_per_batch`` (4), ``max_length`` (150) and ``temperature``
-        (1.0) are the config's by default."""
+        """Train as ``PPO.train`` does.
+
+        By default, ``num_epochs_per_batch`` (4), ``max_length`` (150) and ``temperature`` (1.0) are
+        the config's.
+        """
         self._check_epochs(num_epochs_per_batch)
         return super().train(
             prompts,
@@ -188,7 +193,7 @@ class PPOTrainer(PPO):
         max_length: int | None = None,
         temperature: float | None = None,
     ) -> dict[str, float]:
-        """The metrics of ``step``: sample, score, update."""
+        """Run one step (sample, score, update), and return its metrics."""
         self._check_epochs(num_epochs_per_batch)
         return self.step(
             prompts,
@@ -200,12 +205,12 @@ class PPOTrainer(PPO):
     def update(
         self, experience: Experience, num_epochs_per_batch: int | None = None
     ) -> dict[str, float]:
-        """As ``PPO.update``."""
+        """Train policy and critic on a batch of experience; see ``PPO.update``."""
         self._check_epochs(num_epochs_per_batch)
         return super().update(experience, num_epochs_per_batch)
 
     def _check_epochs(self, num_epochs_per_batch: int | None) -> None:
-        """By the name that callers of this class know."""
+        """Check the number of epochs, under the name that callers of this class know."""
         epochs = self.config.num_epochs if num_epochs_per_batch is None else num_epochs_per_batch
         check_counts(num_epochs_per_batch=epochs)
 
@@ -217,12 +222,12 @@ class PPOTrainer(PPO):
         *,
         seeds: Tensor | None = None,
     ) -> Rollout:
-        """As ``PPO.rollout``. It is kept, for methods that take texts."""
+        """Sample as ``PPO.rollout`` does, and keep the rollout for methods that take texts."""
         rollout = super().rollout(prompts, max_length, temperature, seeds=seeds)
         self.last_rollout = replace(rollout, trunk=None, states=None)
         return rollout
 
-    # the numbers by the names of the classic interface; they are the config's and do not change
+    # the config's numbers, read-only, under the names of the classic interface
     clip_epsilon = property(lambda self: self.config.clip_epsilon)
     kl_penalty = property(lambda self: self.config.kl_penalty)
     gamma = property(lambda self: self.config.gamma)
@@ -233,8 +238,10 @@ class PPOTrainer(PPO):
     def compute_gae(
         self, rewards: Tensor, values: Tensor, dones: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(advantages, returns), [B, T] each: GAE with the trainer's gamma and lambda
-        (Schulman et al. 2016, eq. 16). ``dones`` [B, T]: the episode ends with that step."""
+        """Compute (advantages, returns), [B, T] each, by GAE with the trainer's gamma and lambda.
+
+        (Schulman et al. 2016, eq. 16.) ``dones`` [B, T]: the episode ends with that step.
+        """
         result = gae(
             rewards,
             values,
@@ -245,14 +252,16 @@ class PPOTrainer(PPO):
         return result.advantages, result.returns
 
     def compute_kl_divergence(self, current_logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-        """The mean of current - reference, a 0-dim tensor."""
+        """Compute the mean of current - reference, a 0-dim tensor."""
         return (current_logprobs - reference_logprobs).mean()
 
     def compute_ppo_loss(
         self, old_logprobs: Tensor, new_logprobs: Tensor, advantages: Tensor
     ) -> Tensor:
-        """The clipped loss, a 0-dim tensor: -mean(min(ratio A, clip(ratio) A)) with ratio =
-        exp(new - old) (Schulman et al. 2017, eq. 7)."""
+        """Compute the clipped loss, a 0-dim tensor (Schulman et al. 2017, eq. 7).
+
+        It is -mean(min(ratio A, clip(ratio) A)) with ratio = exp(new - old).
+        """
         return ppo_loss(
             new_logprobs,
             old_logprobs=old_logprobs,
@@ -268,15 +277,17 @@ class PPOTrainer(PPO):
         max_length: int | None = None,
         temperature: float | None = None,
     ) -> tuple[list[str], Tensor]:
-        """(responses, their log-probs [B, T]), sampled from the current policy; ``max_length``
-        (150) counts response tokens, ``temperature`` is 1.0 by default."""
+        """Sample responses from the current policy; return them and their log-probs [B, T].
+
+        ``max_length`` (150) counts response tokens, ``temperature`` is 1.0 by default.
+        """
         rollout = self.rollout(prompts, max_length, temperature)
         known = rollout.sampling_logprobs if rollout.logprobs is None else rollout.logprobs
         return rollout.completions, known
 
     @without_cudnn_attention()
     def compute_rewards(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-        """[B, T]: the reward model's score on each response's last token, 0 elsewhere."""
+        """Compute [B, T]: the reward model's score on each response's last token, 0 elsewhere."""
         tokens = self._pairs(prompts, responses)
         scores = self.scorer.of_tokens(tokens, list(prompts), list(responses))
         last = (tokens.response_lengths - 1).to(self.device)
@@ -286,7 +297,7 @@ class PPOTrainer(PPO):
     @without_cudnn_attention()
     @torch.no_grad()
     def compute_values(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-        """[B, T]: the value of the state before each response token.
+        """Compute the values [B, T] of the state before each response token.
 
         Raises:
             ValueError: the trainer has no value function (critic="baseline").
@@ -310,7 +321,7 @@ class PPOTrainer(PPO):
         responses: Sequence[str],
         temperature: float | None = None,
     ) -> Tensor:
-        """[B, T]: log-probs of the response tokens under the current policy."""
+        """Compute log-probs [B, T] of the response tokens under the current policy."""
         return self._logprobs(self.policy, prompts, responses, temperature)
 
     def get_reference_logprobs(
@@ -319,7 +330,7 @@ class PPOTrainer(PPO):
         responses: Sequence[str],
         temperature: float | None = None,
     ) -> Tensor:
-        """[B, T]: log-probs of the response tokens under the reference."""
+        """Compute log-probs [B, T] of the response tokens under the reference."""
         return self._logprobs(self.reference, prompts, responses, temperature)
 
     @without_cudnn_attention()
@@ -345,7 +356,7 @@ class PPOTrainer(PPO):
         )
 
     def _pairs(self, prompts: Sequence[str], responses: Sequence[str]) -> Tokens:
-        """The tokens of pairs of texts: those sampled last where they are, else encoded."""
+        """Return the tokens of pairs of texts: as they were sampled last, else encoded."""
         prompts = check_prompts(prompts)
         if len(prompts) != len(responses):
             raise ValueError(
@@ -380,7 +391,7 @@ class PPOTrainer(PPO):
     def _sampled_ids(
         self,
     ) -> dict[tuple[str, str], list[tuple[list[int], list[int]]]]:
-        """The ids of the last rollout by (prompt, completion)."""
+        """Return the ids of the last rollout by (prompt, completion)."""
         found = defaultdict(list)
         if (rollout := self.last_rollout) is not None:
             rows = zip(

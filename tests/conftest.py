@@ -12,6 +12,7 @@ from hypothesis import settings
 # in CI is a failure here.
 settings.register_profile("ppo_fast", deadline=None, derandomize=True)
 settings.load_profile("ppo_fast")
+THREADS = torch.get_num_threads()
 
 
 def pytest_addoption(parser):
@@ -56,6 +57,13 @@ def _seeds():
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - libraries draw from the global generator
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _threads(request):
+    """Kernels on several threads; models on one, since tiny ones gain nothing from more and, beside
+    other processes, wait for threads that are not running."""
+    torch.set_num_threads(THREADS if "ops" in request.path.parts else 1)
 
 
 @pytest.fixture(autouse=True)

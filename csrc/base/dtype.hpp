@@ -19,7 +19,7 @@ struct Float16 {
 
 namespace PPO_FAST_ISA {
 
-// The type that arithmetic on T happens in.
+// The type in which arithmetic on T is done.
 template <typename T>
 struct ComputeType {
   using type = float;
@@ -80,7 +80,7 @@ void with_dtype(Dtype dtype, F f) {
   }
 }
 
-// The same where half precision has been converted before: float32 or float64.
+// The same for float32 and float64 alone, where half precision was converted before.
 template <typename F>
 void with_real(Dtype dtype, F f) {
   dtype == Dtype::float64 ? f(static_cast<double*>(nullptr)) : f(static_cast<float*>(nullptr));

@@ -6,7 +6,7 @@
 #define PPO_FAST_ISA declarations
 #endif
 
-// A call that stays a call keeps the loop around it from becoming vector instructions.
+// A call that is not inlined keeps the compiler from vectorising the loop around it.
 #if defined(__GNUC__) || defined(__clang__)
 #define PPO_FAST_INLINE inline __attribute__((always_inline))
 #else

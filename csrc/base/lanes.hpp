@@ -1,6 +1,6 @@
-// 32 bytes of numbers that stay in registers between a kernel's steps. A local array of sums that is
-// updated in a loop lives in memory instead; for the loops that end there, the compiler's own
-// vectoriser serves (softmax.hpp).
+// A vector of 32 bytes that stays in registers between a kernel's steps. A local array of sums that
+// a loop updates is in memory instead; where that will do, loops are left to the compiler's
+// vectoriser (softmax.hpp).
 #pragma once
 
 #include <cstring>

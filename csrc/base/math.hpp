@@ -3,7 +3,7 @@
 //
 // float: polynomials after the argument reduction of Cody and Waite (1980). Largest errors over all
 // float32 arguments, in units in the last place of the result: exp2_nonpositive 1.2, exp 1.5,
-// expm1 1.8, log 1.1, log1p 1.5, tanh 1.4 (tests/ops/test_math.py holds them). Results below the
+// expm1 1.8, log 1.1, log1p 1.5, tanh 1.4 (tests/ops/test_math.py checks them). Results below the
 // smallest normal number may be 0. NaN gives NaN.
 // double: the standard library's.
 #pragma once
@@ -54,7 +54,7 @@ struct Rounded {
 };
 
 PPO_FAST_INLINE Rounded round_to_integer(float x) {
-  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: a sum with it has no places after the dot
+  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: a sum with it has no fraction bits
   const float shifted = x + kRounder;
   const std::uint32_t n = bit_cast<std::uint32_t>(shifted) - bit_cast<std::uint32_t>(kRounder);
   return {shifted - kRounder, static_cast<std::int32_t>(n)};
@@ -108,8 +108,8 @@ struct Exponentials {
   Real exp, expm1;
 };
 
-// Both from one polynomial, which is in x and not in x / log 2: next to 0 a rounding of x would be
-// all that k3 = exp(x) - 1 - x has.
+// Both from one polynomial, which is in x and not in x / log 2: near 0 the rounding of x / log 2
+// would be as large as k3 = exp(x) - 1 - x itself.
 PPO_FAST_INLINE Exponentials<float> exp_and_expm1(float x) {
   constexpr float kHighest = 25.0f;  // above it the 1 is lost in the rounding of exp
   const float above = x < kExpLowest ? kExpLowest : x;

@@ -1,4 +1,4 @@
-// Loops over threads.
+// Loops whose calls several threads share.
 #pragma once
 
 #include <algorithm>
@@ -14,8 +14,8 @@
 
 namespace ppo_fast::PPO_FAST_ISA {
 
-// f(i) for i in [0, count); a thread takes `at_a_time` of them. A result must depend on i alone, and
-// so not on the thread.
+// f(i) for i in [0, count); a thread takes `at_a_time` calls at once. A result must depend on i
+// alone, not on the thread.
 template <typename F>
 struct Loop {
   std::int64_t count;
@@ -26,7 +26,7 @@ struct Loop {
 template <typename F>
 Loop(std::int64_t, std::int64_t, F) -> Loop<F>;
 
-// Loops one after another: none begins before all calls of the one before it have ended.
+// Runs loops one after another: a loop begins when all calls of the loop before it have ended.
 template <typename... F>
 class Loops final : public Job {
  public:
@@ -68,7 +68,7 @@ class Loops final : public Job {
   Waiting waiting_;
 };
 
-// How many of `num_threads` are worth waking for work of `cost` nanoseconds.
+// Returns how many of `num_threads` are worth waking for work of `cost` nanoseconds.
 inline int useful_threads(std::int64_t cost, int num_threads) {
   constexpr std::int64_t kMinCost = 20000;  // a thread's share, above what waking it costs
   return static_cast<int>(std::clamp<std::int64_t>(cost / kMinCost, 1, num_threads));
@@ -79,7 +79,7 @@ void run_loops(int threads, Loop<F>... loops) {
   run(std::make_shared<Loops<F...>>(std::move(loops)...), threads);
 }
 
-// Calls f(i) for i in [0, count). `cost` is what one call takes, in steps of about a nanosecond.
+// Calls f(i) for i in [0, count). `cost` is the time of one call, roughly in nanoseconds.
 template <typename F>
 void parallel_for(std::int64_t count, std::int64_t cost, int num_threads, F f) {
   cost = std::max<std::int64_t>(cost, 1);
@@ -88,7 +88,7 @@ void parallel_for(std::int64_t count, std::int64_t cost, int num_threads, F f) {
     for (std::int64_t i = 0; i < count; ++i) f(i);
     return;
   }
-  // Calls of unequal cost (masked rows) are shared out as they come.
+  // Each thread takes further calls when it is free, since their costs may differ (masked rows).
   run_loops(threads, Loop{count, std::max<std::int64_t>(5000 / cost, 1), f});
 }
 

@@ -1,8 +1,8 @@
-// What every loss over [B, T] ends with: sums and extrema of a row's valid tokens.
+// Sums and extrema of a row's valid tokens, which every loss over [B, T] needs.
 //
 // A row is taken a block at a time: loops over its tokens write what each contributes into buffers
-// that stay in the first-level cache, then each buffer is summed. Apart, both kinds of loops become
-// vector instructions; as one, a dozen accumulators would not fit the registers.
+// that stay in the first-level cache, then each buffer is summed. Separate loops become vector
+// instructions; in a single loop a dozen accumulators would not fit the registers.
 #pragma once
 
 #include <algorithm>
@@ -24,7 +24,8 @@ PPO_FAST_INLINE void for_blocks(std::int64_t num_tokens, F f) {
   }
 }
 
-// The valid tokens of a row and where they end: what follows is padding, and is not read.
+// The number of valid tokens of a row, and where they end: what follows is padding, and is not
+// read.
 struct RowLength {
   std::int64_t tokens = 0;
   std::int64_t end = 0;
@@ -48,14 +49,15 @@ inline RowLength row_length(const std::uint8_t* mask, std::int64_t num_steps) {
   return length;
 }
 
-// x where `valid` is 1, and 0 where it is 0: a product with it would be NaN at inf and NaN.
+// Returns x where `valid` is 1, and 0 where it is 0: a product x * valid would be NaN at inf and
+// NaN.
 template <typename Real>
 PPO_FAST_INLINE Real masked(Real x, Real valid) {
   return valid != Real(0) ? x : Real(0);
 }
 
-// In double, in a fixed number of accumulators, added up in a fixed order: the bits depend on the
-// numbers alone, whatever the width of the machine's vectors.
+// Sums in double, with a fixed number of accumulators in a fixed order: the bits depend on the
+// numbers alone, not on the width of the machine's vectors.
 template <typename Real>
 double sum(const Real* x, std::int64_t count) {
   constexpr std::int64_t kAccumulators = 8;
@@ -71,7 +73,7 @@ double sum(const Real* x, std::int64_t count) {
   return sums[0];
 }
 
-// The smaller and the larger of two numbers; NaN where either is one, as torch.amin and amax.
+// The smaller and the larger of two numbers; NaN where either is NaN, as torch.amin and amax.
 template <typename Real>
 PPO_FAST_INLINE Real smaller(Real x, Real y) {
   return x < y || x != x ? x : y;
@@ -81,13 +83,13 @@ PPO_FAST_INLINE Real larger(Real x, Real y) {
   return x > y || x != x ? x : y;
 }
 
-// Of nothing: inf and -inf.
+// The smallest and the largest of the numbers folded in so far; of none, inf and -inf.
 template <typename Real>
 struct Extrema {
   Real low = std::numeric_limits<Real>::infinity();
   Real high = -std::numeric_limits<Real>::infinity();
 
-  // Of these too, where `valid` is not 0.
+  // Folds in those of `count` numbers where `valid` is not 0.
   void fold(const Real* x, const Real* valid, std::int64_t count) {
     constexpr std::int64_t kAccumulators = 16;
     constexpr Real kInf = std::numeric_limits<Real>::infinity();

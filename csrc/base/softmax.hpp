@@ -26,8 +26,8 @@ PPO_FAST_INLINE std::int64_t round_up(std::int64_t count) {
   return (count + kLanes - 1) / kLanes * kLanes;
 }
 
-// `count` <= kChunk numbers at x, converted and followed by -inf up to a multiple of kLanes: x
-// itself where nothing needs doing, else `room`.
+// Returns the `count` <= kChunk numbers at x, converted and padded with -inf to a multiple of
+// kLanes: x itself where neither is needed, else `room`.
 template <typename T>
 const Compute<T>* load_chunk(const T* x, std::int64_t count, Chunk<Compute<T>>* room) {
   using Real = Compute<T>;
@@ -47,11 +47,12 @@ PPO_FAST_INLINE void prefetch([[maybe_unused]] const void* address) {
 #endif
 }
 
-// x where 2^x is not 0, else a finite number: 0 times it is 0, and not the NaN of 0 * -inf.
+// Returns x where 2^x is not 0, else a finite number, so that 2^x times it is 0 and not 0 * -inf =
+// NaN.
 PPO_FAST_INLINE float finite_weight(float x) { return x < -127.0f ? -127.0f : x; }
 PPO_FAST_INLINE double finite_weight(double x) { return x < -1100.0 ? -1100.0 : x; }
 
-// What softmax(x / t) multiplies distances from the maximum by, to have them as powers of two.
+// Returns the factor of a distance from the maximum in softmax(x / t) that makes it a power of two.
 template <typename Real>
 PPO_FAST_INLINE Real log2_scale(double temperature) {
   return static_cast<Real>(kLog2E / temperature);
@@ -71,11 +72,11 @@ struct SoftmaxSums {
   double sum = 0.0;
   double weighted = 0.0;
 
-  // `count`, a multiple of kLanes and at most kChunk, more numbers; scale = log2(e) / t.
+  // Adds `count` more numbers, a multiple of kLanes and at most kChunk; scale = log2(e) / t.
   template <bool kWeighted>
   void fold(const Real* x, std::int64_t count, Real scale) {
     rise_to(largest(x, count), scale);
-    // While nothing but -inf was seen, any finite number will do: 2^(-inf - 0) is 0.
+    // While all numbers so far are -inf, any finite shift will do: 2^(-inf - 0) is 0.
     const Real shift = max == -std::numeric_limits<Real>::infinity() ? Real(0) : max;
     Real sums[kLanes] = {}, weighteds[kLanes] = {};
     for (std::int64_t j = 0; j < count; j += kLanes) {

@@ -12,7 +12,7 @@ namespace ppo_fast {
 
 namespace {
 
-// Threads that sleep until there is a job. They run until the process ends, and so the pool is never
+// Threads that sleep until there is a job. They run until the process ends, so the pool is never
 // destroyed.
 class Pool {
  public:
@@ -31,7 +31,7 @@ class Pool {
   void start(int helpers) {
     try {
       for (; started_ < helpers; ++started_) std::thread([this] { help(); }).detach();
-    } catch (const std::system_error&) {  // no more threads here: fewer do the work
+    } catch (const std::system_error&) {  // the system gives no more threads: fewer do the work
     }
   }
 
@@ -49,7 +49,7 @@ class Pool {
   }
 
   Waiting waiting_;
-  std::mutex mutex_;  // of what follows
+  std::mutex mutex_;  // guards what follows
   std::atomic<std::uint64_t> jobs_{0};
   std::shared_ptr<Job> job_;  // the newest
   int seats_ = 0;             // helpers that it still wants

@@ -1,9 +1,10 @@
-// The threads that kernels share their work with.
+// The threads that run the kernels.
 //
 // OpenMP's threads wait for one another after every loop, and spin meanwhile. Beside another busy
-// process a thread may be stopped for milliseconds, and the others burn the processors that it needs.
-// Here nobody waits for a thread, only for work that it has begun: a thread that comes late finds less
-// to do, or nothing. A thread that waits spins for as long as others usually take, then sleeps.
+// process a thread may be stopped for milliseconds, while the others occupy the processors that it
+// needs. Here a thread waits only for work that another thread has begun: a thread that comes late
+// finds less to do, or nothing. A waiting thread spins for as long as others usually take, then
+// sleeps.
 #pragma once
 
 #include <algorithm>
@@ -16,10 +17,10 @@
 
 namespace ppo_fast {
 
-// Where threads wait for a change that other threads make.
+// Lets threads wait for a change that other threads make.
 class Waiting {
  public:
-  // Until ready(), which reads atomics alone.
+  // Waits until ready() is true. It may read only atomics.
   template <typename Ready>
   void until(Ready ready) {
     const auto end = std::chrono::steady_clock::now() + kSpin;
@@ -30,12 +31,12 @@ class Waiting {
       }
     } while (std::chrono::steady_clock::now() < end);
     std::unique_lock<std::mutex> lock(mutex_);
-    ++sleepers_;  // before the look at what it waits for: see wake
+    ++sleepers_;  // before ready() is called again: see wake
     changed_.wait(lock, ready);
     --sleepers_;
   }
 
-  // After the change: wakes up to `count` threads that sleep.
+  // Wakes up to `count` sleeping threads; to be called after the change.
   void wake(int count = std::numeric_limits<int>::max()) {
     if (sleepers_ == 0) return;
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -58,16 +59,16 @@ class Waiting {
   std::condition_variable changed_;
 };
 
-// Work that several threads can do together. It may outlive its caller: then none of it is left,
+// Work that several threads can do together. A job may outlive its caller: then no work is left,
 // and work() must touch nothing but the job itself.
 class Job {
  public:
   virtual ~Job() = default;
-  virtual void work() = 0;  // does what is left of it that can be begun
-  virtual void wait() = 0;  // until all that was begun has ended
+  virtual void work() = 0;  // does the work that no thread has begun yet
+  virtual void wait() = 0;  // until all work that was begun has ended
 };
 
-// Does all of a job: in this thread, and in up to `threads` - 1 others, as they come.
+// Does all of a job in this thread and in up to `threads` - 1 others, as they become free.
 void run(const std::shared_ptr<Job>& job, int threads);
 
 }  // namespace ppo_fast

@@ -1,5 +1,5 @@
 // What the files of this folder share. Tensors arrive as addresses (Tensor.data_ptr(); 0 is None):
-// the launchers in ppo_fast/ops/*/cpp.py have checked shapes, dtypes and layouts and hold the
+// the launchers in ppo_fast/ops/*/cpp.py have checked shapes, dtypes and layouts and keep the
 // tensors alive. The GIL is released while a kernel runs.
 #pragma once
 

@@ -4,7 +4,7 @@ namespace ppo_fast {
 
 namespace {
 
-// A layer's weights and sizes, said once; each step names the rest.
+// Reads a layer's weights and sizes, which are given once; each call gives the other arguments.
 DecodeLayerArgs of_dict(const py::dict& given) {
   const auto address = [&](const char* name) {
     return pointer<const void>(given[name].cast<Address>());

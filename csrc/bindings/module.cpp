@@ -9,7 +9,7 @@ namespace ppo_fast {
 
 namespace {
 
-// Those that this processor can run, the best first.
+// Returns the kernels that this processor can run, the best first.
 std::vector<const Kernels*> runnable() {
   std::vector<const Kernels*> sets;
 #ifdef PPO_FAST_HAVE_AVX2

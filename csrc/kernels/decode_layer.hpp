@@ -1,6 +1,6 @@
-// Tokens through a transformer layer of the Llama kind: RMS norms before attention and MLP, rotary
-// positions, keys and values in a cache, a gated MLP. All of it in one parallel region. The tokens
-// are the last ones of as many sequences (a decoding step), or all those of some prompts.
+// A transformer layer of the Llama kind: RMS norms before attention and MLP, rotary positions, keys
+// and values in a cache, a gated MLP. All of it runs in one parallel region. The tokens are the
+// last one of each sequence (a decoding step), or all tokens of some prompts.
 #pragma once
 
 #include <algorithm>
@@ -32,15 +32,15 @@ struct DecodeLayerArgs {
   const void *cos, *sin;  // [N, S]
   void *keys, *values;    // [slots, capacity, K, S]
   std::int64_t capacity;
-  const std::int64_t* slots;    // [N], a token's sequence
-  const std::int64_t* lengths;  // [N], its place there: the tokens before it
+  const std::int64_t* slots;    // [N], the slot of a token's sequence
+  const std::int64_t* lengths;  // [N], the number of tokens before it there
   void* y;                      // out, [N, D]
   void* scratch;                // Real [N (D + (H + 2 K) S + H S + 2 I)]
 };
 
 namespace PPO_FAST_ISA {
 
-// f over x, from `start` on, in an order of its own.
+// Reduces x with f, from `start` on, in a fixed order.
 template <typename Real, typename F>
 PPO_FAST_INLINE Real reduce(const Real* x, std::int64_t count, Real start, F f) {
   constexpr int kWidth = 16;
@@ -71,7 +71,7 @@ void rms_norm(const Real* x, const Real* weight, std::int64_t count, double eps,
   for (i = 0; i < count; ++i) out[i] = weight[i] * (x[i] * scale);
 }
 
-// Su et al. 2021 (arXiv 2104.09864), in the form that turns i with i + S / 2.
+// Su et al. 2021 (arXiv 2104.09864), in the form that rotates entry i with entry i + S / 2.
 template <typename Real>
 void rotate(Real* x, const Real* cos, const Real* sin, std::int64_t size) {
   const std::int64_t half = size / 2;
@@ -82,7 +82,8 @@ void rotate(Real* x, const Real* cos, const Real* sin, std::int64_t size) {
   }
 }
 
-// One head: out [S] = softmax(q . k) v over `count` tokens, `stride` apart; scores [count], scaled.
+// One head: out [S] = softmax(scores) v over `count` tokens, `stride` apart; scores [count] are the
+// scaled q . k, and are overwritten.
 template <typename Real>
 void attend(Real* scores, const Real* values, std::int64_t stride, std::int64_t count,
             std::int64_t size, Real* out) {
@@ -124,7 +125,8 @@ struct DecodeLayer {
     return (outputs + kOutputsAtATime - 1) / kOutputsAtATime;
   }
 
-  // Block i of `to` [N, outputs] = `from` [N, inputs] weight^T + bias, added to `base` if there is one.
+  // Computes block i of `to` [N, outputs] = `from` [N, inputs] weight^T + bias, plus `base` if not
+  // null.
   void product(std::int64_t i, const Real* from, const void* weight, const void* bias,
                std::int64_t inputs, std::int64_t outputs, const Real* base, Real* to) const {
     const Real* shift = static_cast<const Real*>(bias);
@@ -149,12 +151,12 @@ struct DecodeLayer {
     }
   }
 
-  // Where a head of a row's sequence starts in the cache.
+  // Returns the offset in the cache of a head of a row's sequence.
   std::int64_t in_cache(std::int64_t row, std::int64_t head) const {
     return args.slots[row] * args.capacity * kv_outputs + head * size;
   }
 
-  // Positions of a row's queries and keys; its keys and values into the cache.
+  // Rotates a row's queries and keys by its position, and copies its keys and values to the cache.
   void place(std::int64_t row) const {
     const Real* cos = static_cast<const Real*>(args.cos) + row * size;
     const Real* sin = static_cast<const Real*>(args.sin) + row * size;
@@ -172,7 +174,7 @@ struct DecodeLayer {
     std::copy_n(value, kv_outputs, static_cast<Real*>(args.values) + cell);
   }
 
-  // The heads that share one key-value head of one row.
+  // Attention of the query heads that share one key-value head of one row.
   void attention(std::int64_t i) const {
     const std::int64_t row = i / args.num_kv_heads, head = i % args.num_kv_heads;
     const std::int64_t group = args.num_heads / args.num_kv_heads;
@@ -195,7 +197,7 @@ struct DecodeLayer {
     }
   }
 
-  // gate = silu(gate) * up.
+  // Computes block i of gate = silu(gate) * up.
   void gated(std::int64_t i) const {
     product(i, normed, args.gate_weight, args.gate_bias, hidden, inner, nullptr, gate);
     product(i, normed, args.up_weight, args.up_bias, hidden, inner, nullptr, up);

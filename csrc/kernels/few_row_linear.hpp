@@ -29,19 +29,19 @@ struct FewRowLinearArgs {
 namespace PPO_FAST_ISA {
 
 // A tile of Outputs x Rows dot products, in registers; each step loads Outputs +
-// Rows vectors for Outputs * Rows multiplications. 3 x 4 leaves registers for what it loads.
+// Rows vectors for Outputs * Rows multiplications. 3 x 4 leaves registers for the loads.
 constexpr std::int64_t kTileOutputs = 3;
 constexpr std::int64_t kTileRows = 4;
-// Outputs that a thread takes at a time: their weights are in a cache when the next rows come.
+// Outputs that a thread takes at a time: their weights are still in a cache for the next rows.
 constexpr std::int64_t kOutputsAtATime = 8 * kTileOutputs;
 
-// Nanoseconds: a multiplication takes 1/20, the reading of a weight 1/4.
+// Returns nanoseconds: a multiplication takes 1/20, reading a weight 1/4.
 inline std::int64_t product_cost(std::int64_t num_weights, std::int64_t num_rows) {
   return num_weights * std::max<std::int64_t>(num_rows, 5) / 20;
 }
 
-// Every product is summed in the same order, whatever the tile: a row's bits do not depend on
-// which rows come with it.
+// Every product is summed in the same order, whatever the tile: a row's bits do not depend on the
+// other rows.
 template <typename Real, int Outputs, int Rows>
 PPO_FAST_INLINE void dot_tile(const Real* weight, std::int64_t weight_stride, const Real* x,
                               std::int64_t count, Real (&dots)[kTileOutputs][kTileRows]) {
@@ -78,8 +78,8 @@ PPO_FAST_INLINE void dot_rows(const Real* weight, std::int64_t weight_stride, co
   }
 }
 
-// Calls emit(row, output, product) for outputs [first, last) of all rows. `x` [num_rows, count] and
-// `weight`, rows weight_stride apart, which starts at output `first`.
+// Calls emit(row, output, product) for outputs [first, last) of all rows. `x` is [num_rows, count];
+// `weight` starts at output `first`, and its rows are weight_stride apart.
 template <typename Real, typename Emit>
 PPO_FAST_INLINE void products(const Real* weight, std::int64_t weight_stride, const Real* x,
                               std::int64_t num_rows, std::int64_t count, std::int64_t first,
@@ -104,7 +104,7 @@ PPO_FAST_INLINE void products(const Real* weight, std::int64_t weight_stride, co
   }
 }
 
-// Outputs [first, last) of all rows. x: as computed with, [N, D].
+// Computes outputs [first, last) of all rows. x [N, D] is in the type of the arithmetic.
 template <typename T>
 void some_outputs(const FewRowLinearArgs& args, const Compute<T>* x, std::int64_t first,
                   std::int64_t last) {

@@ -68,8 +68,8 @@ void gae_rows(GaeArgs args, std::int64_t first_row) {
 //   delta_t = r_t + gamma * V_t' - V_t        A_t = delta_t + gamma * lam * A_t'
 //   returns_t = A_t + V_t
 //
-// Steps outside the mask are stepped over; nothing that stands there is read except the mask, and
-// 0 is written. Bytes moved a step: 16 in float32, 32 in float64, and 1 each for mask and dones.
+// Steps outside the mask are skipped: only the mask is read there, and 0 is written. Bytes moved a
+// step: 16 in float32, 32 in float64, and 1 each for mask and dones.
 //
 // A row's bits depend on that row alone: the order of its operations is fixed (contraction into
 // fused multiply-adds is off), and neither num_threads nor the other rows change it.

@@ -60,7 +60,7 @@ PPO_FAST_INLINE KlTerm<Real> kl_term(Real d) {
   }
 }
 
-// Calls f with the estimator as a constant, so that a loop within f does not choose.
+// Calls f with the estimator as a constant, so that a loop within f has no branch on it.
 template <typename F>
 void with_estimator(KlEstimator estimator, F f) {
   using E = KlEstimator;
@@ -73,7 +73,7 @@ void with_estimator(KlEstimator estimator, F f) {
   }
 }
 
-// `count` tokens from `first` on. d is masked, not the results: 0 * inf would be NaN.
+// Computes `count` tokens from `first` on. d is masked, not the results: 0 * inf would be NaN.
 template <KlEstimator kEstimator, typename Real, bool kMasked, bool kSloped>
 void kl_tokens(const KlEstimateArgs& args, std::int64_t first, std::int64_t count) {
   const auto* logprobs = static_cast<const Real*>(args.logprobs) + first;
@@ -90,8 +90,8 @@ void kl_tokens(const KlEstimateArgs& args, std::int64_t first, std::int64_t coun
 }
 
 // Saved for backward: the slope, if it is asked for. Where the mask is true, the gradient in
-// logprobs is it times the upstream gradient, and that in ref_logprobs the negative of it. Bytes
-// moved a token in float32: 12, and 4 for the slope and 1 for the mask.
+// logprobs is the slope times the upstream gradient, and the gradient in ref_logprobs is its
+// negative. Bytes moved a token in float32: 12, and 4 for the slope and 1 for the mask.
 inline void kl_estimate(const KlEstimateArgs& args, int num_threads) {
   constexpr std::int64_t kTokens = 1024;  // at a time
   const std::int64_t num_parts = (args.num_tokens + kTokens - 1) / kTokens;

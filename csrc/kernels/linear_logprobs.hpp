@@ -105,8 +105,8 @@ void fold_row(const FoldArgs& args, std::int64_t i) {
   state[2] = sums.weighted;
 }
 
-// Folds a tile into the statistics of its rows, and leaves x in it. Bytes moved: the tile once; it
-// is written where the head has a bias, a scale or a softcap.
+// Folds a tile into the statistics of its rows, and overwrites W h with x. Bytes moved: the tile
+// once; it is written only where the head has a bias, a scale or a softcap.
 inline void fold_tile(const FoldArgs& args, int num_threads) {
   with_real(args.tile.dtype, [&](auto* type) {
     using Real = std::remove_pointer_t<decltype(type)>;
@@ -177,7 +177,7 @@ void tile_gradient_row(const TileGradientArgs& args, std::int64_t i) {
   }
 }
 
-// Turns a tile of logits into dL/d(W h), the factor of both products of the backward pass:
+// Turns a tile of logits into dL/d(W h), a factor of both products of the backward pass:
 //
 //   dL/d(W h) = scale (1 - (x / softcap)^2) dL/dx,   with dL/dx as in logprobs.hpp
 //

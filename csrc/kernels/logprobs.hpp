@@ -12,7 +12,7 @@
 namespace ppo_fast {
 
 // [N, V] logits with V contiguous. Row i starts at (i / inner) * outer_stride + (i % inner) *
-// inner_stride elements: the rows of a slice [B, :-1, V] lie so.
+// inner_stride elements, as in a slice [B, :-1, V].
 struct LogitRows {
   Dtype dtype;
   const void* start;
@@ -59,8 +59,8 @@ PPO_FAST_INLINE const T* row_start(const LogitRows& rows, std::int64_t i) {
 //
 //   l = z_y - log sum_j exp(z_j)        H = log sum_j exp(z_j) - sum_j exp(z_j) z_j / sum_j exp(z_j)
 //
-// Saved for backward: m and sum_j exp(z_j), 8 bytes a row. Bytes moved: the logits once; masked rows are
-// not read, and get 0.
+// Saved for backward: m and sum_j exp(z_j), 8 bytes a row. Bytes moved: the logits once; masked
+// rows are not read, and get 0.
 template <typename T>
 void logprobs_row(const LogprobsArgs& args, std::int64_t i) {
   using Real = Compute<T>;
@@ -86,7 +86,7 @@ void logprobs_row(const LogprobsArgs& args, std::int64_t i) {
       sums.template fold<false>(chunk, round_up(count), scale);
     }
   }
-  // The public function refuses such a label; under a compiler nobody has looked.
+  // The public function refuses other labels, but does not check them under torch.compile.
   const bool is_token = 0 <= label && label < vocab_size;
   const double chosen = is_token ? static_cast<double>(widen(x[label])) : kNan;
   logprobs[i] = static_cast<Real>((chosen - sums.max) / args.temperature - sums.log_sum());
@@ -103,8 +103,8 @@ inline void logprobs_forward(const LogprobsArgs& args, int num_threads) {
   });
 }
 
-// Two numbers a row, c0 and c1, that turn 2^d_j (softmax.hpp) into the gradient but for the label's
-// 1:
+// Two numbers a row, c0 and c1, that turn 2^d_j (softmax.hpp) into the gradient without the label's
+// term:
 //
 //   dL/dx_j = (1/t) [ a (1[j = y] - p_j) - b p_j (log p_j + H) ]
 //           = 2^d_j (c0 + c1 d_j) + (a/t) 1[j = y]
@@ -127,8 +127,8 @@ struct RowGradient {
   }
 };
 
-// The backward pass. Bytes moved: the logits once and their gradient once; of a row that is masked,
-// or whose a and b are both 0, the gradient alone.
+// The backward pass. Bytes moved: the logits once and their gradient once; for a row that is
+// masked, or whose a and b are both 0, only the gradient.
 template <typename T>
 void logprobs_backward_row(const LogprobsBackwardArgs& args, std::int64_t i) {
   using Real = Compute<T>;

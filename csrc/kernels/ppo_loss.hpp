@@ -66,7 +66,7 @@ struct PpoStats {
   }
 };
 
-// Where r is clipped, and log r there, taken once.
+// The bounds of r and of log r, computed once.
 template <typename Real>
 struct PpoBounds {
   Real low, high, dual, log_low, log_high, log_dual;
@@ -80,7 +80,7 @@ struct PpoBounds {
         log_dual(static_cast<Real>(std::log(args.dual_clip))) {}
 };
 
-// What the tokens of a block contribute, each 0 where it is masked.
+// The contributions of a block's tokens, 0 at masked tokens.
 template <typename Real>
 struct PpoBlock {
   Real valid[kTokenBlock];  // 1, or 0 where the token is masked
@@ -89,8 +89,8 @@ struct PpoBlock {
   Real kl_slope[kTokenBlock], entropy[kTokenBlock], slope[kTokenBlock];
 };
 
-// The policy term of `count` tokens from `first` on. Its inputs are masked, not its results: under
-// the mask r = 1, and nothing there is inf or NaN.
+// The policy term of `count` tokens from `first` on. Its inputs are masked, not its results: at
+// masked tokens log r = 0, and nothing is inf or NaN.
 template <typename Real>
 void policy_terms(const PpoLossArgs& args, PpoBounds<Real> bounds, std::int64_t first,
                   std::int64_t count, PpoBlock<Real>* block) {
@@ -118,7 +118,7 @@ void policy_terms(const PpoLossArgs& args, PpoBounds<Real> bounds, std::int64_t 
     const Real ceiling = gains ? bounds.high : bounds.dual;
     const Real capped = log_ratio > log_ceiling ? ceiling : ratio;
     const Real loss = -a * (log_ratio < log_floor ? bounds.low : capped);
-    // Asked like this, a NaN has no slope, as under torch.clamp.
+    // In this form the slope of a NaN is 0, as under torch.clamp.
     const bool active = (log_ratio >= log_floor) & (log_ratio <= log_ceiling);
     block->policy_loss[j] = loss;
     block->slope[j] = active ? loss : Real(0);
@@ -159,7 +159,7 @@ void kl_terms(const PpoLossArgs& args, std::int64_t first, std::int64_t count,
   for (std::int64_t j = 0; j < count; ++j) block->slope[j] += coef * block->kl_slope[j];
 }
 
-// The two numbers a token that the gradient of the head needs, of which `weight` is a factor.
+// Writes the gradients of log-probs and entropies, of which `weight` is a factor.
 template <typename Real>
 void write_gradients(const PpoLossArgs& args, std::int64_t first, std::int64_t count, double weight,
                      const PpoBlock<Real>& block) {
@@ -177,7 +177,7 @@ void write_gradients(const PpoLossArgs& args, std::int64_t first, std::int64_t c
   }
 }
 
-// The same for the padding that ends a row.
+// Writes gradients of 0 for the padding that ends a row.
 template <typename Real>
 void clear_gradients(const PpoLossArgs& args, std::int64_t first, std::int64_t count) {
   for (void* grad : {args.grad_logprobs, args.grad_entropy}) {
@@ -185,7 +185,7 @@ void clear_gradients(const PpoLossArgs& args, std::int64_t first, std::int64_t c
   }
 }
 
-// Statistics and gradients of row i; `weight` is what one of its tokens counts in the loss.
+// Computes statistics and gradients of row i; `weight` is the weight of its tokens in the loss.
 template <typename Real>
 PpoStats ppo_row(const PpoLossArgs& args, const PpoBounds<Real>& bounds, std::int64_t i,
                  RowLength length, double weight) {
@@ -237,8 +237,8 @@ PpoStats ppo_row(const PpoLossArgs& args, const PpoBounds<Real>& bounds, std::in
 // normalizer, and over the row's tokens too where the loss is a mean of token means. Clipping is
 // decided on log r. Saved for backward: the two gradients, which one multiplication with the
 // upstream gradient turns into those of the inputs. Bytes moved a token in float32: 13, and 4 each
-// for entropy, ref_logprobs and the gradients wanted; of the padding that ends a row, the mask and
-// the gradients alone.
+// for entropy, ref_logprobs and the gradients wanted; for the padding that ends a row, only the
+// mask and the gradients.
 //
 // Rows are merged in their order: the bits do not depend on num_threads.
 inline void ppo_loss(const PpoLossArgs& args, int num_threads) {
@@ -253,7 +253,7 @@ inline void ppo_loss(const PpoLossArgs& args, int num_threads) {
   }
   const auto count = static_cast<double>(mean_of_means ? sequences : tokens);
   const double normalizer = args.normalizer != 0.0 ? args.normalizer : std::max(count, 1.0);
-  // What a row's sum counts in the loss, but for the normalizer.
+  // The weight of a row's sum in the loss, without the normalizer.
   const auto row_weight = [&](std::size_t i) {
     return mean_of_means ? 1.0 / std::max<std::int64_t>(lengths[i].tokens, 1) : 1.0;
   };

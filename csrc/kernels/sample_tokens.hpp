@@ -51,9 +51,10 @@ PPO_FAST_INLINE float uniform(std::uint32_t word) {
 
 PPO_FAST_INLINE float gumbel_noise(std::uint32_t word) { return -log(-log1p(-uniform(word))); }
 
-// No less than the noise of `word` or of any larger word, and at most 0.06 above it where that
-// matters: -log1p(-v) >= v, and log2(2^n (1 + f)) >= n + f, which are the bits of v taken as an
-// integer. The margin is above all rounding errors, of which the largest is an ulp of 22.2 (2e-6).
+// Returns an upper bound of the noise of `word` and of any larger word, at most 0.06 too high where
+// that matters. -log1p(-v) >= v, and log2(v) = log2(2^n (1 + f)) >= n + f, which the bits of v as
+// an integer give. The margin is above all rounding errors, the largest being an ulp of 22.2
+// (2e-6).
 PPO_FAST_INLINE float noise_bound(std::uint32_t word) {
   constexpr float kMargin = 2e-5f;
   const float bits = static_cast<float>(bit_cast<std::int32_t>(uniform(word)));
@@ -105,9 +106,9 @@ double mass_of(const Candidate<Real>* candidates, std::int64_t count) {
   return mass;
 }
 
-// Orders `candidates` just so far that the first n are the n that rank first, the last of these at
-// n - 1, for the smallest n >= 1 whose masses add up to `target` (or all). Quickselect: a half is
-// settled, the other one goes on. Returns n.
+// Returns the smallest n >= 1 such that the n candidates that rank first have a mass of `target` or
+// more together (all of them if none has), and moves these to the front, the last of them to n - 1.
+// Quickselect: each turn settles one half and goes on with the other.
 template <typename Real>
 std::int64_t select_mass(Candidate<Real>* candidates, std::int64_t count, double target) {
   std::int64_t first = 0, last = count;  // n - 1 is in [first, last)
@@ -127,7 +128,7 @@ std::int64_t select_mass(Candidate<Real>* candidates, std::int64_t count, double
   return first + 1;
 }
 
-// The tokens kept: those that rank up to `last_z`, `last_id`. `mass` is theirs together.
+// The tokens kept: those that rank up to `last_z`, `last_id`. `mass` is their total.
 template <typename Real>
 struct Truncation {
   Real last_z;
@@ -150,8 +151,8 @@ struct SampleRoom {
 //
 //   token = argmax_j (z_j + g_j)        (Gumbel-max: Maddison et al. 2014, arXiv 1411.0030, sec. 2)
 //
-// over all tokens or those that top_k and top_p keep. Bytes moved: the logits once; of a row that
-// does not stay in the cache, again the blocks of kBlock tokens that some bound does not rule out.
+// over all tokens or those that top_k and top_p keep. Bytes moved: the logits once; if a row does
+// not stay in the cache, again the blocks of kBlock tokens that no bound rules out.
 template <typename T>
 struct SampleRow {
   using Real = Compute<T>;
@@ -167,7 +168,7 @@ struct SampleRow {
 
   std::int64_t num_blocks() const { return static_cast<std::int64_t>(room->tops.size()); }
 
-  // The pass over the row: softmax statistics, and the largest z of each block.
+  // Passes over the row: softmax statistics, and the largest z of each block.
   void scan() {
     room->tops.clear();
     Chunk<Real> chunk_room;
@@ -187,7 +188,8 @@ struct SampleRow {
     return std::isfinite(sums.max / temperature) && std::isfinite(sums.sum);
   }
 
-  // The first top_k tokens by rank, and of these the first whose mass together is top_p of theirs.
+  // Keeps the first top_k tokens by rank, and of these the first whose total mass is top_p of
+  // theirs.
   Truncation<Real> truncate(std::int64_t top_k, double top_p) {
     if (top_k == 0 || top_k > vocab_size) top_k = vocab_size;
     if (top_k == vocab_size && top_p == 1.0) return {kNothing, vocab_size, sums.sum};
@@ -207,24 +209,24 @@ struct SampleRow {
     return {candidates[kept - 1].z, candidates[kept - 1].id, mass};
   }
 
-  // A z that no token to be kept lies below.
+  // Returns a z that no token to be kept is below.
   Real lowest_kept(std::int64_t top_k, double top_p) {
     if (top_k < vocab_size) {
-      // k blocks whose largest z is no less hold k tokens at least.
+      // In k blocks the largest z is the k-th largest or above, so at least k tokens are.
       if (top_k > num_blocks()) return kNothing;
       room->ranked = room->tops;
       const auto kth = room->ranked.begin() + (top_k - 1);
       std::nth_element(room->ranked.begin(), kth, room->ranked.end(), std::greater<Real>());
       return *kth;
     }
-    // All tokens below it together hold less than V exp(z - max z) = (1 - top_p) sum. The margin is
-    // above the rounding of z and of the sum.
+    // All tokens below this z together have less mass than V exp(z - max z) = (1 - top_p) sum. The
+    // margin is above the rounding of z and of the sum.
     const Real top = sums.max / temperature;
     const double depth = std::log((1.0 - top_p) * sums.sum / static_cast<double>(vocab_size));
     return static_cast<Real>(top + depth - 0.01 - 1e-6 * std::abs(top));
   }
 
-  // Makes candidates of the tokens from `lowest` upwards; how many there are.
+  // Makes candidates of the tokens with z >= `lowest`; returns their number.
   std::int64_t collect(Real lowest) {
     std::int64_t found = 0;
     for (std::int64_t block = 0; block < num_blocks(); ++block) {
@@ -248,7 +250,7 @@ struct SampleRow {
     return found;
   }
 
-  // argmax of z + noise over the tokens kept.
+  // Returns the argmax of z + noise over the tokens kept.
   std::int64_t draw(const Truncation<Real>& truncation) const {
     Best best;
     const auto likeliest = std::max_element(room->tops.begin(), room->tops.end());
@@ -265,10 +267,10 @@ struct SampleRow {
     std::int64_t id = 0;
   };
 
-  // A block is left alone once a bound of its z + noise is below the best so far: its largest z
-  // with the largest noise that there is, or with the bound that its smallest word gives, or each z
-  // with the bound of its own word. Rounded addition is monotone, so that none of its tokens could
-  // have come to the best. Few tokens are left whose logarithms are computed.
+  // Skips a block once an upper bound of its z + noise is below the best so far: its largest z with
+  // the largest possible noise, its largest z with the bound of its smallest word, or each z with
+  // the bound of its own word. Rounded addition is monotone, so that none of its tokens could have
+  // been the best. Logarithms are computed for the few tokens that are left.
   void draw_from(std::int64_t block, const Truncation<Real>& truncation, Best* best) const {
     const Real top = room->tops[block];
     if (top < truncation.last_z || top + kLargestNoise < best->value) return;

@@ -51,7 +51,7 @@ struct ValueStats {
   }
 };
 
-// What the tokens of a block contribute, each 0 where it is masked.
+// The contributions of a block's tokens, 0 at masked tokens.
 template <typename Real>
 struct ValueBlock {
   Real valid[kTokenBlock];  // 1, or 0 where the token is masked
@@ -90,7 +90,7 @@ void value_terms(const ValueLossArgs& args, std::int64_t first, std::int64_t cou
   }
 }
 
-// Statistics and gradient of row i; `weight` is what one token counts in the loss.
+// Computes statistics and gradient of row i; `weight` is the weight of a token in the loss.
 template <typename Real>
 ValueStats value_row(const ValueLossArgs& args, std::int64_t i, RowLength length, double weight) {
   ValueStats stats;
@@ -135,8 +135,8 @@ ValueStats value_row(const ValueLossArgs& args, std::int64_t i, RowLength length
 // Source of the clipped form: the released code of Schulman et al. 2017 (OpenAI baselines, ppo2).
 // Where the second error is the larger one, v lies outside of the range, and v_c does not move with
 // it. Saved for backward: the gradient, which is multiplied with the upstream gradient. Bytes moved
-// a token in float32: 13, and 4 for the gradient; of the padding that ends a row, the mask and the
-// gradient alone.
+// a token in float32: 13, and 4 for the gradient; for the padding that ends a row, only the mask
+// and the gradient.
 //
 // Rows are merged in their order: the bits do not depend on num_threads.
 inline void value_loss(const ValueLossArgs& args, int num_threads) {

@@ -85,7 +85,7 @@ void write_masked(const std::uint8_t* mask, std::int64_t num_rows, std::int64_t 
 //   m = sum(x) / n      c = x - m - sum(x - m) / n      s2 = sum(c^2) / (n - 1)
 //   y = c / sqrt(s2 + 1e-8), and 0 where n <= 1
 //
-// The second sum is the rounding of m. s2 comes out of the same pass as it does, by the corrected
+// The second sum corrects the rounding of m. s2 is computed in the same pass, by the corrected
 // two-pass algorithm (Chan, Golub and LeVeque 1983, "Algorithms for Computing the Sample Variance",
 // eq. 1.7): sum(c^2) = sum((x - m)^2) - sum(x - m)^2 / n. Saved for backward: y, which the caller
 // holds anyway, and one number. Bytes moved a token in float32: 19 in three passes.
@@ -108,7 +108,7 @@ inline void whiten(const WhitenArgs& args, int num_threads) {
         });
     const double rest = n > 0.0 ? centred.first / n : 0.0;
     const double squares = centred.second - centred.first * rest;
-    // One token deviates from its own mean by nothing.
+    // A single token equals its mean: its deviation is 0.
     const double scale = n > 1.0 ? 1.0 / std::sqrt(squares / (n - 1.0) + 1e-8) : 0.0;
     *args.scale = scale;
     write_masked(args.mask, num_rows, num_steps, num_threads, static_cast<Real*>(args.whitened),

@@ -1,4 +1,4 @@
-"""The YAML file of ``--config``: defaults of ``ppo-fast train``."""
+"""Read the YAML file of ``--config``: defaults of ``ppo-fast train``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ppo_fast.config import PPOConfig
 
 
 def config_defaults(arguments: list[str]) -> Train | None:
-    """Train's defaults from the file after ``--config``; None without one."""
+    """Return Train's defaults from the file after ``--config``; None without one."""
     if not arguments or arguments[0] != "train":
         return None
     for i, argument in enumerate(arguments):
@@ -25,7 +25,7 @@ def config_defaults(arguments: list[str]) -> Train | None:
 
 
 def read_config(path: Path) -> Train:
-    """A YAML file of Train's and PPOConfig's fields.
+    """Read a YAML file of Train's and PPOConfig's fields.
 
     Raises:
         FileNotFoundError: no such file.
@@ -56,7 +56,7 @@ def read_config(path: Path) -> Train:
 
 
 def _number(value: Any) -> Any:
-    """YAML takes 1e-5, without a dot, for a string."""
+    """Convert a text to a number: YAML reads 1e-5, which has no dot, as a string."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:

@@ -13,7 +13,7 @@ class Demo:
     """Teach SmolLM2-135M to continue reviews kindly, on this machine, in some minutes."""
 
     output_dir: Path = Path("runs/demo")
-    """Gets the metrics, samples, plot and the trained policy."""
+    """Folder for the metrics, samples, plot and the trained policy."""
     num_steps: int | None = None
     """Steps of PPO; None: the demo's own number."""
     seed: int = 0

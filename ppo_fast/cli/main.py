@@ -27,7 +27,7 @@ Command = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of ``ppo-fast``. Bad input ends it with one line on stderr and status 2."""
+    """Run ``ppo-fast``. On bad input, print one line on stderr and exit with status 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         parse(arguments).run(Console())
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: list[str]) -> Train | Demo | Env | Doctor | Plan:
-    """The command of the arguments, with the defaults of its ``--config`` file, if any."""
+    """Parse the arguments to a command, with the defaults of its ``--config`` file, if any."""
     default = config_defaults(arguments)
     if default is None:
         return tyro.cli(Command, args=arguments, prog="ppo-fast", description=__doc__)

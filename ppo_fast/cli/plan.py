@@ -23,11 +23,11 @@ class Plan:
     prompt_length: int = 128
     """Tokens of the longest prompt."""
     memory: float | None = None
-    """GB that there are: which ways fit."""
+    """Available memory in GB; the table then says which ways fit."""
     lora_rank: int = 16
     """Rank of the ways with LoRA, which are shown where peft is installed."""
     device: Literal["cuda", "cpu"] = "cuda"
-    """cuda or cpu, where a rollout copies weights that have adapters."""
+    """cuda or cpu; on the CPU, a rollout copies weights that have adapters."""
     ppo: tyro.conf.OmitArgPrefixes[PPOConfig] = field(default_factory=PPOConfig)
 
     def run(self, console: Console) -> None:

@@ -34,7 +34,7 @@ class Train:
     """Train LoRA adapters of this rank on all layers, or on those of num_layers_unfrozen, with
     alpha twice the rank; None: the weights themselves."""
     output_dir: Path = Path("runs/train")
-    """Gets metrics.jsonl, samples.jsonl, config.yaml, checkpoints/ and the trained policy/."""
+    """Folder for metrics.jsonl, samples.jsonl, config.yaml, checkpoints/ and the final policy/."""
     num_steps: int = 100
     """Steps of the whole run, those before a resume included."""
     batch_size: int = 16
@@ -44,7 +44,7 @@ class Train:
     device: str = "auto"
     """auto: cuda where there is one, else cpu."""
     config: Path | None = None
-    """A YAML file of any of these flags (names with underscores); flags come before it."""
+    """A YAML file of any of these flags (names with underscores); a flag overrides the file."""
     ppo: tyro.conf.OmitArgPrefixes[PPOConfig] = field(default_factory=PPOConfig)
 
     def run(self, console: Console) -> None:
@@ -75,7 +75,7 @@ class Train:
             raise ValueError(
                 f"--num-steps: got {self.num_steps}, expected more than the {done} done"
             )
-        # what --config named is among them
+        # settings of a --config file are among these fields
         settings = {
             f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("ppo", "config")
         }
@@ -111,7 +111,7 @@ class Train:
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     def _make_ppo(self, reward: Any, device: str) -> PPO:
-        """With models from their folders or the hub."""
+        """Make PPO, with models from their folders or the hub."""
         import torch
         from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -136,7 +136,10 @@ class Train:
 
 
 def check_folder(flag: str, model: str | None) -> None:
-    """Raise FileNotFoundError for a path to nothing: the hub would be asked for it otherwise."""
+    """Raise FileNotFoundError for a path without a folder.
+
+    transformers would ask the hub for it.
+    """
     path = Path(model or "")
     is_path = path.is_absolute() or len(path.parts) > 2 or (model or "").startswith(".")
     if model and ":" not in model and is_path and not path.is_dir():

@@ -1,4 +1,4 @@
-"""Baselines: critics with nothing to train."""
+"""Baselines: critics without weights to train."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ppo_fast.models.language_model import LanguageModel
 
 
 class BatchBaseline:
-    """The mean score of the batch's other sequences, as the value of every token."""
+    """Gives the mean score of the batch's other sequences as the value of every token."""
 
     trained = reads_states = bootstraps = False
 
@@ -39,11 +39,13 @@ class BatchBaseline:
 
 
 def batch_baseline(scores: Tensor, tokens: Tokens, gamma: float) -> Tensor:
-    """The mean score of the batch's other sequences, discounted to each token as a sequence's own
-    score is: scores [B] -> [B, T], 0 beyond a response; 0 for a batch of one.
+    """Compute the mean score of the batch's other sequences for each token: scores [B] -> [B, T].
 
-    Leave-one-out as in RLOO (Ahmadian et al. 2024, eq. 8), over the batch instead of samples of
-    one prompt.
+    It is discounted to each token as a sequence's own score is, and 0 beyond a response. It is 0
+    for a batch of one.
+
+    Leave-one-out as in RLOO (Ahmadian et al. 2024, eq. 8), over the batch instead of samples of one
+    prompt.
     """
     others = (scores.sum() - scores) / max(len(scores) - 1, 1) * (len(scores) > 1)
     places = torch.arange(tokens.response_ids.shape[1], device="cpu")

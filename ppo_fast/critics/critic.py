@@ -1,4 +1,4 @@
-"""Critics: who estimates the value of the state before each response token."""
+"""Critics: they estimate the value of the state before each response token."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Critic(Protocol):
     """Estimates the value of the state before each response token.
 
     trained: whether it has weights, in ``module``, that the learner trains.
-    reads_states: it is a head on the policy's states and is trained in the policy's backward pass;
-        otherwise it runs on the tokens, in a pass of its own.
+    reads_states: whether it is a head on the policy's states, trained in the policy's backward
+        pass. Otherwise it runs on the tokens, in a pass of its own.
     bootstraps: whether GAE may use its values of later states; if not, lambda is 1.
     """
 
@@ -42,20 +42,25 @@ class Critic(Protocol):
     def values(
         self, tokens: Tokens, states: Tensor | None = None, trunk: Tensor | None = None
     ) -> Tensor:
-        """Values [B, T], 0 beyond a response, with gradient; ``states`` [B, T, D] for a head,
-        ``trunk`` [B, L, D] for a critic that can start from it."""
+        """Compute values [B, T] with gradient, 0 beyond a response.
+
+        ``states`` [B, T, D] are the policy's, for a head; ``trunk`` [B, L, D] are the trunk states,
+        for a critic that can start from them.
+        """
         ...
 
     def values_of_rollout(
         self, rollout: Rollout, scores: Tensor, policy: LanguageModel, budget: int
     ) -> Tensor:
-        """Values [B, T] of what ``policy`` sampled, before the update; ``scores`` [B] are of whole
-        responses, ``budget`` is the most tokens of a pass."""
+        """Compute values [B, T] of what ``policy`` sampled, before the update.
+
+        ``scores`` [B] are those of whole responses; ``budget`` is the max tokens of a pass.
+        """
         ...
 
 
 class _TrainedCritic:
-    """What critics with weights have in common."""
+    """Base of critics with weights."""
 
     trained, bootstraps, reads_states = True, True, False
 
@@ -76,7 +81,7 @@ class _TrainedCritic:
 
 
 class HeadCritic(_TrainedCritic):
-    """Values from a head on the policy's states."""
+    """Computes values by a head on the policy's states."""
 
     reads_states = True
 
@@ -106,11 +111,11 @@ class HeadCritic(_TrainedCritic):
 
 
 class TopCritic(_TrainedCritic):
-    """Values from top layers of its own above the policy's trunk.
+    """Computes values by top layers of its own above the policy's trunk.
 
     Args:
         module: its body's lower layers are the policy's own, frozen; the top is trained.
-        num_layers_unfrozen: layers of the top.
+        num_layers_unfrozen: number of top layers.
         compute_dtype: as LanguageModel's.
     """
 
@@ -133,16 +138,16 @@ class TopCritic(_TrainedCritic):
 
 
 class ModelCritic(_TrainedCritic):
-    """Values from a module ``forward(input_ids, attention_mask)``.
+    """Computes values by a module ``forward(input_ids, attention_mask)``.
 
-    A module that gives one value a sequence is called on the prompt alone: a value that has read
-    the response leaks the outcome into the baseline of every token.
+    A module that gives one value per sequence is called on the prompt alone: a value that has read
+    the response would leak the outcome into the baseline of every token.
 
     Args:
         module: the value model.
-        budget: most tokens in one call.
+        budget: max tokens in one call.
         compute_dtype: as LanguageModel's.
-        split: of a ValueModel whose lower layers are the policy's trunk; None: they are not.
+        split: Split of a ValueModel whose lower layers are the policy's trunk; None: they are not.
     """
 
     def __init__(
@@ -181,7 +186,7 @@ class ModelCritic(_TrainedCritic):
     def _call(self, rows: list[Tensor]) -> list[Tensor]:
         outputs = self._outputs(rows)
         if not self.per_token:
-            # [B, 1] for prompts of one token: here it is a value a sequence
+            # for prompts of one token, [B, 1] is one value per sequence
             outputs = [out[0] if out.shape == (1,) else out for out in outputs]
         if any((out.dim() == 1) != self.per_token for out in outputs):
             raise ValueError("value_model: returned a value a token on one call and not on another")

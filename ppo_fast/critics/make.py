@@ -1,4 +1,4 @@
-"""Which critic a trainer gets, and how it is made."""
+"""Choose the critic of a trainer, and make it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ppo_fast.models.setup import copy_of_what_is_trained, put_on_trunk
 
 
 def critic_name(config: PPOConfig, value_model: Any) -> str:
-    """``config.critic``; where that is None, "model" with a value model, else "baseline"."""
+    """Return ``config.critic``; where that is None, "model" with a value model, else "baseline"."""
     return config.critic or ("baseline" if value_model is None else "model")
 
 
 def which_critic(config: PPOConfig, value_model: Any) -> str:
-    """The critic asked for, by name.
+    """Return the name of the critic asked for.
 
     Raises:
         TypeError, ValueError: it does not fit ``value_model``.
@@ -49,10 +49,10 @@ def make_critic(
     config: PPOConfig,
     device: torch.device,
 ) -> Critic:
-    """The critic of this name.
+    """Make the critic of this name.
 
     Raises:
-        ValueError: it needs the policy's states, which the policy does not show.
+        ValueError: it needs the policy's states, which cannot be told from its logits.
     """
     if critic == "baseline":
         return BatchBaseline(config.gamma)

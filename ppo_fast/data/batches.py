@@ -12,8 +12,10 @@ from ppo_fast.data.trunk_states import TrunkStates
 
 
 def batches_by_tokens(lengths: Tensor, budget: int) -> list[Tensor]:
-    """Rows in batches of similar length: [B] lengths -> row indices, each batch of at most
-    ``budget`` tokens with its padding (a longer row is a batch of its own)."""
+    """Group rows of similar length into batches: [B] lengths -> row indices of each batch.
+
+    A batch has at most ``budget`` tokens with its padding; a longer row is a batch of its own.
+    """
     batches: list[list[int]] = []
     for row in torch.argsort(lengths, descending=True, stable=True).tolist():
         # rows come longest first, so a batch's first row is its width
@@ -30,8 +32,10 @@ def in_batches(
     trunk: TrunkStates | None,
     budget: int,
 ) -> Tensor:
-    """``compute`` on batches of at most ``budget`` tokens, [..., b, t] each, put together as
-    [..., B, T] float32."""
+    """Run ``compute`` on batches of at most ``budget`` tokens, and join the results.
+
+    Each result is [..., b, t]; joined they are [..., B, T] float32.
+    """
     out = torch.empty(0, device="cpu")
     for rows in batches_by_tokens(tokens.lengths, budget):
         part = compute(tokens.select(rows), select_trunk(trunk, tokens, rows)).float()
@@ -42,5 +46,5 @@ def in_batches(
 
 
 def select_trunk(trunk: TrunkStates | None, tokens: Tokens, rows: Tensor) -> Tensor | None:
-    """The trunk's activations for ``tokens.select(rows)``."""
+    """Return the trunk states for ``tokens.select(rows)``; None without a trunk."""
     return None if trunk is None else trunk.select(tokens, rows)

@@ -1,4 +1,4 @@
-"""Experience: what an update reads, and the rows of one of its batches."""
+"""Experience: the input of an update, and the rows of one of its batches."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from ppo_fast.data.trunk_states import TrunkStates
 
 @dataclass(frozen=True)
 class Experience:
-    """What the update reads. Legend: B sequences, P prompt and T response tokens, D hidden size.
+    """Input of an update. Legend: B sequences, P prompt and T response tokens, D hidden size.
+
     Everything [B, T] is float32 and 0 beyond a response.
 
     tokens: the ids and their masks.
     temperature: divides logits in every log-prob.
     old_logprobs, ref_logprobs: [B, T], of the policy that sampled and of the reference.
     values: [B, T], of the state before each token, by the old value function.
-    scores: [B], one a sequence, before KL.
-    rewards: [B, T]: the score on the last token, less the KL penalty where it is in the reward.
+    scores: [B], one per sequence, before KL.
+    rewards: [B, T], the score on the last token, less the KL penalty where it is in the reward.
     advantages: [B, T], as the update uses them (whitened where the config says so).
     returns: [B, T], the value function's targets, from unwhitened advantages.
-    trunk: the frozen trunk's activations; None without a trunk.
+    trunk: the trunk states; None without a trunk.
     metrics: plain numbers for the log.
     """
 
@@ -43,7 +44,7 @@ class Experience:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some rows of an Experience, without the columns that none of them needs: [b, t] each."""
+    """Some rows of an Experience, [b, t] each, without columns that are padding in all of them."""
 
     tokens: Tokens
     old_logprobs: Tensor
@@ -55,7 +56,7 @@ class Batch:
 
 
 def select(experience: Experience, rows: Tensor) -> Batch:
-    """``rows`` (int64 on the CPU) of ``experience``."""
+    """Select ``rows`` (int64 on the CPU) of ``experience``."""
     tokens = experience.tokens.select(rows)
     index, width = rows.to(tokens.device), tokens.response_ids.shape[1]
     return Batch(

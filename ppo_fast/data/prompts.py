@@ -11,7 +11,7 @@ from typing import Any
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts from a .txt (one a line, empty lines skipped), .jsonl or .csv file ("prompt").
+    """Read prompts from a .txt (one a line, empty lines skipped), .jsonl or .csv file ("prompt").
 
     Raises:
         FileNotFoundError: no such file.
@@ -51,7 +51,7 @@ def _prompt_of(record: Any, path: Path, number: int) -> str:
 
 
 def check_prompts(prompts: Any) -> list[str]:
-    """A list of strings, not empty.
+    """Check that ``prompts`` are strings, at least one, and return them as a list.
 
     Raises:
         TypeError: ``prompts`` is one string or no list, or holds something that is not a string.
@@ -76,7 +76,7 @@ def check_prompt_ids(
     max_length: int,
     limit: int | None,
 ) -> None:
-    """No prompt is empty, and each leaves room for a response of ``max_length`` tokens.
+    """Check that no prompt is empty, and that each leaves room for ``max_length`` response tokens.
 
     Raises:
         ValueError: one does not (it is named, with its length and the limit).

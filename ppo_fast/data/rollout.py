@@ -1,4 +1,4 @@
-"""Rollout: what was sampled, ready to be scored and trained on."""
+"""Rollout: sampled responses, ready to be scored and trained on."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Rollout:
     tokens: the ids, and all masks by their lengths.
     logprobs: [B, T] float32, of the tokens under softmax(logits / temperature), 0 beyond a
         response; None: the engine does not know them.
-    sampling_logprobs: [B, T] float32, under the distribution really drawn from.
-    finished: [B] bool on the CPU, whether a response ended by itself, not at its largest length.
+    sampling_logprobs: [B, T] float32, under the distribution that was drawn from.
+    finished: [B] bool on the CPU, whether a response ended by itself, not at its max length.
     sampling: how they were drawn.
-    trunk: the activations of the policy's frozen trunk, as decoding computed them; 0 for each row's
-        last token, which no log-prob needs (a RewardModel that shares the trunk does, and has it).
-        None without a trunk.
-    states: [B, T, D], what the policy's LM head read before each token, 0 beyond a response; None
-        where nobody asked for them, or the model gives logits alone.
+    trunk: the policy's trunk states, as decoding computed them; None without a trunk. Each row's
+        last token has 0 unless ``trunk.whole``: no log-prob needs it, but a RewardModel that shares
+        the trunk does.
+    states: [B, T, D], inputs of the policy's LM head before each token, 0 beyond a response; None
+        where they were not asked for, or the model gives logits alone.
     prompts, completions: B texts, for reward functions and for reading; never tokenised again.
     """
 

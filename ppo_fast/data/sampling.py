@@ -10,9 +10,11 @@ from ppo_fast.checks import check_fields, number, tuple_of, whole
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn: at most ``max_length`` tokens each, from softmax(logits /
-    temperature), cut to the ``top_k`` likeliest tokens (0: all) and to the likeliest that hold
-    ``top_p`` of the probability (1: all). ``top_k=1`` is greedy decoding.
+    """Settings of how responses are drawn, and where they end.
+
+    A response has at most ``max_length`` tokens. They are drawn from softmax(logits / temperature),
+    cut to the ``top_k`` likeliest tokens (0: all) and to the likeliest that hold ``top_p`` of the
+    probability (1: all). ``top_k=1`` is greedy decoding.
 
     A response ends with an EOS token, with one of ``stop_token_ids``, or with the token that
     completes one of ``stop_strings``; that token belongs to it. Its first ``min_new_tokens`` are
@@ -42,5 +44,5 @@ class Sampling:
 
     @property
     def truncates(self) -> bool:
-        """Whether tokens are drawn from another distribution than softmax(logits / t)."""
+        """Whether tokens are drawn from another distribution than softmax(logits / temperature)."""
         return self.top_k > 0 or self.top_p < 1.0 or self.min_new_tokens > 0

@@ -1,4 +1,4 @@
-"""Step: what one step of PPO did."""
+"""Step: results of one step of PPO."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ppo_fast.data.rollout import Rollout
 
 @dataclass(frozen=True)
 class Step:
-    """What callbacks are given after a step.
+    """Results of a step, for callbacks.
 
-    number: of steps so far, this one included.
+    number: steps so far, this one included.
     metrics: plain floats; see ``PPO.step``.
-    rollout: what was sampled, without the trunk's activations and states, which are large.
+    rollout: the sampled responses, without trunk states and states, which are large.
     scores: [B] float32, the reward of each sequence before KL.
     """
 

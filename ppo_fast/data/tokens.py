@@ -1,6 +1,7 @@
 """Tokens: prompts and responses as ids, with everything that follows from their lengths.
 
-Legend: B sequences, P prompt tokens, T response tokens, L = P + T.
+Legend: B sequences, P prompt tokens, T response tokens, L tokens of the longest row (a prompt and
+its response, so that L <= P + T).
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from torch import Tensor
 class Tokens:
     """Prompts, padded on the left, and their responses, padded on the right.
 
-    prompt_ids [B, P] and response_ids [B, T], int64 on the model's device. prompt_lengths and
-    response_lengths [B], int64 on the CPU, so that no size is ever read back from a device. What
-    stands at padded places is never looked at: masks come from lengths, not from a pad id.
+    prompt_ids [B, P] and response_ids [B, T] are int64 on the model's device. prompt_lengths and
+    response_lengths [B] are int64 on the CPU, so that no size is ever read back from a device. Ids
+    at padded positions are never read: masks come from lengths, not from a pad id.
 
-    Models read ``input_ids`` [B, L], where each row's prompt and response stand next to each other
-    and all padding follows. A causal model's real tokens never see it, so that passes need neither
-    an attention mask nor position ids, and attention takes its fastest form. L is the longest row.
+    Models read ``input_ids`` [B, L], in which each row has its prompt, its response and then all
+    padding. Real tokens of a causal model never attend to that padding, so that passes need neither
+    an attention mask nor position ids, and attention takes its fastest form.
     """
 
     prompt_ids: Tensor
@@ -45,7 +46,7 @@ class Tokens:
 
     @cached_property
     def _places(self) -> Tensor:
-        """[L] int64 on the CPU: 0, 1, ..."""
+        """Positions [L] int64 on the CPU: 0, 1, ..."""
         return torch.arange(int(self.lengths.max()) if len(self) else 0, device="cpu")
 
     @cached_property
@@ -57,7 +58,7 @@ class Tokens:
 
     @cached_property
     def attention_mask(self) -> Tensor:
-        """[B, L] int64, 1 at real tokens: for modules that want one."""
+        """[B, L] int64, 1 at real tokens, for modules that take a mask."""
         return (self._places < self.lengths[:, None]).long().to(self.device)
 
     @cached_property
@@ -68,13 +69,13 @@ class Tokens:
 
     @cached_property
     def _before_response(self) -> Tensor:
-        """[B, T] int64: the columns of L that stand before each response token."""
+        """[B, T] int64: index in ``input_ids`` of the token before each response token."""
         places = torch.arange(self.response_ids.shape[1], device="cpu")
         before = self.prompt_lengths[:, None] - 1 + places
         return before.clamp_max(len(self._places) - 1).to(self.device)
 
     def select(self, rows: Tensor) -> Tokens:
-        """Some rows (int64 on the CPU), without the columns that none of them needs."""
+        """Select rows (int64 on the CPU), without the columns that are padding in all of them."""
         prompts, responses = self.prompt_lengths[rows], self.response_lengths[rows]
         first = self.prompt_ids.shape[1] - int(prompts.max())
         index = rows.to(self.device)
@@ -86,7 +87,7 @@ class Tokens:
         )
 
     def repeated(self, times: int) -> Tokens:
-        """All rows, then all of them again."""
+        """Repeat all rows ``times`` times, one copy after the other."""
         return Tokens(
             self.prompt_ids.repeat(times, 1),
             self.prompt_lengths.repeat(times),
@@ -95,18 +96,23 @@ class Tokens:
         )
 
     def before_response(self, per_token: Tensor) -> Tensor:
-        """[B, L, ...] -> [B, T, ...]: what stands before each response token; beyond a response,
-        some other token's."""
+        """Select the entries of the tokens before each response token: [B, L, ...] -> [B, T, ...].
+
+        Beyond a response they are some other token's.
+        """
         index = self._before_response.view(*self.response_ids.shape, *[1] * (per_token.dim() - 2))
         return per_token.gather(1, index.expand(-1, -1, *per_token.shape[2:]))
 
     def sequences(self) -> list[Tensor]:
-        """Each row's real tokens, [length] int64: the prompt's, then the response's."""
+        """Return each row's real tokens, [length] int64: the prompt's, then the response's."""
         return [self.input_ids[b, :length] for b, length in enumerate(self.lengths.tolist())]
 
     def at_response(self, per_token: Sequence[Tensor]) -> Tensor:
-        """One number for each real token of each row, as ``sequences`` has them -> [B, T]: those of
-        the states before each response token, 0 beyond a response."""
+        """Select the numbers of the states before each response token.
+
+        ``per_token`` has one number for each real token of each row, as ``sequences`` has them.
+        Returns [B, T], 0 beyond a response.
+        """
         out = per_token[0].new_zeros(self.response_ids.shape)
         pairs = zip(self.prompt_lengths.tolist(), self.response_lengths.tolist(), strict=True)
         rows = [
@@ -117,19 +123,19 @@ class Tokens:
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
-    """[B, L] mask -> [B, L] positions: cumsum(mask) - 1, not below 0."""
+    """Compute positions [B, L] from a mask [B, L]: cumsum(mask) - 1, not below 0."""
     return (attention_mask.long().cumsum(dim=1) - 1).clamp_min(0)
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> Tensor:
-    """Rows of ids -> [B, longest] int64, padded on the left."""
+    """Pad rows of ids on the left -> [B, longest] int64."""
     width = max(map(len, rows))
     padded = [[pad_id] * (width - len(row)) + list(row) for row in rows]
     return torch.tensor(padded, dtype=torch.int64, device=device)
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> Tensor:
-    """Rows of ids -> [B, longest] int64, padded on the right."""
+    """Pad rows of ids on the right -> [B, longest] int64."""
     width = max(map(len, rows))
     padded = [list(row) + [pad_id] * (width - len(row)) for row in rows]
     return torch.tensor(padded, dtype=torch.int64, device=device)
@@ -141,7 +147,7 @@ def make_tokens(
     pad_id: int,
     device: torch.device,
 ) -> Tokens:
-    """Prompts and responses as lists of ids -> Tokens."""
+    """Make Tokens from lists of prompt and response ids."""
     return Tokens(
         pad_left(prompts, pad_id, device),
         torch.tensor([len(p) for p in prompts], device="cpu"),

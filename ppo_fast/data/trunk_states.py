@@ -1,4 +1,4 @@
-"""Activations of the frozen trunk, kept from the rollout to the last epoch."""
+"""Trunk states: activations of the frozen trunk, kept from the rollout to the last epoch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ppo_fast.data.tokens import Tokens
 
 @dataclass(frozen=True)
 class TrunkStates:
-    """What enters the first layer of the top: of B sequences' tokens, without padding.
+    """Inputs of the first top layer for the tokens of B sequences, without padding.
 
     states: [N, D], row after row.
-    first: [B] int64 on the CPU, where each row starts.
-    whole: whether each row's last token is among them; decoding has no need of it, and has 0 there.
+    first: [B] int64 on the CPU, index of each row's first token.
+    whole: whether each row's last token has its state. Decoding does not need it, and leaves 0.
     """
 
     states: Tensor
@@ -25,7 +25,7 @@ class TrunkStates:
 
     @classmethod
     def pack(cls, padded: Tensor, tokens: Tokens, *, whole: bool) -> TrunkStates:
-        """From [B, L or more, D], each row's tokens first."""
+        """Pack padded states [B, L or more, D], in which each row's tokens come first."""
         lengths = tokens.lengths
         first = lengths.cumsum(0) - lengths
         row = torch.repeat_interleave(torch.arange(len(lengths), device="cpu"), lengths)
@@ -36,8 +36,11 @@ class TrunkStates:
         return TrunkStates(self.states.to(dtype), self.first, self.whole)
 
     def select(self, tokens: Tokens, rows: Tensor) -> Tensor:
-        """Of ``rows`` (int64 on the CPU), [b, l, D] beside ``tokens.select(rows).input_ids``; at
-        padded places some other token's."""
+        """Return the states [b, l, D] of ``rows`` (int64 on the CPU), padded on the right.
+
+        They match ``tokens.select(rows).input_ids``; at padded positions they are some other
+        token's.
+        """
         lengths = tokens.lengths[rows]
         places = torch.minimum(torch.arange(int(lengths.max()), device="cpu"), lengths[:, None] - 1)
         return self.states[(self.first[rows][:, None] + places).to(self.states.device)]

@@ -32,7 +32,7 @@ EVALUATION_SEED = 1 << 40  # far from the training draws of every seed but 256
 
 
 def demo_config(seed: int) -> PPOConfig:
-    """The 4 top layers are trained on a frozen trunk, with a value head on the policy's states."""
+    """Return the demo's settings: 4 top layers trained on a frozen trunk, with a value head."""
     return PPOConfig(
         learning_rate=2e-4,
         value_learning_rate=1e-3,
@@ -48,8 +48,11 @@ def demo_config(seed: int) -> PPOConfig:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The policy on the held-out prompts, always with the same seeds. kl: nats a sequence to the
-    start; ref_logprob: the start's log-prob of the samples, a token."""
+    """Results of the policy on the held-out prompts, always sampled with the same seeds.
+
+    kl: KL to the starting policy, in nats per sequence.
+    ref_logprob: log-prob of the samples under the starting policy, per token.
+    """
 
     rollout: Rollout
     scores: list[float]
@@ -60,7 +63,7 @@ class Evaluation:
     distinct_2: float
 
     def summary(self) -> dict[str, float]:
-        """The plain numbers."""
+        """Return the plain numbers."""
         names = ("reward", "standard_error", "kl", "ref_logprob", "distinct_2")
         return {name: getattr(self, name) for name in names}
 
@@ -95,7 +98,7 @@ def evaluate(ppo: PPO, prompts: list[str]) -> Evaluation:
 def run_demo(
     console: Console, output_dir: Path, *, num_steps: int | None = None, seed: int = 0
 ) -> dict[str, dict[str, float]]:
-    """Train, show what changed, and leave everything in ``output_dir``.
+    """Train, show what changed, and write everything to ``output_dir``.
 
     Returns:
         The evaluations' numbers, as ``{"before": ..., "after": ...}``.
@@ -151,13 +154,13 @@ def run_demo(
 
 
 def peak_gigabytes() -> float:
-    """The most memory of this process so far, 10^9 bytes."""
+    """Return the peak memory of this process so far, in units of 10^9 bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def describe(evaluation: Evaluation) -> str:
-    """An evaluation in a line."""
+    """Describe an evaluation in one line."""
     e = evaluation
     return (
         f"reward {e.reward:+.3f} ± {e.standard_error:.3f} (standard error, {len(e.scores)} "
@@ -167,7 +170,10 @@ def describe(evaluation: Evaluation) -> str:
 
 
 def samples_table(before: Evaluation, after: Evaluation, rows: int = 8) -> Table:
-    """The first held-out prompts with the first sample of each, before and after: no choosing."""
+    """Make a table of the first held-out prompts, with the first sample of each, before and after.
+
+    The samples are not selected.
+    """
     table = Table(title="Held-out openings, first sample of each", show_lines=True)
     for name in ("prompt", "before", "score", "after", "score"):
         table.add_column(name, justify="right" if name == "score" else "left")

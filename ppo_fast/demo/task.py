@@ -16,7 +16,7 @@ REWARD_COLOR, KL_COLOR = "#1f6feb", "#bc4c00"
 
 
 def load_prompts() -> tuple[list[str], list[str]]:
-    """The opening lines to train on (64) and those held out (32), in the order of the file.
+    """Return the opening lines to train on (64) and those held out (32), in the order of the file.
 
     The file is ``ppo_fast/demo/reviews.txt``: one prompt a line, ``#`` starts a comment line.
     """
@@ -26,13 +26,13 @@ def load_prompts() -> tuple[list[str], list[str]]:
 
 
 def positivity(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
-    """How positive each completion is by itself, in [-1, 1]: VADER's compound score.
+    """Score how positive each completion is by itself, in [-1, 1]: VADER's compound score.
 
-    A lexicon and rules (Hutto and Gilbert, ICWSM 2014), so it costs microseconds. The prompts are
-    not looked at: what the model did not write earns nothing. An empty completion scores 0.
+    VADER is a lexicon with rules (Hutto and Gilbert, ICWSM 2014), which takes microseconds. The
+    prompts are not scored: the model did not write them. An empty completion scores 0.
 
     Raises:
-        ModuleNotFoundError: vaderSentiment is not installed; says how to install it.
+        ModuleNotFoundError: vaderSentiment is not installed; the message says how to install it.
     """
     scorer = _analyzer()
     return [float(scorer.polarity_scores(text)["compound"]) for text in completions]
@@ -50,12 +50,12 @@ def _analyzer() -> Any:
 
 
 def distinct_2(completions: Sequence[str]) -> float:
-    """Distinct word bigrams over all word bigrams of the completions together, in [0, 1].
+    """Return the share of distinct word bigrams among all of the completions together, in [0, 1].
 
-    Low when the texts repeat themselves or each other (distinct-2 of Li et al., arXiv 1510.03055,
-    section 5, which divides by words instead). It falls as the amount of text grows: compare equal
-    amounts only. Words are lowercased, without punctuation; a bigram never spans two completions.
-    0.0 where there is no bigram.
+    It is low when the texts repeat themselves or each other (distinct-2 of Li et al., arXiv
+    1510.03055, section 5, which divides by words instead). It falls as the amount of text grows:
+    compare equal amounts only. Words are lowercased, without punctuation; a bigram never spans two
+    completions. Without any bigram it is 0.0.
     """
     bigrams: list[tuple[str, str]] = []
     for text in completions:
@@ -70,11 +70,11 @@ def plot_curves(
     rewards: Sequence[float],
     kls: Sequence[float],
 ) -> None:
-    """Write a PNG of the mean reward and of the KL to the start (nats a sequence) over the steps.
+    """Write a PNG of the mean reward and of the KL to the start (nats per sequence) over the steps.
 
     Raises:
         ValueError: the three sequences differ in length or are empty.
-        ModuleNotFoundError: matplotlib is not installed; says how to install it.
+        ModuleNotFoundError: matplotlib is not installed; the message says how to install it.
     """
     if not len(steps) == len(rewards) == len(kls) > 0:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""``ppo-fast doctor``: the kernels on this machine against the reference, on a GPU their speed."""
+"""``ppo-fast doctor``: checks the kernels on this machine; on a GPU, measures their speed."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ INTERPRETED = {"TRITON_INTERPRET": "1"}
 
 
 def run_doctor(console: Console, report_to: Path | None, *, interpret: bool = False) -> bool:
-    """Print what was found, and write it to ``report_to`` (None: print it) as JSON.
+    """Check the kernels, print the findings, and write them to ``report_to`` (None: print) as JSON.
 
     Returns whether all is well.
     """
     in_interpreter = INTERPRETED.items() <= os.environ.items()
-    if interpret and not in_interpreter:  # Triton looks when kernels are imported
+    if interpret and not in_interpreter:  # Triton reads the variable when kernels are imported
         return _run_interpreted(report_to)
     device = main_device()
     report: dict[str, Any] = {"facts": facts(device)}
@@ -60,9 +60,9 @@ def run_doctor(console: Console, report_to: Path | None, *, interpret: bool = Fa
 
 
 def _print_verdict(console: Console, report: dict[str, Any], in_interpreter: bool) -> bool:
-    """A line for each thing that is not well; whether there is none.
+    """Print a line for each fault; return whether there is none.
 
-    A check that raised is told apart: it found nothing out about the kernel's numbers.
+    A check that raised is named differently: it says nothing of the kernel's numbers.
     """
     faults = [check for check in report["checks"] if not check["ok"]]
     works = report.get("speeds", {"works": []})["works"]
@@ -94,7 +94,7 @@ def _run_interpreted(report_to: Path | None) -> bool:
 
 
 def _check_all(console: Console, device: torch.device, in_interpreter: bool) -> list[dict]:
-    """Each op's kernels on the devices that they are for."""
+    """Check each op's kernels on the devices that they are for."""
     cpu = torch.device("cpu")
     runs: list[tuple[Impl, torch.device]] = [("cpp", cpu)]
     if in_interpreter:
@@ -125,8 +125,10 @@ def _check(op: str, impl: Impl, device: torch.device) -> first_use.Result:
 
 
 def _is_lost(device: torch.device) -> bool:
-    """Whether an earlier error, such as an illegal access, has ended this process's use of a GPU:
-    whatever it launches there from then on fails with that error."""
+    """Return whether an earlier error, such as an illegal access, ended the use of a GPU.
+
+    Whatever this process launches there from then on fails with that error.
+    """
     try:
         torch.zeros(1, device=device).item()
     except RuntimeError:
@@ -135,12 +137,12 @@ def _is_lost(device: torch.device) -> bool:
 
 
 def check_in_own_process(op: str, device: torch.device) -> first_use.Result:
-    """As ``self_check.check_and_remember``, in a new process."""
+    """Run ``check_and_remember`` in a new process."""
     code = (
         "import json, sys, torch\n"
-        "from ppo_fast.ops import self_check\n"
+        "from ppo_fast.ops.backends import first_use\n"
         "op, device = sys.argv[1:]\n"
-        "print(json.dumps(self_check.check_and_remember(op, torch.device(device))))"
+        "print(json.dumps(first_use.check_and_remember(op, torch.device(device))))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, op, str(device)], capture_output=True, text=True
@@ -155,17 +157,17 @@ def check_in_own_process(op: str, device: torch.device) -> first_use.Result:
 
 
 class Sizes(NamedTuple):
-    """What is measured; the default takes 8 GB."""
+    """Sizes of what is measured; the defaults take 8 GB."""
 
     rows: int = 4096
     vocab_size: int = 128256
     odd_vocab_size: int = 50257
-    """Rows of it start anywhere between multiples of 16 bytes."""
+    """Rows of this size start anywhere between multiples of 16 bytes."""
     hidden_size: int = 2048
     sequences: int = 8192
     steps: int = 2048
     cache: tuple[int, int, int, int] = (32, 2048, 8, 128)
-    """Of keys, and of values: rows, columns, heads and their size."""
+    """Shape of keys, and of values: rows, columns, heads, head size."""
     copied: int = 2**28
 
 
@@ -173,9 +175,9 @@ class Work(NamedTuple):
     name: str
     run: Callable[[], Any]
     num_bytes: int
-    """That must be read and written."""
+    """Bytes that must be read and written."""
     flops: int = 0
-    """Of products by the BLAS."""
+    """Floating-point operations of matrix products by the BLAS."""
 
 
 Bench = Callable[[Callable[[], Any]], float]  # milliseconds
@@ -188,7 +190,7 @@ def _median_ms(run: Callable[[], Any]) -> float:
 
 
 def measure(device: torch.device, impl: Impl, sizes: Sizes, bench: Bench) -> dict[str, Any]:
-    """Times of the kernels, beside what copying and multiplying at this machine's speed allow."""
+    """Time the kernels, beside what copying and multiplying at this machine's speed would take."""
     bytes_a_ms = _copied_bytes_a_ms(sizes, device, bench)
     flops_a_ms = _multiplied_flops_a_ms(sizes, device, bench)
     works: list[dict[str, Any]] = []
@@ -214,7 +216,7 @@ def measure(device: torch.device, impl: Impl, sizes: Sizes, bench: Bench) -> dic
 
 
 def _copied_bytes_a_ms(sizes: Sizes, device: torch.device, bench: Bench) -> float:
-    """Bytes read and bytes written, both."""
+    """Measure the bytes of a copy per millisecond, those read and those written together."""
     source = torch.empty(sizes.copied, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / bench(lambda: target.copy_(source))
@@ -259,7 +261,7 @@ def _linear_logprobs(sizes: Sizes, device: torch.device, impl: Impl) -> Iterator
         out = ops.linear_logprobs(hidden, weight, labels, impl=impl)
         torch.autograd.grad(out.logprobs.sum(), [hidden, weight])
 
-    # The fourth product makes logits again that did not fit the budget.
+    # Four products: the fourth computes again the logits that did not fit the budget.
     yield Work(
         f"linear_logprobs forward and backward, {n} x {v} x {d}, bfloat16",
         run,

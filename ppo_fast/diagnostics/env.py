@@ -1,4 +1,4 @@
-"""What this installation runs on: versions, device, and which implementation each op gets."""
+"""``ppo-fast env``: versions, the device, and which implementation each op gets."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ PACKAGES = ("ppo_fast", "torch", "transformers", "triton", "numpy", "tokenizers"
 
 
 def print_environment(console: Console, policy: str | None = None) -> None:
-    """Print the report that a bug report should hold. On a GPU, kernels that were not used on it
-    yet go through the check of their first use.
+    """Print what a bug report needs. On a GPU, check kernels that were not used on it yet.
 
     Args:
         policy: a model directory or name; the fast paths that it can take are then checked too.
@@ -50,12 +49,12 @@ def print_environment(console: Console, policy: str | None = None) -> None:
 
 
 def main_device() -> torch.device:
-    """What this machine computes on."""
+    """Return the device that this machine computes on: cuda where there is one, else cpu."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def facts(device: torch.device) -> dict[str, str]:
-    """Versions and hardware."""
+    """Return versions and hardware, by name."""
     return {
         "python": f"{platform.python_version()} on {platform.platform()}",
         **{package: _version(package) for package in PACKAGES},

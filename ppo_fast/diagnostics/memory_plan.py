@@ -1,7 +1,7 @@
-"""What training will take, before anything is allocated: from a transformers config alone.
+"""Memory that training takes, computed from a transformers config before anything is allocated.
 
-The model is made of fake tensors, which have shapes and no memory, and one pass through it counts
-what autograd keeps: for 70B parameters that takes seconds.
+The model is made of fake tensors, which have shapes and no memory. One pass through it counts the
+bytes that autograd keeps, which takes seconds for 70B parameters.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from ppo_fast.models.trunk import Split, freeze_trunk
 
 FLOAT = 4
 TOP = 4
-"""Layers of the plans with a trunk, where the config names no number."""
+"""Number of top layers in plans with a trunk, where the config gives none."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes.
+    """Memory of a run by its parts, in bytes.
 
-    policy, reference, value_function: weights; the reference's and those of a top without what they
+    policy, reference, value_function: weights. The reference and a top do not count those that they
         share with the policy.
-    gradients: of the weights that are trained at a time, policy or value function.
-    optimizer: of all trained weights.
-    trunk: its activations for a batch.
+    gradients: the most at one time: of the policy or of the value function; with a head, of both.
+    optimizer: moments of all trained weights.
+    trunk: trunk states of a batch.
     cache: keys and values of a rollout.
-    copies: of weights, for a rollout: in compute_dtype; on the CPU with adapters merged.
+    copies: copies of weights for a rollout: in compute_dtype; on the CPU with adapters merged.
     kept_rollout: the part of cache and copies that stays during the update (kept_rollout_bytes).
     activations: what autograd keeps of one microbatch, without logits.
-    logits: tiles of the LM head that are kept for the backward pass.
+    logits: tiles of the LM head's logits that are kept for the backward pass.
     """
 
     policy: int
@@ -66,7 +66,7 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """The most at one time: gradients and activations come when the rollout is done."""
+        """Max bytes at one time: gradients and activations come when the rollout is done."""
         held = self.policy + self.reference + self.value_function + self.optimizer + self.trunk
         update = self.gradients + self.activations + self.logits + self.kept_rollout
         return held + max(self.cache + self.copies, update)
@@ -83,20 +83,20 @@ def plan_memory(
     adapter: Any = None,
     device: str = "cuda",
 ) -> MemoryPlan:
-    """The plan for a policy of ``model_config``, a transformers config.
+    """Plan the memory of training a policy of ``model_config``.
 
     Args:
-        model_config: of a causal LM whose head is fused (linear_logprobs).
-        config: how it is trained.
-        batch_size: prompts a step.
-        prompt_length: tokens of each, at most.
+        model_config: transformers config of a causal LM whose head is fused (linear_logprobs).
+        config: settings of the training.
+        batch_size: prompts per step.
+        prompt_length: max tokens of a prompt.
         value_model: for ``critic="model"``; None: a ``ValueModel`` over a copy of the policy.
-        policy_model: whose trunk ``value_model`` may share; None: it shares nothing.
-        adapter: peft's config of a new adapter that the policy is given; None: it has none.
-        device: type of the device that is meant.
+        policy_model: the policy, whose trunk ``value_model`` may share; None: it shares nothing.
+        adapter: peft's config of a new adapter of the policy; None: the policy has none.
+        device: type of the device to train on.
 
     Raises:
-        ValueError: the model cannot be split or its layers not be cached.
+        ValueError: the model cannot be split, or its layers cannot be cached.
     """
     text: Any = model_config.get_text_config()
     length, k = prompt_length + config.max_length, config.num_layers_unfrozen
@@ -105,7 +105,7 @@ def plan_memory(
     policy = _policy(fake, model_config, config, adapter)
     value, valued = _value_weights(fake, policy, model_config, config, value_model)
     with fake, warnings.catch_warnings():
-        # asked for by torch's own copying of a parameter, in vain
+        # torch's own copying of a parameter warns of it, without need
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         # new adapters are left out, others copied: they are small
         reference = None if adapter is not None else make_reference(policy, config)
@@ -126,7 +126,7 @@ def plan_memory(
         policy=_bytes(policy.parameters()),
         reference=0 if reference is None else _bytes(_own(reference, policy)),
         value_function=_bytes(set(value) - set(policy_model.parameters() if policy_model else ())),
-        # a head's come with the policy's, those of a value model after them
+        # a head has gradients together with the policy, a value model after the policy
         gradients=_bytes(trained)
         if config.critic == "head"
         else max(_bytes(_trained(policy.parameters())), _bytes(valued)),
@@ -149,7 +149,10 @@ def plans(
     lora_rank: int = 16,
     device: str = "cuda",
 ) -> dict[str, MemoryPlan]:
-    """Ways to train a policy, by what they are; those with LoRA where peft is installed."""
+    """Plan several ways to train a policy; return the plans by name.
+
+    Plans with LoRA are made where peft is installed.
+    """
     layers = model_config.get_text_config().num_hidden_layers
     k = min(config.num_layers_unfrozen or TOP, layers - 1)
     ways: dict[str, dict[str, Any]] = {
@@ -186,7 +189,7 @@ def plans(
 
 
 def show_plans(console: Console, found: dict[str, MemoryPlan], memory_gb: float | None) -> None:
-    """A table, a column a plan, in GB (10^9 bytes)."""
+    """Print a table with one column per plan, in GB (10^9 bytes)."""
     table = Table(title="memory of a run in GB, computed")
     table.add_column("", no_wrap=True)
     for name in found:
@@ -214,15 +217,15 @@ def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
 
 
 def _own(module: nn.Module, other: nn.Module) -> list[nn.Parameter]:
-    """The weights of ``module`` that are not ``other``'s."""
+    """Return the weights of ``module`` that are not ``other``'s."""
     shared = set(other.parameters())
     return [p for p in module.parameters() if p not in shared]
 
 
 def _policy(fake: FakeTensorMode, model_config: Any, config: PPOConfig, adapter: Any) -> Any:
-    """As the trainer prepares it, of fake tensors."""
+    """Make the policy of fake tensors, prepared as the trainer prepares it."""
     stored = torch.float32 if config.compute_dtype is None else model_config.dtype
-    with torch.device("meta"):  # peft moves what it adds, which fake tensors do not bear
+    with torch.device("meta"):  # peft moves what it adds, and fake tensors cannot move
         policy = AutoModelForCausalLM.from_config(model_config, dtype=stored or torch.float32)
         if adapter is not None:
             from peft import get_peft_model
@@ -244,7 +247,7 @@ def _value_weights(
     config: PPOConfig,
     value_model: nn.Module | None,
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The value function's own, and those of them that are trained."""
+    """Return the value function's own weights, and the trained ones among them."""
     critic = critic_name(config, value_model)
     if critic == "baseline":
         return [], []
@@ -263,7 +266,10 @@ def _value_weights(
 
 
 def _lm_head(value_model: nn.Module) -> set[nn.Parameter]:
-    """Of a ValueModel, which never reads it, unless it is the embedding too."""
+    """Return the LM head's weights in a ValueModel, which never reads them.
+
+    A weight that is tied to the embedding is left out; other modules have none.
+    """
     if not isinstance(value_model, ValueModel):
         return set()
     base: Any = value_model.base_model
@@ -272,7 +278,7 @@ def _lm_head(value_model: nn.Module) -> set[nn.Parameter]:
 
 
 def _copied(policy: Any, config: PPOConfig, device: str) -> Iterator[torch.Tensor]:
-    """What a rollout copies."""
+    """Yield the weights that a rollout copies."""
     if config.compute_dtype is not None:
         yield from (p.bfloat16() for p in policy.parameters() if p.dtype == torch.float32)
     if device == "cpu":
@@ -281,9 +287,12 @@ def _copied(policy: Any, config: PPOConfig, device: str) -> Iterator[torch.Tenso
 
 
 def _kept(policy: Any, k: int | None, rows: int, length: int, config: PPOConfig) -> int:
-    """Bytes that autograd keeps of a microbatch: of the policy's pass, or of the value function's,
-    which is as large, but not of both at once. Without checkpointing's second computation of a
-    layer's insides."""
+    """Return the bytes that autograd keeps of a microbatch in the policy's pass.
+
+    The value function's pass takes as much, but not at the same time. With gradient checkpointing,
+    they are what the forward pass keeps, and one layer's activations, computed again in the
+    backward pass.
+    """
     layers: int = policy.config.get_text_config().num_hidden_layers
     whole = _saved(policy, k, rows, length, config.torch_dtype)
     if not config.gradient_checkpointing:
@@ -296,7 +305,7 @@ def _kept(policy: Any, k: int | None, rows: int, length: int, config: PPOConfig)
 def _saved(policy: Any, k: int | None, rows: int, length: int, dtype: torch.dtype | None) -> int:
     weights = {p.untyped_storage()._cdata for p in policy.parameters()}
     kept: dict[int, int] = {}
-    alive = []  # else another tensor might get a storage's place
+    alive = []  # else a new storage might get the address of a freed one
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()

@@ -1,8 +1,9 @@
 """AdamW for weights that are stored in bfloat16.
 
-A weight in bfloat16 has eight significant bits: rounded to the nearest, a step below 1/512 of it is
-lost. Two ways to keep such steps (Zamirai et al. 2020, Revisiting BFloat16 Training, section 4):
-stochastic rounding gets them right on average, Kahan summation carries what was rounded off.
+A weight in bfloat16 has eight significant bits: when rounding to nearest, a step below 1/512 of the
+weight is lost. Two ways keep such steps (Zamirai et al. 2020, Revisiting BFloat16 Training, section
+4): stochastic rounding gets them right on average, Kahan summation adds what was rounded off to the
+next step.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class HalfAdamW(Optimizer):
     """AdamW (Loshchilov and Hutter 2019, algorithm 2) on bfloat16 weights, float32 ones as usual.
 
-    Moments and all arithmetic are float32. In bytes a weight, gradient included: 12 with stochastic
-    rounding, 14 with Kahan summation, where float32 weights take 16.
+    Moments and all arithmetic are float32. Memory in bytes per weight, gradient included: 12 with
+    stochastic rounding, 14 with Kahan summation, where float32 weights take 16.
 
     Args:
         params: the weights.
         lr, betas, eps, weight_decay: AdamW's.
         rounding: "stochastic" or "kahan".
-        seed: of the former's random bits, with a step's number and a weight's place.
+        seed: seed of stochastic rounding, used with a step's number and a weight's index.
     """
 
     def __init__(
@@ -57,7 +58,10 @@ class HalfAdamW(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As any optimizer's, which would round the moments to their weights' dtype."""
+        """Load a state as any optimizer does, but keep the moments in float32.
+
+        torch's own method would round the moments to the dtype of their weights.
+        """
         super().load_state_dict(state_dict)
         weights = [weight for group in self.param_groups for weight in group["params"]]
         for place, saved in state_dict["state"].items():
@@ -66,7 +70,7 @@ class HalfAdamW(Optimizer):
                 self.state[weights[place]][name] = moved
 
     def _change(self, weight: Tensor, group: dict[str, Any]) -> Tensor:
-        """What AdamW adds to ``weight``, float32."""
+        """Compute what AdamW adds to ``weight``, float32."""
         state, gradient = self.state[weight], weight.grad.float()  # type: ignore[union-attr]
         if not state:
             state |= {"step": 0} | {name: torch.zeros_like(gradient) for name in MOMENTS}
@@ -96,7 +100,7 @@ class HalfAdamW(Optimizer):
 
 
 def stochastically_rounded(x: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 -> bfloat16, up with the probability that makes the mean right."""
+    """Round float32 to bfloat16, up with the probability that makes the mean right."""
     bits = torch.randint(2**16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
     # a bfloat16 is the upper half of a float32
     return bits.add_(x.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32).bfloat16()

@@ -1,4 +1,4 @@
-"""Experience -> metrics: epochs, minibatches, microbatches, optimizer steps."""
+"""Learner: trains on experience, in epochs, minibatches, microbatches and optimizer steps."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ class Learner:
     """Trains a policy and its critic on experience. Owns their optimizers.
 
     Args:
-        policy: what samples.
-        critic: who estimates values.
-        config: of losses, epochs and optimizers.
+        policy: the policy that sampled.
+        critic: estimates values.
+        config: settings of losses, epochs and optimizers.
 
     Attributes:
         optimizers: by name: "policy" and, where the critic has weights, "value".
-        amid_update: whether an update began and did not end: the weights are those of no step.
+        amid_update: whether an update began and did not end, so that the weights are those of no
+            whole step.
     """
 
     def __init__(self, policy: LanguageModel, critic: Critic, config: PPOConfig) -> None:
@@ -44,7 +45,7 @@ class Learner:
 
     @torch.enable_grad()
     def update(self, experience: Experience, *, num_epochs: int, seed: int) -> dict[str, float]:
-        """PPO on one batch of experience (Schulman et al. 2017, algorithm 1).
+        """Train by PPO on one batch of experience (Schulman et al. 2017, algorithm 1).
 
         Each epoch visits every sequence once, in minibatches drawn with ``seed``; a minibatch is
         one optimizer step. Its losses are normalised by all its tokens, so that the split into
@@ -52,14 +53,15 @@ class Learner:
 
         Returns:
             Means over all tokens and epochs (policy_loss too, whatever the aggregation);
-            ``first_max_log_ratio`` is that of the first minibatch, whose ratios are 1 to rounding.
+                ``first_max_log_ratio`` is the largest log-ratio of the first minibatch, whose
+                ratios are 1 but for rounding.
 
         Raises:
             FloatingPointError: a gradient is not finite. It changed nothing; earlier optimizer
-                steps of this update stand, that of the policy before a value model's too.
+                steps of this update stand, including the policy's before a value model's.
         """
         self.amid_update = True
-        if self.config.gradient_checkpointing:  # which transformers do in train mode alone
+        if self.config.gradient_checkpointing:  # transformers checkpoints in train mode alone
             self.policy.model.train()
             self.critic.module.train()
         generator = torch.Generator().manual_seed(seed)
@@ -86,9 +88,12 @@ class Learner:
     def _train_on(
         self, experience: Experience, rows: Tensor
     ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """One minibatch, microbatch by microbatch: its statistics, and the norm of the policy's
-        gradient. A head is trained in the policy's backward pass; a value model of its own after
-        the policy, so that neither graphs nor gradients of both ever live together."""
+        """Train on one minibatch; return its statistics and the norm of the policy's gradient.
+
+        A head is trained in the policy's backward pass. A value model of its own is trained after
+        the policy, so that the graphs, and the gradients, of both are never in memory at the same
+        time.
+        """
         joint = self.critic.reads_states
         tokens = experience.tokens
         count = int(tokens.response_lengths[rows].sum())
@@ -154,8 +159,10 @@ class Learner:
         return self.config.value_loss_coef * loss, stats
 
     def _step(self, names: tuple[str, ...]) -> Tensor:
-        """Clip and apply the gradients of these optimizers; returns the first one's norm before
-        clipping."""
+        """Clip and apply the gradients of these optimizers.
+
+        Returns the norm of the first one's gradients before clipping.
+        """
         optimizers = {name: self.optimizers[name] for name in names}
         norms = {}
         for name, optimizer in optimizers.items():

@@ -1,7 +1,8 @@
-"""Rollout -> Experience: reference log-probs, values, token rewards, advantages, returns."""
+"""Make Experience of a rollout: reference log-probs, values, token rewards, advantages, returns."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import torch
@@ -17,6 +18,12 @@ from ppo_fast.models.language_model import LanguageModel, logprobs_of_both, with
 from ppo_fast.models.precision import uses_tf32
 from ppo_fast.ops import gae, kl_estimate, whiten
 
+# Bounds of a first minibatch's log-ratios, far above rounding: in float32, between decoding with a
+# cache and one pass over all tokens; in half precision, between two passes whose batches differ
+# (0.07 was seen on an H200).
+MOST_FIRST_LOG_RATIO = 1e-2
+MOST_FIRST_LOG_RATIO_HALF = 0.3
+
 
 @torch.no_grad()
 def make_experience(
@@ -28,15 +35,18 @@ def make_experience(
     critic: Critic,
     config: PPOConfig,
 ) -> Experience:
-    """Score a rollout token by token.
+    """Compute rewards, values, advantages and returns of a rollout, token by token.
 
     Args:
-        rollout: what was sampled.
-        scores: [B] float32, one a sequence.
+        rollout: the sampled responses.
+        scores: [B] float32, one per sequence.
         policy: as it was when it sampled.
         reference: the frozen model that the KL is measured to.
         critic: estimates values.
         config: KL, gamma, lambda, whitening.
+
+    Raises:
+        ValueError: a value is NaN or infinite.
     """
     tokens, mask = rollout.tokens, rollout.tokens.response_mask
     temperature, budget = rollout.sampling.temperature, config.forward_batch_tokens
@@ -53,8 +63,8 @@ def make_experience(
     def logprobs_of_policy_and_reference(part: Tokens, below: Tensor | None) -> Tensor:
         return logprobs_of_both(policy, reference, part, below, temperature=temperature)
 
-    # another engine, a truncated sampler, autocast, TF32 or a rounded trunk: what was drawn is not
-    # what the update will compute
+    # with another engine, truncated sampling, autocast, TF32 or rounded trunk states, the log-probs
+    # of the rollout are not those that the update will compute
     old = rollout.logprobs
     known = config.trunk_dtype is None and computes_in_float32(policy)
     if old is None or rollout.sampling.truncates or not known:
@@ -79,8 +89,11 @@ def make_experience(
 def token_rewards(
     scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, tokens: Tokens, config: PPOConfig
 ) -> Tensor:
-    """[B, T]: the sequence's score on its last token and, with ``kl_in="reward"``, minus
-    ``kl_penalty`` times the KL estimate on every token (Ouyang et al. 2022, eq. 2)."""
+    """Compute the rewards [B, T]: each sequence's score on its last token, less the KL penalty.
+
+    With ``kl_in="reward"``, the penalty on every token is ``kl_penalty`` times the KL estimate
+    (Ouyang et al. 2022, eq. 2); otherwise it is 0.
+    """
     rewards = torch.zeros_like(logprobs)
     if config.kl_in == "reward" and config.kl_penalty > 0:
         kl = kl_estimate(
@@ -92,7 +105,10 @@ def token_rewards(
 
 
 def computes_in_float32(policy: LanguageModel) -> bool:
-    """Whether decoding and the update compute in full float32, hence agree to rounding."""
+    """Return whether decoding and the update compute in full float32 or float64.
+
+    If so, their log-probs agree to rounding.
+    """
     weight = next(policy.model.parameters())
     return (
         weight.dtype in (torch.float32, torch.float64)
@@ -102,10 +118,22 @@ def computes_in_float32(policy: LanguageModel) -> bool:
     )
 
 
+def check_first_ratio(policy: LanguageModel, log_ratio: float) -> None:
+    """Warn if the largest log-ratio of a step's first minibatch is more than rounding explains."""
+    full = computes_in_float32(policy)
+    if log_ratio > (MOST_FIRST_LOG_RATIO if full else MOST_FIRST_LOG_RATIO_HALF):
+        warnings.warn(
+            f"the first minibatch's ratios are not 1: exp({log_ratio:.2g}) at most. Decoding and "
+            f"the update compute {type(policy.model).__name__} differently, and what is learned is "
+            "not to be trusted",
+            stacklevel=3,
+        )
+
+
 def experience_metrics(
     rollout: Rollout, scores: Tensor, old: Tensor, ref: Tensor, advantages: Tensor
 ) -> dict[str, float]:
-    """What the log says of a batch before the update: means over valid tokens or sequences."""
+    """Return a batch's metrics before the update: means over valid tokens or sequences."""
     lengths = rollout.tokens.response_lengths
     count = float(lengths.sum())
     kl = float((old - ref).sum())

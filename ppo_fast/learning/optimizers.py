@@ -1,4 +1,4 @@
-"""AdamW as a PPOConfig asks for it."""
+"""AdamW with the settings of a PPOConfig."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ppo_fast.learning.half_adamw import HalfAdamW
 
 
 def make_adamw(module: nn.Module, learning_rate: float, config: PPOConfig) -> Optimizer:
-    """AdamW over what is trained of ``module``; HalfAdamW where its weights are in bfloat16."""
+    """Make AdamW for the trained weights of ``module``; HalfAdamW where they are in bfloat16."""
     trained = [p for p in module.parameters() if p.requires_grad]
     settings: dict[str, Any] = {
         "lr": learning_rate,

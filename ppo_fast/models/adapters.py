@@ -1,4 +1,4 @@
-"""Models with peft's adapters, told by their parts: peft itself is not needed here."""
+"""Models with peft's adapters, recognised by their parts, so that peft itself is not needed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ppo_fast.models.parts import base_of
 
 
 class Adapted(NamedTuple):
-    """A layer with an adapter, and where it sits."""
+    """A layer with an adapter, its parent module and its name there."""
 
     parent: nn.Module
     name: str
@@ -21,7 +21,7 @@ class Adapted(NamedTuple):
 
 
 def adapted_layers(model: nn.Module) -> list[Adapted]:
-    """The layers of ``model`` that have an adapter."""
+    """Return the layers of ``model`` that have an adapter."""
     return [
         Adapted(parent, name, child)
         for parent in model.modules()
@@ -31,9 +31,11 @@ def adapted_layers(model: nn.Module) -> list[Adapted]:
 
 
 def without_new_adapters(model: nn.Module) -> nn.Module:
-    """``model``, its own layers put back in place of those with adapters, if all of these are as
-    LoRA starts (Hu et al. 2021, section 4.1): B = 0, so that they change nothing. An adapter that
-    was trained before stays."""
+    """Remove adapters that are all untrained LoRA, and return the model without its peft wrapper.
+
+    Untrained LoRA has B = 0 (Hu et al. 2021, section 4.1) and changes nothing. If any adapter
+    counts as trained, all stay and ``model`` is returned as it is.
+    """
     adapted = adapted_layers(model)
     if not adapted or not all(_adds_nothing(place.layer) for place in adapted):
         return model
@@ -44,8 +46,10 @@ def without_new_adapters(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def merged_adapters(model: nn.Module) -> Iterator[None]:
-    """For the block, plain layers with their adapters merged into a copy of the weights stand in
-    for those with adapters. Quantised layers stay as they are."""
+    """Temporarily replace layers with adapters by plain layers, the adapters merged in.
+
+    The merged weights are copies. Quantised layers stay as they are.
+    """
     adapted = [a for a in adapted_layers(model) if a.layer.base_layer.weight.is_floating_point()]
     try:
         for parent, name, layer in adapted:
@@ -59,7 +63,7 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def _adds_nothing(layer: Any) -> bool:
-    """Of a LoRA layer; of any other kind of adapter, and of DoRA, it cannot be told."""
+    """Return True for a LoRA layer with B = 0. Other adapters, and DoRA, count as trained."""
     ups = getattr(layer, "lora_B", None)
     if not ups or any(getattr(layer, "use_dora", {}).values()):
         return False

@@ -1,6 +1,8 @@
-"""Calling reward and value modules: ours and transformers' classifiers on padded batches, anybody's
-own on rows of equal length without padding, so that code which reads position -1 or counts absolute
-positions is right.
+"""Call reward and value modules on rows of tokens.
+
+Our modules and transformers' classifiers get padded batches. Modules of other classes get rows of
+equal length without padding, so that code which reads position -1 or counts absolute positions is
+right.
 """
 
 from __future__ import annotations
@@ -17,15 +19,17 @@ from ppo_fast.models.heads import RewardModel, ValueModel
 
 
 def takes_padding(module: nn.Module) -> bool:
-    """Whether ``module`` is known to be right on right-padded batches with a mask: our models and
-    those that transformers ships, not what users derive from them."""
+    """Return whether ``module`` is known to be right on right-padded batches with a mask.
+
+    Our models and those that transformers ships are; classes that users derive from them are not.
+    """
     if isinstance(module, PreTrainedModel):
         return type(module).__module__.startswith("transformers.")
     return type(module) in (RewardModel, ValueModel)
 
 
 def output_tensor(output: Any, what: str) -> Tensor:
-    """The tensor in a module's output: itself, ``.logits``, or the first of a tuple.
+    """Return the tensor in a module's output: itself, ``.logits``, or the first of a tuple.
 
     Raises:
         TypeError: there is none.
@@ -45,15 +49,15 @@ def output_tensor(output: Any, what: str) -> Tensor:
 def call_on_rows(
     module: nn.Module, rows: Sequence[Tensor], *, budget: int, what: str
 ) -> list[Tensor]:
-    """The output of ``module(input_ids, attention_mask)`` for each row of ids [length].
+    """Return the output of ``module(input_ids, attention_mask)`` for each row of ids [length].
 
     Args:
-        budget: most tokens in one call.
+        budget: max tokens in one call.
         what: the module's name in errors.
 
     Returns:
-        One tensor a row: [] for a module that gives one number a sequence ([n] or [n, 1]),
-        [length] for one that gives a number a token ([n, L] or [n, L, 1]).
+        One tensor per row: [] for a module that gives one number per sequence ([n] or [n, 1]),
+            [length] for one that gives one per token ([n, L] or [n, L, 1]).
 
     Raises:
         ValueError: another shape.
@@ -89,8 +93,8 @@ def _call(module: nn.Module, rows: list[Tensor]) -> Any:
     pad_id = getattr(config, "pad_token_id", None) or 0
     ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=pad_id)
     lengths = torch.tensor([len(row) for row in rows], device="cpu")
-    # A causal body's real tokens never see padding on the right: without a mask, attention takes
-    # its fastest form.
+    # In a causal body, real tokens never attend to padding on the right; without a mask, attention
+    # takes its fastest form.
     if isinstance(module, ValueModel):
         return module(input_ids=ids)
     if isinstance(module, RewardModel):
@@ -100,10 +104,10 @@ def _call(module: nn.Module, rows: list[Tensor]) -> Any:
 
 
 def _as_numbers(output: Tensor, rows: list[Tensor], what: str) -> Tensor:
-    """[n] one number a sequence, or [n, L] one a token."""
+    """Return the output as [n], one number per sequence, or [n, L], one per token."""
     n, width = len(rows), max(len(row) for row in rows)
     if n == 1 and (output.dim() == 0 or (output.shape == (width,) and width > 1)):
-        output = output[None]  # a module that ends in .squeeze(), on a row alone
+        output = output[None]  # a module that ends in .squeeze(), called on one row
     if output.dim() == 3 and output.shape[-1] == 1:
         output = output.squeeze(-1)
     if output.shape == (n, 1) and width > 1:

@@ -9,10 +9,10 @@ from torch import nn
 
 
 def check_policy(policy_model: Any) -> None:
-    """A transformers causal language model.
+    """Check that the policy is a transformers causal language model.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: it is something else, or its adapter adds virtual tokens.
     """
     if not isinstance(policy_model, nn.Module) or not hasattr(policy_model, "config"):
         raise TypeError(
@@ -34,9 +34,10 @@ def check_policy(policy_model: Any) -> None:
 
 
 def check_tokenizer(tokenizer: Any, policy_model: nn.Module) -> None:
-    """A tokenizer with a pad token, all of whose ids the policy has.
+    """Check that the tokenizer has a pad token, and the policy an embedding for each of its ids.
 
     Raises:
+        TypeError: it is no tokenizer.
         ValueError: it has no pad token, or ids beyond the policy's vocabulary.
     """
     if not hasattr(tokenizer, "get_vocab"):
@@ -59,10 +60,11 @@ def check_tokenizer(tokenizer: Any, policy_model: nn.Module) -> None:
 
 
 def place(model: Any, name: str, device: torch.device) -> None:
-    """Move a module that lies on the CPU to ``device``.
+    """Move a module from the CPU to ``device``; leave one that is there already.
 
     Raises:
-        ValueError: it lies on several devices, or on one that is neither the CPU nor ``device``.
+        ValueError: its weights are on several devices, or on one that is neither the CPU nor
+            ``device``.
     """
     if not isinstance(model, nn.Module):
         return
@@ -84,7 +86,7 @@ def place(model: Any, name: str, device: torch.device) -> None:
 
 
 def context_limit(model: nn.Module) -> int | None:
-    """The most positions that the model's config allows; None when it names no limit."""
+    """Return the max number of positions that the model's config allows, or None."""
     config = getattr(model, "config", None)
     return None if config is None else getattr(
         config.get_text_config(), "max_position_embeddings", None

@@ -1,5 +1,4 @@
-"""ValueModel and RewardModel: a language model's body with a small head, and what makes modules
-fit for PPO (dropout off)."""
+"""Value and reward models: a language model's body with a small head, and the heads alone."""
 
 from __future__ import annotations
 
@@ -25,9 +24,9 @@ def _check_hidden_size(base_model: nn.Module, hidden_size: int) -> None:
 
 
 class ValueModel(nn.Module):
-    """A value for every token: a language model's last hidden states through a small head.
+    """Gives a value for every token: a language model's last hidden states through a small head.
 
-    The value at a token estimates the return from the state that ends with it. Padding may stand on
+    The value at a token estimates the return from the state that ends with it. Padding may be on
     either side.
 
     Args:
@@ -42,16 +41,16 @@ class ValueModel(nn.Module):
         self.value_head = _head(hidden_size)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """input_ids [B, L] int64, attention_mask [B, L] (default: all ones) -> values [B, L]."""
+        """Compute values [B, L] from ids [B, L] int64 and a mask [B, L] (default: all ones)."""
         return self.read(_states(self.base_model, input_ids, attention_mask))
 
     def read(self, states: Tensor) -> Tensor:
-        """The body's last states [B, L, D] -> values [B, L]."""
+        """Compute values [B, L] from the body's last states [B, L, D]."""
         return self.value_head(states).squeeze(-1)
 
 
 class RewardModel(nn.Module):
-    """A score for every sequence, read at its last real token. Padding may stand on either side.
+    """Gives a score for every sequence, read at its last real token. Padding may be on either side.
 
     Args:
         base_model: a transformers causal LM (its LM head is not used) or a bare body.
@@ -71,10 +70,10 @@ class RewardModel(nn.Module):
         *,
         last: Tensor | None = None,
     ) -> Tensor:
-        """input_ids [B, L] int64 -> scores [B].
+        """Compute scores [B] from input_ids [B, L] int64.
 
-        attention_mask [B, L], by default all ones, says where the real tokens are; or, if padding
-        stands on the right alone, ``last`` [B] int64 does, the index of each row's last token.
+        attention_mask [B, L], by default all ones, marks the real tokens. If padding is on the
+        right alone, ``last`` [B] int64 may mark them instead: the index of each row's last token.
         """
         states = _states(self.base_model, input_ids, attention_mask)
         if last is None:
@@ -83,14 +82,14 @@ class RewardModel(nn.Module):
         return self.read(states, last)
 
     def read(self, states: Tensor, last: Tensor) -> Tensor:
-        """The body's last states [B, L, D], at places [B] -> scores [B]."""
+        """Compute scores [B] from the body's last states [B, L, D] at the indices ``last`` [B]."""
         return self.reward_head(states[torch.arange(len(last), device=last.device), last]).squeeze(
             -1
         )
 
 
 def _states(base_model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    # its last state is what ``output_hidden_states=True`` gives last, without the others and logits
+    # ``output_hidden_states=True`` gives the same last state, but keeps all others and the logits
     body = body_of(base_model)
     if attention_mask is None:
         return body(input_ids=input_ids, use_cache=False).last_hidden_state
@@ -103,9 +102,9 @@ def _states(base_model: nn.Module, input_ids: Tensor, attention_mask: Tensor | N
 
 
 class ValueHead(nn.Module):
-    """A linear head on the policy's last hidden state: [..., D] -> [...] float32.
+    """Linear value head on the policy's last hidden state: [..., D] -> [...] float32.
 
-    It starts at 0, so that the first advantages are those of the rewards alone.
+    Its weights start at 0, so that the first advantages are those of the rewards alone.
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -119,10 +118,10 @@ class ValueHead(nn.Module):
 
 
 class TopValue(nn.Module):
-    """A transformer's body and a value head.
+    """A transformer's body with a value head.
 
     Args:
-        body: gives states [B, L, D].
+        body: returns states [B, L, D].
         hidden_size: D.
     """
 

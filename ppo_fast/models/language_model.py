@@ -1,9 +1,9 @@
-"""How the trainer reads a causal language model: states, then log-probs, and decoding steps.
+"""Reading a causal language model: states, log-probs and decoding steps.
 
-Two paths give the same numbers. The fused one asks the body for hidden states and makes log-probs
-with ``linear_logprobs``, at response positions only; the ordinary one asks the model for logits. A
-head that is not ``hidden @ weight.T`` in the model's own way (scaled, wrapped, hooked) shows in a
-comparison of both at construction, and means the ordinary path.
+Two paths give the same numbers. The fused path takes hidden states from the body and computes
+log-probs with ``linear_logprobs``, at response positions only. The ordinary path takes logits from
+the model. A comparison of both at construction finds heads that compute something else than
+``hidden @ weight.T`` (scaled, wrapped, hooked); their models take the ordinary path.
 """
 
 from __future__ import annotations
@@ -45,17 +45,23 @@ HALF_TOLERANCE = 3e-2
 
 
 class Forward(NamedTuple):
-    """What one pass over Tokens gives: the state before each response token [B, T, D] (None where
-    the model's body cannot be told from its head) and, on the ordinary path only, logits
-    [B, T, V]."""
+    """Output of one pass over Tokens.
+
+    states: [B, T, D], the state before each response token; None where the model's body cannot be
+        told from its head.
+    logits: [B, T, V], on the ordinary path only.
+    """
 
     states: Tensor | None
     logits: Tensor | None
 
 
 class Next(NamedTuple):
-    """What the next token of n sequences is drawn from: logits [n, V], float64 where the model is,
-    else float32, and the states [n, D] that they were made from (None on the ordinary path)."""
+    """Output that the next token of n sequences is drawn from.
+
+    logits: [n, V], float64 where the model is, else float32.
+    states: [n, D], from which the logits were computed; None on the ordinary path.
+    """
 
     logits: Tensor
     states: Tensor | None
@@ -66,15 +72,15 @@ class LanguageModel:
 
     Args:
         model: the model. It is not changed.
-        num_layers_unfrozen: the layers above the trunk, whose activations ``trunk`` computes and
-            ``forward`` can start from; None: there is no trunk.
-        compute_dtype: what its products are computed in (autocast); None: what its weights are.
+        num_layers_unfrozen: number of layers above the trunk. ``trunk`` computes the trunk states,
+            and ``forward`` can start from them. None: there is no trunk.
+        compute_dtype: autocast dtype of its products; None: the dtype of its weights.
         logits_budget_bytes: as linear_logprobs': logits kept for the backward pass.
 
     Attributes:
-        fused: whether log-probs come from hidden states and the LM head.
+        fused: whether log-probs are computed from hidden states and the LM head.
         reason: why (not).
-        fused_differs: whether the reason is that log-probs would be others.
+        fused_differs: whether the fused path is not taken because its logits would differ.
 
     Raises:
         ValueError: ``num_layers_unfrozen`` is not below the number of layers, or the model cannot
@@ -119,8 +125,10 @@ class LanguageModel:
         return next(self.model.parameters()).dtype
 
     def forward(self, tokens: Tokens, trunk: Tensor | None = None) -> Forward:
-        """One pass over prompts and responses, from the tokens or from the trunk's states
-        [B, L, D]. Gradients flow where the caller enabled them."""
+        """Run one pass over prompts and responses, from the tokens or from trunk states [B, L, D].
+
+        Gradients flow where the caller enabled them.
+        """
         states, logits = self._run(tokens, trunk)
         return Forward(
             None if states is None else tokens.before_response(states),
@@ -130,7 +138,7 @@ class LanguageModel:
     def logprobs(
         self, forward: Forward, tokens: Tokens, *, temperature: float, entropy: bool = False
     ) -> TokenLogprobs:
-        """Log-probs (and entropies) [B, T] of the response tokens, 0 beyond a response."""
+        """Compute log-probs (and entropies) [B, T] of the response tokens, 0 beyond a response."""
         labels, mask = tokens.response_ids, tokens.response_mask
         if forward.logits is not None:
             return logprobs_from_logits(
@@ -139,7 +147,7 @@ class LanguageModel:
         assert forward.states is not None
         weight, bias = self._head_weights()
         states = forward.states
-        if self.compute_dtype is not None:  # the op is deaf to autocast
+        if self.compute_dtype is not None:  # autocast does not reach the op
             states, weight = states.to(self.compute_dtype), weight.to(self.compute_dtype)
         return linear_logprobs(
             states,
@@ -155,29 +163,36 @@ class LanguageModel:
         )
 
     def shares_head_with(self, other: LanguageModel) -> bool:
-        """Whether one product gives both models' logits."""
+        """Return whether one product with the LM head gives both models' logits."""
         return self.fused and other.fused and _same(self._head_weights(), other._head_weights())
 
     @torch.no_grad()
     def trunk(self, tokens: Tokens) -> Tensor:
-        """[B, L, D]: what enters the first unfrozen layer."""
+        """Compute the trunk states [B, L, D], the input of the first unfrozen layer."""
         assert self.split is not None
         with computing_in(self.compute_dtype, tokens.device):
             return self.split.trunk(tokens)
 
     def recording_trunk(self) -> AbstractContextManager[list[Tensor]]:
-        """Within the block, what every pass hands to the first unfrozen layer lands in the list,
-        [B, n, D] each: decoding sees every token but the last, and computes its trunk anyway.
-        Without a trunk the list stays empty."""
+        """Within the block, append the trunk states [B, n, D] of every pass to the yielded list.
+
+        Decoding computes the trunk states of every token but the last anyway. Without a trunk the
+        list stays empty.
+        """
         return nullcontext([]) if self.split is None else self.split.recording()
 
     @torch.no_grad()
     def next(
         self, at: tuple[Tensor, Tensor] | None = None, *, cache: Any, **arguments: Any
     ) -> Next:
-        """What follows tokens of one pass with a cache: ``arguments`` are the model's other ones,
-        ``at`` the rows [n] and columns [n] of those tokens. None: of every row the last column,
-        which is all that the ordinary path can give."""
+        """Run one pass with a cache, and return logits and states of the next tokens.
+
+        Args:
+            at: rows [n] and columns [n] of the tokens to continue. None: the last column of every
+                row. The ordinary path gives the last column whatever ``at`` is.
+            cache: the KV cache.
+            arguments: the model's other arguments.
+        """
         arguments[self._cache_argument] = cache
         if not self.fused:
             logits = self.model(**arguments, use_cache=True, logits_to_keep=1).logits[:, -1]
@@ -188,8 +203,10 @@ class LanguageModel:
         return Next(self._shape(self._products(states)), states)
 
     def _products(self, states: Tensor) -> Tensor:
-        """[n, D] -> [n, V], of half precision too in float32: a logit of 20 in bfloat16 is 6% of a
-        probability off."""
+        """Compute logits [n, V] from states [n, D], in float32 for half precision too.
+
+        Rounded to bfloat16, a logit of 20 would put a probability 6% off.
+        """
         weight, bias = self._head_weights()
         if states.dtype not in HALF:
             return few_row_linear(states, weight, bias)
@@ -210,7 +227,7 @@ class LanguageModel:
         return self.head.weight, self.head.bias
 
     def _run(self, tokens: Tokens, trunk: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """States [B, L, D] and, on the ordinary path, logits [B, L, V]."""
+        """Return states [B, L, D] and, on the ordinary path, logits [B, L, V]."""
         with computing_in(self.compute_dtype, tokens.device):
             if self.fused:
                 assert self.body is not None
@@ -222,7 +239,7 @@ class LanguageModel:
             return output[0].last_hidden_state, logits
 
     def _probe(self) -> Tokens:
-        """A few tokens, one row padded, to compare paths on."""
+        """Return a few tokens, one row padded, to compare paths on."""
         device = next(self.model.parameters()).device
         vocabulary = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         ids = (torch.arange(10, device=device).reshape(2, 5) * 7 + 1) % vocabulary
@@ -235,10 +252,11 @@ class LanguageModel:
 
     @torch.no_grad()
     def _fused_fails(self) -> str | None:
-        """Why the fused path cannot be used; None when it gives the model's own logits."""
+        """Return the reason why the fused path cannot be used; None if its logits are the
+        model's."""
         if self.body is None:
             return f"{type(self.model).__name__} has no base_model"
-        # a subclass may compute something else: 4-bit layers and LoRA's are such
+        # subclasses may compute something else, as 4-bit layers and LoRA's do
         if type(self.head) is not nn.Linear:
             return f"the LM head is a {type(self.head).__name__}, not a torch.nn.Linear"
         if self.head._forward_hooks or self.head._forward_pre_hooks:
@@ -268,7 +286,10 @@ class LanguageModel:
 
     @torch.no_grad()
     def _split_fails(self) -> str | None:
-        """Why the model cannot start from its trunk; None when top(trunk(x)) is the model."""
+        """Return the reason why the model cannot start from trunk states, or None if it can.
+
+        It can if its last states are then the same.
+        """
         probe = self._probe()
         try:
             whole, split = self._run(probe, None)[0], self._run(probe, self.trunk(probe))[0]
@@ -288,15 +309,17 @@ class LanguageModel:
 
 
 def tolerance(dtype: torch.dtype, device: torch.device) -> float:
-    """The largest difference, relative to the largest number, that rounding explains between two
-    ways to compute the same logits or states with weights of ``dtype``."""
+    """Return the largest relative difference that rounding explains, for weights of ``dtype``.
+
+    It is relative to the largest number, between two ways to compute the same logits or states.
+    """
     if dtype == torch.float32 and uses_tf32(device):
         return TF32_TOLERANCE
     return HEAD_TOLERANCE.get(dtype, HALF_TOLERANCE)
 
 
 def nan_error(model: LanguageModel) -> ValueError:
-    """What to say where a few tokens gave NaN."""
+    """Return the error to raise where a few tokens gave NaN."""
     for name, weight in model.model.named_parameters():
         if not torch.isfinite(weight).all():
             return ValueError(f"policy_model: its weight {name} holds NaN or infinite numbers")
@@ -318,8 +341,10 @@ def logprobs_of_both(
     *,
     temperature: float,
 ) -> Tensor:
-    """[2, B, T], of two models that have the trunk in common; a head that they share is read once,
-    for the rows of both."""
+    """Compute log-probs [2, B, T] of two models that have the trunk in common.
+
+    If they share the LM head too, it is read once, for the rows of both.
+    """
     forwards = [model.forward(tokens, trunk) for model in (one, other)]
     if not one.shares_head_with(other):
         pairs = zip((one, other), forwards, strict=True)
@@ -337,7 +362,7 @@ def _same(tensors: Iterable[Tensor | None], others: Iterable[Tensor | None]) -> 
 
 @contextmanager
 def _output_of(module: nn.Module) -> Iterator[list[Any]]:
-    """What ``module`` returns during the block."""
+    """Within the block, append what ``module`` returns to the yielded list."""
     output: list[Any] = []
     handle = module.register_forward_hook(lambda _, __, result: output.append(result))
     try:
@@ -349,8 +374,11 @@ def _output_of(module: nn.Module) -> Iterator[list[Any]]:
 def with_trunk(
     rollout: Rollout, policy: LanguageModel, budget: int, *, whole: bool = False
 ) -> Rollout:
-    """``rollout`` with the activations of the policy's trunk, if it has one: as they were decoded
-    or, where they were not, or not ``whole``, from one pass."""
+    """Return ``rollout`` with the policy's trunk states, if the policy has a trunk.
+
+    Decoding's trunk states are kept. If there are none, or they lack last tokens and ``whole`` asks
+    for them, passes of at most ``budget`` tokens compute them.
+    """
     trunk = rollout.trunk
     if policy.split is None or (trunk is not None and (trunk.whole or not whole)):
         return rollout
@@ -358,7 +386,7 @@ def with_trunk(
 
 
 def trunk_states(policy: LanguageModel, tokens: Tokens, budget: int) -> TrunkStates:
-    """The frozen trunk's activations of every token."""
+    """Compute the trunk states of every token, in passes of at most ``budget`` tokens."""
     parts: list[Tensor] = []
     rows = torch.empty(0, dtype=torch.int64, device="cpu")
     for batch in batches_by_tokens(tokens.lengths, budget):

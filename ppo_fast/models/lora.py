@@ -1,4 +1,4 @@
-"""LoRA adapters for a policy that comes without: what the command line and the plans use."""
+"""LoRA adapters for a policy that has none, for the command line and the memory plans."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from ppo_fast.models.transformers_internals import Conv1D
 
 
 def lora_config(model: nn.Module, rank: int, num_layers_unfrozen: int | None = None) -> Any:
-    """peft's LoraConfig for every product of the transformer's layers, or of its top layers alone;
-    alpha is twice the rank.
+    """Return peft's LoraConfig for every linear layer in the transformer's layers.
+
+    With ``num_layers_unfrozen``, only that many top layers get adapters. alpha is twice the rank.
 
     Raises:
         ValueError: peft is not installed.
@@ -40,7 +41,7 @@ def lora_config(model: nn.Module, rank: int, num_layers_unfrozen: int | None = N
 
 
 def with_lora(model: Any, rank: int, num_layers_unfrozen: int | None = None) -> Any:
-    """``model`` in a peft wrapper, with adapters as ``lora_config`` says."""
+    """Return ``model`` in a peft wrapper, with the adapters of ``lora_config``."""
     config = lora_config(model, rank, num_layers_unfrozen)
     from peft import get_peft_model
 

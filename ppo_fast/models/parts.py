@@ -8,22 +8,22 @@ from torch import nn
 
 
 def base_of(model: nn.Module) -> Any:
-    """The transformers model in a peft wrapper; any other model itself."""
+    """Return the transformers model in a peft wrapper; any other model itself."""
     get_base_model: Any = getattr(model, "get_base_model", None)
     return model if get_base_model is None else get_base_model()
 
 
 def body_of(model: nn.Module) -> nn.Module:
-    """A causal LM's body, in a peft wrapper too; a bare body stays itself."""
+    """Return a causal LM's body, in a peft wrapper too; a bare body itself."""
     base = base_of(model)
     return getattr(base, "base_model", base)
 
 
 def layer_list(body: nn.Module | None) -> nn.ModuleList:
-    """The body's transformer layers.
+    """Return the body's transformer layers.
 
     Raises:
-        ValueError: no module list has as many entries as the configuration names layers.
+        ValueError: no module list has as many entries as the config names layers.
     """
     config = getattr(body, "config", None)
     count = config.get_text_config().num_hidden_layers if config is not None else None

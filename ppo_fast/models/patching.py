@@ -1,4 +1,4 @@
-"""Other forwards for a while."""
+"""Temporarily replace modules' forward methods."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from torch import nn
 def replaced_forwards(
     replacements: Sequence[tuple[nn.Module, Callable[..., Any]]],
 ) -> Iterator[None]:
-    """For the block, each module computes with the forward beside it. Hooks stay in force, and so
-    does, afterwards and whatever was raised, a forward that a module had of its own (as accelerate
-    gives it one)."""
+    """Temporarily replace the forward of each module by the function beside it.
+
+    Hooks stay in force. After the block, also if it raised, each module has its own forward again,
+    including one set on the instance, as accelerate does.
+    """
     own = [vars(module).get("forward") for module, _ in replacements]
     try:
         for module, forward in replacements:

@@ -1,4 +1,4 @@
-"""What weights are held in, and what models compute in."""
+"""Storage dtype of weights and compute dtype of models."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def computing_in(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[object]:
-    """Autocast to ``dtype`` for the block; None: each product in the dtype of its operands."""
+    """Within the block, autocast to ``dtype``; None: each product in the dtype of its operands."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def uses_tf32(device: torch.device) -> bool:
-    """Whether float32 products on ``device`` are computed in TF32, by whichever of torch's two
-    interfaces that was chosen: the old one raises after the new one was used."""
+    """Return whether float32 products on ``device`` are computed in TF32.
+
+    torch has two interfaces that choose it; the old one raises after the new one was used.
+    """
     matmul = torch.backends.cuda.matmul
     if device.type != "cuda":
         return False
@@ -30,15 +32,18 @@ def uses_tf32(device: torch.device) -> bool:
 
 
 def hold_trained_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Weights in half precision, and those of float32, that are trained: in ``dtype`` from now."""
+    """Convert the trained weights of ``model`` to ``dtype``, except those of float64."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float64:
             parameter.data = parameter.data.to(dtype)
 
 
 def hold_products_in(dtype: torch.dtype, model: nn.Module, *, without: nn.Module) -> None:
-    """The weights of linear layers in ``dtype``, which is what autocast would make of them at every
-    call, bit for bit; but not those that ``without`` shares, nor the embedding's."""
+    """Convert the weights of linear layers to ``dtype``.
+
+    Autocast would convert them to the same numbers, bit for bit, at every call. Weights that
+    ``without`` shares, and the embedding's, stay as they are.
+    """
     shared = {*without.parameters(), model.get_input_embeddings().weight}  # type: ignore[operator]
     for module in model.modules():
         if isinstance(module, (nn.Linear, Conv1D)) and module.weight not in shared:
@@ -49,8 +54,8 @@ class WeightCopies:
     """Copies of float32 weights in another dtype, so that no decoding step casts them anew.
 
     Args:
-        dtype: of the copies; None: none are made.
-        kept_bytes: copies of at most this size in all stay for the next use, at their addresses.
+        dtype: dtype of the copies; None: none are made.
+        kept_bytes: max total size of copies that stay for the next use, at their addresses.
     """
 
     def __init__(self, dtype: torch.dtype | None, kept_bytes: int = 0) -> None:
@@ -59,7 +64,7 @@ class WeightCopies:
 
     @contextmanager
     def in_use(self, model: nn.Module) -> Iterator[None]:
-        """For the block, the model's float32 weights are replaced by copies."""
+        """Temporarily replace the model's float32 weights by copies."""
         cast = [p for p in model.parameters() if self.dtype and p.dtype == torch.float32]
         held = [parameter.data for parameter in cast]
         copies, self._kept = self._kept, {}
@@ -74,7 +79,7 @@ class WeightCopies:
                 parameter.data = data
 
     def _copy(self, parameter: nn.Parameter, copy: Tensor | None) -> Tensor:
-        """Into ``copy`` where it fits."""
+        """Return a copy of the weight in ``dtype``, made in the memory of ``copy`` if that fits."""
         data = parameter.data
         if copy is None or (copy.shape, copy.device) != (data.shape, data.device):
             return data.to(self.dtype)

@@ -1,4 +1,4 @@
-"""Prepares the models that a trainer is given: dtypes, dropout, the trunk, the reference."""
+"""Prepare the models that a trainer is given: dtypes, dropout, trunk and reference."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ppo_fast.ops.linear_logprobs.api import LOGITS_BUDGET_BYTES
 def make_models(
     policy_model: nn.Module, value_model: nn.Module | None, reward_model: Any, config: PPOConfig
 ) -> tuple[LanguageModel, LanguageModel]:
-    """Prepare the models, and return the policy and its reference, ready to be read."""
+    """Prepare the models, and return the policy and its reference as LanguageModels."""
     prepare(policy_model, value_model, reward_model, config)
     hold_weights(policy_model, value_model, config)
     reference = make_reference(policy_model, config)
@@ -38,15 +38,14 @@ def _language_model(model: nn.Module, config: PPOConfig) -> LanguageModel:
 
 
 def logits_budget_bytes(config: PPOConfig) -> int:
-    """What linear_logprobs may keep for its backward pass."""
+    """Return how many bytes of logits linear_logprobs may keep for its backward pass."""
     return 0 if config.gradient_checkpointing else LOGITS_BUDGET_BYTES
 
 
 def prepare(
     policy_model: nn.Module, value_model: nn.Module | None, reward_model: Any, config: PPOConfig
 ) -> None:
-    """Float32 computation, no dropout, a frozen trunk, gradient checkpointing: what is asked
-    for."""
+    """Apply the config's choices: float32, no dropout, a frozen trunk, gradient checkpointing."""
     for name, model in (("policy_model", policy_model), ("value_model", value_model)):
         if model is None:
             continue
@@ -69,8 +68,11 @@ def prepare(
 
 
 def make_reference(policy_model: nn.Module, config: PPOConfig) -> nn.Module:
-    """What the KL is measured to, frozen: a copy of what is trained, or the model without its
-    adapters where these are new."""
+    """Return the frozen reference that the KL is measured to.
+
+    It is a copy of the policy that shares frozen weights, or the model without its adapters where
+    these are new.
+    """
     reference = without_new_adapters(copy_of_what_is_trained(policy_model))
     if config.torch_dtype is not None:
         hold_products_in(config.torch_dtype, reference, without=policy_model)
@@ -78,8 +80,10 @@ def make_reference(policy_model: nn.Module, config: PPOConfig) -> nn.Module:
 
 
 def hold_weights(policy_model: nn.Module, value_model: nn.Module | None, config: PPOConfig) -> None:
-    """What is trained, in the dtype that the config asks for; without compute_dtype ``prepare`` has
-    seen to it."""
+    """Convert trained weights to the config's storage dtype.
+
+    Without compute_dtype nothing is done: ``prepare`` has made them float32.
+    """
     if config.compute_dtype is None:
         return
     for model in (policy_model, value_model):
@@ -88,9 +92,11 @@ def hold_weights(policy_model: nn.Module, value_model: nn.Module | None, config:
 
 
 def put_on_trunk(model: Any, policy: LanguageModel) -> Split | None:
-    """The lower layers of a RewardModel, or of a ValueModel that does not train them, are the
-    policy's trunk from now on, if they hold the same weights. Where it is split; None: it is not
-    put there."""
+    """Let a RewardModel or ValueModel use the policy's trunk if its own has equal weights.
+
+    A ValueModel that trains these layers shares nothing. Returns the model's Split, or None if the
+    trunk is not shared.
+    """
     if policy.split is None or type(model) not in (RewardModel, ValueModel):
         return None
     body, k = body_of(model.base_model), policy.split.num_layers_unfrozen
@@ -126,7 +132,7 @@ def check_shared_weights(
 
 
 def copy_of_what_is_trained(module: nn.Module) -> nn.Module:
-    """What is not trained is the same for both: the copy shares it."""
+    """Return a copy of ``module`` that shares the weights that are not trained."""
     return copy.deepcopy(module, {id(p): p for p in module.parameters() if not p.requires_grad})
 
 
@@ -145,10 +151,12 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def enable_gradient_checkpointing(model: nn.Module, name: str) -> None:
-    """For every transformers model in ``model``, whenever it is in train mode.
+    """Enable gradient checkpointing in every transformers model within ``model``.
+
+    It acts in train mode alone.
 
     Raises:
-        ValueError: there is none that could.
+        ValueError: there is no such model that supports it.
     """
     able: list[Any] = [
         module
@@ -161,8 +169,8 @@ def enable_gradient_checkpointing(model: nn.Module, name: str) -> None:
             "that supports it; use gradient_checkpointing=False"
         )
     for module in able:
-        # newer transformers call it so, and warn of the old name
+        # the name in newer transformers, which warn of the old one
         enable = getattr(module, "activation_checkpointing_enable", None)
         (enable or module.gradient_checkpointing_enable)({"use_reentrant": False})
-        # without reentry nothing below the first trained layer needs a gradient
+        # non-reentrant checkpointing needs no gradient below the first trained layer
         module.disable_input_require_grads()

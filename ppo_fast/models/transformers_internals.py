@@ -1,9 +1,9 @@
-"""What this package needs of transformers beyond its public interface: names of arguments, of
-attributes and of weights, and what models do with them.
+"""Parts of transformers beyond its public interface that this package uses.
 
-Each item says why it is needed. ``tests/models/test_transformers_internals.py`` has a test for
-each, so that the test which fails after a new release of transformers names what moved. No other
-module of this package names one of these things.
+These are names of arguments, attributes and weights, and what models do with them. Each item says
+why it is needed. ``tests/models/test_transformers_internals.py`` has a test for each, so that the
+test which fails after a new release of transformers names what moved. No other module of this
+package names one of these things.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 # Decoding keeps keys and values in a Cache of its own (rollout/slots.py). A model's layers call
-# ``update`` of the cache's layers, its masks their ``get_seq_length`` and ``get_mask_sizes``.
+# ``update`` of the cache's layers; its mask code calls ``get_seq_length`` and ``get_mask_sizes``.
 from transformers import Cache as Cache
 
 # Settings of ``generate_batch``, since 5.4; before that they were arguments.
@@ -30,9 +30,12 @@ from transformers.pytorch_utils import Conv1D as Conv1D
 
 
 def cache_argument(module: nn.Module) -> str:
-    """What a model, body or layer calls the KV cache that it is called with: ``cache`` since
-    transformers 5.24, ``past_key_values`` before that and in models that are not transformers' own.
-    A wrapper that hands its arguments on takes the name of what it wraps."""
+    """Return the name of the KV cache argument of a model, body or layer.
+
+    It is ``cache`` since transformers 5.24, ``past_key_values`` before that and in models that are
+    not transformers' own. A wrapper that hands its arguments on takes the name of the module that
+    it wraps.
+    """
     for part in module.modules():
         parameters = inspect.signature(type(part).forward).parameters
         for name in ("cache", "past_key_values"):
@@ -42,8 +45,10 @@ def cache_argument(module: nn.Module) -> str:
 
 
 def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The states [B, L, D] that a body calls a layer with: the trunk's activations are read there.
-    What a layer returns is the next states, a tensor and not a tuple."""
+    """Return the states [B, L, D] that a body calls a layer with, where trunk states are read.
+
+    A layer returns the next states as a tensor, not as a tuple.
+    """
     return args[0] if args else kwargs["hidden_states"]
 
 
@@ -54,7 +59,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def layer_types(config: Any) -> list[str]:
-    """How each layer attends, for masks and for the window that a layer's attention has.
+    """Return how each layer attends, for its masks and its attention window.
 
     Raises:
         ValueError: a layer is neither ordinary attention nor one over a sliding window.
@@ -72,24 +77,26 @@ def layer_types(config: Any) -> list[str]:
 
 
 def mask_is_by_type(config: Any) -> bool:
-    """Whether a body takes a dict of masks, one a type of attention, in place of a mask. A mask of
-    four dimensions, [n, 1, 1, columns], is used as it is."""
+    """Return whether a body takes a dict of masks, one per type of attention, in place of a mask.
+
+    A mask of four dimensions, [n, 1, 1, columns], is used as it is.
+    """
     return getattr(config, "layer_types", None) is not None and len(set(layer_types(config))) > 1
 
 
 def logit_scale(config: Any) -> float:
-    """What a model multiplies its logits with, as Cohere's do."""
+    """Return the factor that a model multiplies its logits with, as Cohere's do; 1 for others."""
     return float(getattr(config, "logit_scale", None) or 1.0)
 
 
 def softcap(config: Any) -> float | None:
-    """The bound c of logits c tanh(x / c), as Gemma 2 has it."""
+    """Return the bound c of logits c tanh(x / c), as in Gemma 2; None for models without one."""
     return getattr(config, "final_logit_softcapping", None)
 
 
 # Layers of Llama's kind, for the kernel that computes one in a call (fused_layers.py)
 
-# Names of a layer's weights, by the kernel's names of them, and those that a layer may do without.
+# Names of a layer's weights by the kernel's names; a layer may lack those of LAYER_OPTIONAL.
 LAYER_WEIGHTS = {
     "attention_norm": "input_layernorm.weight",
     "mlp_norm": "post_attention_layernorm.weight",
@@ -105,13 +112,15 @@ SILU = ("SiLU", "SiLUActivation")
 
 
 class LlamaLayer(NamedTuple):
-    """What the kernel has to know of a layer. A body calls it with ``position_embeddings``, the
-    cosines and sines [1 or n, 1, head size] of its rows' positions.
+    """Weights and settings of a layer, for the kernel.
+
+    A body calls the layer with ``position_embeddings``, the cosines and sines [1 or n, 1, head
+    size] of its rows' positions.
 
     weights: by the names of LAYER_WEIGHTS and LAYER_OPTIONAL; None: the layer has none.
-    eps: of its norms, by the kernel's names.
-    cache_index: its place in the cache's list of layers.
-    head_size, scaling: of its attention.
+    eps: epsilons of its norms, by the kernel's names.
+    cache_index: its index in the cache's list of layers.
+    head_size, scaling: those of its attention.
     """
 
     weights: dict[str, Any]
@@ -122,8 +131,10 @@ class LlamaLayer(NamedTuple):
 
 
 def why_not_llama_like(layer: nn.Module) -> str | None:
-    """What keeps ``layer`` from having the parts of a Llama layer and nothing else that computes;
-    None: nothing does."""
+    """Return the reason why ``layer`` is not of the Llama kind, or None if it is.
+
+    A layer of that kind has the parts of a Llama layer and nothing else that computes.
+    """
     names, expected = {name for name, _ in layer.named_parameters()}, set(LAYER_WEIGHTS.values())
     if missing := sorted(expected - names):
         return f"it has no {missing[0]}"
@@ -146,7 +157,7 @@ def why_not_llama_like(layer: nn.Module) -> str | None:
 
 
 def read_llama_layer(layer: Any) -> LlamaLayer:
-    """Read a layer of which ``why_not_llama_like`` has nothing to say."""
+    """Read a layer for which ``why_not_llama_like`` returns None."""
     attention, parameters = layer.self_attn, dict(layer.named_parameters())
     norms = {
         "attention_eps": layer.input_layernorm,
@@ -163,21 +174,27 @@ def read_llama_layer(layer: Any) -> LlamaLayer:
     )
 
 
-# Attention, which decoding steps compute by an op of ours on a GPU (step_attention.py)
+# Attention: on a GPU, an op of ours computes that of decoding steps (step_attention.py)
 
-# What some models hand to attention beside the queries, keys, values, mask, scaling and window.
+# Arguments of attention in some models, beside queries, keys, values, mask, scaling and window.
 ATTENTION_EXTRAS = ("softcap", "s_aux", "position_bias")
 
 
 def attention_of(config: Any) -> str:
-    """The name of a model's attention in AttentionInterface, which it looks up at every call."""
+    """Return the name of a model's attention in AttentionInterface.
+
+    The model looks it up at every call.
+    """
     return getattr(config, "_attn_implementation", "sdpa")
 
 
 @contextmanager
 def attention_set_to(name: str, config: Any) -> Iterator[None]:
-    """Another one for the block. ``model.set_attn_implementation`` warns of wrapped models, and
-    asks the model's source at every call."""
+    """Temporarily set a model's attention.
+
+    ``model.set_attn_implementation`` warns of wrapped models, and reads the model's source at every
+    call.
+    """
     before = attention_of(config)
     config._attn_implementation = name
     try:
@@ -190,8 +207,11 @@ def attention_set_to(name: str, config: Any) -> Iterator[None]:
 
 
 def why_no_continuous_batching() -> str | None:
-    """Why ``generate_batch`` is of no use; None: it is. Before 5.9 its settings had no seed, and it
-    drew from all tokens whatever ``top_k`` and ``top_p`` were."""
+    """Return the reason why ``generate_batch`` cannot be used, or None if it can.
+
+    Before transformers 5.9 its settings had no seed, and it drew from all tokens whatever ``top_k``
+    and ``top_p`` were.
+    """
     if hasattr(ContinuousBatchingConfig(), "seed"):
         return None
     return (
@@ -201,21 +221,28 @@ def why_no_continuous_batching() -> str | None:
 
 
 def in_order_of_requests(outputs: dict[str, Any]) -> list[Any]:
-    """What ``generate_batch`` returned, in the order of its inputs: it numbers the requests so, in
-    names that end in _0, _1 ..., and returns them as they finish."""
+    """Return the outputs of ``generate_batch`` in the order of its inputs.
+
+    It numbers the requests in that order, in names that end in _0, _1 ..., and returns them as they
+    finish.
+    """
     return sorted(outputs.values(), key=lambda output: int(output.request_id.split("_")[-1]))
 
 
 def as_float_model(model: Any) -> None:
-    """Let a model that was read from a GGUF be saved as an ordinary one: its weights are
-    dequantised, yet it goes on being treated as quantised unless told."""
+    """Let a model that was read from a GGUF be saved as an ordinary one.
+
+    Its weights are dequantised, yet transformers treats it as quantised until this is called.
+    """
     model.hf_quantizer = None
     del model.config.quantization_config
 
 
 def why_no_add_adapter() -> str | None:
-    """Why ``model.add_adapter`` of the transformers model refuses what peft is installed; None: it
-    does not. 5.24 came out before the peft that it asks for."""
+    """Return the reason why ``model.add_adapter`` refuses the installed peft, or None.
+
+    transformers 5.24 came out before the peft that it asks for.
+    """
     from transformers.integrations.peft import MIN_PEFT_VERSION
 
     try:

@@ -1,7 +1,7 @@
 """The frozen trunk: a transformer's embedding and lower layers, whose states are computed once.
 
-Through a model's own forward: with the trunk's states, the lower layers hand those on instead of
-computing them, so that masks, rotary tables and the final norm stay the model's.
+A pass from trunk states runs the model's own forward, in which the lower layers return those states
+instead of computing them. So masks, rotary tables and the final norm stay the model's.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from ppo_fast.models.transformers_internals import layer_input
 
 
 class Split:
-    """A body, split below its top layers.
+    """A transformer's body, split into the trunk and the top layers.
 
     Args:
         body: a transformer without its LM head.
-        num_layers_unfrozen: layers of the top.
+        num_layers_unfrozen: number of top layers.
 
     Raises:
-        ValueError: the body has no list of layers, or not that many.
+        ValueError: the body has no list of layers, or not more than that.
     """
 
     def __init__(self, body: nn.Module | None, num_layers_unfrozen: int) -> None:
@@ -38,7 +38,7 @@ class Split:
 
     @torch.no_grad()
     def trunk(self, tokens: Tokens) -> Tensor:
-        """[B, L, D]: what enters the first layer of the top."""
+        """Compute the trunk states [B, L, D], the input of the first top layer."""
         with _stopping_before(self.first) as reached:
             try:
                 run(self.body, tokens)
@@ -47,12 +47,12 @@ class Split:
         raise RuntimeError("the first unfrozen layer was never reached")
 
     def states(self, tokens: Tokens, trunk: Tensor | None) -> Tensor:
-        """[B, L, D]: the body's last states, from the tokens or from its trunk's states."""
+        """Compute the body's last states [B, L, D], from the tokens or from their trunk states."""
         return run(self.body, tokens, self, trunk).last_hidden_state
 
     @contextmanager
     def recording(self) -> Iterator[list[Tensor]]:
-        """Within the block, what passes hand to the first layer of the top lands in the list."""
+        """Within the block, append the trunk states of every pass to the yielded list."""
         pieces: list[Tensor] = []
 
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -68,9 +68,11 @@ class Split:
 def run(
     module: Any, tokens: Tokens, split: Split | None = None, trunk: Tensor | None = None
 ) -> Any:
-    """The output of a body, or of a model around it, for all tokens; with the trunk's states
-    [B, L, D], its lower layers do not run. Without a mask: padding stands after each row's tokens,
-    and causal attention never looks there."""
+    """Return the output of a body, or of a model around it, for all tokens.
+
+    From trunk states [B, L, D], the lower layers do not run. No mask is given: padding follows each
+    row's tokens, and causal attention never reaches it.
+    """
     if trunk is None:
         return module(input_ids=tokens.input_ids, use_cache=False)
     assert split is not None
@@ -80,7 +82,11 @@ def run(
 
 
 def lower_layers(body: nn.Module | None, num_layers_unfrozen: int) -> list[nn.Module]:
-    """The layers of the trunk: all but the last ``num_layers_unfrozen``."""
+    """Return the layers of the trunk: all but the last ``num_layers_unfrozen``.
+
+    Raises:
+        ValueError: ``num_layers_unfrozen`` leaves no layer, or is not positive.
+    """
     layers = list(layer_list(body))
     if not 0 < num_layers_unfrozen < len(layers):
         raise ValueError(
@@ -91,7 +97,7 @@ def lower_layers(body: nn.Module | None, num_layers_unfrozen: int) -> list[nn.Mo
 
 
 def top_modules(body: nn.Module, num_layers_unfrozen: int) -> list[nn.Module]:
-    """The top layers, and what comes after the layers by order of definition: the final norm."""
+    """Return the top layers and the modules defined after the layers, such as the final norm."""
     lower = lower_layers(body, num_layers_unfrozen)
     layers = layer_list(body)
     top = list(layers[len(lower) :])
@@ -104,8 +110,10 @@ def top_modules(body: nn.Module, num_layers_unfrozen: int) -> list[nn.Module]:
 def share_trunk(
     body: nn.Module, policy_body: nn.Module, num_layers_unfrozen: int, *, only_frozen: bool
 ) -> bool:
-    """Make the trunk of ``body`` the policy's own if it holds the same weights and, with
-    ``only_frozen``, nobody trains them. Whether it is."""
+    """Let ``body`` share the policy's trunk weights if its own are equal; return whether it does.
+
+    With ``only_frozen``, a body that trains any of them does not share.
+    """
     if type(body) is not type(policy_body) or len(layer_list(body)) != len(layer_list(policy_body)):
         return False
     ours, theirs = (_trunk_weights(b, num_layers_unfrozen) for b in (body, policy_body))
@@ -128,11 +136,12 @@ def _trunk_weights(body: nn.Module, num_layers_unfrozen: int) -> dict[str, nn.Pa
 
 
 def freeze_trunk(model: nn.Module, num_layers_unfrozen: int) -> None:
-    """Freeze all of a causal LM but its top layers, its final norm and an untied LM head. What was
-    frozen before, as by an adapter, stays so.
+    """Freeze all of a causal LM but its top layers, its final norm and an untied LM head.
+
+    Weights that were frozen before, as by an adapter, stay frozen.
 
     Raises:
-        ValueError: a bad count, or a top whose lowest layer has nothing to train.
+        ValueError: a bad number of layers, or the lowest top layer has nothing to train.
     """
     body = body_of(model)
     trained = top_modules(body, num_layers_unfrozen)  # refuses a bad count first
@@ -151,17 +160,20 @@ def freeze_trunk(model: nn.Module, num_layers_unfrozen: int) -> None:
 
 
 def _index(module: nn.Module, modules: list[nn.Module]) -> int:
-    """Where ``module`` stands in ``modules``; their number where it does not."""
+    """Return the index of ``module`` in ``modules``, or their number if it is not among them."""
     return next((i for i, other in enumerate(modules) if other is module), len(modules))
 
 
 class _Reached(Exception):
-    """The layer that a partial pass runs up to."""
+    """Raised to end a pass before the layer that it runs up to."""
 
 
 @contextmanager
 def _stopping_before(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """The next pass ends where ``layer`` would begin; its input lands in the list."""
+    """Within the block, end a pass before ``layer`` by raising _Reached.
+
+    The layer's input is appended to the yielded list.
+    """
     reached: list[Tensor] = []
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What ops with a gradient of their own share: operands of one dtype, a loss that knows it."""
+"""Helpers of ops that compute their own gradients: dtypes, and a loss with given gradients."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ from torch.autograd.function import once_differentiable
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:
-    """What the maths on operands of ``dtype`` is done in: float64 for float64, else float32."""
+    """Return the dtype of arithmetic on ``dtype`` operands: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor.to(dtype)``; where that changes nothing it still costs 2 us, felt by small ops."""
+    """Return ``tensor.to(dtype)``; without that call, 2 us, where the dtype already fits."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def constant(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor`` in ``dtype``, cut off from its gradient."""
+    """Return ``tensor`` in ``dtype``, detached from the autograd graph."""
     return as_dtype(tensor.detach() if tensor.requires_grad else tensor, dtype)
 
 
 def constant_or_none(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The same for a tensor that may be missing."""
+    """Return ``constant(tensor, dtype)``, or None for None."""
     return None if tensor is None else constant(tensor, dtype)
 
 
 def with_gradients(loss: Tensor, gradients: Tensor, *inputs: Tensor | None) -> Tensor:
-    """``loss`` (0-dim), with ``gradients`` [N, ...] as its derivatives in the first N ``inputs``.
+    """Return ``loss`` (0-dim) with derivatives ``gradients`` [N, ...] in the first N ``inputs``.
 
-    The others get none. Backward multiplies them with the upstream gradient, all at once.
+    The other inputs get no gradient. Backward multiplies all ``gradients`` with the upstream
+    gradient at once.
     """
     return _WithGradients.apply(loss, gradients, *inputs)
 
@@ -43,12 +44,12 @@ class _WithGradients(torch.autograd.Function):
     def forward(ctx: Any, loss: Tensor, gradients: Tensor, *inputs: Tensor | None) -> Tensor:
         ctx.num_inputs = len(inputs)
         ctx.save_for_backward(gradients)
-        return loss.clone()  # an output that is an input would be a view, not to be changed
+        return loss.clone()  # an input as output would be a view, which cannot be changed in place
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        # The decorator, 16 us a call, is for create_graph=True alone: a derivative of what this
-        # returns would be wrong, and is refused.
+        # Only create_graph=True needs the decorator, 16 us a call: it refuses a second derivative,
+        # which would be wrong.
         run = once_differentiable(_multiply) if torch.is_grad_enabled() else _multiply
         return run(ctx, grad_loss)
 

@@ -1,8 +1,8 @@
-"""What the losses measure: one float32 device tensor [K] of sums, minima and maxima a call.
+"""Metrics of the losses: a float32 device tensor [K] of sums, minima and maxima for each call.
 
-A layout names the K entries in order and says how two of them merge, so that microbatches and ranks
-merge without a host sync; a reader then turns the merged tensor into plain floats with one host
-copy. Counts are float32 too: exact up to 2^24 tokens a tensor.
+A layout names the K entries in order and says how each of them merges, so that microbatches and
+ranks merge without a host sync. A reader then turns the merged tensor into plain floats with one
+host copy. Counts are float32 too: exact up to 2^24 tokens a tensor.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ VALUE_STATS: dict[str, Reduction] = {
 
 
 def pack_stats(layout: Mapping[str, Reduction], stats: Mapping[str, Tensor]) -> Tensor:
-    """The 0-dim tensors ``stats`` in the order of ``layout`` -> float32 [K], detached."""
+    """Stack the 0-dim tensors ``stats`` in the order of ``layout``: float32 [K], detached."""
     return torch.stack([stats[name].detach().float() for name in layout])
 
 
@@ -82,10 +82,10 @@ def merge_stats(layout: Mapping[str, Reduction], stats: Sequence[Tensor]) -> Ten
 
 
 def ppo_metrics(stats: Tensor) -> dict[str, float]:
-    """Means over tokens of (merged) ppo_loss metrics, with one host copy.
+    """Return the means over tokens of (merged) ppo_loss metrics, with one host copy.
 
     Keys: tokens (their number), policy_loss, kl_loss, ref_kl, entropy, approx_kl, approx_kl_k3
-    (sums over tokens divided by it), clip_fraction (of both sides), clip_fraction_high,
+    (sums over tokens divided by that), clip_fraction (of both sides), clip_fraction_high,
     clip_fraction_low, dual_clip_fraction, ratio_mean, ratio_min, ratio_max, max_log_ratio. The
     first minibatch of a step has max_log_ratio 0 up to rounding. Without a valid token every value
     is 0.0.
@@ -113,7 +113,7 @@ def ppo_metrics(stats: Tensor) -> dict[str, float]:
 
 
 def value_metrics(stats: Tensor) -> dict[str, float]:
-    """Means over tokens of (merged) value_loss metrics, with one host copy.
+    """Return the means over tokens of (merged) value_loss metrics, with one host copy.
 
     Keys: value_loss, value_clip_fraction, value_mean, return_mean, explained_variance
     (1 - Var[R - v] / Var[R]), value_min, value_max. Without a valid token every value is 0.0, and

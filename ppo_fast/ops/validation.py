@@ -1,8 +1,8 @@
 """Argument checks that several ops share.
 
 Shapes, dtypes and devices are checked everywhere. Values are read only where that costs nothing: on
-CPU tensors outside of a compiler. On a GPU it would wait for the device, and a traced graph cannot
-branch on them.
+CPU tensors outside of a compiler. On a GPU a read would wait for the device, and a traced graph
+cannot branch on values.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 def values_readable(tensor: Tensor) -> bool:
-    """Whether looking at the numbers in ``tensor`` costs no synchronisation and breaks no trace."""
+    """Return whether reading ``tensor``'s values costs no synchronisation and breaks no trace."""
     return (
         not torch.compiler.is_compiling()
         and tensor.device.type == "cpu"
@@ -24,13 +24,13 @@ def values_readable(tensor: Tensor) -> bool:
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """Raises TypeError unless ``tensor`` holds floating-point numbers."""
+    """Raise TypeError unless ``tensor`` holds floating-point numbers."""
     if not tensor.is_floating_point():
         raise TypeError(f"{name}: got {tensor.dtype}, expected a floating-point tensor")
 
 
 def check_same_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    """Raises ValueError unless ``tensor`` is on ``device``."""
+    """Raise ValueError unless ``tensor`` is on ``device``."""
     if tensor.device != device:
         raise ValueError(
             f"{name}: is on {tensor.device}, expected {device}; move it with .to({str(device)!r})"
@@ -38,7 +38,7 @@ def check_same_device(name: str, tensor: Tensor, device: torch.device) -> None:
 
 
 def check_int64(name: str, tensor: Tensor, shape: torch.Size, device: torch.device) -> None:
-    """Raises unless ``tensor`` is an int64 tensor of ``shape`` on ``device``."""
+    """Raise unless ``tensor`` is an int64 tensor of ``shape`` on ``device``."""
     if tensor.dtype != torch.int64:
         raise TypeError(f"{name}: got {tensor.dtype}, expected torch.int64; convert with .long()")
     if tensor.shape != shape:
@@ -47,7 +47,7 @@ def check_int64(name: str, tensor: Tensor, shape: torch.Size, device: torch.devi
 
 
 def check_mask(mask: Tensor | None, shape: torch.Size, device: torch.device) -> None:
-    """Raises unless ``mask`` is None or a bool tensor of ``shape`` on ``device``."""
+    """Raise unless ``mask`` is None or a bool tensor of ``shape`` on ``device``."""
     if mask is None:
         return
     if mask.dtype != torch.bool:
@@ -58,7 +58,7 @@ def check_mask(mask: Tensor | None, shape: torch.Size, device: torch.device) -> 
 
 
 def check_labels_in_range(labels: Tensor, vocab_size: int, mask: Tensor | None) -> None:
-    """Raises ValueError if an unmasked label is not a token id, where values are readable."""
+    """Raise ValueError if an unmasked label is not a token id, where values are readable."""
     if not values_readable(labels):
         return
     wrong = (labels < 0) | (labels >= vocab_size)
@@ -73,7 +73,7 @@ def check_labels_in_range(labels: Tensor, vocab_size: int, mask: Tensor | None) 
 
 
 def check_temperature(temperature: float) -> None:
-    """Raises ValueError unless 0 < temperature < inf."""
+    """Raise ValueError unless 0 < temperature < inf."""
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: got {temperature}, expected a finite number above 0")
 
@@ -81,10 +81,11 @@ def check_temperature(temperature: float) -> None:
 def check_tokens(
     op: str, required: Mapping[str, object], optional: Mapping[str, object] | None = None
 ) -> None:
-    """Hold float tensors and a bool "mask", by name, to one shape [B, T] and one device.
+    """Check that float tensors and a bool "mask", by name, share one shape [B, T] and one device.
 
-    An entry of ``optional`` may be None: an argument that was not given. Raises TypeError for what
-    is no tensor or has the wrong dtype, ValueError for shapes and devices (listing all of them).
+    An entry of ``optional`` may be None: an argument that was not given. Raises TypeError for an
+    entry that is no tensor or has the wrong dtype, ValueError for differing shapes or devices
+    (listing all of them).
     """
     given: dict[str, Tensor] = {}
     for name, x in [*required.items(), *(optional or {}).items()]:
@@ -119,7 +120,7 @@ def check_number(
     below: float = math.inf,
 ) -> None:
     """Raise TypeError unless ``value`` is a number, ValueError unless it is finite and in range."""
-    # False for nan and inf too. The words are only put together where they are needed.
+    # False for NaN and inf too. The message is built only where it is needed.
     if isinstance(value, (int, float)) and value >= at_least and above < value < below:
         return
     limits = {"at least": at_least, "above": above, "below": below}
@@ -131,13 +132,13 @@ def check_number(
 
 
 def check_choice(op: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise ValueError, listing what is allowed, unless ``value`` is among it."""
+    """Raise ValueError, listing the allowed names, unless ``value`` is one of them."""
     if value not in allowed:
         raise ValueError(f"{op}: {name} is {value!r}, expected one of {', '.join(allowed)}")
 
 
 def check_normalizer(op: str, normalizer: float | Tensor | None) -> None:
-    """A positive number or a 0-dim tensor; a tensor's value is not read (that would be a sync)."""
+    """Check that ``normalizer`` is None, a number above 0 or a 0-dim tensor (not read: a sync)."""
     if isinstance(normalizer, Tensor):
         if normalizer.ndim != 0:
             shape = list(normalizer.shape)

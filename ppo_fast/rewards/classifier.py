@@ -15,8 +15,8 @@ class ClassifierReward:
 
     Args:
         model: ``AutoModelForSequenceClassification`` with one label.
-        tokenizer: its tokenizer.
-        batch_size: texts in one call.
+        tokenizer: the classifier's tokenizer.
+        batch_size: number of texts in one call.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A reward from its name on the command line."""
+"""Load a reward by its name on the command line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def load_reward(reward: str, device: str) -> Any:
-    """A reward function from ``module:function``, or a classifier's directory or hub name.
+    """Load a function from ``module:function``, or a classifier from a directory or hub name.
 
     Raises:
         ValueError: the module has no such function, or the classifier has several labels.

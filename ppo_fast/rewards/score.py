@@ -30,15 +30,15 @@ def score(
     split: Split | None = None,
     trunk: TrunkStates | None = None,
 ) -> Tensor:
-    """A score for each sequence.
+    """Compute a score for each sequence.
 
     Args:
         reward_model: a module ``forward(input_ids, attention_mask)`` -> [B], [B, 1], a tuple or an
-            object with ``.logits``, run on the sampled tokens; or a function
-            ``f(prompts, completions) -> list[float]``.
-        budget: most tokens in one call of a module.
-        split: of a RewardModel whose lower layers are the policy's trunk; None: they are not.
-        trunk: what the trunk computed, of last tokens too.
+            object with ``.logits``, run on the sampled tokens; or a function ``f(prompts,
+            completions) -> list[float]``.
+        budget: max tokens in one call of a module.
+        split: Split of a RewardModel whose lower layers are the policy's trunk; None: they are not.
+        trunk: the trunk states, those of last tokens too; needed with ``split``.
 
     Returns:
         [B] float32 on the device of ``tokens``, finite.
@@ -62,7 +62,7 @@ def score(
 
 
 def check_scores(scores: Any, prompts: Sequence[str], what: str = "scores") -> Tensor:
-    """``scores`` as a float32 tensor [B].
+    """Return ``scores`` as a float32 tensor [B] on the CPU.
 
     Raises:
         TypeError: they are not numbers.
@@ -90,7 +90,12 @@ def check_scores(scores: Any, prompts: Sequence[str], what: str = "scores") -> T
 
 
 def check_reward_model(reward_model: Any) -> None:
-    """Raise where ``reward_model`` cannot give one score a sequence, before any model runs."""
+    """Check, before any model runs, that ``reward_model`` can give one score per sequence.
+
+    Raises:
+        TypeError: it is neither a module nor a function.
+        ValueError: it is a classifier with several labels, or without a pad token.
+    """
     if not isinstance(reward_model, nn.Module) and not callable(reward_model):
         raise TypeError(
             f"reward_model: got {type(reward_model).__name__}, expected a torch.nn.Module with "

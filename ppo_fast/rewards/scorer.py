@@ -1,4 +1,4 @@
-"""Scorer: the reward of a trainer, and how it is called."""
+"""Scorer: calls the reward of a trainer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Scorer:
         reward: a module or a function; see ``score``. A RewardModel whose lower layers equal the
             policy's frozen trunk shares them from now on.
         policy: the policy.
-        budget: most tokens in one call of a module.
+        budget: max tokens in one call of a module.
     """
 
     def __init__(self, reward: Any, policy: LanguageModel, budget: int) -> None:
@@ -29,12 +29,14 @@ class Scorer:
 
     @property
     def reads_trunk(self) -> bool:
-        """Whether scores start from the trunk's activations, of last tokens too."""
+        """Whether scores are computed from trunk states, those of last tokens included."""
         return self.split is not None
 
     def of_rollout(self, rollout: Rollout) -> Tensor:
-        """[B] float32: the score of each response; with ``reads_trunk`` the rollout has a whole
-        trunk."""
+        """Compute the score of each response, [B] float32.
+
+        With ``reads_trunk``, the rollout must have a whole trunk.
+        """
         return score(
             self.reward,
             rollout.tokens,
@@ -46,5 +48,5 @@ class Scorer:
         )
 
     def of_tokens(self, tokens: Tokens, prompts: list[str], completions: list[str]) -> Tensor:
-        """[B] float32: the same of other responses, from their tokens alone."""
+        """Compute the score of each response, [B] float32, from tokens and texts alone."""
         return score(self.reward, tokens, prompts, completions, budget=self.budget)

@@ -1,4 +1,4 @@
-"""Prompts -> tokens: batched, KV-cached decoding, and other engines behind one protocol."""
+"""Rollouts: responses to prompts, by batched KV-cached decoding or by another engine."""
 
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.sampling import Sampling

@@ -1,4 +1,4 @@
-"""Tensors of decoding steps, and their reuse by the next rollout with the CUDA graphs on them."""
+"""Buffers of decoding steps, kept for the next rollout with the CUDA graphs recorded on them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ CAPACITY_MULTIPLE = 64
 
 
 class Sizes(NamedTuple):
-    """The most sequences, slots, tokens of a sequence (prompt and response), and draws for one."""
+    """Sizes of the buffers.
+
+    sequences: max sequences of a rollout.
+    slots: max sequences decoded at a time.
+    capacity: max tokens of a sequence, prompt and response together.
+    draws: max tokens drawn for a sequence.
+    """
 
     sequences: int
     slots: int
@@ -27,19 +33,22 @@ class Sizes(NamedTuple):
 
 
 class Buffers:
-    """The tensors that decoding steps read and write. Recorded steps hold their addresses.
+    """Tensors that decoding steps read and write. Recorded steps hold their addresses.
 
-    By slot, int64 [slots]: ``length`` (tokens in the cache), ``place`` (tokens drawn), ``token``
-    (the last one drawn), ``sequence`` (the sequence's index; ``sizes.sequences`` in an empty slot).
-    By sequence, with one more row for what empty slots draw: ``seeds`` [sequences + 1],
-    ``logprobs`` and ``sampling_logprobs`` [sequences + 1, draws] and, once ``room`` has made them,
-    ``states`` [sequences + 1, draws, D] and ``trunk`` [sequences + 1, capacity, D]. ``ends`` [V]:
-    whether a token ends a response.
+    By slot, int64 [slots]: ``length`` (tokens in the cache), ``place`` (tokens drawn so far),
+    ``token`` (the last token drawn), ``sequence`` (index of the slot's sequence;
+    ``sizes.sequences`` in an empty slot).
+
+    By sequence, with one more row for the draws of empty slots: ``seeds`` [sequences + 1],
+    ``logprobs`` and ``sampling_logprobs`` [sequences + 1, draws] and, once ``room`` has allocated
+    them, ``states`` [sequences + 1, draws, D] and ``trunk`` [sequences + 1, capacity, D].
+
+    ``ends`` [V] bool: whether a token ends a response.
 
     Args:
         model: the policy.
-        sizes: of the tensors.
-        attends: steps run within ``step_attention``.
+        sizes: sizes of the tensors.
+        attends: whether steps run within ``step_attention``.
     """
 
     def __init__(self, model: LanguageModel, sizes: Sizes, *, attends: bool) -> None:
@@ -55,10 +64,10 @@ class Buffers:
         self.ends = torch.zeros(model.text_config.vocab_size, dtype=torch.bool, device=device)
         self.states: Tensor | None = None
         self.trunk: Tensor | None = None
-        self.steps = Steps(slots, capacity)
+        self.steps = Steps(capacity)
 
     def begin(self, seeds: Tensor, ends: Tensor) -> None:
-        """Every slot empty; ``seeds`` [B], and ``ends``, ids that end a response."""
+        """Empty every slot, and set ``seeds`` [B] and ``ends``, the ids that end a response."""
         for tensor in (self.length, self.place, self.token, self.ends):
             tensor.zero_()
         self.sequence.fill_(self.sizes.sequences)
@@ -66,23 +75,23 @@ class Buffers:
         self.ends[ends] = True
 
     def room(self, like: Tensor, columns: int) -> Tensor:
-        """Zeros [sequences + 1, columns, D] for vectors such as the rows of ``like``."""
+        """Allocate zeros [sequences + 1, columns, D], with D, dtype and device of ``like``."""
         return like.new_zeros(self.sizes.sequences + 1, columns, like.shape[-1])
 
     def nbytes(self) -> int:
-        """Of all tensors whose size grows with the rollout's."""
+        """Return the total size in bytes of the tensors that grow with the rollout."""
         own = (self.logprobs, self.sampling_logprobs, self.states, self.trunk)
         return self.cache.nbytes() + sum(tensor.nbytes for tensor in own if tensor is not None)
 
 
 class KeptBuffers:
-    """Keeps the buffers of one rollout for the next, with the steps recorded on them.
+    """Keeps the buffers of a rollout, and the steps recorded on them, for the next rollout.
 
-    They serve a rollout that is no larger, whose steps would be recorded the same. Else they are
-    freed and larger ones made.
+    They serve a rollout that is no larger and whose steps would be recorded the same. For any other
+    rollout they are freed and new ones allocated.
 
     Args:
-        most_bytes: buffers of more are not kept.
+        most_bytes: max size of buffers that are kept.
     """
 
     def __init__(self, most_bytes: int) -> None:
@@ -93,7 +102,7 @@ class KeptBuffers:
     def take(
         self, model: LanguageModel, sizes: Sizes, recorded_with: Hashable, *, attends: bool
     ) -> Buffers:
-        """Buffers of at least these sizes, to be given back to ``keep``."""
+        """Return buffers of at least these sizes. The caller gives them back to ``keep``."""
         buffers, self._buffers = self._buffers, None
         if self.most_bytes > 0:  # the next prompts may be a little longer
             sizes = sizes._replace(capacity=round_up(sizes.capacity, CAPACITY_MULTIPLE))
@@ -106,19 +115,19 @@ class KeptBuffers:
         return Buffers(model, sizes, attends=attends)
 
     def keep(self, buffers: Buffers) -> None:
-        """For the next rollout, unless they are too large."""
+        """Keep ``buffers`` for the next rollout, unless they exceed ``most_bytes``."""
         if buffers.nbytes() <= self.most_bytes:
             self._buffers = buffers
 
     def free(self) -> None:
-        """Keep nothing."""
+        """Free the kept buffers."""
         self._buffers = self._recorded_with = None
 
 
 def recorded_with(
     model: LanguageModel, sampling: Sampling, *, keep_states: bool, whole_trunk: bool, attends: bool
 ) -> Hashable:
-    """What a recorded step holds besides its buffers: addresses of weights, and numbers."""
+    """Return a key of what recorded steps hold besides buffers: weights' addresses and settings."""
     tensors = [*model.model.parameters(), *model.model.buffers()]
     return (
         tuple((tensor.data_ptr(), tensor.dtype) for tensor in tensors),

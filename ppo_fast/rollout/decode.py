@@ -1,4 +1,4 @@
-"""Batched, KV-cached decoding: prompts stream through slots, a response each."""
+"""Batched decoding with a KV cache: prompts stream through slots, one response each."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def decode(
 ) -> Rollout:
     """Sample a response for every prompt.
 
-    Draws depend on a sequence's seed and the token's place in the response alone, not on what else
-    is decoded, in which order or in how many slots. Equal prompts are computed once.
+    Draws depend on a sequence's seed and the token's position in the response alone, not on what
+    else is decoded, in which order or in how many slots. Equal prompts are computed once.
 
     Args:
         model: the policy.
@@ -64,23 +64,26 @@ def decode(
         sampling: lengths, the distribution drawn from, and what ends a response.
         seeds: [B] int64.
         eos_ids: ids that end a response; may be empty.
-        pad_id: what stands at padded places; it may be an EOS id.
-        slots: sequences decoded at a time, which bounds the KV cache; where one ends, the next
-            prompt takes its place. None: all.
-        prompt_tokens: most tokens, with padding, of the prompts computed in one pass.
-        max_lengths: B numbers, the most tokens of each response; None: ``sampling.max_length``.
+        pad_id: id at padded positions; it may be an EOS id.
+        slots: sequences decoded at a time, which bounds the KV cache. When a sequence ends, the
+            next prompt takes its slot. None: all.
+        prompt_tokens: max tokens, with padding, of the prompts computed in one pass.
+        max_lengths: B numbers, the max tokens of each response; None: ``sampling.max_length``.
         to_text: ids -> text, for stop strings.
-        keep_states: whether the rollout's ``states`` are wanted.
-        whole_trunk: whether its ``trunk`` shall hold each row's last token too, which takes a step
-            more of each.
-        capture: how steps are recorded, to be replayed (cuda_graphs.py); None: they are not.
-        kept: where the buffers and the recorded steps come from and stay for the next rollout, if
-            steps are recorded; None: they are freed.
+        keep_states: whether the rollout gets ``states``.
+        whole_trunk: whether ``trunk`` includes the state of each row's last token, which takes one
+            more step per sequence.
+        capture: records steps, which are then replayed (cuda_graphs.py); None: steps are not
+            recorded.
+        kept: provides the buffers and recorded steps, and keeps them for the next rollout, if steps
+            are recorded; None: they are freed.
 
-    Returns the rollout, without its texts.
+    Returns:
+        The rollout, without its texts.
 
     Raises:
-        ValueError: stop strings without ``to_text``, or a model whose layers cannot be cached.
+        ValueError: a stop token id beyond the vocabulary, stop strings without ``to_text``, or a
+            model whose layers cannot be cached.
         FloatingPointError: the model gave NaN or infinite logits.
     """
     if outside := [i for i in sampling.stop_token_ids if not 0 <= i < model.text_config.vocab_size]:
@@ -91,9 +94,9 @@ def decode(
     with (
         _evaluating(model.model),
         masked_attention(model),
-        # on the CPU, where fused layers more than make up for the copies
+        # on the CPU alone: there fused layers, which need plain layers, save more than copies cost
         merged_adapters(model.model) if model.device.type == "cpu" else nullcontext(),
-        # which looks for layers as they are
+        # after merged_adapters: it looks for the layers that are in the model now
         fused_layers(model)
         if layers_can_be_fused(model)
         else nullcontext[list[StepForward]]([]) as fused,
@@ -145,10 +148,12 @@ def decode(
 
 
 class _Decoding:
-    """One rollout. Active slots are the first ``len(running)``, none of which is empty when a step
-    begins. A step may compute a few slots more, which belong to no sequence: they write to the last
-    row of the buffers by sequence, and begin when no prompt waits, so that none gets further than a
-    response may."""
+    """State of one rollout. Active slots are contiguous: the first ``len(running)``.
+
+    None of the active slots is empty when a step begins. A step whose rows are rounded up also
+    computes empty slots. These write to the last row of the buffers by sequence. Slots are empty
+    only when no prompt waits, so that an empty slot takes no more steps than a response may have.
+    """
 
     def __init__(
         self,
@@ -170,9 +175,9 @@ class _Decoding:
         self.buffers, self.slots, self.max_lengths = buffers, slots, max_lengths
         self.keep_states, self.capture = keep_states, capture
         self.trunk_pieces, self.whole_trunk = trunk_pieces, whole_trunk
-        self.lingering: set[int] = set()  # sequences that have ended, for a step more
+        self.lingering: set[int] = set()  # ended sequences that take one more step, for whole_trunk
         self.waiting = deque(range(len(prompts)))
-        self.running: list[int | None] = []  # by slot the sequence; None: it has ended
+        self.running: list[int | None] = []  # index of each slot's sequence; None: it has ended
         self.responses: list[list[int]] = [[] for _ in prompts]
         self.finished = [False] * len(prompts)
         vocab_size = model.text_config.vocab_size
@@ -180,7 +185,7 @@ class _Decoding:
         buffers.begin(seeds.to(model.device), ends)
 
     def admit(self, prompts: Prompts) -> None:
-        """Give free slots to sequences that wait, and close the gaps that remain."""
+        """Give free slots to waiting sequences, and close the gaps that remain."""
         while self.waiting and (free := self._free_slots()):
             count = min(len(free), len(self.waiting))
             sequences = [self.waiting.popleft() for _ in range(count)]
@@ -191,16 +196,22 @@ class _Decoding:
             self._move_last_to(slot)
 
     def step(self) -> None:
-        """One more token for every running sequence."""
+        """Decode one more token of every running sequence."""
         slots, cache = range(len(self.running)), self.buffers.cache
-        # a step that reads each row's own tokens is the same step however many these are
+        # step_attention reads each row's own tokens alone: one recording serves all lengths
         columns = cache.capacity if cache.attends else max(map(self._cached, slots)) + 1
-        self.buffers.steps.run(self._advance, len(slots), columns, self.capture)
+        # while prompts wait, an empty slot beyond this rollout's would get further than a response
+        most_rows = self.slots if self.waiting else cache.slots
+        steps = self.buffers.steps
+        steps.run(self._advance, len(slots), columns, self.capture, most_rows=most_rows)
         self._note(list(slots), self.buffers.token[: len(slots)])
 
     def _advance(self, rows: int, columns: int) -> None:
-        """One more token for the first ``rows`` slots, which look at the first ``columns`` of their
-        rows in the cache. Device work alone, on tensors that stay where they are."""
+        """Decode one more token in each of the first ``rows`` slots.
+
+        The step reads the cache's first ``columns`` columns. It launches device work alone, on
+        tensors whose addresses stay the same, so that it can be recorded.
+        """
         b = self.buffers
         slots, lengths = b.slots[:rows], b.length[:rows]
         arguments = step_arguments(self.model, b.cache, b.token[:rows], lengths, columns)
@@ -217,7 +228,7 @@ class _Decoding:
 
         def drawn(by_sequence: Tensor) -> Tensor:
             found = by_sequence[: len(self.prompts), :width]
-            # where a sequence went on for a step, a token was drawn for nobody
+            # the extra step of an ended sequence drew a token that is not in its response
             return found.masked_fill(beyond.view(*beyond.shape, *[1] * (found.dim() - 2)), 0.0)
 
         b = self.buffers
@@ -239,7 +250,7 @@ class _Decoding:
         return None if trunk is None else TrunkStates.pack(trunk, tokens, whole=self.whole_trunk)
 
     def _cached(self, slot: int) -> int:
-        """Tokens of a slot in the cache: all but the one drawn last."""
+        """Return how many tokens of a slot are in the cache: all but the one drawn last."""
         sequence = self.running[slot]
         assert sequence is not None
         return len(self.prompts[sequence]) + len(self.responses[sequence]) - 1
@@ -251,7 +262,7 @@ class _Decoding:
     def _start(
         self, batch: PromptBatch, rows: list[int], sequences: list[int], slots: list[int]
     ) -> None:
-        """Seat sequences whose prompts are ``rows`` of a batch, and draw their first tokens."""
+        """Give slots to sequences and draw their first tokens; prompts are ``rows`` of a batch."""
         self.running += [None] * (max(slots) + 1 - len(self.running))
         for slot, sequence in zip(slots, sequences, strict=True):
             self.running[slot] = sequence
@@ -284,7 +295,7 @@ class _Decoding:
         b.place[slots] += 1
 
     def _sample(self, logits: Tensor, sequence: Tensor, place: Tensor) -> Sampled:
-        """One token a row; those that may not end yet, among tokens that end nothing."""
+        """Draw one token per row; before ``min_new_tokens``, among tokens that end nothing."""
         s, seeds = self.sampling, self.buffers.seeds[sequence]
         drawn_from = logits
         if s.min_new_tokens > 0:
@@ -293,7 +304,7 @@ class _Decoding:
         draw = partial(sample_tokens, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
         try:
             sampled = draw(drawn_from, seeds, place)
-        except ValueError as error:  # on the CPU it looks; elsewhere ``rollout`` does at the end
+        except ValueError as error:  # raised on the CPU; elsewhere ``rollout`` checks at the end
             raise FloatingPointError(NOT_FINITE) from error
         if drawn_from is logits:
             return sampled
@@ -303,7 +314,7 @@ class _Decoding:
         return sampled._replace(logprobs=full.logprobs)
 
     def _note(self, slots: list[int], tokens: Tensor) -> None:
-        """The tokens [n] that were drawn in ``slots``, which end some of the sequences there."""
+        """Record the tokens [n] drawn in ``slots``, and end the sequences that they end."""
         for slot, token in zip(slots, tokens.tolist(), strict=True):
             sequence = self.running[slot]
             assert sequence is not None
@@ -320,7 +331,7 @@ class _Decoding:
                     self.running[slot] = None
 
     def _move_last_to(self, slot: int) -> None:
-        """Drop an empty slot; the last one, if it is another, takes its place."""
+        """Remove an empty slot, and move the last active slot, if it is another, into it."""
         b, last = self.buffers, len(self.running) - 1
         if slot != last:
             b.cache.copy(last, slot, self._cached(last))
@@ -341,8 +352,10 @@ class _Decoding:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every submodule in eval mode for the block: in train mode, gradient checkpointing makes
-    transformers drop the KV cache."""
+    """Temporarily put every submodule in eval mode.
+
+    In train mode, gradient checkpointing makes transformers drop the KV cache.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

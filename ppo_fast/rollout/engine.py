@@ -1,4 +1,4 @@
-"""Who samples: an engine turns prompts into a Rollout; the local one decodes with the policy."""
+"""Engine: the protocol of what samples responses, and the ids that end a response."""
 
 from __future__ import annotations
 
@@ -13,22 +13,27 @@ from ppo_fast.data.sampling import Sampling
 
 
 class Engine(Protocol):
-    """Samples responses. ``PPOTrainer(..., engine=...)`` takes one; another process may stand
-    behind it. ``Rollout.sampling_logprobs`` must be filled; with ``logprobs`` None the trainer
-    computes the old log-probs itself."""
+    """Samples responses, in this process or another; ``PPOTrainer(..., engine=...)`` takes one.
+
+    ``Rollout.sampling_logprobs`` must be filled. If ``logprobs`` is None, the trainer computes the
+    old log-probs itself.
+    """
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, *, seeds: Tensor
     ) -> Rollout:
-        """A response for each of B prompts (lists of ids), drawn as ``sampling`` says.
+        """Sample a response for each of B prompts (lists of ids), as ``sampling`` says.
 
-        ``seeds`` [B] int64: equal seeds, equal responses, as far as the engine can.
+        ``seeds`` [B] int64: equal seeds give equal responses, as far as the engine can.
         """
         ...
 
     def sync_weights(self, model: nn.Module) -> None:
-        """Take the policy's weights: called before every ``generate``, for whoever holds the open
-        loop may change them between any two."""
+        """Take the policy's weights.
+
+        It is called before every ``generate``: code that runs the steps itself may change the
+        weights between any two calls.
+        """
         ...
 
     def close(self) -> None:
@@ -37,7 +42,7 @@ class Engine(Protocol):
 
 
 def eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's EOS and those of the model's generation config."""
+    """Return the tokenizer's EOS id and those of the model's generation config, sorted."""
     configured: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = configured if isinstance(configured, (list, tuple)) else [configured]
     return sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None})

@@ -20,17 +20,19 @@ class LocalEngine:
     """Decodes with the policy in this process; see ``decode``.
 
     Args:
-        model: the policy, read at every call: there is nothing to synchronise.
-        eos_ids: gives the ids that end a response, asked for at every call.
-        pad_id: what stands at padded places.
+        model: the policy. Its weights are read at every call: there is nothing to synchronise.
+        eos_ids: returns the ids that end a response; called by every ``generate``.
+        pad_id: id at padded positions.
         slots: sequences decoded at a time; None: all.
-        prompt_tokens: most tokens of the prompts computed in one pass.
+        prompt_tokens: max tokens, with padding, of the prompts computed in one pass.
         to_text: ids -> text, for stop strings.
-        keep_states: whether rollouts keep the states that the LM head read.
-        whole_trunk: whether they hold the trunk's activations of last tokens too.
-        cuda_graphs: on a GPU, capture steps and replay them, after a check that it changes nothing.
-        kept_bytes: buffers of at most this size are kept for the next rollout, with the graphs
-            captured on them. Never with adapters, which may be merged or switched off in between.
+        keep_states: whether rollouts get ``states``, the inputs of the LM head.
+        whole_trunk: whether rollouts get the trunk states of last tokens too.
+        cuda_graphs: on a GPU, capture steps and replay them, if a check finds that no token
+            changes.
+        kept_bytes: max size of buffers that are kept for the next rollout, with the graphs captured
+            on them. Those of a model with adapters are never kept: adapters may be merged or
+            switched off in between.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Prompts, computed once however many responses each gets."""
+"""Prompts, each computed once, however many responses it gets."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ Prompt = tuple[int, ...]
 
 
 class PromptBatch(NamedTuple):
-    """What one pass over k prompts gave: by layer the keys and values [k, heads, P, size], what the
-    next tokens are drawn from, and the frozen trunk's activations [k, P, D] (None without one).
-    Padding is on the right."""
+    """Output of one pass over k prompts, padded on the right.
+
+    keys_values: by layer, keys and values [k, heads, P, size].
+    next: logits and states that the first response tokens are drawn from.
+    trunk: trunk states [k, P, D]; None without a trunk.
+    """
 
     keys_values: list[tuple[Tensor, Tensor]]
     next: Next
@@ -28,14 +31,14 @@ class PromptBatch(NamedTuple):
 
 
 class Prompts:
-    """Computes prompts when their turn comes, and keeps one while further responses want it.
+    """Computes prompts when they are needed, and keeps each until its last response begins.
 
     Args:
         model: the policy.
-        prompts: of all sequences; equal ones share a pass.
-        budget: most tokens, with padding, of a pass.
-        pad_id: what stands at padded places.
-        trunk: where ``LanguageModel.recording_trunk`` records.
+        prompts: prompts of all sequences; equal ones are computed once.
+        budget: max tokens, with padding, of a pass.
+        pad_id: id at padded positions.
+        trunk: list that ``LanguageModel.recording_trunk`` appends to.
         fused: whether all layers are fused (fused_layers.py), so that prompts need no padding.
     """
 
@@ -50,20 +53,22 @@ class Prompts:
         fused: bool,
     ) -> None:
         self._model, self._budget, self._pad_id, self._trunk = model, budget, pad_id, trunk
-        # the ordinary path gives the logits of every row's last column
+        # without the fused LM head, a pass gives logits of each row's last column alone
         self._fused, self._wanted = fused and model.fused, Counter(prompts)
         self._computed: dict[Prompt, tuple[PromptBatch, int]] = {}
 
     def read(self, prompts: Sequence[Prompt], cache: SlotCache) -> None:
-        """Compute those that have not been."""
+        """Compute those of ``prompts`` that are not computed yet."""
         missing = [p for p in dict.fromkeys(prompts) if p not in self._computed]
         for together in self._batches(missing):
             batch = self._compute(together, cache)
             self._computed |= {prompt: (batch, row) for row, prompt in enumerate(together)}
 
     def take(self, prompts: Sequence[Prompt]) -> list[tuple[PromptBatch, list[int], list[int]]]:
-        """The passes that computed ``prompts``; of each the rows that are meant, and which of
-        ``prompts`` these are. What nobody will ask for again is forgotten."""
+        """Return each pass that computed some of ``prompts``, its rows and their prompts' indices.
+
+        A prompt is forgotten when its last response has taken it.
+        """
         taken: dict[int, tuple[PromptBatch, list[int], list[int]]] = {}
         for i, prompt in enumerate(prompts):
             batch, row = self._computed[prompt]
@@ -77,7 +82,7 @@ class Prompts:
 
     def _batches(self, prompts: list[Prompt]) -> Iterator[list[Prompt]]:
         lengths = {len(prompt) for prompt in prompts}
-        # On the ordinary path the model gives the logits of the last column alone.
+        # Without the fused LM head, prompts of a pass must have equal lengths (see __init__).
         for together in [lengths] if self._model.fused else [{n} for n in sorted(lengths)]:
             group = [prompt for prompt in prompts if len(prompt) in together]
             batches = batches_by_tokens(
@@ -93,7 +98,7 @@ class Prompts:
         )
 
     def _padded(self, prompts: list[Prompt], lengths: Tensor, cache: SlotCache) -> PromptBatch:
-        """A row a prompt."""
+        """Compute prompts in one padded pass, one row per prompt."""
         input_ids = pad_right(prompts, self._pad_id, lengths.device)
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         cache.begin_prompts()
@@ -107,7 +112,7 @@ class Prompts:
         return PromptBatch(cache.prompts(), next_, self._trunk.pop() if self._trunk else None)
 
     def _flat(self, prompts: list[Prompt], lengths: Tensor) -> PromptBatch:
-        """A row a token, without padding."""
+        """Compute prompts in one pass without padding, one row per token."""
         rows = torch.repeat_interleave(torch.arange(len(prompts), device="cpu"), lengths)
         places = torch.cat([torch.arange(len(prompt), device="cpu") for prompt in prompts])
         tokens = torch.tensor([token for prompt in prompts for token in prompt], device="cpu")
@@ -118,7 +123,7 @@ class Prompts:
             (ends, torch.zeros_like(ends)),
             input_ids=tokens[:, None],
             position_ids=places[:, None],
-            # fused layers need none, and the model makes none where it gets one of four dimensions
+            # fused layers read no mask; given one of four dimensions, the model makes no other
             attention_mask=torch.zeros(1, 1, 1, 1, dtype=self._model.dtype, device="cpu"),
             cache=cache,
         )

@@ -1,4 +1,4 @@
-"""The KV cache of sequences that come and go: a row (slot) each, at lengths of their own."""
+"""KV cache with one row (slot) per sequence; rows have lengths of their own."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ from ppo_fast.models.transformers_internals import (
 
 
 class SlotCache(Cache):
-    """Keys and values of every layer, [slots, capacity, heads, head size], column i of a row being
-    the sequence's token i. A prompt is computed for itself and copied to a slot for each of
-    its responses (``place``); then each step adds one token to the first n rows (``begin_step``).
+    """Keys and values of every layer, [slots, capacity, heads, head size].
+
+    Column i of a row is the sequence's token i. Each prompt is computed once and copied to a slot
+    for each of its responses (``place``). Then each step adds one token to the first n rows
+    (``begin_step``).
 
     Args:
         config: the model's text config.
-        slots: rows.
-        capacity: the most tokens of a sequence.
-        attends: steps run within ``step_attention``, which needs no mask.
+        slots: number of rows.
+        capacity: max tokens of a sequence.
+        attends: whether steps run within ``step_attention``, which needs no mask.
     """
 
     def __init__(self, config: Any, slots: int, capacity: int, *, attends: bool = False) -> None:
@@ -38,17 +40,17 @@ class SlotCache(Cache):
         self._scratch: Tensor | None = None
 
     def begin_prompts(self) -> None:
-        """The next pass computes prompts [k, P], which see themselves alone."""
+        """Prepare for a pass over prompts [k, P], each of which attends to itself alone."""
         self.lengths = None
         for layer in self.layers:
             layer.cells = None
 
     def prompts(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values [k, heads, P, size] of the padded prompts just computed, by layer."""
+        """Return by layer the keys and values [k, heads, P, size] of the last padded prompts."""
         return [layer.prompts for layer in self.layers]
 
     def contents(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values [slots, heads, capacity, size] by layer."""
+        """Return by layer the keys and values [slots, heads, capacity, size]."""
         return [(x.keys.transpose(1, 2), x.values.transpose(1, 2)) for x in self.layers]
 
     def place(self, keys_values: list[tuple[Tensor, Tensor]], rows: Tensor, slots: Tensor) -> None:
@@ -60,14 +62,16 @@ class SlotCache(Cache):
             layer.values[slots, : values.shape[2]] = values.transpose(1, 2)[rows]
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Copy the first ``length`` tokens of a slot to another."""
+        """Copy the first ``length`` tokens of slot ``source`` to slot ``target``."""
         for layer in self.layers:
             layer.keys[target, :length] = layer.keys[source, :length]
             layer.values[target, :length] = layer.values[source, :length]
 
     def begin_step(self, lengths: Tensor, longest: int) -> None:
-        """The next pass adds a token to each of the first n slots, which hold ``lengths`` [n]
-        tokens, and reads the first ``longest`` columns."""
+        """Prepare for a pass that adds a token to each of the first n slots.
+
+        The slots hold ``lengths`` [n] tokens. The pass reads the first ``longest`` columns.
+        """
         self.begin_rows(torch.arange(len(lengths), device=lengths.device), lengths)
         cells = self.row_slots * self.capacity + lengths
         seen = lengths + 1 if self.attends else None
@@ -75,36 +79,39 @@ class SlotCache(Cache):
             layer.cells, layer.longest, layer.seen = cells, longest, seen
 
     def begin_rows(self, slots: Tensor, lengths: Tensor) -> None:
-        """The next pass takes n tokens, one a row: of ``slots`` [n], each after ``lengths`` [n]
-        others. Only fused layers (fused_layers.py) can do so when a slot has several."""
+        """Prepare for a pass of n tokens, one per row.
+
+        Token i goes to slot ``slots[i]``, after ``lengths[i]`` others. Only fused layers
+        (fused_layers.py) can compute several tokens of one slot in a pass.
+        """
         self.row_slots, self.lengths = slots, lengths
 
     def nbytes(self) -> int:
-        """Of all keys and values."""
+        """Return the total size of keys and values in bytes."""
         filled = [layer for layer in self.layers if layer.is_initialized]
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in filled)
 
     def scratch(self, count: int, like: Tensor) -> Tensor:
-        """Room for ``count`` numbers until somebody asks again."""
+        """Return uninitialised memory for at least ``count`` numbers, valid until the next call."""
         if self._scratch is None or self._scratch.numel() < count:
             self._scratch = like.new_empty(count)
         return self._scratch
 
 
 class _SlotLayer(DynamicLayer):
-    """One layer's keys and values."""
+    """Keys and values of one layer."""
 
     def __init__(self, slots: int, capacity: int) -> None:
         super().__init__()
         self.slots, self.capacity = slots, capacity
-        self.cells: Tensor | None = None  # [n], where a step's tokens go in [slots * capacity]
+        self.cells: Tensor | None = None  # [n], indices in [slots * capacity] of a step's tokens
         self.longest = 0
-        self.seen: Tensor | None = None  # [n], of a row's tokens those that its query sees
+        self.seen: Tensor | None = None  # [n], how many of a row's tokens its query sees
         self.prompts: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         def room(states: Tensor) -> Tensor:
-            # zeros: what no token has written is multiplied by a weight of 0, and may not be NaN
+            # zeros: attention multiplies unwritten columns by a weight of 0, and 0 * NaN is NaN
             return states.new_zeros(self.slots, self.capacity, states.shape[1], states.shape[3])
 
         self.keys, self.values = room(key_states), room(value_states)
@@ -113,7 +120,10 @@ class _SlotLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Takes the new tokens' [n, heads, tokens, size]; returns all that they may look at."""
+        """Take the keys and values of new tokens, and return all that these attend to.
+
+        The new ones are [n, heads, tokens, size].
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.cells is None:
@@ -139,8 +149,11 @@ class _SlotLayer(DynamicLayer):
 def step_arguments(
     model: LanguageModel, cache: SlotCache, tokens: Tensor, lengths: Tensor, columns: int
 ) -> dict[str, Any]:
-    """What ``LanguageModel.next`` is called with for one more token each: ``tokens`` [n] for the
-    first n slots, which hold ``lengths`` [n] before it, each less than ``columns``."""
+    """Return the arguments of ``LanguageModel.next`` for one more token in n slots.
+
+    ``tokens`` [n] are the tokens of the first n slots, which hold ``lengths`` [n] tokens before
+    them, each less than ``columns``.
+    """
     cache.begin_step(lengths, columns)
     return {
         "input_ids": tokens[:, None],
@@ -153,14 +166,17 @@ def step_arguments(
 
 
 def _no_mask(model: LanguageModel) -> Any:
-    """One of four dimensions, in place of which the model makes none; nothing reads it."""
+    """Return a mask of four dimensions that nothing reads: given it, the model makes no other."""
     nothing = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=model.device)
     return _by_type(model.text_config, lambda kind: nothing)
 
 
 def step_mask(config: Any, lengths: Tensor, longest: int, dtype: torch.dtype) -> Any:
-    """What a step's tokens may look at, as the model takes it: [n, 1, 1, longest], 0 or the lowest
-    number, by type of attention where the model mixes several."""
+    """Return a step's attention mask [n, 1, 1, longest].
+
+    It is 0 where a token attends, else the dtype's lowest number; a dict by type of attention where
+    the model mixes several.
+    """
     distance = lengths[:, None] - torch.arange(longest, device=lengths.device)
 
     def mask(kind: str) -> Tensor:
@@ -174,6 +190,6 @@ def step_mask(config: Any, lengths: Tensor, longest: int, dtype: torch.dtype) ->
 
 
 def _by_type(config: Any, mask: Callable[[str], Tensor]) -> Any:
-    """As the model takes masks: by type of attention where it mixes several."""
+    """Return ``mask`` as the model takes it: a dict by type of attention where it mixes several."""
     masks = {kind: mask(kind) for kind in set(layer_types(config))}
     return masks if mask_is_by_type(config) else next(iter(masks.values()))

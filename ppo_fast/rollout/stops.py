@@ -1,4 +1,4 @@
-"""Where a response ends."""
+"""Stops: decides where a response ends."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from ppo_fast.data.sampling import Sampling
 
 
 class Stops:
-    """Where a response ends.
+    """Decides where a response ends.
 
     Args:
-        sampling: its stop tokens and stop strings.
+        sampling: its stop tokens, stop strings and ``min_new_tokens``.
         eos_ids: further ids that end a response.
         to_text: ids -> text, for stop strings.
+
+    Raises:
+        ValueError: stop strings without ``to_text``.
     """
 
     def __init__(
@@ -27,11 +30,11 @@ class Stops:
         self._least = sampling.min_new_tokens
         if self._strings and to_text is None:
             raise ValueError("stop_strings: need a tokenizer; pass one, or use stop_token_ids")
-        # A token is a byte at least, but for special ones, and the last may complete a character.
+        # A token that is not special has at least one byte; the last may complete a character.
         self._tail = max((len(s.encode()) for s in self._strings), default=0) + 8
 
     def ends(self, response: list[int]) -> bool:
-        """Whether ``response`` ends with its last token."""
+        """Return whether ``response`` ends with its last token."""
         if response[-1] in self.ids:
             return True
         if not self._strings or len(response) < self._least:

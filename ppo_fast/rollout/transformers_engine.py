@@ -1,4 +1,4 @@
-"""An engine over transformers' own continuous batching (``generate_batch``): paged KV cache."""
+"""An engine over transformers' own continuous batching (``generate_batch``), with a paged cache."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from ppo_fast.models.transformers_internals import (
 class TransformersEngine:
     """Samples with ``model.generate_batch``.
 
-    Its log-probs are of the distribution drawn from, so that the trainer computes the old ones
-    itself. One seed serves a whole batch: draws depend on what else is in it. It has no stop
-    strings and no ``min_new_tokens``, and refuses them.
+    Its log-probs are those of the distribution drawn from, so the trainer computes the old
+    log-probs itself. One seed serves a whole batch: draws depend on what else is in the batch. It
+    has neither stop strings nor ``min_new_tokens``, and raises ValueError for them.
 
     Args:
         model: a transformers causal LM; the policy itself, or a copy that ``sync_weights`` updates.
         eos_ids: ids that end a response.
-        pad_id: what stands at padded places.
+        pad_id: id at padded positions.
         config: transformers' settings of its cache and batches; None: its defaults.
 
     Raises:
+        TypeError: the model has no ``generate_batch``.
         RuntimeError: transformers is older than 5.9.
     """
 
@@ -98,4 +99,4 @@ class TransformersEngine:
             self.model.load_state_dict(model.state_dict())
 
     def close(self) -> None:
-        """Nothing is held between calls."""
+        """Do nothing: nothing is held between calls."""

@@ -33,7 +33,7 @@ CONTENTS = {
 
 
 def checkpoint_path(folder: str | Path, step: int) -> Path:
-    """Where the checkpoint of a step is written."""
+    """Return the path of a step's checkpoint."""
     return Path(folder) / f"ppo_checkpoint_step_{step}.pt"
 
 
@@ -49,11 +49,11 @@ def write_checkpoint(
     """Write all that a run needs to go on, whole or not at all.
 
     Args:
-        path: of the file.
-        step: its number.
-        modules: what is trained, by name; of frozen weights the file holds a fingerprint.
+        path: path of the file.
+        step: number of the step.
+        modules: the trained modules, by name; of frozen weights the file holds a fingerprint.
         optimizers: by name.
-        reference: what the KL is measured to; its fingerprint is written.
+        reference: the model that the KL is measured to; its fingerprint is written.
         progress: counters and the seed.
     """
     save(
@@ -79,9 +79,10 @@ def read_checkpoint(
     reference: nn.Module,
     seed: int,
 ) -> dict[str, Any]:
-    """Restore modules, optimizers and random states from what ``write_checkpoint`` wrote, and
-    return the file's contents. Nothing in it is executed, and nothing is changed when it does not
-    fit. Warns where the reference or the seed is another.
+    """Restore modules, optimizers and random states from a checkpoint, and return its contents.
+
+    Nothing in the file is executed. If the file does not fit, nothing is changed. Warns if the
+    reference or the seed is another.
 
     Raises:
         FileNotFoundError, ValueError: no file; truncated, not ours, or of another model.
@@ -119,8 +120,10 @@ def read_checkpoint(
 
 
 def save(payload: dict[str, Any], path: Path) -> None:
-    """Write ``payload`` (tensors, numbers, strings, lists, dicts) to ``path`` atomically: the file
-    is complete under its name, or the name is as it was."""
+    """Write ``payload`` (tensors, numbers, strings, lists, dicts) to ``path`` atomically.
+
+    If writing fails, a file that had the name before is unchanged.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
     try:
@@ -135,7 +138,7 @@ def save(payload: dict[str, Any], path: Path) -> None:
 
 
 def make_folder(folder: str | Path) -> None:
-    """Make the folder of the checkpoints, before there is something to lose.
+    """Make the folder of the checkpoints, before any training.
 
     Raises:
         ValueError: it cannot be made (chained).
@@ -147,7 +150,7 @@ def make_folder(folder: str | Path) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read what ``save`` wrote. Nothing in the file is executed (``weights_only``).
+    """Read a file that ``save`` wrote. Nothing in it is executed (``weights_only``).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -176,7 +179,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def identity(model: nn.Module) -> dict[str, Any]:
-    """What kind of model this is: its class and the shape of every weight."""
+    """Return a model's class and the shape of each of its weights."""
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     return {"class": type(model).__name__, "shapes": shapes}
 
@@ -201,7 +204,7 @@ def check_identity(name: str, saved: dict[str, Any], model: nn.Module, path: Pat
 def check_optimizer(
     name: str, saved: dict[str, Any], optimizer: torch.optim.Optimizer, path: Path
 ) -> None:
-    """Raise ValueError where a checkpoint's optimizer is over other weights than the trainer's."""
+    """Raise ValueError where a checkpoint's optimizer has another number of weights."""
     groups = (saved["param_groups"], optimizer.param_groups)
     theirs, ours = ([len(group["params"]) for group in part] for part in groups)
     if theirs != ours:
@@ -212,8 +215,11 @@ def check_optimizer(
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Load an optimizer's moments; learning rate and the like stay those of the trainer's config,
-    which may have been changed for the rest of the run."""
+    """Load an optimizer's moments.
+
+    Learning rate and other settings stay those of the trainer's config, which may have been changed
+    for the rest of the run.
+    """
     own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     for group, settings in zip(optimizer.param_groups, own, strict=True):
@@ -221,20 +227,19 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What training changes: the state without frozen weights, which the base model has."""
+    """Return the state dict without frozen weights, which the base model has."""
     frozen = _frozen_names(model)
     return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
 
 
 def load_trained_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Undo ``trained_state``, on a model with the same frozen weights."""
+    """Load what ``trained_state`` returned, into a model with the same frozen weights."""
     frozen = {name: model.state_dict()[name] for name in _frozen_names(model)}
     model.load_state_dict(frozen | state)
 
 
 def check_frozen(name: str, saved: str, model: nn.Module, path: Path) -> None:
-    """Raise ValueError where the weights that are not in a checkpoint are not those it was trained
-    above."""
+    """Raise ValueError where a model's frozen weights are not those of a checkpoint's model."""
     if saved != frozen_fingerprint(model):
         raise ValueError(
             f"checkpoint: {path} holds the trained weights of the {name} alone; its frozen ones "
@@ -249,13 +254,13 @@ def frozen_fingerprint(model: nn.Module) -> str:
 
 
 def _frozen_names(model: nn.Module) -> set[str]:
-    """In the state of ``model``; a tied weight has several."""
+    """Return the names of frozen weights in the state of ``model``; a tied weight has several."""
     named = model.named_parameters(remove_duplicate=False)
     return {name for name, p in named if not p.requires_grad} & model.state_dict().keys()
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A short hash of a sample of every weight, to tell whether two models are the same."""
+    """Return a short hash of a sample of every weight, to tell whether two models are the same."""
     return _fingerprint(model.state_dict().values())
 
 
@@ -268,7 +273,7 @@ def _fingerprint(tensors: Iterable[torch.Tensor]) -> str:
 
 
 def random_states() -> dict[str, Any]:
-    """The states of torch's, numpy's and Python's generators."""
+    """Return the states of torch's, numpy's and Python's random generators."""
     # the legacy generator: users' reward functions may draw from it
     state: Any = np.random.get_state(legacy=True)  # noqa: NPY002
     kind, keys, position, has_gauss, cached = state
@@ -282,7 +287,7 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
-    """Undo what ``random_states`` recorded. CUDA states are restored where as many devices are."""
+    """Restore what ``random_states`` returned; CUDA states only for the same number of devices."""
     torch.set_rng_state(states["torch"])
     if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])

@@ -1,4 +1,4 @@
-"""The console's view of a run: a line a step, and a progress bar."""
+"""Console output of a run: one line per step, and a progress bar."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from ppo_fast.data.step import Step
 
 
 class ProgressBar:
-    """On a terminal, steps done, the last step's reward and KL, and the time left. A context
-    manager; ``advance`` after every step."""
+    """Progress bar on a terminal: steps done, the last step's reward and KL, and the time left.
+
+    Use as a context manager; call ``advance`` after every step.
+    """
 
     def __init__(self, num_steps: int, *, shown: bool = True) -> None:
         console = Console(stderr=True)
@@ -35,15 +37,15 @@ class ProgressBar:
         self._bar.stop()
 
     def advance(self, metrics: dict[str, float]) -> None:
-        """One more step."""
+        """Count one more step, and show its reward and KL."""
         numbers = f"reward {metrics['mean_reward']:.3g}, KL {metrics['kl_divergence']:.3g}"
         self._bar.update(self._task, advance=1, numbers=numbers)
 
 
 class StepDisplay:
-    """One line a step and, on a terminal, a progress bar with the time left under it.
+    """One line per step and, on a terminal, a progress bar with the time left under it.
 
-    Use as a context manager; ``show`` after every step.
+    Use as a context manager; call ``show`` after every step.
     """
 
     def __init__(self, console: Console, num_steps: int) -> None:
@@ -68,7 +70,7 @@ class StepDisplay:
         self.progress.stop()
 
     def show(self, step: Step) -> None:
-        """A step's line."""
+        """Print the line of a step."""
         self.done += 1
         metrics, tokens = step.metrics, int(step.rollout.tokens.response_lengths.sum())
         parts = [metrics[f"time/{part}"] for part in ("rollout", "experience", "update")]

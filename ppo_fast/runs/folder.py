@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, samples.jsonl, the resolved config, the console."""
+"""Output folder of a run: metrics.jsonl, samples.jsonl, the resolved config, the trained policy."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from ppo_fast.data.rollout import Rollout
 
 
 class RunFolder:
-    """A run's output folder. Every line is on disk before the next step begins; a resumed run
-    appends.
+    """Output folder of a run. Every line is on disk before the next step; a resumed run appends.
 
     Args:
-        folder: made if it is not there.
+        folder: its path; made if it does not exist.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -31,19 +30,22 @@ class RunFolder:
         folder.mkdir(parents=True, exist_ok=True)
 
     def write_config(self, config: PPOConfig, **run: Any) -> None:
-        """The resolved settings as config.yaml, which ``ppo-fast train --config`` reads."""
+        """Write the resolved settings to config.yaml, which ``ppo-fast train --config`` reads."""
         settings = {key: str(v) if isinstance(v, Path) else v for key, v in run.items()}
         fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
         text = yaml.safe_dump(settings | fields, sort_keys=False)
         (self.folder / "config.yaml").write_text(text, "utf-8")
 
     def write_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """One line of metrics.jsonl; what is not finite, which JSON does not know, is null."""
+        """Append a line to metrics.jsonl.
+
+        Numbers that are not finite, which JSON does not have, become null.
+        """
         numbers = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
         self._append("metrics.jsonl", {"step": step, "time": time.time()} | numbers)
 
     def write_samples(self, step: int, rollout: Rollout, scores: Tensor) -> None:
-        """A line of samples.jsonl for each sequence."""
+        """Append a line to samples.jsonl for each sequence."""
         rows = zip(rollout.prompts, rollout.completions, scores.tolist(), strict=True)
         for prompt, completion, score in rows:
             self._append(
@@ -52,7 +54,7 @@ class RunFolder:
             )
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines of steps beyond ``step``: a resumed run goes through them again."""
+        """Drop the lines of steps after ``step``, which a resumed run computes again."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             path, new = self.folder / name, self.folder / f"{name}.partial"
             if path.exists():
@@ -67,7 +69,7 @@ class RunFolder:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line; infinity for one that a killed run left half written."""
+    """Return the step of a line; infinity for one that a killed run left half written."""
     try:
         return json.loads(line)["step"]
     except json.JSONDecodeError:
@@ -75,14 +77,17 @@ def _step_of(line: str) -> float:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the highest step in ``folder``."""
+    """Return the checkpoint of the highest step in ``folder``, or None."""
     files = folder.glob("ppo_checkpoint_step_*.pt")
     return max(files, key=lambda f: int(f.stem.rpartition("_")[2]), default=None)
 
 
 def save_policy(policy: Any, tokenizer: Any, folder: Path) -> None:
-    """``save_pretrained`` of both in ``folder``, which is replaced only by a complete one. Adapters
-    are merged: it is a whole model."""
+    """Save the policy and its tokenizer in ``folder`` by ``save_pretrained``.
+
+    Adapters are merged: it is a whole model. A ``folder`` that exists is replaced when the new one
+    is complete.
+    """
     from ppo_fast.models.adapters import merged_adapters
     from ppo_fast.models.parts import base_of
 

@@ -1,4 +1,4 @@
-"""Ctrl-C that lets the step in hand finish."""
+"""Let Ctrl-C finish the current step."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def finish_step_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Within the block the first Ctrl-C is noted (the yielded function then says True) and the
-    second raises KeyboardInterrupt at once. Outside the main thread, where Python allows no signal
-    handlers, nothing changes."""
+    """Within the block, only note the first Ctrl-C; the second raises KeyboardInterrupt at once.
+
+    Yields a function that returns whether Ctrl-C was noted. Outside the main thread, where Python
+    allows no signal handlers, nothing changes.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return

@@ -28,14 +28,14 @@ HISTORY = {
 
 
 class Trainable(Protocol):
-    """What the loop asks of PPO."""
+    """Interface of PPO that the loop uses."""
 
     progress: Progress
     newest_checkpoint: Path | None
 
     @property
     def amid_update(self) -> bool:
-        """Whether the weights are those of no whole step."""
+        """Whether an update was broken off, so that the weights are those of no whole step."""
         ...
 
     def check_prompts(self, prompts: Sequence[str], max_length: int | None = None) -> list[str]: ...
@@ -66,14 +66,14 @@ def train(
     progress: bool = True,
     on_step: OnStep | None = None,
 ) -> dict[str, Any]:
-    """``num_steps`` steps on batches drawn from ``prompts``; see ``PPO.train``."""
+    """Run ``num_steps`` steps on batches drawn from ``prompts``; see ``PPO.train``."""
     check_counts(
         num_steps=num_steps,
         batch_size=batch_size,
         checkpoint_freq=checkpoint_freq,
         num_epochs=1 if num_epochs is None else num_epochs,
     )
-    Sampling(1, 1.0 if temperature is None else temperature)  # which checks it
+    Sampling(1, 1.0 if temperature is None else temperature)  # Sampling checks the temperature
     prompts = ppo.check_prompts(prompts, max_length)
     if checkpoint_dir is not None:
         make_folder(checkpoint_dir)
@@ -98,7 +98,7 @@ def train(
             if on_step is not None:
                 try:
                     on_step(step)
-                except Exception:  # whatever it is, it is raised again
+                except Exception:  # of any type; it is raised again
                     _keep(ppo, checkpoint_dir, "an error in on_step")
                     raise
             if checkpoint_dir is not None and step.number % checkpoint_freq == 0:
@@ -123,7 +123,7 @@ def _step(
     checkpoint_dir: str | Path | None,
     **options: Any,
 ) -> Step:
-    """The next step. Where it fails, the next call repeats it, with the same prompts and draws."""
+    """Run the next step. If it fails, the next call repeats it, with the same prompts and draws."""
     drawn, sampled = ppo.progress.prompts_drawn, ppo.progress.sequences_sampled
     try:
         return ppo.step(ppo.progress.next_prompts(prompts, batch_size), **options)
@@ -135,7 +135,7 @@ def _step(
 
 
 def _keep(ppo: Trainable, checkpoint_dir: str | Path | None, why: str) -> None:
-    """Write what was trained so far, and say where."""
+    """Write a checkpoint of what was trained so far, if possible, and log where it is."""
     step = ppo.progress.steps
     where = "no checkpoint_dir was given; the weights are in the policy"
     if checkpoint_dir is not None and step > 0:

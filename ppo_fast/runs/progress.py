@@ -1,4 +1,4 @@
-"""Progress: how far a run has come, and the prompts and seeds that follow from that."""
+"""Progress: counters of a run, and the prompts and seeds that follow from them."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ TOTALS = {
     "total_policy_loss": "policy_loss",
     "total_value_loss": "value_loss",
 }
-OUTSIDE_STEPS = 1 << 31  # where the numbers of sequences sampled outside of steps begin
+OUTSIDE_STEPS = 1 << 31  # number of the first sequence sampled outside of steps
 
 
 class Progress:
-    """Counters of a run. All that is random comes from the seed and these, so that a run which is
-    resumed from a checkpoint goes on as if it had never stopped.
+    """Counters of a run.
+
+    All randomness comes from the seed and these counters, so that a run resumed from a checkpoint
+    goes on as if it had never stopped.
 
     Args:
         seed: in [0, 2**31).
 
     Attributes:
-        stats: total_steps, and sums over steps of TOTALS' metrics.
-        prompts_drawn: prompts that steps took from the training set.
-        sequences_sampled: responses that steps sampled.
-        sequences_outside: responses sampled outside of steps, by seeds of their own: an evaluation
-            changes no later draw of the training.
+        stats: total_steps, and sums over steps of the metrics in TOTALS.
+        prompts_drawn: number of prompts that steps took from the training set.
+        sequences_sampled: number of responses that steps sampled.
+        sequences_outside: number of responses sampled outside of steps. These have seeds of their
+            own: an evaluation changes no later draw of the training.
     """
 
     def __init__(self, seed: int) -> None:
@@ -40,25 +42,27 @@ class Progress:
 
     @property
     def steps(self) -> int:
-        """Steps done."""
+        """Number of steps done."""
         return int(self.stats["total_steps"])
 
     def count_step(self, metrics: dict[str, float]) -> None:
-        """One more step, with these metrics."""
+        """Count one more step, and add its metrics to the totals."""
         self.stats["total_steps"] += 1
         for name, metric in TOTALS.items():
             self.stats[name] += metrics[metric]
 
     def averages(self) -> dict[str, float]:
-        """total_steps, and avg_reward, avg_kl_divergence, avg_policy_loss, avg_value_loss over all
-        steps so far."""
+        """Return the number of steps and means over all steps so far.
+
+        These are total_steps, avg_reward, avg_kl_divergence, avg_policy_loss and avg_value_loss.
+        """
         means = {name: self.stats[name] / max(self.steps, 1) for name in TOTALS}
         return {"total_steps": self.stats["total_steps"]} | {
             name.replace("total_", "avg_"): value for name, value in means.items()
         }
 
     def next_prompts(self, prompts: list[str], batch_size: int) -> list[str]:
-        """The next batch of an endless sequence of random permutations of ``prompts``."""
+        """Return the next batch of an endless sequence of random permutations of ``prompts``."""
         size = min(batch_size, len(prompts))
         batch: list[str] = []
         while len(batch) < size:
@@ -70,28 +74,28 @@ class Progress:
         return batch
 
     def seed_of(self, what: str, number: int) -> int:
-        """A seed for torch's CPU generator, which reads no more than 32 bits of it."""
+        """Return a seed for torch's CPU generator, which reads no more than 32 bits of it."""
         return random.Random(f"{what} {self.seed} {number}").getrandbits(32)
 
     def next_seeds(self, count: int) -> Tensor:
-        """Seeds [count] int64 of a step's next sequences."""
+        """Return seeds [count] int64 for a step's next sequences."""
         first = (self.seed << 32) + self.sequences_sampled
         self.sequences_sampled += count
         return torch.arange(first, first + count, device="cpu")
 
     def seeds_outside(self, count: int) -> Tensor:
-        """Seeds [count] int64 of the next sequences that are sampled outside of steps."""
+        """Return seeds [count] int64 for the next sequences that are sampled outside of steps."""
         first = (self.seed << 32) + OUTSIDE_STEPS + self.sequences_outside
         self.sequences_outside += count
         return torch.arange(first, first + count, device="cpu")
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Return the counters and the seed, for a checkpoint."""
         names = ("seed", "prompts_drawn", "sequences_sampled", "sequences_outside")
         return {"stats": dict(self.stats)} | {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the counters of ``state``; the seed stays."""
+        """Set the counters to those of ``state``; the seed stays."""
         self.stats = dict(state["stats"])
         self.prompts_drawn = state["prompts_drawn"]
         self.sequences_sampled = state["sequences_sampled"]

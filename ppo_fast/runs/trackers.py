@@ -1,4 +1,4 @@
-"""What records a run's steps."""
+"""Callbacks that record a run's steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ppo_fast.runs.folder import RunFolder
 
 
 def step_logger(folder: RunFolder, display: StepDisplay) -> Callable[[Step], None]:
-    """An ``on_step``: every step to the folder and to the console."""
+    """Return an ``on_step`` callback that writes every step to the folder and the console."""
 
     def log(step: Step) -> None:
         folder.write_metrics(step.number, step.metrics)

@@ -31,7 +31,8 @@ from ppo_fast.models.heads import ValueHead
 from ppo_fast.models.lora import lora_config, with_lora
 from ppo_fast.models.parts import body_of
 from ppo_fast.models.transformers_internals import why_no_add_adapter
-from ppo_fast.runs import checkpoint, folder
+from ppo_fast.runs import checkpoint
+from ppo_fast.runs import folder as runs_folder
 
 TOKENS = batch()
 families = pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -106,9 +106,9 @@ def test_buckets():
     assert {n: row_bucket(n) for n in few | many} == few | many
     assert all(n <= row_bucket(n) < 1.5 * n for n in range(65, 3000))
     seen: list[tuple[int, int]] = []
-    steps = Steps(12, 700)
+    steps = Steps(700)
     for rows, columns in ((9, 1), (12, 256), (3, 257), (7, 513), (12, 700)):
-        steps.run(lambda *shape: seen.append(shape), rows, columns, as_it_is)
+        steps.run(lambda *shape: seen.append(shape), rows, columns, as_it_is, most_rows=12)
     assert seen == [(12, 256), (12, 256), (8, 512), (8, 700), (12, 700)]
 
 
@@ -340,6 +340,17 @@ def test_the_next_rollout_replays_what_was_kept(captures, change, prompts, sampl
     assert_same(found, fresh.generate(prompts, sampling, seeds=seeds))
     after = [first.logprobs, first.states, first.trunk.states]
     assert all(map(torch.equal, before, after)), "the first rollout's tensors were written to"
+
+
+def test_fewer_slots_than_were_kept(captures):
+    """The slots beyond run no further than a response may while prompts wait."""
+    model = LanguageModel(tiny_model("llama").double())
+    engine = engine_of(model, 2**24, eos_ids=list)
+    engine.generate(PROMPTS, Sampling(20), seeds=SEEDS)
+    engine.slots = 2
+    found = engine.generate(PROMPTS, Sampling(20), seeds=SEEDS)
+    fresh = engine_of(model, 0, eos_ids=list, slots=2, cuda_graphs=False)
+    assert texts(found) == texts(fresh.generate(PROMPTS, Sampling(20), seeds=SEEDS))
 
 
 def test_what_is_too_large_or_failed_or_closed_is_not_kept(captures):

@@ -1,7 +1,7 @@
-"""What the launchers share: how a tensor is handed over.
+"""What the launchers of C++ kernels share: how tensors are handed over.
 
-A C++ kernel gets addresses, since a call costs 5 us so and 14 us with numpy arrays. It trusts them:
-the launchers, not their callers, vouch for shapes, dtypes, devices and layout.
+A C++ kernel gets addresses: a call costs 5 us with them and 14 us with numpy arrays. It does not
+check them: the launchers, not their callers, vouch for shapes, dtypes, devices and layout.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.floa
 
 
 def vouched(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """``tensor``, contiguous. Bind it to a name: a copy must outlive the kernel's call.
+    """Return ``tensor``, contiguous. Bind it to a name: a copy must outlive the kernel's call.
 
     Raises ValueError unless it has this shape and dtype and is on the CPU.
     """
@@ -27,17 +27,17 @@ def vouched(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtyp
 def vouched_or_none(
     name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor | None:
-    """The same for a tensor that may be missing."""
+    """Return ``vouched`` of the tensor, or None for None."""
     return None if tensor is None else vouched(name, tensor, shape, dtype)
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where the elements start; 0 for None."""
+    """Return the address of the first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """``torch.empty`` on the CPU, in large pages where it is large."""
+    """Return ``torch.empty`` on the CPU, in large pages from 4 MiB on."""
     tensor = torch.empty(shape, dtype=dtype, device="cpu")
     if tensor.nbytes >= 2**22:
         from ppo_fast.ops import _C
@@ -47,8 +47,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def merged_strides(logits: Tensor) -> tuple[list[int], list[int]]:
-    """Sizes and strides of the leading dimensions, with neighbours merged where one stride will
-    do."""
+    """Return sizes and strides of all dimensions but the last, merged where one stride will do."""
     sizes: list[int] = []
     strides: list[int] = []
     for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True):

@@ -17,8 +17,10 @@ def num_threads() -> int:
 
 @cache
 def usable_cpus() -> int:
-    """The CPUs that this process may run on, or those that its cgroup's quota pays for, whichever
-    are fewer. Looked up once."""
+    """Return how many CPUs this process may use: by its affinity or its cgroup's quota, the fewer.
+
+    Looked up once.
+    """
     try:
         allowed = len(os.sched_getaffinity(0))
     except AttributeError:  # not on this system
@@ -27,7 +29,7 @@ def usable_cpus() -> int:
 
 
 def cgroup_quotas(root: Path = Path("/")) -> Iterator[float]:
-    """CPUs that the quotas pay for, of this process's cgroups and of those around them."""
+    """Yield the quotas, in CPUs, of this process's cgroups and of their parents."""
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, group = line.split(":", 2)
         if controllers == "":  # version 2
@@ -36,7 +38,7 @@ def cgroup_quotas(root: Path = Path("/")) -> Iterator[float]:
             mount, names = root / "sys/fs/cgroup/cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
         else:
             continue
-        # In a container the mount may be that of the group itself, and `group` the whole path.
+        # In a container the mount may be the group's own folder, and `group` its path on the host.
         folder = mount / group.lstrip("/")
         for place in (folder, *folder.parents):
             match " ".join(_text(place / name) for name in names).split():

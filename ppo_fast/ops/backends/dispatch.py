@@ -1,10 +1,10 @@
-"""Which implementation an op runs on, and why.
+"""Choose the implementation that an op runs on, and say why.
 
-``impl="auto"`` picks by device: the Triton kernel for CUDA tensors, the C++ kernel for CPU tensors,
-and the reference where an op has no kernel for the device, Triton none for float64, or where its
-Triton kernels failed the check of their first use (first_use.py). An explicit ``impl=`` (the
-environment variable ``PPO_FAST_IMPL`` counts as one) never falls back: it raises, saying what is
-missing.
+``impl="auto"`` picks by device: the Triton kernel for CUDA tensors, the C++ kernel for CPU tensors.
+It picks the reference where the op has no kernel for the device or this installation cannot run it,
+for float64 on CUDA, and where the op's Triton kernels failed the first-use check (first_use.py). An
+explicit ``impl=`` (the environment variable ``PPO_FAST_IMPL`` counts as one) never falls back: it
+raises, saying what is missing.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Choice(NamedTuple):
 
 
 def choose(op: str, impl: Impl, device: torch.device, dtype: torch.dtype = torch.float32) -> Choice:
-    """The implementation that ``op`` uses for tensors of ``dtype`` on ``device``.
+    """Return the implementation that ``op`` uses for tensors of ``dtype`` on ``device``.
 
     Raises ValueError for an unknown ``impl``, NotImplementedError for one that ``op`` does not
-    have (Triton: for float64), RuntimeError for one that cannot run here.
+    have (or for Triton with float64), RuntimeError for one that cannot run here.
     """
     named = os.environ.get("PPO_FAST_IMPL")
     if impl == "auto" and not named:
@@ -56,8 +56,8 @@ def choose(op: str, impl: Impl, device: torch.device, dtype: torch.dtype = torch
     return Choice(impl, source)
 
 
-# torch.compile takes the answer and traces nothing of it. It is what
-# torch.compiler.assume_constant_result sets, which would load torch._dynamo, slow to import.
+# Makes torch.compile call this function and use its result without tracing it. The attribute is
+# what torch.compiler.assume_constant_result sets; calling that would import torch._dynamo: slow.
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

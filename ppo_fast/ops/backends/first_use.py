@@ -1,10 +1,10 @@
-"""The check of first use: Triton kernels against the float64 reference, once an installation.
+"""The first-use check: compare Triton kernels with the float64 reference, once an installation.
 
-No test of ours has seen a given user's GPU, driver and compiler. So the first use of an op's Triton
-kernels under ``impl="auto"`` compares them with the reference, which runs on the CPU, on a small
-case: forward and gradients, an odd vocabulary of more than one block, a mask over NaN, a
-temperature. The answer is remembered in the user's cache directory. Kernels that are wrong, or
-raise, are not used by ``auto``; an explicit ``impl="triton"`` is not stopped.
+None of our tests has run on a given user's GPU, driver and compiler. So the first use of an op's
+Triton kernels under ``impl="auto"`` compares them with the reference, which runs on the CPU, on a
+small case: forward and gradients, an odd vocabulary of more than one block, a mask over NaN, a
+temperature. The result is stored in the user's cache directory. ``auto`` does not use kernels that
+are wrong or raise; an explicit ``impl="triton"`` still does.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ CHECKED = (
     "sample_tokens",
     "decode_attention",
 )
-"""Ops with a check.py: a function ``case(side)`` and the dtypes that it is run in."""
+"""Ops that have a check.py: a function ``case(side)`` and the dtypes to run it in."""
 
 
 class Result(NamedTuple):
-    """Of one check."""
+    """The outcome of one check."""
 
     error: float
-    """Largest difference, relative to the largest number of that output: of the output that comes
-    nearest to what is allowed, or goes furthest beyond. NaN if something raised."""
+    """Relative error (largest difference over largest number) of the output whose error is the
+    largest share of its allowed error. NaN if something raised."""
     ok: bool
     detail: str
-    """Each output's error, in the order of what is left of the allowed; if not ok, what is
-    wrong."""
+    """The error of each output, the largest share of its allowed error first; if not ok, the
+    outputs that are wrong, or the exception."""
 
 
 _known: dict[tuple[str, torch.device], Result] = {}
@@ -60,11 +60,11 @@ _one_at_a_time = threading.Lock()
 
 
 def first_use(op: str, device: torch.device) -> Result:
-    """Whether ``auto`` may use the Triton kernels of ``op`` on ``device``; a dict lookup after the
-    first call. Warns once if it may not.
+    """Return the result of the check: whether ``auto`` may use the Triton kernels of ``op``.
 
-    Where the check cannot run now (the device of a fake tensor, a CUDA graph that is being
-    captured), the kernels are trusted until it can.
+    After the first call this is a dict lookup. Warns once if the kernels may not be used. Where the
+    check cannot run now (the device of a fake tensor, a CUDA graph that is being captured), the
+    kernels are trusted until it can.
     """
     result = _known.get((op, device))
     if result is not None:
@@ -84,14 +84,14 @@ def first_use(op: str, device: torch.device) -> Result:
             f"the check of their first use: {result.detail}. `ppo-fast doctor` checks again, "
             "and what it finds is remembered.",
             RuntimeWarning,
-            stacklevel=5,  # who called the op
+            stacklevel=5,  # the caller of the op
         )
     return result
 
 
 def check(op: str, device: torch.device, impl: Impl = "triton") -> Result:
     """Compare ``op`` on ``device`` with the reference in float64, on a small case."""
-    # Modes (fake tensors, inference, autocast, a default device) belong to a thread: a new one has
+    # Modes (fake tensors, inference, autocast, a default device) are per thread: a new thread has
     # none.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(_check, op, device, impl).result()
@@ -132,20 +132,20 @@ def _error(got: Tensor, want: Tensor) -> float:
 
 
 def _allowed(op: str, name: str, dtype: torch.dtype) -> float:
-    """Some hundred times what right kernels show."""
+    """Return the allowed error: about a hundred times the error of correct kernels."""
     of_inputs_dtype = name.startswith("gradient") or op == "decode_attention"
     if of_inputs_dtype and dtype == torch.bfloat16:
-        return 1e-2  # stored in it: half an ulp is 2e-3
+        return 1e-2  # stored in bfloat16: half an ulp is 2e-3
     if not name.startswith("gradient"):
         return 1e-4
     return 2e-3 if op == "linear_logprobs" else 1e-4  # its products may run in TF32
 
 
-# What was found
+# Stored results
 
 
 def remembered(op: str, device: torch.device) -> Result | None:
-    """What an earlier check of these kernels on this GPU, driver and compiler found."""
+    """Return the stored result of a check with this GPU, driver, compiler and kernels, or None."""
     try:
         result = Result(**_read_memory()[installation(device)][op])
     except (KeyError, TypeError):
@@ -154,8 +154,10 @@ def remembered(op: str, device: torch.device) -> Result | None:
 
 
 def check_and_remember(op: str, device: torch.device) -> Result:
-    """Check, whatever is remembered. A check that raised is not remembered: a missing compiler, a
-    full memory may be gone the next time."""
+    """Run the check, even if a result is stored, and store its result.
+
+    A check that raised is not stored: a missing compiler or full memory may be mended next time.
+    """
     result = _known[op, device] = check(op, device)
     if not math.isnan(result.error):
         _remember(op, installation(device), result)
@@ -163,7 +165,7 @@ def check_and_remember(op: str, device: torch.device) -> Result:
 
 
 def memory_path() -> Path:
-    """In ``$XDG_CACHE_HOME``, or ``~/.cache`` where that is not set."""
+    """Return the file of stored results, in ``$XDG_CACHE_HOME`` or, if not set, ``~/.cache``."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "ppo_fast" / "self_check.json"
 
@@ -177,7 +179,7 @@ def _read_memory() -> dict[str, Any]:
 
 
 def _remember(op: str, where: str, result: Result) -> None:
-    """Of two processes that write at once, one is forgotten, and its check made again some day."""
+    """Store a result. If two processes write at once, one result is lost and its check reruns."""
     memory = _read_memory()
     answers = memory.get(where)
     memory[where] = (answers if isinstance(answers, dict) else {}) | {op: result._asdict()}
@@ -192,7 +194,7 @@ def _remember(op: str, where: str, result: Result) -> None:
 
 
 def installation(device: torch.device) -> str:
-    """What an answer holds for: the GPU, what compiles and runs the kernels, the kernels."""
+    """Return what a result depends on: GPU, driver, versions of compiler and package, kernels."""
     import triton
 
     ops = Path(__file__).parents[1]
@@ -212,7 +214,7 @@ def _own_version() -> str:
 
 
 def driver() -> str:
-    """Version of the GPU's driver, or where that is hidden, of the CUDA that it knows."""
+    """Return the version of the GPU's driver or, if that is hidden, of the CUDA it supports."""
     try:
         text = Path("/proc/driver/nvidia/version").read_text()
     except OSError:

@@ -24,13 +24,13 @@ COMPILED: dict[str, tuple[Impl, ...]] = {
 
 FASTEST: dict[str, Impl] = {"cpu": "cpp", "cuda": "triton"}
 
-# Folders of ppo_fast.ops that are not called as their op is.
+# Folders of ppo_fast.ops whose name is not that of their op.
 FOLDERS = {"logprobs_from_logits": "logprobs"}
 
 
 @cache
 def missing(impl: Impl) -> str | None:
-    """Why ``impl`` cannot run in this installation; None when it can."""
+    """Return why ``impl`` cannot run in this installation; None when it can."""
     if impl == "cpp":
         try:
             importlib.import_module("ppo_fast.ops._C")

@@ -21,7 +21,7 @@ from ppo_fast.ops.stats import PPO_STATS, VALUE_STATS
 
 _library = torch.library.Library("ppo_fast", "DEF")
 
-# By implementation; the reference needs no op.
+# The functions of an op by implementation; the reference needs none.
 RawOp = dict[str, Callable[..., Any]]
 
 
@@ -31,11 +31,14 @@ def _define(
     fake: Callable[..., Any],
     impls: tuple[str, ...] = ("cpp", "triton"),
 ) -> RawOp:
-    """An op, ``ppo_fast::<name>_<impl>`` for each implementation, launched by ``launcher``
-    ("op/function" of the file <impl>.py of that op); ``fake`` makes outputs without values.
+    """Define an op, ``ppo_fast::<name>_<impl>``, for each implementation.
 
-    What comes back takes the arguments by position, and a number where the schema has a 0-dim
-    Tensor: torch.compile would compile a float in, and again at the next step.
+    ``launcher`` is "folder/function": the function in <impl>.py of that op's folder. ``fake`` makes
+    outputs without values.
+
+    The functions returned take arguments by position, and a number where the schema has a 0-dim
+    Tensor. It is a Tensor since torch.compile would compile a float in as a constant, and compile
+    again when it changes.
     """
     return {impl: _define_impl(schema, launcher, fake, impl) for impl in impls}
 
@@ -60,7 +63,7 @@ def _define_impl(
     takes_tensor = ["Tensor" in str(argument.type) for argument in op._schema.arguments]
 
     def call(first: Tensor, *others: Any) -> Any:
-        # Nothing looks on: the dispatcher, 30 us of Python a call, would end at the launcher too.
+        # No compiler or mode is active: skip the dispatcher, 30 us a call, and call the launcher.
         if (
             type(first) is Tensor
             and not torch.compiler.is_compiling()

@@ -1,4 +1,4 @@
-"""One side of the comparison of an op's kernels with the reference: where and how it runs."""
+"""One side of a comparison of an op's kernels with the reference."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from ppo_fast.ops.backends.impls import Impl
 
 
 class Side:
-    """One side of a comparison: where and how a case runs, and its numbers, equal on both."""
+    """One side of a comparison: implementation, device, dtype, and the same random inputs."""
 
     def __init__(
         self, impl: Impl, device: torch.device, dtype: torch.dtype, holds: torch.dtype
     ) -> None:
-        """The numbers are of ``dtype``, held in ``holds``: float64 for the reference."""
+        """Round inputs to ``dtype`` and convert them to ``holds``: float64 for the reference."""
         self.impl, self.device = impl, device
         self._dtype, self._holds = dtype, holds
         self._generator = torch.Generator("cpu").manual_seed(1)
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        """Normal numbers of 8 significant bits: exact in bfloat16, and factors exact in TF32."""
+        """Draw normal numbers of 8 significant bits: exact in bfloat16, and as factors in TF32."""
         return self._normal(shape, scale).to(self._dtype).to(self.device, self._holds)
 
     def integers(self, high: int, *shape: int) -> Tensor:
@@ -30,11 +30,11 @@ class Side:
         return x.to(self.device)
 
     def mask(self, *shape: int) -> Tensor:
-        """True three times out of four."""
+        """Draw a mask that is True three times out of four."""
         return self.integers(4, *shape) > 0
 
     def gradients(self, outputs: list[Tensor], **inputs: Tensor) -> dict[str, Tensor]:
-        """Of the named inputs, for random upstream gradients."""
+        """Return the gradients of the named inputs, for random upstream gradients."""
         upstream = [self._normal(tuple(y.shape), 1.0).to(y) for y in outputs]
         grads = torch.autograd.grad(outputs, list(inputs.values()), upstream)
         return {f"gradient of {x}": grad for x, grad in zip(inputs, grads, strict=True)}
@@ -45,5 +45,5 @@ class Side:
 
 
 def nan_outside(mask: Tensor, x: Tensor) -> Tensor:
-    """``x``, NaN where ``mask`` is false: no kernel may read it."""
+    """Return ``x`` with NaN where ``mask`` is false: no kernel may read there."""
     return x.masked_fill(~mask, math.nan)

@@ -1,8 +1,8 @@
 """What the Triton kernels share: how they are compiled and launched, and how a row is read.
 
 Scalars of a kernel are annotated (tl.int64, tl.float32) and never specialised on: a length, a
-temperature or a coefficient that changes compiles nothing anew. Constexprs are what the launch
-tables and a few flags say. All address arithmetic is int64.
+temperature or a coefficient that changes compiles nothing anew. Constexprs come from the launch
+tables and a few flags. All address arithmetic is int64.
 """
 
 from __future__ import annotations
@@ -20,38 +20,40 @@ from torch import Tensor
 class Launch(NamedTuple):
     """An entry of a launch table: how a kernel is launched, and what its code may use.
 
-    The budgets are held on compiled code, see tests/ops/test_compiled.py.
+    tests/ops/test_compiled.py checks the budgets on compiled code.
     """
 
     block: int
     """Elements that a program takes at once."""
     num_warps: int
     registers: int
-    """A thread, at most, on every architecture."""
+    """The most that a thread may use, on every architecture."""
     num_stages: int = 1
-    """Of a loop with products: how many blocks are loaded or multiplied at a time."""
+    """How many blocks a loop with products loads or multiplies at a time."""
 
 
 def kernel(fn: Any) -> Any:
-    """``triton.jit`` that specialises on no scalar, for functions whose scalars are annotated."""
+    """Apply ``triton.jit`` without specialising on scalars, which ``fn`` has to annotate."""
     scalars = [
         name
         for name, parameter in inspect.signature(fn).parameters.items()
-        if parameter.annotation in ("tl.int64", "tl.float32")  # strings: the future import
+        if parameter.annotation in ("tl.int64", "tl.float32")  # strings, by the __future__ import
     ]
     return triton.jit(do_not_specialize=scalars)(fn)
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    """Return whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
     return bool(triton.knobs.runtime.interpret)
 
 
 def launch(
     fn: Any, num_programs: int, how: Launch, device: torch.device, *arguments: Any, **constants: Any
 ) -> None:
-    """Launch ``fn`` on the current stream of ``device``, on a grid of one dimension: the others
-    end at 65,535. Nothing for no programs."""
+    """Launch ``num_programs`` programs of ``fn`` on the current stream of ``device``; none for 0.
+
+    The grid has one dimension: the others end at 65,535.
+    """
     if num_programs == 0:
         return
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -66,8 +68,11 @@ def launch(
 
 
 class Rows(NamedTuple):
-    """[..., V] as a kernel reads it: row i starts (i // inner) * outer_stride + (i % inner) *
-    inner_stride + offset elements after ``start``, which lies on a multiple of 16 bytes."""
+    """The layout in which a kernel reads [..., V].
+
+    Row i starts (i // inner) * outer_stride + (i % inner) * inner_stride + offset elements after
+    ``start``, which lies on a multiple of 16 bytes.
+    """
 
     start: Tensor
     offset: int
@@ -76,8 +81,11 @@ class Rows(NamedTuple):
     inner_stride: int
 
     def in_phase(self, num_rows: int, length: int) -> bool:
-        """Whether each row starts as far from a multiple of 16 bytes as the same row of a
-        contiguous [num_rows, length] that starts on one."""
+        """Return whether rows are aligned as those of a contiguous [num_rows, length].
+
+        That is, whether each row starts as far from a multiple of 16 bytes as the same row of a
+        contiguous tensor that starts on such a multiple.
+        """
         vec = 16 // self.start.element_size()
         steps = [(self.offset, 0)]
         if self.inner > 1:
@@ -88,8 +96,10 @@ class Rows(NamedTuple):
 
 
 def aligned(tensor: Tensor) -> tuple[Tensor, int]:
-    """A view that starts on the last multiple of 16 bytes at or before ``tensor``, and how many
-    elements further ``tensor`` starts."""
+    """Return a view that starts on a multiple of 16 bytes, and the offset of ``tensor`` from it.
+
+    The multiple is the last one at or before ``tensor``; the offset is in elements.
+    """
     offset = tensor.data_ptr() % 16 // tensor.element_size()
     if offset == 0:
         return tensor, 0

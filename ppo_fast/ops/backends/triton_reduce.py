@@ -1,7 +1,7 @@
 """What the Triton kernels of losses over [B, T] share: tokens in, sums and extrema out.
 
 The tokens of contiguous [B, T] tensors are one sequence of N = B * T numbers. P programs go through
-it, a block each at a time, and end as columns of ``partials`` [1 + K, P]: the loss before the
+it, a block each at a time, and each writes a column of ``partials`` [1 + K, P]: the loss before the
 normalizer, and K statistics. A second kernel reduces the rows in a fixed order.
 """
 
@@ -121,7 +121,7 @@ def reduce_partials_kernel(
 def reduce_partials(
     partials: Tensor, layout: Mapping[str, Reduction], normalizer: Tensor | None, number: float
 ) -> tuple[Tensor, Tensor]:
-    """Loss [] and stats [K] of float32 partials [1 + K, P]; P = 0: of no token."""
+    """Return loss [] and stats [K] from float32 partials [1 + K, P]; P = 0: there are no tokens."""
     reductions = list(layout.values())
     loss = torch.empty((), dtype=torch.float32, device=partials.device)
     stats = torch.empty(len(layout), dtype=torch.float32, device=partials.device)
@@ -145,13 +145,16 @@ def reduce_partials(
 def empty_partials(
     num_tokens: int, how: Launch, layout: Mapping[str, Reduction], device: torch.device
 ) -> Tensor:
-    """[1 + K, P]: at most MAX_PROGRAMS, where a program takes more than one block."""
+    """Return empty partials [1 + K, P]: a program for each block, but at most MAX_PROGRAMS."""
     num_programs = min(triton.cdiv(num_tokens, how.block), MAX_PROGRAMS)
     return torch.empty(1 + len(layout), num_programs, dtype=torch.float32, device=device)
 
 
 def on_device(normalizer: float | Tensor, device: torch.device) -> tuple[Tensor | None, float]:
-    """What ``normalizer_of`` takes: a tensor on ``device`` is not read here, which would wait."""
+    """Return ``normalizer`` as ``normalizer_of`` takes it: a tensor, or None and a number.
+
+    A tensor on ``device`` is not read here: that would wait for the device.
+    """
     if isinstance(normalizer, Tensor) and normalizer.device == device:
         return normalizer.to(torch.float32), 0.0
     return None, float(normalizer)

@@ -31,7 +31,7 @@ def decode_attention(
     window: int | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """The attention of one decoding step: one query a row over the keys and values of a cache.
+    """Compute a decoding step's attention: one query a row, over keys and values of a cache.
 
     Vaswani et al. 2017 (arXiv 1706.03762), eq. 1, with the grouped heads of Ainslie et al. 2023
     (arXiv 2305.13245): query head h reads head h // (H / K) of keys and values. Row i sees the
@@ -40,11 +40,11 @@ def decode_attention(
         p_j = exp(scaling * q . k_j) / sum_l exp(scaling * q . k_l)
         result = sum_j p_j v_j
 
-    A row's time depends on its own length, not on the L columns that are there: what stands in the
-    other columns is never read, and may be NaN. Sums are of float32 (of float64 for float64); for
-    bfloat16 and float16 the Triton kernel rounds exp(...) to that dtype before it is multiplied
-    with the values, as tensor cores take it. With the Triton kernel a row's bits depend on the row
-    alone, not on the other rows nor on L.
+    The other columns have no effect, and may hold NaN. The Triton kernel does not read them: a
+    row's time depends on its own length, not on L. Sums are in float32 (float64 for float64); for
+    bfloat16 and float16 the Triton kernel rounds exp(...) to that dtype before the product with the
+    values, as tensor cores take it. With the Triton kernel a row's bits depend on the row alone,
+    not on the other rows nor on L.
 
     Legend: n sequences, L columns of the cache, H query heads, K heads of keys and values, d the
     size of a head.
@@ -66,7 +66,7 @@ def decode_attention(
     Raises:
         TypeError: tensors that are not floating point, or of different dtypes; lengths not int64.
         ValueError: shapes, strides or devices that do not fit; a number out of its range; a length
-            outside 0 to L (lengths are looked at on CPU tensors alone: on CUDA that would wait for
+            outside 0 to L (lengths are checked on CPU tensors only: on CUDA that would wait for
             the device, and a longer one counts as L there); an input that requires grad where
             autograd is on, for the op has no gradient.
         RuntimeError, NotImplementedError: ``impl`` cannot run here; see ops/backends/dispatch.py.

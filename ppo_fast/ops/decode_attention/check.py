@@ -12,7 +12,10 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def case(side: Side) -> dict[str, Tensor]:
-    """A slice of a cache that is NaN where no row looks; rows of one column, of three chunks."""
+    """Return outputs of ``decode_attention`` on a slice of a random cache, by name.
+
+    The cache holds NaN in unseen columns; rows see from one column to three chunks.
+    """
     lengths = torch.tensor([1, 507, 1203], device=side.device)
     query = side.normal(3, 6, 80)
     keys, values = side.normal(4, 1301, 2, 80)[:3], side.normal(4, 1301, 2, 80)[:3]

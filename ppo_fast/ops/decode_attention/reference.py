@@ -18,7 +18,7 @@ def decode_attention(
     scaling: float,
     window: int | None,
 ) -> Tensor:
-    """The attention of one query a row, [n, H, d]; arguments as in the public function.
+    """Compute the attention of one query a row, [n, H, d]; arguments as in the public function.
 
     Vaswani et al. 2017 (arXiv 1706.03762), eq. 1, with the heads of Ainslie et al. 2023 (arXiv
     2305.13245): of H query heads, each group of H / K reads one head k of keys and values. With S
@@ -36,7 +36,7 @@ def decode_attention(
     if window is not None:
         hidden = hidden | (column < end - window)
     hidden = hidden[:, None, None]  # as [n, K, H / K, L]
-    # [n, K, L, d]; a weight of 0 would not take a NaN away.
+    # [n, K, L, d]; hidden values are zeroed, since a weight of 0 times NaN is NaN.
     k, v = (x.to(dtype).transpose(1, 2) for x in (keys, values))
     v = v.masked_fill(hidden.squeeze(2)[..., None], 0.0)
     q = query.to(dtype).view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_size)

@@ -1,12 +1,12 @@
 """The Triton kernels of decode_attention, and their launcher.
 
 Bytes moved: the keys and values that rows see, once. A program takes one head of keys and values
-of a row, up to 16 of the query heads that read it as the rows of its products, and at most CHUNK
-columns. Chunks start at multiples of CHUNK, whatever the batch: a row's bits do not depend on it.
-A row of one chunk is finished by its program. Of the others each chunk leaves its maximum, sum and
-weighted values, and a second kernel adds them up.
+of a row, up to 16 of the query heads that read it (as the rows of its products), and at most CHUNK
+columns. Chunks start at multiples of CHUNK, so that a row's bits do not depend on the batch. If a
+row has one chunk, its program finishes the row. Otherwise each chunk stores its maximum, sum and
+weighted values, and a second kernel combines the chunks.
 
-Lengths are read on the device alone, so that a captured CUDA graph stays right when they change.
+Only the device reads lengths, so that a captured CUDA graph stays right when they change.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 from ppo_fast.ops.backends.triton_launch import Launch, interpreted, kernel, launch
 from ppo_fast.ops.logprobs.triton import LOG2_E
 
-# Columns. Fewer would make more programs of a small batch, and more partial results.
+# Columns of a chunk. Smaller chunks give a small batch more programs, but more partial results.
 CHUNK = 512
 # By the bytes of a number and the padded size of a head: a block of keys is 16 KB at most, and the
-# next one is on its way while it is multiplied.
+# next one is loaded while it is multiplied.
 ATTEND = {
     (2, 16): Launch(128, 4, registers=128, num_stages=2),
     (2, 32): Launch(128, 4, registers=128, num_stages=2),
@@ -35,8 +35,8 @@ ATTEND = {
     (4, 128): Launch(32, 4, registers=128, num_stages=2),
     (4, 256): Launch(16, 8, registers=128, num_stages=2),
 }
-# By the padded size, where rows do not start on 16 bytes, as in no usual cache: every number is
-# loaded alone, and takes registers.
+# By the padded size, where rows do not start on 16 bytes (no usual cache is so): every number is
+# loaded alone, which takes registers.
 UNALIGNED = {
     16: Launch(32, 4, registers=128),
     32: Launch(32, 4, registers=128),
@@ -221,7 +221,7 @@ def decode_attention(
     scaling: float,
     window: int | None,
 ) -> Tensor:
-    """As reference.decode_attention, on the device of the query: float32, bfloat16 or float16."""
+    """Compute the same as reference.decode_attention on a GPU, in float32, bfloat16 or float16."""
     num_rows, num_heads, head_size = query.shape
     num_columns, num_kv_heads = keys.shape[1:3]
     device, group = query.device, num_heads // num_kv_heads
@@ -287,6 +287,6 @@ def decode_attention(
 
 
 def _strides(x: Tensor) -> list[int]:
-    """Of rows, columns and heads; 0 for one alone, which may have any."""
+    """Return the strides of rows, columns and heads; 0 where the size is 1 (any stride will do)."""
     strides = zip(x.shape[:3], x.stride()[:3], strict=True)
     return [stride if size > 1 else 0 for size, stride in strides]

@@ -15,21 +15,21 @@ from ppo_fast.ops.backends.impls import Impl
 from ppo_fast.ops.few_row_linear import reference
 from ppo_fast.ops.validation import check_floating, check_same_device
 
-# Up to this number the C++ kernel is the faster one in the table of few_row_linear, and beyond it
-# where the BLAS is not made for the processor. One number, not a measurement at run time: the same
-# seeds give the same bits in every process.
+# Up to this many rows the C++ kernel is the faster one in the table of few_row_linear; where the
+# BLAS is not made for the processor, also beyond. A constant, not a measurement at run time, so
+# that the same seeds give the same bits in every process.
 MOST_ROWS = 128
 
 
 def few_row_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: Impl = "auto"
 ) -> Tensor:
-    """``F.linear`` for the few rows of a decoding step: ``y = x W^T + bias``.
+    """Compute ``y = x W^T + bias``, as ``F.linear``, for the few rows of a decoding step.
 
-    Asked for ``x W^T`` with few rows, the BLAS first copies the whole weight into another layout,
-    at every call. The C++ kernel (csrc/kernels/few_row_linear.hpp) streams it once, as it lies; the
-    reference asks for ``(W x^T)^T``, which the BLAS can compute so as well. Milliseconds, D = 576,
-    V = 49152, float32, two threads of an AVX2 machine (`make bench`)::
+    For ``x W^T`` with few rows, the BLAS first copies the whole weight into another layout, at
+    every call. The C++ kernel (csrc/kernels/few_row_linear.hpp) reads the weight once, without a
+    copy; the reference computes ``(W x^T)^T``, for which the BLAS can do without one too.
+    Milliseconds, D = 576, V = 49152, float32, two threads of an AVX2 machine (`make bench`)::
 
         rows                        1     4     8    16    32    64   128
         C++ kernel                  6     9    11    18    27    52   108
@@ -37,8 +37,8 @@ def few_row_linear(
         the transposed product     11     9    13    25    36    63   127
 
     ``impl="auto"`` takes the kernel up to ``MOST_ROWS`` rows and ``F.linear`` above, and on other
-    devices. With the kernel a row's bits depend on the row alone, not on how many come with it, as
-    they do with any product of the BLAS. Differentiable.
+    devices. With the kernel a row's bits depend on the row alone; with a product of the BLAS they
+    depend on the number of rows too. Differentiable.
 
     Args:
         x: [..., D], float32, float64, bfloat16 or float16.

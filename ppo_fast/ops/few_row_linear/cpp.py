@@ -10,7 +10,7 @@ from ppo_fast.ops.backends.cpus import num_threads
 
 
 def few_row_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[..., V] from x [..., D], weight [V, D] and bias [V], CPU tensors of one dtype."""
+    """Compute [..., V] from x [..., D], weight [V, D] and bias [V], CPU tensors of one dtype."""
     from ppo_fast.ops import _C
 
     dtype, (num_outputs, num_inputs) = x.dtype, weight.shape

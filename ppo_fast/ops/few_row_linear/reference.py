@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def few_row_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ weight.T + bias``; on the CPU as the transposed product."""
+    """Compute ``x @ weight.T + bias``; on the CPU as the transposed product."""
     if x.device.type != "cpu":
         return F.linear(x, weight, bias)
     rows = x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
-    # [V, n], from a weight that the BLAS reads as it lies; then n rows again.
+    # The product is [V, n], for which the BLAS need not copy the weight; then n rows again.
     out = (weight @ rows.T).T.contiguous().view(*x.shape[:-1], weight.shape[0])
     return out if bias is None else out + bias

@@ -16,7 +16,7 @@ from ppo_fast.ops.validation import check_tokens
 
 
 class GAE(NamedTuple):
-    """What :func:`gae` returns: both [B, T], 0 at masked steps, without gradient."""
+    """Advantages and returns: both [B, T], 0 at masked steps, without gradient."""
 
     advantages: Tensor
     returns: Tensor
@@ -33,7 +33,7 @@ def gae(
     lam: float | Tensor,
     impl: Impl = "auto",
 ) -> GAE:
-    """Generalised advantage estimation: Schulman et al. 2016 (arXiv 1506.02438), eq. 11-16.
+    """Estimate generalised advantages: Schulman et al. 2016 (arXiv 1506.02438), eq. 11-16.
 
     Per row, from the last step to the first, with t' the next valid step after t::
 
@@ -46,9 +46,9 @@ def gae(
     Args:
         rewards: [B, T], float32 or float64; bfloat16 and float16 are computed in float32.
         values: [B, T], V_t, the value of the state that step t starts from.
-        mask: [B, T] bool, True where a step counts. Masked steps, interior ones too, are stepped
-            over: V_t' and A_t' are those of the next step that counts, and what the other tensors
-            hold there (NaN as well) is ignored. Default: all count.
+        mask: [B, T] bool, True where a step counts. Masked steps, interior ones too, are skipped:
+            V_t' and A_t' are those of the next step that counts, and what the other tensors hold at
+            masked steps (NaN as well) is ignored. Default: all count.
         dones: [B, T] bool, True where the episode ends with the step: V_t' = A_t' = 0 there.
             Default: nowhere.
         bootstrap_value: [B], the value that follows the last valid step. Default: 0.

@@ -12,7 +12,7 @@ DTYPES = (torch.float32,)
 
 
 def case(side: Side) -> dict[str, Tensor]:
-    """Numbers of ``gae`` on random input, by name."""
+    """Return the outputs of ``gae`` on random input, by name."""
     mask, dones = side.mask(2, 1031), side.integers(40, 2, 1031) == 0
     out = gae(
         nan_outside(mask, side.normal(2, 1031)),

@@ -18,8 +18,11 @@ def gae(
     lam: Tensor,
     gamma: float,
 ) -> tuple[Tensor, Tensor]:
-    """As reference.gae, on CPU tensors: rewards, values [B, T] and bootstrap_value, lam [B] of one
-    dtype, float32 or float64; mask and dones [B, T] bool. Any strides."""
+    """Compute the same as reference.gae, on CPU tensors of any strides.
+
+    Rewards, values [B, T] and bootstrap_value, lam [B] have one dtype, float32 or float64; mask and
+    dones [B, T] are bool.
+    """
     from ppo_fast.ops import _C
 
     dtype, step = rewards.dtype, tuple(rewards.shape)

@@ -15,7 +15,7 @@ def gae(
     lam: Tensor,
     gamma: float,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns, [B, T] each, of rewards and values [B, T], float32 or float64.
+    """Compute advantages and returns, [B, T], from rewards and values [B, T], float32 or float64.
 
     Schulman et al. 2016 (arXiv 1506.02438), eq. 11-16, from the last step to the first. With t' the
     next valid step (after the last one: bootstrap_value [B] and an advantage of 0; nothing where
@@ -25,7 +25,7 @@ def gae(
         A_t = delta_t + gamma * lam * A_t'
         returns_t = A_t + V_t
 
-    Masked steps (mask [B, T], False) are stepped over and hold 0. lam is [B].
+    Masked steps (mask [B, T], False) are skipped and get 0. lam is [B].
     """
     decay = gamma * lam
     next_value, next_advantage = bootstrap_value, torch.zeros_like(bootstrap_value)

@@ -1,6 +1,6 @@
 """The Triton kernel of generalised advantage estimation, and its launcher.
 
-As csrc/kernels/gae.hpp, which states the formulas; the scan of a row is parallel. Bytes moved a
+csrc/kernels/gae.hpp states the formulas; the scan of a row is parallel. Bytes moved a
 step: 16, and 1 each for mask and dones (the neighbour's value and mask come from the cache).
 """
 
@@ -112,7 +112,7 @@ def gae(
     lam: Tensor,
     gamma: float,
 ) -> tuple[Tensor, Tensor]:
-    """As cpp.gae, on the device of the rewards: float32."""
+    """Compute the same as cpp.gae on a GPU, in float32."""
     num_rows, num_steps = rewards.shape
     advantages = torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)
     returns = torch.empty_like(advantages)

@@ -12,7 +12,7 @@ DTYPES = (torch.float32,)
 
 
 def case(side: Side) -> dict[str, Tensor]:
-    """Numbers of ``kl_estimate`` on random input, by name."""
+    """Return outputs and gradients of ``kl_estimate`` on random input, by name."""
     mask = side.mask(3, 701)
     found: dict[str, Tensor] = {}
     for estimator in ("k3", "k1+k2"):

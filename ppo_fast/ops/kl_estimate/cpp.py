@@ -18,8 +18,11 @@ ESTIMATOR_CODES = {name: code for code, name in enumerate(get_args(KLEstimator))
 def kl_estimate(
     logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, estimator: str, with_slope: bool
 ) -> tuple[Tensor, Tensor]:
-    """The estimate [B, T] and, with ``with_slope``, its derivative in ``logprobs`` (else an empty
-    tensor), of CPU log-probs [B, T] of one dtype, float32 or float64, and a bool mask."""
+    """Compute the estimate [B, T] and its derivative in ``logprobs`` on the CPU.
+
+    The derivative is an empty tensor without ``with_slope``. Log-probs are [B, T] of one dtype,
+    float32 or float64; the mask is bool.
+    """
     from ppo_fast.ops import _C
 
     dtype, shape = logprobs.dtype, tuple(logprobs.shape)

@@ -9,13 +9,13 @@ from torch import Tensor
 def kl_estimate(
     logprobs: Tensor, ref_logprobs: Tensor, *, mask: Tensor | None, estimator: str
 ) -> Tensor:
-    """Formulas and source: see api.py. Two tensors [B, T] and a bool mask [B, T] -> [B, T]."""
+    """Compute the estimate [B, T] from two tensors and a bool mask [B, T]; formulas: see api.py."""
     dtype = torch.promote_types(logprobs.dtype, torch.float32)
     if estimator == "k1+k2":
         ref_logprobs = ref_logprobs.detach()
     d = logprobs.to(dtype) - ref_logprobs.to(dtype)
     if mask is not None:
-        # Before the formulas, not after: a gradient of 0 times an inf of theirs would be NaN.
+        # Masked before the formulas, not after: a gradient of 0 times an inf would be NaN.
         d = torch.where(mask, d, 0)
     if estimator == "k1":
         return d

@@ -1,6 +1,6 @@
 """The Triton kernel of kl_estimate, and its launcher.
 
-As csrc/kernels/kl_estimate.hpp, which states the formulas. Bytes moved a token: 12, and 4 for the
+csrc/kernels/kl_estimate.hpp states the formulas. Bytes moved a token: 12, and 4 for the
 slope and 1 for the mask. Saved for backward: the slope.
 """
 
@@ -100,7 +100,7 @@ def kl_estimate_kernel(
 def kl_estimate(
     logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, estimator: str, with_slope: bool
 ) -> tuple[Tensor, Tensor]:
-    """As cpp.kl_estimate, on the device of the log-probs: float32."""
+    """Compute the same as cpp.kl_estimate on a GPU, in float32."""
     shape, device, num_tokens = logprobs.shape, logprobs.device, logprobs.numel()
     estimate = torch.empty(shape, dtype=torch.float32, device=device)
     slope = torch.empty(shape if with_slope else 0, dtype=torch.float32, device=device)

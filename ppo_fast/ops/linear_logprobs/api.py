@@ -42,9 +42,10 @@ def linear_logprobs(
     drop_zero_rows: bool = True,
     impl: Impl = "auto",
 ) -> TokenLogprobs:
-    """``logprobs_from_logits`` of an LM head's logits, from the hidden states and its weight.
+    """Compute log-probs and entropy from hidden states and the weight of an LM head.
 
-    With h a hidden state, s the logit_scale and c the softcap, the logits are::
+    They are those of ``logprobs_from_logits`` on the head's logits. With h a hidden state, s the
+    logit_scale and c the softcap, the logits are::
 
         z = s * (W h + bias),   x = c * tanh(z / c)   (x = z without a softcap)
 
@@ -69,11 +70,11 @@ def linear_logprobs(
         softcap: bound of the logits; above 0, or None for no bound.
         entropy: whether to compute the entropy.
         logits_budget_bytes: memory for logits, at least 0. Tiled implementations keep tiles within
-            it for the backward and recompute the rest. The reference ignores it: it makes the whole
-            [..., V].
+            it for the backward and recompute the rest. The reference ignores the budget and makes
+            the whole [..., V].
         drop_zero_rows: whether the backward's products leave out rows whose two upstream gradients
-            are both 0, as those of clipped tokens are. Tiled implementations on the CPU; on CUDA
-            finding them would wait for the device, and the reference ignores it.
+            are both 0, as those of clipped tokens are. Only the tiled implementation on the CPU
+            does so: on CUDA, finding the rows would wait for the device.
         impl: "auto", "reference", or a compiled implementation (ppo_fast.ops.backends.dispatch).
 
     Returns:
@@ -129,9 +130,10 @@ def linear_logprobs(
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """Saves the operands, three numbers a token, and the tiles that the budget allows.
+    """The autograd function of the compiled kernels.
 
-    The context is an argument of ``forward``: with ``setup_context`` a call takes 90 us more.
+    Saves the operands, three numbers a token, and the tiles that the budget allows. The context is
+    an argument of ``forward``: with ``setup_context`` a call takes 90 us more.
     """
 
     @staticmethod
@@ -196,7 +198,7 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _check_plain(name: str, tensor: Tensor) -> None:
-    """Raises TypeError for a DTensor and the like: kernels would read one rank's part as all."""
+    """Raise TypeError for a DTensor and the like: kernels would take one rank's part for all."""
     if type(tensor) in (Tensor, nn.Parameter, FakeTensor):
         return
     raise TypeError(

@@ -12,7 +12,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def case(side: Side) -> dict[str, Tensor]:
-    """Numbers of ``linear_logprobs`` on random input, by name."""
+    """Return outputs and gradients of ``linear_logprobs`` on random input, by name."""
     mask, labels = side.mask(9), side.integers(507, 9)
     hidden = nan_outside(mask[:, None], side.normal(9, 64)).requires_grad_()
     weight = side.normal(507, 64, scale=0.3).requires_grad_()

@@ -1,5 +1,6 @@
-"""``linear_logprobs`` on the CPU: products by the BLAS, a tile of the vocabulary at a time, and
-between them the kernels of csrc/kernels/linear_logprobs.hpp.
+"""``linear_logprobs`` on the CPU, a tile of the vocabulary at a time.
+
+The BLAS computes the products; the kernels of csrc/kernels/linear_logprobs.hpp do the rest.
 
 A tile is the logits [n, columns] of all n rows that count. Going over the vocabulary, not over the
 tokens, reads each slice of the weight once a product and writes each slice of its gradient once.
@@ -17,13 +18,13 @@ from torch import Tensor
 from ppo_fast.ops.backends.cpp_launch import DTYPE_CODES, address, empty, vouched, vouched_or_none
 from ppo_fast.ops.backends.cpus import num_threads
 
-# What the last-level cache holds between the product that writes a tile and the kernel that reads
-# it, and enough columns for the BLAS to reach its speed.
+# A tile that stays in the last-level cache between the product that writes it and the kernel that
+# reads it, and enough columns for the BLAS to reach its speed.
 _TILE_BYTES, _MIN_COLUMNS = 2**23, 256
 
 
 class _Head(NamedTuple):
-    """An LM head and what follows it."""
+    """An LM head, and how its products become logits."""
 
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
@@ -33,11 +34,11 @@ class _Head(NamedTuple):
     work: torch.dtype  # of logits and of all arithmetic
 
     def rows(self, first: int, columns: int) -> Tensor:
-        """The weight of a tile, [columns, D]."""
+        """Return the weight of a tile, [columns, D]."""
         return self.weight[first : first + columns].to(self.work)
 
     def describe(self, first: int, logits: Tensor) -> dict[str, Any]:
-        """What the kernels are told of the tile that starts at token ``first``."""
+        """Return the kernels' arguments for the tile that starts at token ``first``."""
         num_rows, width = logits.shape
         return {
             "dtype": DTYPE_CODES[self.work],
@@ -53,8 +54,11 @@ class _Head(NamedTuple):
 
 
 class _Tiles:
-    """The tiles of n rows. The first ones, as many as ``kept`` [K] holds, stay there for the
-    backward; the others share one scratch tile."""
+    """The tiles of n rows.
+
+    The first tiles, as many as ``kept`` [K] has room for, stay there for the backward; the others
+    share one scratch tile.
+    """
 
     def __init__(self, head: _Head, num_rows: int, kept: Tensor) -> None:
         self.vocab_size, hidden_size = head.weight.shape
@@ -66,7 +70,7 @@ class _Tiles:
         self._scratch: Tensor | None = None
 
     def __iter__(self) -> Iterator[tuple[int, int, Tensor | None]]:
-        """First token, columns, and the tile's place in ``kept`` (None: it is not kept)."""
+        """Yield first token, columns, and place in ``kept`` (None: not kept) of each tile."""
         for first in range(0, self.vocab_size, self.columns):
             columns = min(self.columns, self.vocab_size - first)
             start, end = self.num_rows * first, self.num_rows * (first + columns)
@@ -75,14 +79,14 @@ class _Tiles:
             yield first, columns, place
 
     def scratch(self, num_rows: int, columns: int) -> Tensor:
-        """[num_rows, columns] to write in; the next call gives the same memory."""
+        """Return [num_rows, columns] to write in; the next call returns the same memory."""
         if self._scratch is None:
             self._scratch = empty((self.num_rows * self.columns,), self.kept.dtype)
         return self._scratch[: num_rows * columns].view(num_rows, columns)
 
 
 @torch.no_grad()
-@torch.autocast("cpu", enabled=False)  # it would compute the products in half precision
+@torch.autocast("cpu", enabled=False)  # autocast would compute products in half precision
 def linear_logprobs_forward(
     hidden: Tensor,
     weight: Tensor,
@@ -95,8 +99,11 @@ def linear_logprobs_forward(
     with_entropy: bool,
     budget_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs [N], entropies [N] (an empty tensor without ``with_entropy``), the statistics
-    [N, 2] and the kept tiles, at most ``budget_bytes``, that backward needs."""
+    """Compute log-probs, entropies, and the statistics and kept tiles that backward needs.
+
+    Log-probs are [N], entropies [N] (an empty tensor without ``with_entropy``), statistics [N, 2];
+    the kept tiles take at most ``budget_bytes``.
+    """
     from ppo_fast.ops import _C
 
     head = _vouched_head(hidden, weight, bias, logit_scale, softcap, temperature)
@@ -151,15 +158,17 @@ def linear_logprobs_backward(
     drop_zero_rows: bool,
     needs_grad: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias, of their dtypes; empty tensors for those that
-    ``needs_grad`` does not ask for."""
+    """Compute the gradients of hidden, weight and bias, in their dtypes.
+
+    A gradient that ``needs_grad`` does not ask for is an empty tensor.
+    """
     head = _vouched_head(hidden, weight, bias, logit_scale, softcap, temperature)
     num_rows = len(hidden)
     a = vouched_or_none("grad_logprobs", grad_logprobs, (num_rows,), head.work)
     b = vouched_or_none("grad_entropy", grad_entropy, (num_rows,), head.work)
     rows, h, y = _counting_rows(hidden, labels, mask, head.work)
     tiles = _Tiles(head, len(h), kept)
-    # Where the rows of the products stand among the rows of the kept tiles.
+    # For each row of the products, its row in the kept tiles.
     source = _nonzero_rows(_take(a, rows), _take(b, rows)) if drop_zero_rows else None
     if source is not None:
         h, y = h[source], y[source]
@@ -189,7 +198,7 @@ def linear_logprobs_backward(
 
 
 class _RowValues(NamedTuple):
-    """Of each row of the products; csrc/kernels/linear_logprobs.hpp, TileGradientArgs."""
+    """Values of each row of the products: TileGradientArgs in csrc/kernels/linear_logprobs.hpp."""
 
     labels: Tensor
     stats: Tensor
@@ -208,7 +217,7 @@ def _tile_gradient(
     hidden: Tensor,
     values: _RowValues,
 ) -> Tensor:
-    """dL/d(W h) of a tile, in the scratch tile: a kept one stays whole for another backward."""
+    """Compute dL/d(W h) of a tile in the scratch tile: another backward may read a kept tile."""
     from ppo_fast.ops import _C
 
     gradient = tiles.scratch(len(hidden), columns)
@@ -250,7 +259,7 @@ def _vouched_head(
 def _counting_rows(
     hidden: Tensor, labels: Tensor, mask: Tensor | None, work: torch.dtype
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Indices of the rows under the mask (None: all), and their hidden states and labels."""
+    """Return the indices of unmasked rows (None: all), and their hidden states and labels."""
     num_rows = len(hidden)
     labels = vouched("labels", labels, (num_rows,), torch.int64)
     mask = vouched_or_none("mask", mask, (num_rows,), torch.bool)
@@ -261,15 +270,17 @@ def _counting_rows(
 
 
 def _zeros_untouched(count: int, head: _Head) -> Tensor:
-    """Zeros that take no memory until something is written: what masked rows leave free of the
-    budget costs nothing."""
+    """Return zeros that take no memory until they are written.
+
+    So the part of the budget that masked rows leave unused costs nothing.
+    """
     return torch.from_numpy(
         np.zeros(count, np.float64 if head.work == torch.float64 else np.float32)
     )
 
 
 def _nonzero_rows(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """Rows where a or b is not 0; None if that is all of them."""
+    """Return the rows where a or b is not 0; None if these are all rows."""
     parts = [x != 0 for x in (a, b) if x is not None]
     counts = parts[0] if len(parts) == 1 else parts[0] | parts[1]
     return None if counts.all() else counts.nonzero()[:, 0]
@@ -282,14 +293,14 @@ def _take(values: Tensor | None, rows: Tensor | None) -> Tensor | None:
 
 
 def _spread(values: Tensor, rows: Tensor | None, num_rows: int) -> Tensor:
-    """``values`` at their rows of num_rows, 0 elsewhere."""
+    """Return [num_rows, ...] with ``values`` at ``rows`` (None: all) and 0 elsewhere."""
     if rows is None:
         return values
     return values.new_zeros(num_rows, *values.shape[1:]).index_copy_(0, rows, values)
 
 
 def _write(place: Tensor, left: Tensor, right: Tensor) -> None:
-    """place = left @ right, rounded to its dtype once."""
+    """Write left @ right to ``place``, rounded to its dtype once."""
     if place.dtype == left.dtype:
         torch.mm(left, right, out=place)
     else:

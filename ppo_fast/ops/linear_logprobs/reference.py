@@ -23,7 +23,7 @@ def linear_logprobs(
     softcap: float | None,
     entropy: bool,
 ) -> TokenLogprobs:
-    """Makes the whole [..., V]; arguments and formulas as in the public function."""
+    """Compute log-probs from the whole [..., V]; formulas as in the public function."""
     # Masked rows are zeroed before the product: 0 * NaN would reach the gradient of the weight.
     if mask is not None:
         hidden = hidden.masked_fill(~mask.unsqueeze(-1), 0.0)
@@ -52,7 +52,7 @@ def _head_logits(
 
 
 def _without_autocast(device: torch.device) -> torch.autocast | nullcontext[None]:
-    """Autocast would compute the product in half precision."""
-    if device.type == "meta":  # has none; to ask torch whether does not compile in PyTorch 2.8
+    """Within the block, autocast is off: it would compute the product in half precision."""
+    if device.type == "meta":  # no autocast; asking torch for it does not compile in PyTorch 2.8
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

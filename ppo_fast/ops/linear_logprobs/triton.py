@@ -1,15 +1,17 @@
-"""``linear_logprobs`` on the GPU: products by the BLAS, a tile of the vocabulary at a time, and
-between them Triton kernels that do what csrc/kernels/linear_logprobs.hpp states.
+"""``linear_logprobs`` on the GPU, a tile of the vocabulary at a time.
+
+The BLAS computes the products; Triton kernels do the rest, by the formulas of
+csrc/kernels/linear_logprobs.hpp.
 
 A tile is the products W h of all N rows with some columns of the vocabulary, float32 whatever the
 operands' dtype. Going over the vocabulary reads each slice of the weight once a product and writes
-each slice of its gradient once; the gradient of hidden is added to once a tile, in float32. Bytes
-moved between the products, a logit: 4 forward; backward 8, or 6 with half precision operands. Saved
-for backward: 12 bytes a token, and the tiles that the budget allows.
+each slice of its gradient once; each tile adds to the gradient of hidden once, in float32. Bytes
+that the kernels move a logit: 4 forward; backward 8, or 6 with half precision operands. Saved for
+backward: 12 bytes a token, and the tiles that the budget allows.
 
-How many rows count is not known on the host, so masked ones take part in the products; between
-them they are not read. Products of float32 operands are as exact as
-``torch.set_float32_matmul_precision`` says.
+The host does not know how many rows count, so masked rows take part in the products; the kernels do
+not read them. Products of float32 operands are as exact as ``torch.set_float32_matmul_precision``
+says.
 """
 
 from __future__ import annotations
@@ -41,8 +43,9 @@ from ppo_fast.ops.logprobs.triton import (
     upstream_of,
 )
 
-# A block is two loads of 16 bytes a thread. FOLD: eight programs an SM with the next block each on
-# its way are 32 KB, what an H200 needs. (With a softcap, blocks of 2048 would take 79 registers.)
+# A block is two loads of 16 bytes a thread. FOLD: an SM runs eight programs, each with its next
+# block in flight: 32 KB, as much as an H200 needs. (With a softcap, blocks of 2048 would take 79
+# registers.)
 FOLD = Launch(1024, 4, registers=64)
 GRADIENT = Launch(2048, 8, registers=48)
 
@@ -221,7 +224,7 @@ def linear_logprobs_forward(
     with_entropy: bool,
     budget_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As cpp.linear_logprobs_forward, on the device of hidden; what is kept are products W h."""
+    """Compute the same as cpp.linear_logprobs_forward on a GPU; kept tiles are products W h."""
     head = head_of(hidden, weight, bias)
     n, vocab_size, device = len(hidden), len(weight), hidden.device
     kept = torch.empty(min(n * vocab_size, budget_bytes // 4), dtype=torch.float32, device=device)
@@ -232,7 +235,7 @@ def linear_logprobs_forward(
     mask = mask if mask is None else mask.contiguous()
     columns = columns_of(n, head)
     tiles = list(tiles_of(n, vocab_size, columns, kept))
-    # The rest is never read; so that equal calls give equal outputs.
+    # The rest is never read. It is zeroed so that equal calls give equal outputs.
     kept[sum(tile.kept.numel() for tile in tiles if tile.kept is not None) :] = 0.0
     scratch = Scratch(n, columns, torch.float32, hidden)
     for tile in tiles:
@@ -281,8 +284,10 @@ def linear_logprobs_backward(
     drop_zero_rows: bool,
     needs_grad: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As cpp.linear_logprobs_backward, on the device of hidden; ``drop_zero_rows`` is ignored:
-    finding them would wait for the device."""
+    """Compute the same as cpp.linear_logprobs_backward on a GPU.
+
+    ``drop_zero_rows`` is ignored: finding the rows would wait for the device.
+    """
     head = head_of(hidden, weight, bias)
     n, device, hidden_dtype = len(hidden), hidden.device, hidden.dtype
     if mask is not None and needs_grad[1]:  # 0 * NaN would reach the gradient of the weight
@@ -297,7 +302,7 @@ def linear_logprobs_backward(
     grad_bias = (weight if bias is None else bias).new_empty(len(weight) if needs_grad[2] else 0)
     columns = columns_of(n, head)
     room = Scratch(n, columns, torch.float32, hidden)
-    # A kept tile stays whole for another backward, and operands of a product have one dtype.
+    # Another backward may read a kept tile, and operands of a product have one dtype.
     narrow = Scratch(n, columns, head.operands, hidden)
     for tile in tiles_of(n, len(weight), columns, kept):
         weight_rows, tokens = head.rows(tile), slice(tile.first, tile.first + tile.width)

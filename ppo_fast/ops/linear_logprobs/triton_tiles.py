@@ -1,5 +1,4 @@
-"""An LM head on the GPU, a tile of the vocabulary at a time: which tiles, their room, and products
-by the BLAS in float32."""
+"""Tiles of an LM head's vocabulary on the GPU: their sizes, their memory, their BLAS products."""
 
 from __future__ import annotations
 
@@ -13,25 +12,25 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-# Columns of a tile. The gradient of hidden, N * D, is read and written once a tile: with 4096
-# columns that takes a quarter of the time of the product that it is added in (H100), and a tile is
-# no larger than that gradient is where D is 4096. Fewer rows leave room for more columns. Whole
-# multiples of 128, which the BLAS divides its work by.
+# Columns of a tile. Each tile reads and writes the gradient of hidden, N * D, once: with 4096
+# columns that takes a quarter of the time of the product that adds to it (H100), and where D is
+# 4096 a tile is no larger than that gradient. Fewer rows leave room for more columns. Multiples of
+# 128, by which the BLAS divides its work.
 _TILE_BYTES, _MIN_COLUMNS, _COLUMN_STEP = 2**28, 4096, 128
 
-# Columns that fill 16 bytes, of half precision too: each row of a tile starts on a multiple.
+# Each row of a tile starts on a multiple of so many columns: 16 bytes in half precision.
 VEC = 8
 
 
 class Head(NamedTuple):
-    """An LM head, a tile at a time."""
+    """An LM head that is read a tile at a time."""
 
     weight: Tensor  # [V, D]
     bias: Tensor | None  # float32 [V] and up to VEC - 1 more
     operands: torch.dtype  # of the products
 
     def rows(self, tile: Tile) -> Tensor:
-        """The weight of a tile, [width, D]."""
+        """Return the weight of a tile, [width, D]."""
         return self.weight[tile.first : tile.first + tile.width].to(self.operands)
 
     def bias_of(self, tile: Tile) -> Tensor | None:
@@ -40,14 +39,14 @@ class Head(NamedTuple):
 
 class Tile(NamedTuple):
     first: int
-    """Token of the first column."""
+    """The token of the first column."""
     width: int
     kept: Tensor | None
-    """float32 [N, width]: where its products stay for the backward, if they do."""
+    """float32 [N, width], where the products stay for the backward; None: they do not."""
 
 
 class Scratch:
-    """Room for a tile of N rows, made when it is first asked for and used again."""
+    """Memory for a tile of N rows, allocated at first use and then reused."""
 
     def __init__(self, num_rows: int, columns: int, dtype: torch.dtype, like: Tensor) -> None:
         self.num_rows, self.count = num_rows, num_rows * pitch_of(columns)
@@ -69,7 +68,7 @@ def head_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Head:
 
 
 def columns_of(num_rows: int, head: Head) -> int:
-    """Of every tile but the last."""
+    """Return the columns of a full tile."""
     vocab_size, hidden_size = head.weight.shape
     # A slice of the weight that must be converted takes room as well.
     converted = hidden_size if head.weight.dtype != head.operands else 1
@@ -82,9 +81,9 @@ def pitch_of(width: int) -> int:
 
 
 def tiles_of(num_rows: int, vocab_size: int, columns: int, kept: Tensor) -> Iterator[Tile]:
-    """The tiles of a vocabulary; those that ``kept`` [K] has room for stay there.
+    """Yield the tiles of a vocabulary; those that ``kept`` [K] has room for stay there.
 
-    What a vocabulary has over a multiple of VEC is a tile of its own: no other needs padding.
+    The columns after the last multiple of VEC are a tile of their own: no other needs padding.
     """
     whole = vocab_size // VEC * VEC
     for first, end in pairwise(sorted({*range(0, whole, columns), whole, vocab_size})):
@@ -95,10 +94,10 @@ def tiles_of(num_rows: int, vocab_size: int, columns: int, kept: Tensor) -> Iter
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """out = left @ right, summed in float32 and rounded to the dtype of ``out`` once: the BLAS may
-    round parts of a sum that it writes in half precision (allow_bf16_reduced_precision_reduction).
+    """Write left @ right to ``out``, summed in float32 and rounded to its dtype once.
 
-    Autocast lets products alone whose output is given.
+    With a half precision output the BLAS may round parts of a sum
+    (allow_bf16_reduced_precision_reduction). Autocast does not change products with a given output.
     """
     product = out
     if out.dtype != torch.float32:
@@ -112,7 +111,7 @@ def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, in float32."""
+    """Add left @ right to ``total``, in float32."""
     if left.dtype == torch.float32:
         total.addmm_(left, right)
     elif left.is_cuda and _adds_half_products(left.device, left.dtype):
@@ -125,8 +124,10 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 @cache
 def _adds_half_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether addmm adds products of half precision operands to a float32 tensor. Early versions
-    refuse: https://github.com/pytorch/pytorch/issues/154086."""
+    """Return whether addmm adds products of half precision operands to a float32 tensor.
+
+    Early versions refuse: https://github.com/pytorch/pytorch/issues/154086.
+    """
     total, half = torch.zeros(8, 8, device=device), torch.zeros(8, 8, device=device, dtype=dtype)
     try:
         torch.addmm(total, half, half, out_dtype=torch.float32, out=total)

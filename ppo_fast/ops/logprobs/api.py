@@ -22,7 +22,7 @@ from ppo_fast.ops.validation import (
 
 
 class TokenLogprobs(NamedTuple):
-    """Two numbers a token.
+    """Log-prob and entropy of each token.
 
     logprobs: [...], log-prob of the label.
     entropy: [...], entropy in nats of the distribution that the label came from; None when it was
@@ -42,7 +42,7 @@ def logprobs_from_logits(
     entropy: bool = True,
     impl: Impl = "auto",
 ) -> TokenLogprobs:
-    """Log-prob of each label, and entropy of the distribution, under softmax(logits / temperature).
+    """Compute the log-prob of each label, and the entropy, under softmax(logits / temperature).
 
     With x a row of logits, y its label, t the temperature::
 
@@ -60,7 +60,7 @@ def logprobs_from_logits(
             converted before the softmax. A logit of -inf has p = 0: it adds nothing to H, and its
             gradient is 0 (unless it is the label: then l = -inf, and the formula gives a / t).
             An unmasked row that holds NaN or +inf, or nothing but -inf, gives NaN.
-        labels: [...] int64, token ids from 0 to V - 1; anything where mask is False, -100 say.
+        labels: [...] int64, token ids from 0 to V - 1; any number where mask is False, as -100.
         mask: [...] bool, True at tokens that count. Elsewhere both outputs and the gradient are
             exactly 0, whatever the logits hold there. None: all count.
         temperature: divides the logits; above 0.
@@ -100,9 +100,10 @@ def logprobs_from_logits(
 
 
 class _Logprobs(torch.autograd.Function):
-    """Saves the logits, which the caller holds anyway, and at most three numbers a token.
+    """The autograd function of the compiled kernels.
 
-    The context is an argument of ``forward``: with ``setup_context`` a call takes 90 us more.
+    Saves the logits, which the caller holds anyway, and at most three numbers a token. The context
+    is an argument of ``forward``: with ``setup_context`` a call takes 90 us more.
     """
 
     @staticmethod

@@ -12,7 +12,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def case(side: Side) -> dict[str, Tensor]:
-    """Numbers of ``logprobs_from_logits`` on random input, by name."""
+    """Return outputs and gradients of ``logprobs_from_logits`` on random input, by name."""
     mask, labels = side.mask(4), side.integers(4129, 4)
     logits = nan_outside(mask[:, None], side.normal(4, 4129, scale=3.0)).requires_grad_()
     labels = labels.masked_fill(~mask, -100)

@@ -19,8 +19,11 @@ from ppo_fast.ops.backends.cpus import num_threads
 def logprobs_forward(
     logits: Tensor, labels: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs [...], entropies [...] (an empty tensor without ``with_entropy``) and the
-    statistics [..., 2] that backward needs, of CPU logits [..., V] of any strides."""
+    """Compute log-probs, entropies and the statistics that backward needs, on the CPU.
+
+    Logits are [..., V] of any strides; log-probs are [...], entropies [...] (an empty tensor
+    without ``with_entropy``), statistics [..., 2].
+    """
     from ppo_fast.ops import _C
 
     lead = tuple(logits.shape[:-1])
@@ -54,7 +57,7 @@ def logprobs_backward(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
 ) -> Tensor:
-    """Gradient of the logits, [..., V] contiguous, of their dtype."""
+    """Compute the gradient of the logits, [..., V] contiguous, in their dtype."""
     from ppo_fast.ops import _C
 
     lead = tuple(logits.shape[:-1])
@@ -83,8 +86,11 @@ def logprobs_backward(
 
 
 def _rows(logits: Tensor) -> tuple[Tensor, dict[str, int]]:
-    """How the kernels read [..., V]: with the vocabulary contiguous and the dimensions before it
-    as at most two strides, as in logits[:, :-1] of [B, T, V]. Other layouts are copied."""
+    """Return logits [..., V] in a layout that the kernels read, and the arguments that describe it.
+
+    The vocabulary is contiguous, and the dimensions before it have at most two strides, as in
+    logits[:, :-1] of [B, T, V]. Other layouts are copied.
+    """
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         logits = logits.contiguous()
     sizes, strides = merged_strides(logits)

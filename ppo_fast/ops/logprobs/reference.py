@@ -11,7 +11,7 @@ from torch import Tensor
 def logprobs_from_logits(
     logits: Tensor, labels: Tensor, *, mask: Tensor | None, temperature: float, entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-prob and entropy a token; arguments and formulas as in the public function."""
+    """Compute log-prob and entropy of each token; see the public function for the formulas."""
     # Masked rows are replaced before any arithmetic: a NaN in them would survive a product with 0.
     if mask is not None:
         logits = logits.masked_fill(~mask.unsqueeze(-1), 0.0)

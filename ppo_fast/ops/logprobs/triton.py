@@ -1,9 +1,9 @@
 """The Triton kernels of logprobs_from_logits, and their launchers.
 
-As csrc/kernels/logprobs.hpp, which states the formulas. Bytes moved: forward reads the logits once;
-backward reads them once and writes their gradient once. Masked rows are not read. A row that starts
-elsewhere between two multiples of 16 bytes is added up in another order, so that its last bit may
-differ; it depends on nothing else.
+csrc/kernels/logprobs.hpp states the formulas. Bytes moved: forward reads the logits once; backward
+reads them once and writes their gradient once. Masked rows are not read. The order in which a row
+is summed depends on where it starts between two multiples of 16 bytes, so that its last bit may
+too; it depends on nothing else.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from ppo_fast.ops.backends.triton_launch import (
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOG_2 = tl.constexpr(0.6931471805599453)
 
-# By the bytes of a logit. Forward: four or five programs of eight warps an SM, with two blocks each
-# on their way, are 32 KB, what an H200 needs.
+# By the bytes of a logit. Forward: an SM runs four or five programs of eight warps, each with two
+# blocks of loads in flight: 32 KB, as much as an H200 needs.
 FORWARD = {2: Launch(2048, 8, registers=64), 4: Launch(2048, 8, registers=64)}
 BACKWARD = {2: Launch(2048, 8, registers=64), 4: Launch(2048, 8, registers=64)}
 SPAN = 4  # blocks a program of the backward takes: its beginning costs as much as one
@@ -233,7 +233,7 @@ def logprobs_backward_kernel(
 def logprobs_forward(
     logits: Tensor, labels: Tensor, mask: Tensor | None, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As cpp.logprobs_forward, on the device of the logits: float32, bfloat16 or float16."""
+    """Compute the same as cpp.logprobs_forward on a GPU, in float32, bfloat16 or float16."""
     lead, vocab_size, device = labels.shape, logits.shape[-1], logits.device
     logprobs = torch.empty(lead, dtype=torch.float32, device=device)
     stats = torch.empty(*lead, 2, dtype=torch.float32, device=device)
@@ -269,7 +269,7 @@ def logprobs_backward(
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
 ) -> Tensor:
-    """As cpp.logprobs_backward, on the device of the logits."""
+    """Compute the same as cpp.logprobs_backward on a GPU."""
     num_rows, vocab_size = labels.numel(), logits.shape[-1]
     how = BACKWARD[logits.element_size()]
     rows = _rows(logits)
@@ -300,7 +300,7 @@ def logprobs_backward(
 
 
 def _rows(logits: Tensor) -> Rows:
-    """Layouts that are not Rows are copied."""
+    """Return the logits as Rows; other layouts are copied."""
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         logits = logits.contiguous()
     sizes, strides = merged_strides(logits)

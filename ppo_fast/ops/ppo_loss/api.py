@@ -25,7 +25,7 @@ Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"]
 
 
 class PPOLoss(NamedTuple):
-    """The loss, and what it measured on the way."""
+    """The loss and its metrics."""
 
     loss: Tensor
     """0-dim, float32 (float64 for float64 log-probs)."""
@@ -50,7 +50,7 @@ def ppo_loss(
     normalizer: float | Tensor | None = None,
     impl: Impl = "auto",
 ) -> PPOLoss:
-    """The loss of a policy update on sampled tokens, to be minimised.
+    """Compute the loss of a policy update on sampled tokens, to be minimised.
 
     Per valid token, with r = exp(logprobs - old_logprobs), A the advantage, (low, high) = clip:
 
@@ -81,7 +81,7 @@ def ppo_loss(
     Args:
         logprobs: [B, T] (B sequences, T response tokens), any float dtype: of the sampled tokens
             under the policy being trained; the gradient flows here.
-        old_logprobs: [B, T]: the same under the policy that is being improved on; a constant.
+        old_logprobs: [B, T]: the same under the policy before the update; a constant.
         advantages: [B, T]; a constant.
         mask: bool [B, T], True at valid tokens; the others contribute exactly 0 to loss, gradient
             and metrics, whatever stands there.
@@ -145,7 +145,7 @@ def ppo_loss(
     dtype = computed_in(logprobs.dtype)
     logprobs = as_dtype(logprobs, dtype)
     entropy = None if entropy is None else as_dtype(entropy, dtype)
-    num_gradients = 0  # of none, of the log-probs, of the entropy too
+    num_gradients = 0  # 0: none; 1: of the log-probs; 2: of the entropy too
     if torch.is_grad_enabled():
         if entropy is not None and entropy_coef != 0 and entropy.requires_grad:
             num_gradients = 2

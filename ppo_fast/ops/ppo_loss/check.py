@@ -15,7 +15,7 @@ DTYPES = (torch.float32,)
 
 
 def case(side: Side) -> dict[str, Tensor]:
-    """Numbers of ``ppo_loss`` on random input, by name."""
+    """Return outputs and gradients of ``ppo_loss`` on random input, by name."""
     mask = side.mask(3, 701)
     names = ("logprobs", "entropy", "old_logprobs", "advantages", "ref_logprobs")
     x: dict[str, Any] = {name: nan_outside(mask, side.normal(3, 701, scale=0.5)) for name in names}

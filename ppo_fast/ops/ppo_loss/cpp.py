@@ -37,8 +37,11 @@ def ppo_loss(
     normalizer: float | Tensor | None,
     num_gradients: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [], metrics [K] and gradients [num_gradients, B, T] (0: none, 1: of the log-probs,
-    2: of the entropy too), of CPU tensors [B, T] of one dtype, float32 or float64, and a mask."""
+    """Compute loss [], metrics [K] and gradients [num_gradients, B, T] on the CPU.
+
+    ``num_gradients`` is 0 (none), 1 (of the log-probs) or 2 (of the entropy too). Tensors are
+    [B, T] of one dtype, float32 or float64; the mask is bool.
+    """
     from ppo_fast.ops import _C
 
     dtype, shape = logprobs.dtype, tuple(logprobs.shape)
@@ -68,7 +71,7 @@ def ppo_loss(
         kl_estimator=ESTIMATOR_CODES[kl_estimator],
         entropy_coef=float(entropy_coef),
         aggregation=AGGREGATION_CODES[aggregation],
-        # 0 tokens count as 1, and 0 is "count them".
+        # A normalizer of 0 counts as 1; to the kernel 0 means "count the tokens".
         normalizer=0.0 if normalizer is None else float(normalizer) or 1.0,
         loss=address(loss),
         stats=address(stats),

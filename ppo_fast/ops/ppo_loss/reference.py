@@ -28,7 +28,7 @@ def ppo_loss(
     aggregation: str,
     normalizer: float | Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Formulas: see api.py. Tensors [B, T] -> (loss [], metrics [K] as in PPO_STATS)."""
+    """Compute (loss [], metrics [K] as in PPO_STATS) from tensors [B, T]; formulas: see api.py."""
     dtype = torch.promote_types(logprobs.dtype, torch.float32)
 
     def valid(x: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def ppo_loss(
 def _policy_loss(
     log_ratio: Tensor, advantages: Tensor, clip: tuple[float, float], dual_clip: float | None
 ) -> Tensor:
-    """The negated objective per token, [B, T].
+    """Compute the negated objective per token, [B, T].
 
     For A >= 0, min(r A, clamp(r) A) = A min(r, 1 + high); for A < 0 it is A max(r, 1 - low), and
     with dual clip A min(max(r, 1 - low), c). Clamping log r instead of r keeps exp of a clipped
@@ -74,7 +74,7 @@ def _policy_loss(
 
 
 def _clamp(x: Tensor, low: float, high: float) -> Tensor:
-    """With the gradient of x on a bound too, where that of torch.clamp is 0 since PyTorch 2.14."""
+    """Clamp x, with gradient 1 on a bound (torch.clamp's is 0 there since PyTorch 2.14)."""
     return torch.where((x >= low) & (x <= high), x, x.detach().clamp(low, high))
 
 
@@ -107,7 +107,7 @@ def _policy_stats(
     ratio = log_ratio.exp()
 
     def pad(x: Tensor, neutral: float) -> Tensor:
-        # One neutral element beside the tokens: an extremum of nothing has no value in torch.
+        # One neutral element is added: torch has no minimum or maximum of an empty tensor.
         return F.pad(torch.where(mask, x, neutral).flatten(), (0, 1), value=neutral)
 
     return {

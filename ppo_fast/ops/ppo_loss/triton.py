@@ -1,7 +1,7 @@
 """The Triton kernel of ppo_loss, and its launcher.
 
-As csrc/kernels/ppo_loss.hpp, which states the formulas. One pass over the tokens writes the
-gradients, and the loss and the statistics of each program; reduce_partials ends it. Bytes moved a
+csrc/kernels/ppo_loss.hpp states the formulas. One pass over the tokens writes the gradients, and
+the loss and the statistics of each program; reduce_partials combines the programs. Bytes moved a
 token: 13, and 4 each for entropy, ref_logprobs and the gradients wanted. Saved for backward: the
 gradients.
 """
@@ -161,7 +161,7 @@ def ppo_loss(
     normalizer: float | Tensor | None,
     num_gradients: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As cpp.ppo_loss, on the device of the log-probs: float32."""
+    """Compute the same as cpp.ppo_loss on a GPU, in float32."""
     device, num_tokens = logprobs.device, logprobs.numel()
     mask = mask.contiguous()
     lengths = mask.sum(-1) if aggregation == "seq-mean-token-mean" else None

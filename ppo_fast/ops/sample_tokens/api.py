@@ -20,7 +20,7 @@ from ppo_fast.ops.validation import (
 
 
 class Sampled(NamedTuple):
-    """One token a sequence; all [B].
+    """The token drawn for each sequence, and its log-probs; all [B].
 
     tokens: int64, the ids drawn.
     logprobs: log-prob of each under softmax(logits / temperature): what every ratio uses.
@@ -43,7 +43,7 @@ def sample_tokens(
     top_p: float = 1.0,
     impl: Impl = "auto",
 ) -> Sampled:
-    """Draws a token a row from softmax(logits / temperature), reproducibly.
+    """Draw a token for each row from softmax(logits / temperature), reproducibly.
 
     Gumbel-max (Maddison et al. 2014, "A* Sampling", section 2): with x a row of logits and t the
     temperature, the token is ``argmax_j (x_j / t + g_j)``, the smaller id on a tie. The noise is a
@@ -73,7 +73,7 @@ def sample_tokens(
         logits: [B, V], float32, float64, bfloat16 or float16, any strides; computed in float32
             (float64 for float64). A token of logit -inf is never drawn.
         seeds: [B] int64, one a sequence.
-        positions: [B] int64, of the token drawn within its sequence.
+        positions: [B] int64, the position of the drawn token in its sequence.
         temperature: divides the logits; above 0.
         top_k: how many tokens to keep; 0, or V and more, keeps all.
         top_p: mass to keep, in (0, 1]; 1 keeps all.

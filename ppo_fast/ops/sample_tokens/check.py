@@ -12,7 +12,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def case(side: Side) -> dict[str, Tensor]:
-    """Numbers of ``sample_tokens`` on random input, by name."""
+    """Return the outputs of ``sample_tokens`` on random input, by name."""
     logits, seeds = side.normal(2, 4129, scale=3.0), side.integers(2**62, 2) - 2**61
     positions = side.integers(2**20, 2)
     found: dict[str, Tensor] = {}

@@ -17,8 +17,10 @@ def sample_tokens(
     top_k: int,
     top_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As reference.sample_tokens, on CPU tensors: logits [B, V] of any strides, seeds and
-    positions [B] int64."""
+    """Compute the same as reference.sample_tokens, on CPU tensors.
+
+    Logits are [B, V] of any strides, seeds and positions [B] int64.
+    """
     from ppo_fast.ops import _C
 
     num_rows, vocab_size = logits.shape

@@ -12,7 +12,7 @@ _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _KEY_STEP_0, _KEY_STEP_1 = 0x9E3779B9, 0xBB67AE85
 _LOW_32 = 0xFFFFFFFF
 
-# Counters drawn at a time, as whole rows: a few arrays of 512 KB, which the caches hold.
+# Counters of a block of whole rows: a few arrays of 512 KB, which fit the caches.
 _BLOCK_COUNTERS = 2**16
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -27,7 +27,7 @@ def sample_tokens(
     top_k: int,
     top_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, log-probs, sampling log-probs; arguments and formulas as in the public function."""
+    """Draw tokens; return them, their log-probs and sampling log-probs, as the public function."""
     scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)).contiguous() / temperature
     kept = _truncate(scaled, top_k, top_p)
     tokens = _draw(kept, seeds, positions)
@@ -37,12 +37,12 @@ def sample_tokens(
 
 
 def _logprobs(scaled: Tensor, tokens: Tensor) -> Tensor:
-    # log_softmax, not logsumexp: the sum of one row alone is split over threads, and its bits move.
+    # Not logsumexp: it splits the sum of a single row over threads, which changes the bits.
     return scaled.log_softmax(dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def _truncate(scaled: Tensor, top_k: int, top_p: float) -> Tensor:
-    """``scaled`` with -inf at the tokens that top_k and top_p exclude; itself if they are off."""
+    """Set tokens that top_k and top_p exclude to -inf; return ``scaled`` itself if both are off."""
     vocab_size = scaled.shape[-1]
     k = min(top_k, vocab_size) if top_k else vocab_size
     if k == vocab_size and top_p == 1.0:
@@ -56,7 +56,7 @@ def _truncate(scaled: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def _keep_largest(scaled: Tensor, smallest: Tensor, count: Tensor | int) -> Tensor:
-    """Keeps ``count`` tokens a row, the last of them of value ``smallest``; smaller ids first."""
+    """Keep ``count`` tokens a row, down to the value ``smallest``; of ties, the smaller ids."""
     above = scaled > smallest
     tied = scaled == smallest
     room = count - above.sum(dim=-1, keepdim=True)
@@ -65,7 +65,7 @@ def _keep_largest(scaled: Tensor, smallest: Tensor, count: Tensor | int) -> Tens
 
 
 def _draw(scaled: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-    """argmax of scaled + noise, [B]."""
+    """Return the argmax of scaled + noise, [B]."""
     vocab_size = scaled.shape[-1]
     rows = max(1, _BLOCK_COUNTERS * 4 // vocab_size)
     blocks = zip(scaled.split(rows), seeds.split(rows), positions.split(rows), strict=True)
@@ -74,7 +74,7 @@ def _draw(scaled: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """The noise g of each row's tokens, [B, vocab_size] float32."""
+    """Compute the noise g of each row's tokens, [B, vocab_size] float32."""
     ids = torch.arange(-(-vocab_size // 4), device=seeds.device)
     zero = torch.zeros_like(ids[:1])
     counter = (ids, positions.unsqueeze(-1) & _LOW_32, zero, zero)
@@ -88,12 +88,12 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
 
 
 def philox4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
-    """Philox4x32-10: four 32-bit words for each counter; int64 tensors that broadcast."""
+    """Compute four 32-bit words of Philox4x32-10 a counter; int64 tensors that broadcast."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # A product's low half is a word and its high half goes into another. The bits above the
-        # 32 of c1 and c3 are left as they come: only what is multiplied next must be clean.
+        # A product's low half becomes one word, its high half part of another. Bits of c1 and c3
+        # above the low 32 are not cleared here: only factors of the next products need that.
         product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
         c0, c1 = ((product_1 >> 32) ^ (c1 ^ k0)) & _LOW_32, product_1
         c2, c3 = ((product_0 >> 32) ^ (c3 ^ k1)) & _LOW_32, product_0

@@ -1,13 +1,13 @@
 """The Triton kernels of sample_tokens, and their launcher.
 
-The draw is csrc/kernels/sample_tokens.hpp's, and its noise that of
-ppo_fast/ops/sample_tokens/api.py. Bytes moved: the logits once without truncation. With it the row
-is read again a few times, mostly from the cache: to find the least likely token kept, and to draw.
+Draws are as in csrc/kernels/sample_tokens.hpp, with the noise of ppo_fast/ops/sample_tokens/api.py.
+Bytes moved: without truncation, the logits once. With truncation a row is read again a few times,
+mostly from the cache: to find the least likely token kept, and to draw.
 
-Tokens 4 i to 4 i + 3 share a counter of the generator. A block therefore begins at such a token,
+Tokens 4 i to 4 i + 3 share a counter of the generator. A block therefore begins at a token 4 i,
 wherever the row starts in memory: aligned loads of a row that starts elsewhere would straddle two
-counters, and twice the words would be computed. Where all rows start on 16 bytes so much is loaded
-at once, elsewhere a logit: three instructions a token of about 35.
+counters, and twice the words would be computed. If all rows start on 16 bytes, a load takes 16
+bytes, else one logit; that costs three of about 35 instructions a token.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ppo_fast.ops.sample_tokens.triton_search import (
     row_of,
 )
 
-# By the bytes of a logit. Longer blocks of a thread take registers, and the noise is more work than
+# By the bytes of a logit. Longer blocks would take more registers, and the noise is more work than
 # the loads.
 PLAIN = {2: Launch(2048, 8, registers=104), 4: Launch(2048, 8, registers=104)}
 TRUNCATED = {2: Launch(2048, 8, registers=104), 4: Launch(2048, 8, registers=104)}
@@ -265,7 +265,7 @@ def sample_tokens(
     top_k: int,
     top_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As reference.sample_tokens, on the device of the logits: float32, bfloat16 or float16."""
+    """Compute the same as reference.sample_tokens on a GPU, in float32, bfloat16 or float16."""
     num_rows, vocab_size = logits.shape
     device = logits.device
     if logits.stride(1) != 1 and vocab_size > 1:

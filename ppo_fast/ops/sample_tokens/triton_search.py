@@ -1,7 +1,7 @@
 """How the sampling kernels read a row, and how they find the least likely token that is kept.
 
-The search sorts nothing: each pass over the row, mostly from the cache, quarters the range of an
-integer that is ordered as the logits are.
+The search does not sort: each pass over the row, mostly from the cache, quarters the range of an
+integer key, which is ordered as the logits are.
 """
 
 from __future__ import annotations

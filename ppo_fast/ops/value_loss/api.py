@@ -16,7 +16,7 @@ from ppo_fast.ops.value_loss import reference
 
 
 class ValueLoss(NamedTuple):
-    """The loss, and what it measured on the way."""
+    """The loss and its metrics."""
 
     loss: Tensor
     """0-dim, float32 (float64 for float64 values)."""
@@ -34,7 +34,7 @@ def value_loss(
     normalizer: float | Tensor | None = None,
     impl: Impl = "auto",
 ) -> ValueLoss:
-    """Half the squared error of the values, kept near the values of the rollout by ``clip``.
+    """Compute half the squared error of the values, clipped near the rollout's values by ``clip``.
 
         v_c  = clamp(v, old - clip, old + clip)          (= old + clamp(v - old, -clip, clip))
         loss = 1/2 sum max((v - R)^2, (v_c - R)^2) / normalizer          over the valid tokens
@@ -49,7 +49,7 @@ def value_loss(
         mask: bool [B, T], True at valid tokens; the others contribute exactly 0 to loss, gradient
             and metrics, whatever stands there.
         clip: half the width of the trusted range, above 0. Default: None, the plain squared error.
-        normalizer: what the sum is divided by: the number of valid tokens of the whole optimizer
+        normalizer: divisor of the sum: the number of valid tokens of the whole optimizer
             step, so that the losses of its microbatches add up to the loss of the step. A number
             above 0 or a 0-dim tensor (a constant, not read on the host; 0 counts as 1, since a step
             without tokens has loss 0). Default: the valid tokens of this call, at least 1.

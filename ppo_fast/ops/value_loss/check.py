@@ -13,7 +13,7 @@ DTYPES = (torch.float32,)
 
 
 def case(side: Side) -> dict[str, Tensor]:
-    """Numbers of ``value_loss`` on random input, by name."""
+    """Return outputs and gradients of ``value_loss`` on random input, by name."""
     mask = side.mask(3, 701)
     values, old, returns = (nan_outside(mask, side.normal(3, 701)) for _ in range(3))
     values.requires_grad_()

@@ -21,8 +21,11 @@ def value_loss(
     normalizer: float | Tensor | None,
     num_gradients: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [], metrics [K] and gradients [num_gradients, B, T] (0: none, 1: of the values), of CPU
-    tensors [B, T] of one dtype, float32 or float64, and a bool mask."""
+    """Compute loss [], metrics [K] and gradients [num_gradients, B, T] on the CPU.
+
+    ``num_gradients`` is 0 (none) or 1 (of the values). Tensors are [B, T] of one dtype, float32 or
+    float64; the mask is bool.
+    """
     from ppo_fast.ops import _C
 
     dtype, shape = values.dtype, tuple(values.shape)
@@ -42,7 +45,7 @@ def value_loss(
         returns=address(returns),
         mask=address(mask),
         clip=clip,
-        # 0 tokens count as 1, and 0 is "count them".
+        # A normalizer of 0 counts as 1; to the kernel 0 means "count the tokens".
         normalizer=0.0 if normalizer is None else float(normalizer) or 1.0,
         loss=address(loss),
         stats=address(stats),

@@ -20,7 +20,7 @@ def value_loss(
     clip: float | None,
     normalizer: float | Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Formula: see api.py. Tensors [B, T] -> (loss [], metrics [K] as in VALUE_STATS)."""
+    """Compute (loss [], metrics [K] as in VALUE_STATS) from tensors [B, T]; formula: see api.py."""
     dtype = torch.promote_types(values.dtype, torch.float32)
     v = torch.where(mask, values.to(dtype), 0)
     returns = torch.where(mask, returns.detach().to(dtype), 0)
@@ -46,7 +46,7 @@ def _metrics(
     v: Tensor, returns: Tensor, mask: Tensor, per_token: Tensor, clipped: Tensor, tokens: Tensor
 ) -> Tensor:
     residual = returns - v
-    # One neutral element beside the tokens: an extremum of nothing has no value in torch.
+    # One neutral element is added: torch has no minimum or maximum of an empty tensor.
     lowest = F.pad(torch.where(mask, v, math.inf).flatten(), (0, 1), value=math.inf).amin()
     highest = F.pad(torch.where(mask, v, -math.inf).flatten(), (0, 1), value=-math.inf).amax()
     return pack_stats(

@@ -1,7 +1,7 @@
 """The Triton kernel of value_loss, and its launcher.
 
-As csrc/kernels/value_loss.hpp, which states the formulas. One pass over the tokens writes the
-gradient, and the loss and the statistics of each program; reduce_partials ends it. Bytes moved a
+csrc/kernels/value_loss.hpp states the formulas. One pass over the tokens writes the gradient, and
+the loss and the statistics of each program; reduce_partials combines the programs. Bytes moved a
 token: 9, and 4 each for old_values and the gradient. Saved for backward: the gradient.
 """
 
@@ -96,7 +96,7 @@ def value_loss(
     normalizer: float | Tensor | None,
     num_gradients: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As cpp.value_loss, on the device of the values: float32."""
+    """Compute the same as cpp.value_loss on a GPU, in float32."""
     device, num_tokens = values.device, values.numel()
     mask = mask.contiguous()
     normalizer, number = on_device(mask.sum() if normalizer is None else normalizer, device)

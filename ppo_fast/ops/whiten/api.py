@@ -49,9 +49,10 @@ def whiten(values: Tensor, *, mask: Tensor, impl: Impl = "auto") -> Tensor:
 
 
 class _Whiten(torch.autograd.Function):
-    """Saves its output, which the caller holds, the mask and the scale: csrc/kernels/whiten.hpp.
+    """The autograd function of the compiled kernels; csrc/kernels/whiten.hpp has the formulas.
 
-    The context is an argument of ``forward``: with ``setup_context`` a call takes 90 us more.
+    Saves its output, which the caller holds anyway, the mask and the scale. The context is an
+    argument of ``forward``: with ``setup_context`` a call takes 90 us more.
     """
 
     @staticmethod

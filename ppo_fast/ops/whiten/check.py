@@ -12,7 +12,7 @@ DTYPES = (torch.float32,)
 
 
 def case(side: Side) -> dict[str, Tensor]:
-    """Numbers of ``whiten`` on random input, by name."""
+    """Return outputs and gradients of ``whiten`` on random input, by name."""
     mask = side.mask(3, 701)
     values = nan_outside(mask, side.normal(3, 701, scale=3.0)).requires_grad_()
     whitened = whiten(values, mask=mask, impl=side.impl)

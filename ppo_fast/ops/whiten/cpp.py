@@ -10,8 +10,10 @@ from ppo_fast.ops.backends.cpus import num_threads
 
 
 def whiten(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Whitened values [B, T] and, for backward, what they were scaled with [] in float64, of CPU
-    values [B, T], float32 or float64, and a bool mask."""
+    """Compute the whitened values [B, T] and the scale [], float64, that backward needs.
+
+    Values are CPU tensors [B, T], float32 or float64; the mask is bool.
+    """
     from ppo_fast.ops import _C
 
     dtype, shape = values.dtype, tuple(values.shape)
@@ -33,7 +35,7 @@ def whiten(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def whiten_backward(grad_whitened: Tensor, whitened: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
-    """Gradient of the values, [B, T]."""
+    """Compute the gradient of the values, [B, T]."""
     from ppo_fast.ops import _C
 
     dtype, shape = whitened.dtype, tuple(whitened.shape)

@@ -1,9 +1,9 @@
 """The Triton kernels of masked whitening, and their launchers.
 
-As csrc/kernels/whiten.hpp, which states the formulas, in float32: the batch is read as blocks of
-tokens. A first launch takes the statistics of each block, in a second every program merges them
-all, in one fixed order, and writes its block. Bytes moved a token: 14 forward, 22 backward. Saved
-for backward: the output, the mask and one number.
+csrc/kernels/whiten.hpp states the formulas; here they are in float32. The batch is read as blocks
+of tokens. A first launch computes the statistics of each block; in a second launch every program
+merges them all, in one fixed order, and writes its block. Bytes moved a token: 14 forward, 22
+backward. Saved for backward: the output, the mask and one number.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def whiten_backward_kernel(
 
 
 def whiten(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """As cpp.whiten, on the device of the values: float32."""
+    """Compute the same as cpp.whiten on a GPU, in float32."""
     values, mask, device = values.contiguous(), mask.contiguous(), values.device
     whitened = torch.empty(values.shape, dtype=torch.float32, device=device)
     scale = torch.empty((), dtype=torch.float32, device=device)
@@ -224,7 +224,7 @@ def whiten(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def whiten_backward(grad_whitened: Tensor, whitened: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
-    """As cpp.whiten_backward, on the device of the gradient."""
+    """Compute the same as cpp.whiten_backward on a GPU."""
     device = whitened.device
     operands = grad_whitened.contiguous(), whitened.contiguous(), mask.contiguous()
     grad_values = torch.empty(whitened.shape, dtype=torch.float32, device=device)

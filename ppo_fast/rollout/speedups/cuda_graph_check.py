@@ -1,4 +1,4 @@
-"""Whether steps may be captured as CUDA graphs: asked once a model, before it decodes."""
+"""Check whether steps may be captured as CUDA graphs, once per model, before it decodes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ppo_fast.rollout.speedups.cuda_graphs import (
     never_waiting,
 )
 
-# More prompts than slots, of lengths of their own: rows come, move and go between replays.
+# More prompts than slots, of different lengths: replays must follow rows that start, move and end.
 PROMPTS = ((1, 5, 2, 7), (4,), (2, 8, 5), (6, 3), (9, 9))
 MAX_LENGTHS = (7, 16, 3, 9, 12)
 SLOTS = 4
@@ -28,14 +28,16 @@ SLOTS = 4
 _graphs: WeakKeyDictionary[LanguageModel, str | None] = WeakKeyDictionary()
 
 
-# By type of device: how steps are captured, and how they run when they are about to be.
+# By type of device: how steps are captured, and how they run in the rehearsal before a capture.
 CAPTURES: dict[str, Callable[[torch.device], Capture]] = {"cuda": cuda_graphs}
 REHEARSALS: dict[str, Callable[[torch.device], Capture]] = {"cuda": never_waiting}
 
 
 def capture_for(model: LanguageModel) -> Capture | None:
-    """How steps of ``model`` are captured for one rollout, if replaying them draws the tokens that
-    running them does: else None, with a warning. None where nothing can be captured: on the CPU.
+    """Return what captures steps of ``model`` in one rollout, or None if they are not captured.
+
+    They are captured if replaying them draws the same tokens as running them; if not, this warns.
+    On the CPU nothing is captured.
     """
     captures = CAPTURES.get(model.device.type)
     if captures is None:
@@ -46,7 +48,7 @@ def capture_for(model: LanguageModel) -> Capture | None:
 
 
 def why_no_graphs(model: LanguageModel) -> str | None:
-    """Why steps are not captured; None: they are. Remembered."""
+    """Return the reason why steps are not captured, or None if they are. Remembered per model."""
     captures = CAPTURES.get(model.device.type)
     if captures is None:
         return f"the model is on {model.device}"
@@ -56,7 +58,7 @@ def why_no_graphs(model: LanguageModel) -> str | None:
 
 
 def why_not(model: LanguageModel, captures: Callable[[torch.device], Capture]) -> str | None:
-    """Why steps cannot be captured; None if they can."""
+    """Return the reason why steps cannot be captured, or None if they can."""
     weights = list(model.model.parameters())
     if len({weight.device for weight in weights}) > 1:
         return "the model's weights are on several devices"

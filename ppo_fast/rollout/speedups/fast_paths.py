@@ -1,4 +1,4 @@
-"""Which fast paths a model takes, and for each that it does not take why, and what that costs."""
+"""Fast paths that a model takes or does not take, with the reason and the cost."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ _said: WeakSet[LanguageModel] = WeakSet()
 
 
 class FastPath(NamedTuple):
-    """name: what it is.
+    """A faster way to compute, and whether a model takes it.
+
+    name: its name.
     in_force: whether the model, or a part of it, takes it.
-    why_not: what keeps the model, or the rest of it, from taking it; None: nothing does.
-    cost: of not taking it, as far as it is known.
-    failed: it was meant to be taken, and failed the comparison with the model's own numbers."""
+    why_not: reason why the model, or the rest of it, does not take it; None: all of it does.
+    cost: cost of not taking it, as far as it is known.
+    failed: whether it was tried and failed the comparison with the model's own numbers.
+    """
 
     name: str
     in_force: bool
@@ -38,7 +41,7 @@ class FastPath(NamedTuple):
 
 
 def fast_paths(model: LanguageModel, *, cuda_graphs: bool = True) -> list[FastPath]:
-    """Of a policy, for its log-probs and for decoding. What was not asked yet is checked now."""
+    """Return a policy's fast paths, for log-probs and for decoding; run the checks not made yet."""
     head_fails = None if model.fused else model.reason
     no_trunk = "num_layers_unfrozen is None" if model.split is None else None
     paths = [
@@ -70,7 +73,7 @@ def _path(name: str, why_not: str | None, cost: str, failed: bool = False) -> Fa
 
 
 def log_fast_paths(model: LanguageModel, *, cuda_graphs: bool = True) -> None:
-    """One line, the first time that a model decodes; a warning where a comparison failed."""
+    """Log a model's fast paths in one line, once per model; as a warning if a comparison failed."""
     if model in _said:
         return
     _said.add(model)

@@ -1,4 +1,4 @@
-"""Linear layers at the speed of memory while a few rows pass through them, on the CPU."""
+"""Linear layers on the CPU that compute a few rows as fast as memory can be read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ppo_fast.ops.few_row_linear.cpp import few_row_linear
 
 
 def why_no_few_row_products(model: nn.Module) -> str | None:
-    """Why products of few rows, and fused layers, have no kernel; None: they have one."""
+    """Return the reason why ``few_row_linear`` and fused layers cannot be used, or None."""
     device = next(model.parameters()).device
     if device.type != "cpu":
         return f"the model is on {device}"
@@ -29,9 +29,11 @@ def why_no_few_row_products(model: nn.Module) -> str | None:
 
 @contextmanager
 def few_row_products(model: nn.Module) -> Iterator[None]:
-    """For the block, the ``nn.Linear`` layers of a model on the CPU compute few rows by
-    ``few_row_linear``. Hooks stay in force. Layers of other classes, layers whose forward somebody
-    replaced, and all of them under autocast or without the compiled extension, stay as they are."""
+    """Within the block, compute few rows in ``nn.Linear`` layers on the CPU by ``few_row_linear``.
+
+    Hooks stay in force. Layers of other classes, layers whose forward was replaced, and all layers
+    under autocast or without the compiled extension keep their own forward.
+    """
     if why_no_few_row_products(model) is not None:
         yield
         return

@@ -1,9 +1,9 @@
-"""Transformer layers of the Llama kind as one C++ call a step, on the CPU.
+"""Transformer layers of the Llama kind, one C++ call per layer and step, on the CPU.
 
-A layer computed op by op spends as long in Python and in waking threads as in its products when few
-rows pass through it. Which layers qualify shows in their structure, and then in a comparison with
-their own forward (checks.py): a family that scales a residual, turns a part of a head or norms in a
-way of its own falls out.
+When few rows pass through it, a layer computed op by op spends as long in Python and in waking
+threads as in its products. A layer qualifies by its structure, and then by a comparison of logits
+with those of the model's own layers (slot_check.py): models that scale a residual, rotate a part of
+a head or normalise in a way of their own do not qualify.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ DTYPES = (torch.float32, torch.float64)
 
 
 def why_not_fused(layer: nn.Module) -> str | None:
-    """What keeps ``layer`` from being fused; None: it has the parts of a Llama layer and nothing
-    else that computes, as far as its structure shows."""
+    """Return the reason why ``layer`` cannot be fused, or None if it can.
+
+    Its structure must show the parts of a Llama layer and nothing else that computes.
+    """
     if (reason := why_not_llama_like(layer)) is not None:
         return reason
     parameters = list(layer.parameters())
@@ -55,8 +57,11 @@ def _is_hooked(module: nn.Module) -> bool:
 
 @contextmanager
 def fused_layers(model: LanguageModel) -> Iterator[list[StepForward]]:
-    """For the block, the layers of a model that qualify take rows of SlotCache as one call each;
-    hooks on a layer stay in force. Gives what stands in for them. None under autocast."""
+    """Within the block, compute rows of a SlotCache by one C++ call per qualifying layer.
+
+    Hooks on a layer stay in force. Yields the forwards of these layers; under autocast there are
+    none.
+    """
     candidates = [] if why_no_layer_is_fused(model) else _layers(model)
     forwards = [
         (layer, StepForward(layer, window))
@@ -68,7 +73,7 @@ def fused_layers(model: LanguageModel) -> Iterator[list[StepForward]]:
 
 
 def why_not_all_are_fused(model: LanguageModel) -> str | None:
-    """What keeps a layer of ``model``, or all of them, from being fused; None: nothing does."""
+    """Return the reason why some or all layers of ``model`` cannot be fused, or None."""
     if (reason := why_no_layer_is_fused(model)) is not None:
         return reason
     reasons = [why_not_fused(layer) for layer, _ in _layers(model)]
@@ -76,6 +81,7 @@ def why_not_all_are_fused(model: LanguageModel) -> str | None:
 
 
 def why_no_layer_is_fused(model: LanguageModel) -> str | None:
+    """Return the reason why no layer of ``model`` can be fused, or None if some may be."""
     if (reason := why_no_few_row_products(model.model)) is not None:
         return reason
     if model.body is None:
@@ -88,15 +94,17 @@ def why_no_layer_is_fused(model: LanguageModel) -> str | None:
 
 
 def _layers(model: LanguageModel) -> list[tuple[nn.Module, int]]:
-    """Each with the window of its attention (0: none)."""
+    """Return each layer with the window of its attention (0: none)."""
     kinds = layer_types(model.text_config)
     windows = [model.text_config.sliding_window if kind == SLIDING else 0 for kind in kinds]
     return list(zip(layer_list(model.body), windows, strict=True))
 
 
 class StepForward:
-    """What stands in for a layer's forward: the kernel for a step of SlotCache, else its own.
-    ``calls`` counts the kernel's."""
+    """Forward of a fused layer: the kernel for rows of a SlotCache, else the layer's own.
+
+    ``calls`` counts the kernel's calls.
+    """
 
     def __init__(self, layer: Any, window: int) -> None:
         from ppo_fast.ops import _C

@@ -1,4 +1,4 @@
-"""Whether decoding by slots computes what the model does: asked once, before it decodes."""
+"""Check that decoding by slots computes what the model does, once per model, before it decodes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from ppo_fast.rollout.slots import SlotCache, step_arguments
 from ppo_fast.rollout.speedups.fused_layers import fused_layers, why_not_all_are_fused
 from ppo_fast.rollout.speedups.step_attention import step_attention
 
-# Lengths differ, so that every row stands at a place of its own.
+# Lengths differ, so that every row is at a different position.
 PROBE = ((1, 5, 2, 7, 3), (4, 1, 6), (2, 8, 5, 1))
 
-# Where steps attend by ``decode_attention``: the CPU has whole layers in C++.
+# Devices on which steps attend by ``decode_attention``; the CPU has whole layers in C++ instead.
 ATTENDING_DEVICES = {"cuda"}
 
 
 class FusedLayers(NamedTuple):
-    """number: of layers that are fused in decoding.
-    why_not: what keeps others from it; None: nothing does.
-    failed: they were meant to be fused, and failed the comparison with their own forward."""
+    """Which layers are fused in decoding.
+
+    number: how many layers are fused.
+    why_not: reason why the others are not; None: all are.
+    failed: whether layers were tried and failed the comparison with their own forward.
+    """
 
     number: int
     why_not: str | None
@@ -36,17 +39,17 @@ _attending: WeakKeyDictionary[LanguageModel, str | None] = WeakKeyDictionary()
 
 
 def layers_can_be_fused(model: LanguageModel) -> bool:
-    """Whether the model's steps may run on ``fused_layers``; see ``check_layers``."""
+    """Return whether the model's steps may run on ``fused_layers``; see ``check_layers``."""
     return check_layers(model).number > 0
 
 
 @torch.no_grad()
 def check_layers(model: LanguageModel) -> FusedLayers:
-    """Which of the model's layers may be fused. Remembered.
+    """Return which of the model's layers may be fused. Remembered per model.
 
     Raises:
         ValueError: with its own layers, a prompt and a step by slots give other logits than one
-            pass over all tokens, or one of both gives NaN.
+            pass over all tokens, or either gives NaN.
     """
     if model not in _fusable:
         _fusable[model] = _check(model)
@@ -54,13 +57,13 @@ def check_layers(model: LanguageModel) -> FusedLayers:
 
 
 def steps_can_attend(model: LanguageModel) -> bool:
-    """Whether the model's steps may run within ``step_attention``."""
+    """Return whether the model's steps may run within ``step_attention``."""
     return model.device.type in ATTENDING_DEVICES and check_attention(model) is None
 
 
 @torch.no_grad()
 def check_attention(model: LanguageModel) -> str | None:
-    """Why steps may not run within ``step_attention``; None: they may. Remembered."""
+    """Return the reason why steps may not run within ``step_attention``, or None. Remembered."""
     if model not in _attending:
         _attending[model] = _cannot_attend(model)
     return _attending[model]
@@ -82,7 +85,8 @@ def _cannot_attend(model: LanguageModel) -> str | None:
 
 
 def _rows_and_logits(model: LanguageModel) -> tuple[list[tuple[int, ...]], Tensor]:
-    """Rows of tokens, and the logits [n, V] after each by one pass of the plain model."""
+    """Return rows of tokens and the logits [n, V] after each, by a pass per row of the plain
+    model."""
     vocab_size = model.text_config.vocab_size
     rows = [tuple(token % vocab_size for token in row) for row in PROBE]
     return rows, torch.cat([_whole_pass(model, row) for row in rows])
@@ -124,7 +128,7 @@ def _whole_pass(model: LanguageModel, row: tuple[int, ...]) -> Tensor:
 def _by_slots(
     model: LanguageModel, rows: list[tuple[int, ...]], *, fused: bool, attends: bool = False
 ) -> Tensor:
-    """Logits [n, V] of the last token: all before it as prompts, itself in a step."""
+    """Return the logits [n, V] after each row, computed as a prompt and a last token in a step."""
     heads = [row[:-1] for row in rows]
     cache = SlotCache(model.text_config, len(rows), max(map(len, rows)), attends=attends)
     prompts = Prompts(model, heads, 1 << 20, 0, [], fused=fused)

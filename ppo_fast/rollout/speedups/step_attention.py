@@ -1,8 +1,8 @@
-"""Decoding steps' attention by ``decode_attention``, on a GPU.
+"""Attention of decoding steps by ``decode_attention``, on a GPU.
 
-transformers hands a step's queries and the cache's keys to scaled_dot_product_attention with a
-mask. With grouped queries that copies keys and values to every head, each layer, each step, and
-reads every column of the cache. Here each row reads its own tokens, once.
+transformers calls scaled_dot_product_attention with a step's queries, the cache's keys and a mask.
+With grouped queries that copies keys and values for every head, in each layer and step, and reads
+every column of the cache. ``decode_attention`` reads each row's own tokens, once.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ TAKING_MASKS = ("eager", "sdpa")
 
 @contextmanager
 def masked_attention(model: LanguageModel) -> Iterator[None]:
-    """For the block, a model that was loaded with an attention that takes no mask of four
-    dimensions, as flash_attention_2, computes with scaled_dot_product_attention, which does."""
+    """Within the block, give the model an attention that takes a mask of four dimensions.
+
+    A model that was loaded with another one, such as flash_attention_2, computes with
+    scaled_dot_product_attention.
+    """
     own = attention_of(model.text_config)
     with attention_set_to(own if own in TAKING_MASKS else "sdpa", model.text_config):
         yield
@@ -34,9 +37,12 @@ def masked_attention(model: LanguageModel) -> Iterator[None]:
 
 @contextmanager
 def step_attention(model: LanguageModel) -> Iterator[set[nn.Module]]:
-    """For the block, a model that takes attention from transformers' AttentionInterface computes
-    steps of a SlotCache with ``attends`` by ``decode_attention``, and all else by
-    scaled_dot_product_attention. Gives the attention modules that have computed a step so."""
+    """Within the block, compute attention of decoding steps by ``decode_attention``.
+
+    This applies to models that take attention from transformers' AttentionInterface, and to steps
+    of a SlotCache with ``attends``. All else is computed by scaled_dot_product_attention. Yields
+    the attention modules that have computed a step by ``decode_attention``.
+    """
     used: set[nn.Module] = set()
     AttentionInterface.register(NAME, partial(_attention, used))
     with attention_set_to(NAME, model.text_config):
@@ -53,11 +59,13 @@ def _attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """query [n, H, t, d], key and value [n, K, L, d] -> [n, t, H, d] (transformers'
-    AttentionInterface)."""
+    """Compute attention: query [n, H, t, d], key and value [n, K, L, d] -> [n, t, H, d].
+
+    The arguments are those of transformers' AttentionInterface.
+    """
     if unknown := [name for name in ATTENTION_EXTRAS if options.get(name) is not None]:
         raise NotImplementedError(f"decode_attention has no {unknown[0]}")
-    lengths = getattr(key, "lengths", None)  # slots.py puts it there in steps
+    lengths = getattr(key, "lengths", None)  # slots.py sets it in steps
     if lengths is None:
         sdpa = AttentionInterface()["sdpa"]
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, **options)
