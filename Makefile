@@ -19,6 +19,8 @@ TRL_PPO := .venv-trl-ppo
 TRITON_VERSIONS ?= 3.4.0 3.6.0 3.8.0 3.9.0
 # Of the tests of values: a few an op.
 QUICK := against or float64 or backwards or order or written
+# What other libraries warn of is no error in a benchmark.
+BENCHMARKS := -W default
 SANITIZED := build/sanitize
 SANITIZERS := -fsanitize=address,undefined
 
@@ -156,7 +158,7 @@ sanitize: $(SET_UP) ## the operations' tests on kernels with AddressSanitizer an
 		-p no:cacheprovider -k "not reference" "$(CURDIR)/tests/ops" $(ARGS)
 
 bench: $(SET_UP) ## all benchmarks, into benchmarks/README.md; with ARGS some of them, printed
-	$(BIN)/pytest benchmarks/ --ignore=benchmarks/baselines \
+	$(BIN)/pytest $(BENCHMARKS) benchmarks/ --ignore=benchmarks/baselines \
 		$(if $(ARGS),$(ARGS),--benchmark-json=benchmarks/results/cpu.json)
 	$(if $(ARGS),,$(BIN)/python benchmarks/report.py)
 
@@ -175,10 +177,10 @@ $(TRL_PPO)/set-up: Makefile $(CONSTRAINTS) $(SOURCES)
 
 # Of what ARGS selects, either folder may have nothing (5).
 baselines: $(BASELINES)/set-up $(TRL_PPO)/set-up ## the same against TRL and torchrl, in environments of their own
-	$(BASELINES)/bin/pytest benchmarks/baselines --ignore=benchmarks/baselines/trl_ppo \
+	$(BASELINES)/bin/pytest $(BENCHMARKS) benchmarks/baselines --ignore=benchmarks/baselines/trl_ppo \
 		$(if $(ARGS),$(ARGS),--benchmark-json=benchmarks/results/baselines.json) \
 		|| test $$? = 5 -a -n "$(ARGS)"
-	$(TRL_PPO)/bin/pytest benchmarks/baselines/trl_ppo \
+	$(TRL_PPO)/bin/pytest $(BENCHMARKS) benchmarks/baselines/trl_ppo \
 		$(if $(ARGS),$(ARGS),--benchmark-json=benchmarks/results/trl_ppo.json) \
 		|| test $$? = 5 -a -n "$(ARGS)"
 	$(if $(ARGS),,$(TRL_PPO)/bin/python benchmarks/baselines/trl_ppo/parity.py)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the fixture `turns`, `--rounds`, and what their JSON says."""
+"""What the benchmarks share: the fixture `turns`, `--rounds`, and the contents of their JSON."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def _fresh():
 
 @pytest.fixture
 def rounds(request):
-    """rounds(n) is n, or what --rounds says."""
+    """Return a function: rounds(n) is n, or the number that --rounds gives."""
     asked = request.config.getoption("--rounds")
     return lambda usual: asked or usual
 
 
 @pytest.fixture
 def show(benchmark, capsys):
-    """Prints extra_info's sides, the others beside ours (those called ppo_fast)."""
+    """Return a function that prints the sides in extra_info, others with their ratios to ours."""
 
     def show(decimals: int = 3) -> None:
         sides, unit = benchmark.extra_info["sides"], benchmark.extra_info["unit"]
@@ -47,7 +47,7 @@ def show(benchmark, capsys):
 
 @pytest.fixture
 def turns(benchmark, rounds, show):
-    """turns(work, sides, rounds=..., warm=...): sides.take_turns, printed."""
+    """Return turns(work, sides, rounds=..., warm=...): sides.take_turns, then show."""
 
     def turns(work: str, sides: dict[str, Side], *, rounds: int, warm: bool = True):
         medians = take_turns(benchmark, work, sides, rounds=_rounds(rounds), warm=warm)
@@ -73,9 +73,9 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """Only what benchmarks/report.py reads: the file is kept under version control."""
+    """Keep only what benchmarks/report.py reads: the file is under version control."""
     output_json["benchmarks"] = [b["extra_info"] for b in output_json["benchmarks"]]
-    del output_json["commit_info"]  # the commit before the one that these results are in
+    del output_json["commit_info"]  # it would be the commit before the one that adds these results
 
 
 def _version(name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from results/*.json: `python benchmarks/report.py`."""
+"""Write the tables of README.md from results/*.json: `python benchmarks/report.py`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TITLES = {  # of results/NAME.json
     "baselines": "Against TRL and torchrl",
     "trl_ppo": "Whole steps, against TRL's PPOTrainer",
 }
-COMPUTED = "gpu_computed"  # by gpu_report.py; all other results are GPUs'
+COMPUTED = "gpu_computed"  # written by gpu_report.py; other names are those of GPUs
 
 
 def main() -> None:
@@ -76,14 +76,14 @@ def rows(benchmark: dict[str, Any]) -> list[str]:
 
 
 def remark(name: str, sides: dict[str, float]) -> str:
-    """Marks the best of several eager forms: the one that others compare with is not always it."""
+    """Mark the best of several eager forms: others do not always compare with that one."""
     eager = {other: amount for other, amount in sides.items() if other.startswith("eager, ")}
     best = len(eager) > 1 and name == min(eager, key=lambda other: eager[other])
     return " (the best eager form)" if best else ""
 
 
 def gpu_section(path: Path) -> str:
-    """What test_bench_gpu.py measured on one GPU."""
+    """Return the section of what test_bench_gpu.py measured on one GPU."""
     run = json.loads(path.read_text())
     copying, *works = run["benchmarks"]
     (copy_rate,) = copying["sides"].values()
@@ -105,7 +105,7 @@ def gpu_section(path: Path) -> str:
 
 
 def computed_section(path: Path) -> str:
-    """What gpu_report.py computed, a line a kernel and a line a work."""
+    """Return the section of what gpu_report.py computed: a line a kernel and a line a work."""
     run = json.loads(path.read_text())
     gpus, archs = run["gpus"], ("80", "89", "90", "120")
     lines = [

@@ -1,6 +1,6 @@
 """Several ways to do the same work, timed in turns: ours first, by pytest-benchmark.
 
-Ours are those whose names start with ppo_fast.
+The names of ours start with ppo_fast.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# The work of the suite: as many tokens as 16 responses of 32, and the head of SmolLM2-135M.
+# The sizes of the suite: the tokens of 16 responses of 32, and the head of SmolLM2-135M.
 TOKENS, VOCAB, HIDDEN = 512, 49152, 576
-ROWS, STEPS = 64, 512  # responses and their tokens, where nothing is as large as the vocabulary
+ROWS, STEPS = 64, 512  # responses and their tokens, for ops without a vocabulary
 
 Side = Callable[[], Any]
 
@@ -20,12 +20,12 @@ Side = Callable[[], Any]
 def take_turns(
     benchmark: Any, work: str, sides: dict[str, Side], *, rounds: int, warm: bool = True
 ) -> dict[str, float]:
-    """The median seconds of each side; pytest-benchmark holds the first one's, which is ours.
+    """Return the median seconds of each side; pytest-benchmark times the first one, which is ours.
 
     A round runs every side once, so that a slow moment of the machine hits them all. ``warm``: each
-    is called once more just before, without being timed, so that no side pays for what the one
-    before it drove out of the caches, nor for memory that a virtual machine has given back since.
-    What a side returns is freed outside its time.
+    side is called once, untimed, just before its timed call, so that it does not pay for what the
+    side before it evicted from the caches, nor for memory that a virtual machine has given back
+    since. What a side returns is freed outside its time.
     """
     ours, *others = sides
     times: dict[str, list[float]] = {name: [] for name in others}
@@ -55,7 +55,7 @@ def take_turns(
 
 
 def ratios_to_ours(name: str, sides: dict[str, float]) -> list[str]:
-    """How many times as much ``name`` takes as each of ours; nothing for one of ours."""
+    """Return how many times as much ``name`` takes as each of ours; [] if it is one of ours."""
     if name.startswith("ppo_fast"):
         return []
     ours = [amount for other, amount in sides.items() if other.startswith("ppo_fast")]

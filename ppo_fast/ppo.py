@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,14 @@ from ppo_fast.diagnostics.memory_plan import MemoryPlan, plan_memory
 from ppo_fast.learning.learner import Learner
 from ppo_fast.learning.make_experience import check_first_ratio, make_experience
 from ppo_fast.models import setup
-from ppo_fast.models.adapters import adapted_layers
 from ppo_fast.models.attention import without_cudnn_attention
 from ppo_fast.models.checks import check_policy, check_tokenizer, context_limit, place
 from ppo_fast.models.language_model import with_trunk
 from ppo_fast.models.precision import WeightCopies
 from ppo_fast.rewards.score import RewardFunction, check_reward_model, check_scores
 from ppo_fast.rewards.scorer import Scorer
-from ppo_fast.rollout import Engine, LocalEngine, eos_ids
-from ppo_fast.rollout.speedups.cuda_graph_check import CAPTURES
+from ppo_fast.rollout import Engine
+from ppo_fast.rollout.local_engine import kept_bytes, make_local_engine
 from ppo_fast.runs import loop
 from ppo_fast.runs.checkpoint import checkpoint_path, read_checkpoint, write_checkpoint
 from ppo_fast.runs.progress import Progress
@@ -104,8 +102,14 @@ class PPO:
         self.critic: Critic = make_critic(critic, self.policy, value_model, config, self.device)
         self.scorer = Scorer(reward, self.policy, config.forward_batch_tokens)
         setup.check_shared_weights(policy, value_model, reward, self.critic.module)
-        self.engine = engine or self._local_engine()
-        self._weight_copies = WeightCopies(config.torch_dtype, self._kept_bytes())
+        self.engine = engine or make_local_engine(
+            self.policy,
+            tokenizer,
+            config,
+            keep_states=self.critic.reads_states,
+            whole_trunk=self.scorer.reads_trunk,
+        )
+        self._weight_copies = WeightCopies(config.torch_dtype, kept_bytes(self.policy, config))
         self.learner = Learner(self.policy, self.critic, config)
         self.progress = Progress(config.seed)
         self.newest_checkpoint: Path | None = None
@@ -366,29 +370,6 @@ class PPO:
         epochs = self.config.num_epochs if num_epochs is None else num_epochs
         check_counts(num_epochs=epochs)
         return epochs
-
-    def _local_engine(self) -> LocalEngine:
-        return LocalEngine(
-            self.policy,
-            eos_ids=partial(eos_ids, self.policy.model, self.tokenizer),
-            pad_id=self.tokenizer.pad_token_id,
-            slots=self.config.rollout_slots,
-            prompt_tokens=self.config.forward_batch_tokens,
-            to_text=partial(self.tokenizer.decode, skip_special_tokens=False),
-            keep_states=self.critic.reads_states,
-            whole_trunk=self.scorer.reads_trunk,
-            cuda_graphs=self.config.cuda_graphs,
-            kept_bytes=self._kept_bytes(),
-        )
-
-    def _kept_bytes(self) -> int:
-        """Return the max bytes that are kept between rollouts; 0 where nothing is.
-
-        Only CUDA graphs gain from it, and LocalEngine keeps nothing of a model with adapters.
-        """
-        graphs = self.device.type in CAPTURES and self.config.cuda_graphs
-        keeps = graphs and not adapted_layers(self.policy.model)
-        return self.config.kept_rollout_bytes if keeps else 0
 
     def _warn_of_discount(self, max_length: int) -> None:
         """Warn once if the score of a long response hardly counts for its first token."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from ppo_fast.config import PPOConfig
 from ppo_fast.data.batches import in_batches
 from ppo_fast.data.experience import Experience
 from ppo_fast.data.prompts import check_prompt_ids, check_prompts
-from ppo_fast.data.rollout import Rollout
+from ppo_fast.data.rollout import Rollout, sampled_ids
 from ppo_fast.data.tokens import Tokens, make_tokens
 from ppo_fast.models.attention import without_cudnn_attention
 from ppo_fast.models.checks import context_limit
@@ -345,7 +344,7 @@ class PPOTrainer(PPO):
         tokens = self._pairs(prompts, responses)
         t = self.config.temperature if temperature is None else temperature
         if temperature is None and self.last_rollout is not None:
-            sampled = self._sampled_ids()
+            sampled = sampled_ids(self.last_rollout)
             if all(pair in sampled for pair in zip(prompts, responses, strict=True)):
                 t = self.last_rollout.sampling.temperature
         return in_batches(
@@ -362,7 +361,7 @@ class PPOTrainer(PPO):
             raise ValueError(
                 f"responses: got {len(responses)}, expected {len(prompts)}, one a prompt"
             )
-        sampled = self._sampled_ids()
+        sampled = sampled_ids(self.last_rollout)
         prompt_ids, response_ids = [], []
         for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             if rows := sampled.get((prompt, response)):
@@ -387,20 +386,3 @@ class PPOTrainer(PPO):
             )
         check_prompt_ids(prompts, prompt_ids, 0, limit)
         return make_tokens(prompt_ids, response_ids, self.tokenizer.pad_token_id, self.device)
-
-    def _sampled_ids(
-        self,
-    ) -> dict[tuple[str, str], list[tuple[list[int], list[int]]]]:
-        """Return the ids of the last rollout by (prompt, completion)."""
-        found = defaultdict(list)
-        if (rollout := self.last_rollout) is not None:
-            rows = zip(
-                rollout.prompts,
-                rollout.completions,
-                rollout.tokens.sequences(),
-                rollout.tokens.prompt_lengths.tolist(),
-                strict=True,
-            )
-            for prompt, completion, ids, n in rows:
-                found[prompt, completion].append((ids[:n].tolist(), ids[n:].tolist()))
-        return dict(found)

@@ -12,7 +12,7 @@ SIZES = [(64, 512), (8, 128), (1024, 1024)]
 
 @pytest.mark.parametrize(("rows", "steps"), SIZES, ids=[f"{b}x{t}" for b, t in SIZES])
 def test_gae(turns, rows, steps):
-    """Rows of full length: torchrl has no mask. The last step of each ends its episode."""
+    """Use rows of full length, since torchrl has no mask; the last step ends the episode."""
     rewards, values = torch.randn(2, rows, steps)
     dones = torch.zeros(rows, steps, dtype=torch.bool)
     dones[:, -1] = True

@@ -1,4 +1,4 @@
-"""TRL's log-probs of hidden states and an LM head, beside ours: what is timed and weighed."""
+"""TRL's log-probs of hidden states and an LM head, and ours, to measure time and memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels can do at best, computed from their compiled code: no GPU is needed.
+"""Compute the least times of the Triton kernels from their compiled code, without a GPU.
 
     python benchmarks/gpu_computed/gpu_report.py
 
@@ -46,11 +46,11 @@ class Gpu(NamedTuple):
     arch: int
     sms: int
     ghz: float
-    """Boost."""
+    """Boost clock."""
     bandwidth: int
     """GB/s."""
     tflops: int
-    """Of bf16 products, dense, summed in float32."""
+    """Dense bf16 products, summed in float32."""
 
 
 # NVIDIA's data sheets: A100 80GB SXM, H100 SXM, H200 SXM, L4, GeForce RTX 4090 (Ada whitepaper).
@@ -72,21 +72,21 @@ class Step(NamedTuple):
     block: int
     """Elements that a program takes at once."""
     elements: int
-    """Of its largest tensor."""
+    """Elements of its largest tensor."""
     bytes: float
 
     @property
     def turns(self) -> int:
-        """Of the loop over a program's elements."""
+        """Turns of the loop over a program's elements."""
         return max(1, triton.cdiv(self.elements // self.programs, self.block))
 
     @property
     def inner(self) -> Counts:
-        """What a block of elements costs a thread: a turn of the loop, or the whole program."""
+        """Counts of a thread for a block of elements: a turn of the loop, or the whole program."""
         return max(self.executed.loops, default=self.executed.program)
 
     def figures(self) -> dict[str, Any]:
-        """Of the code; what is counted is an element's share."""
+        """Return the figures of the code; counts are an element's share."""
         of_a_thread = self.block / (self.code.num_warps * WARP)
         return {
             "registers": self.code.registers,
@@ -100,7 +100,7 @@ class Step(NamedTuple):
         }
 
     def bounds(self, gpu: Gpu) -> dict[str, float]:
-        """Milliseconds that it takes at least."""
+        """Return the milliseconds that it takes at least, by what bounds it."""
         all_turns = self.executed.in_all(self.turns)
         programs = triton.cdiv(self.programs, gpu.sms)  # of the busiest multiprocessor
         warps = programs * self.code.num_warps
@@ -113,8 +113,10 @@ class Step(NamedTuple):
 
 
 def steps_of(work: Work, arch: int) -> tuple[list[Step], int]:
-    """The launches of a work, and the bytes that nothing could save: the tensors that its
-    launchers are given and return, each once."""
+    """Return the launches of a work, and the bytes that any launches would have to move.
+
+    These are the tensors that its launchers are given and return, each once.
+    """
     steps, floor = [], 0
     for launcher, arguments in work.calls():
         with stub_gpu(arch) as launched:
@@ -147,7 +149,7 @@ def _nbytes(arguments: Iterable[Any]) -> int:
 
 
 def kernels(works: dict[str, dict[int, list[Step]]]) -> list[dict[str, Any]]:
-    """A line for each kernel, as first met, with its figures by architecture."""
+    """Return a line for each kernel, in order of first use, with its figures by architecture."""
     lines: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for name, by_arch in works.items():
         for arch, steps in by_arch.items():
@@ -162,8 +164,10 @@ def kernels(works: dict[str, dict[int, list[Step]]]) -> list[dict[str, Any]]:
 
 
 def times(work: Work, steps: list[Step], gpu: Gpu) -> dict[str, Any]:
-    """Bounds in milliseconds, each alone; and the least time in all, launches one after another,
-    with the bound that rules most of it."""
+    """Return each bound in milliseconds, the least time in all, and the bound of most of it.
+
+    The least time is that of the launches one after another.
+    """
     each = [step.bounds(gpu) for step in steps]
     bounds = {name: sum(step[name] for step in each) for name in each[0]}
     rules = dict.fromkeys(bounds, 0.0)
@@ -178,7 +182,7 @@ def times(work: Work, steps: list[Step], gpu: Gpu) -> dict[str, Any]:
 
 
 def compute(progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """The report, as kept in results/gpu_computed.json."""
+    """Compute the report, as in results/gpu_computed.json."""
     works, lines = {}, []
     for name, work in WORKS.items():
         progress(name)
@@ -201,7 +205,7 @@ def compute(progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
 
 
 def _rounded(x: float) -> float:
-    """For a file under version control."""
+    """Round to 4 digits, for a file under version control."""
     return float(f"{x:.4g}")
 
 

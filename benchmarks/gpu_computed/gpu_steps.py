@@ -1,7 +1,7 @@
-"""A decoding step on a GPU, computed: the kernels that it launches, and the least time of launching
-them from Python, beside that of reading what has to be read.
+"""Compute what a decoding step on a GPU launches and reads, and the least time of each.
 
-Kernels are counted on the CPU, in a recording of a step of a model with the same layers, but thin.
+Kernels are launched from Python. They are counted on the CPU, in a recording of a step of a model
+with as many layers, but narrow ones.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.rollout import Sampling, decode
 
 LAUNCH_US = 5.0
-"""Of a kernel, from Python: gpu_report.CAVEAT."""
+"""Microseconds to launch a kernel from Python: gpu_report.CAVEAT."""
 ROWS, TOKENS = 32, 512
-"""Of the table: rows, and tokens of each in the cache."""
+"""Rows in the table, and tokens of each in the cache."""
 
 # As published in the models' config.json, in bfloat16.
 MODELS: dict[str, dict[str, Any]] = {
@@ -66,7 +66,7 @@ class DecodingStep(NamedTuple):
         return self.launches * LAUNCH_US / 1e3
 
     def bytes_ms(self, bandwidth: float) -> float:
-        """``bandwidth`` in GB/s."""
+        """Return the milliseconds to read weights and cache; ``bandwidth`` in GB/s."""
         return (self.weight_bytes + self.cache_bytes) / bandwidth / 1e6
 
 
@@ -78,7 +78,7 @@ def steps() -> list[DecodingStep]:
 
 
 def as_lines(bandwidths: dict[str, float]) -> list[dict[str, Any]]:
-    """For the report; ``bandwidths`` in GB/s by name of the GPU."""
+    """Return the steps as lines of the report; ``bandwidths`` in GB/s by name of the GPU."""
     lines = []
     for step in steps():
         read = {gpu: float(f"{step.bytes_ms(rate):.4g}") for gpu, rate in bandwidths.items()}
@@ -87,7 +87,7 @@ def as_lines(bandwidths: dict[str, float]) -> list[dict[str, Any]]:
 
 
 def launches(settings: dict[str, Any]) -> int:
-    """Of one step of the model, the drawing included."""
+    """Count the launches of one step of the model, including the drawing of tokens."""
     heads, groups = settings["num_attention_heads"], settings["num_key_value_heads"]
     thin = {"hidden_size": 8 * heads // groups, "num_attention_heads": heads // groups}
     thin |= {"num_key_value_heads": 1, "intermediate_size": 16, "vocab_size": 64}
@@ -109,7 +109,7 @@ def launches(settings: dict[str, Any]) -> int:
 
 
 def weight_bytes(settings: dict[str, Any]) -> int:
-    """All weights in bfloat16; an untied embedding is looked up, not read."""
+    """Return the bytes of weights read, in bfloat16; an untied embedding is only looked up."""
     config = AutoConfig.for_model(**settings)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

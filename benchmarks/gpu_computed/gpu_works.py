@@ -1,5 +1,6 @@
-"""What the computed report computes: works of the sizes that others published times for, and those
-times, measured on their kernels and not on ours.
+"""The works of the computed report, and times that others published for works of these sizes.
+
+The published times were measured on others' kernels, not on ours.
 
 Tensors are on the meta device: launchers see true sizes, and nothing is allocated.
 """
@@ -20,18 +21,18 @@ Call = tuple[Callable[..., Any], tuple[Any, ...]]  # a launcher, its arguments
 
 class Work(NamedTuple):
     calls: Callable[[], Iterator[Call]]
-    """One after another."""
+    """Yields the launchers, to be called one after another."""
     elements: int
-    """What its bytes are counted by: logits, or tokens."""
+    """The elements by which its bytes are counted: logits, or tokens."""
     dtype: str
     published: dict[str, str]
-    """By GPU."""
+    """Published times by GPU."""
     flops: float = 0.0
-    """Of products beside the kernels."""
+    """Operations of the products beside the kernels."""
 
 
 class Blank(Example):
-    """As Example, of tensors without values."""
+    """An Example whose tensors have no values."""
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
         self.rows, self.columns, self.dtype, self.aligned = rows, columns, dtype, True
@@ -52,7 +53,7 @@ class Blank(Example):
 def of_cases(
     names: str, rows: int, columns: int, dtype: torch.dtype = torch.float32, **published: str
 ) -> Work:
-    """Of cases in triton_cases, [rows, columns]."""
+    """Make a work of cases in triton_cases, of size [rows, columns]."""
 
     def calls() -> Iterator[Call]:
         for name in names.split(" and "):
@@ -64,8 +65,10 @@ def of_cases(
 
 
 def of_head(tokens: int, hidden: int, vocab: int, *, products: int, **published: str) -> Work:
-    """linear_logprobs with bfloat16 operands, forward (1 product), with backward and logits kept
-    (3), or recomputed (4)."""
+    """Make a work of linear_logprobs with bfloat16 operands.
+
+    It is the forward (1 product), or forward and backward with logits kept (3) or recomputed (4).
+    """
 
     def calls() -> Iterator[Call]:
         from ppo_fast.ops.linear_logprobs import triton
@@ -87,8 +90,10 @@ def of_head(tokens: int, hidden: int, vocab: int, *, products: int, **published:
 
 
 def of_cache(rows: int, columns: int, heads: int, kv_heads: int, head_size: int) -> Work:
-    """decode_attention of bfloat16 where each row sees all columns; an element is a number of the
-    keys or values."""
+    """Make a work of decode_attention in bfloat16, where each row sees all columns.
+
+    An element is a number of the keys or values.
+    """
 
     def calls() -> Iterator[Call]:
         from ppo_fast.ops.decode_attention import triton

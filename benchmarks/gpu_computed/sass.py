@@ -1,8 +1,8 @@
-"""How much a kernel executes, read off its disassembly (stub_gpu.Code.sass).
+"""Count what a kernel executes, from its disassembly (stub_gpu.Code.sass).
 
-Static counts: branches are weighed, not run. Where ways part, the one counted is that with more
-accesses of 128 bits, or else more bytes, or else more instructions: of a whole block rather than of
-a partial one, with work rather than without. Subroutines (64-bit division) are not counted.
+Nothing is run. Of the paths after a branch, the one counted is that with more accesses of 128 bits,
+or else more bytes, or else more instructions: that of a whole block rather than of a partial one,
+with work rather than without. Subroutines (64-bit division) are not counted.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 
 class Counts(NamedTuple):
-    """Of one thread; compared in this order."""
+    """Counts of one thread; compared in the order of the fields."""
 
     wide: int = 0
-    """Loads from and stores to global memory of 128 bits; LDGSTS loads into shared memory."""
+    """Loads and stores of 128 bits in global memory; LDGSTS loads into shared memory."""
     bytes: int = 0
-    """Of all such loads and stores."""
+    """Bytes of all loads and stores in global memory."""
     instructions: int = 0
     special: int = 0
     """Instructions of the special function unit (MUFU): 2^x, logarithm, reciprocal, root."""
@@ -30,13 +30,13 @@ class Counts(NamedTuple):
 
 class Executed(NamedTuple):
     program: Counts
-    """From the entry to the exit, every loop once."""
+    """Counts from the entry to the exit, with one turn of every loop."""
     loops: tuple[Counts, ...]
-    """A turn of each loop that streams: it holds no other loop and has accesses of 128 bits, or any
-    accesses where the whole program has none of 128."""
+    """Counts of a turn of each loop that streams: it holds no other loop and has accesses of 128
+    bits, or any accesses where the whole program has none of 128."""
 
     def in_all(self, turns: int) -> Counts:
-        """When every loop that streams takes so many turns."""
+        """Return the counts when every loop that streams takes ``turns`` turns."""
         total = self.program
         for loop in self.loops:
             total = total.plus(loop, turns - 1)
@@ -65,7 +65,7 @@ def executed(sass: list[str]) -> Executed:
 
 
 def _heaviest(blocks: list[_Block], first: int, last: int | None) -> Counts:
-    """Of the ways forward from block ``first`` to the end of ``last``, or to an exit."""
+    """Return the counts of the path with the most, from block ``first`` to ``last`` or an exit."""
 
     @cache
     def onward(at: int) -> Counts | None:
@@ -80,7 +80,7 @@ def _heaviest(blocks: list[_Block], first: int, last: int | None) -> Counts:
 
 
 def _blocks(sass: list[str]) -> Iterator[_Block]:
-    """Of the kernel itself: subroutines, and the padding, come behind it."""
+    """Yield the blocks of the kernel itself; subroutines and padding come after it."""
     end = next((i for i, line in enumerate(sass) if line.startswith("$")), len(sass))
     groups: list[list[str]] = [[]]
     labels: dict[str, int] = {}
@@ -106,7 +106,7 @@ def _blocks(sass: list[str]) -> Iterator[_Block]:
 
 
 def _target(line: str) -> str | None:
-    """The label that it jumps to. A call of a label within the kernel does not return."""
+    """Return the label that a line jumps to. A call of a label in the kernel does not return."""
     found = re.search(r"`\((\.L\S+?)\)", line)
     return found[1] if found and _opcode(line) in ("BRA", "CALL") else None
 
@@ -118,18 +118,18 @@ def _count(lines: list[str]) -> Counts:
 
 
 def _width(access: str) -> int:
-    """Bytes that a load or store moves."""
+    """Return the bytes that a load or store moves."""
     bits = {"256": 256, "128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
     modifiers = _instruction(access).split(".")
     return next((bits[name] for name in modifiers if name in bits), 32) // 8
 
 
 def _instruction(line: str) -> str:
-    """Without predicate and operands."""
+    """Return the instruction of a line, without predicate and operands."""
     return re.sub(r"^@!?\w+ ", "", line).partition(" ")[0].rstrip(";")
 
 
 def _opcode(line: str) -> str:
-    """Without modifiers; a divergent branch, which is not taken, keeps them: BRA.DIV."""
+    """Return the opcode of a line. A divergent branch, which is not taken, is BRA.DIV."""
     name = _instruction(line)
     return name if name == "BRA.DIV" else name.partition(".")[0]

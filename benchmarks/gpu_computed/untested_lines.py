@@ -1,8 +1,8 @@
-"""Writes docs/gpu_status.md: `python benchmarks/gpu_computed/untested_lines.py`, some minutes.
+"""Write docs/gpu_status.md: `python benchmarks/gpu_computed/untested_lines.py`, some minutes.
 
 Tests that reach the code for GPUs run under coverage.py in two processes: an ordinary one, and one
-that interprets the Triton kernels (where this module is a plugin that notes which ones). What
-neither executed is listed.
+that interprets the Triton kernels (where this module is a plugin that notes which kernels ran).
+Lines that neither process executed are listed.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ class Kernel(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Of one file."""
+    """The findings of one file."""
 
     missing: list[str]
-    """Statements that no test executed, their first lines."""
+    """The first lines of statements that no test executed."""
     elsewhere: list[str]
-    """Lines that speak of CUDA in a file that is not for GPUs, executed or not."""
+    """Lines that mention CUDA in a file that is not for GPUs, executed or not."""
     kernels: dict[str, bool]
-    """Functions of Triton, and whether the interpreter ran them."""
+    """Triton functions, and whether the interpreter ran them."""
 
 
 def main() -> None:
@@ -101,7 +101,7 @@ def start_tests(tests: list[str], data: Path, notes: Path) -> subprocess.Popen[b
 
 
 def pytest_sessionfinish() -> None:
-    """As a plugin: note what the interpreter ran."""
+    """Write down which functions the interpreter ran; a hook of the plugin."""
     from triton.runtime.interpreter import InterpretedFunction
 
     names = [f"{fn.__module__}.{fn.__name__}" for fn in InterpretedFunction.rewritten_fn]
@@ -124,7 +124,7 @@ def find(coverage: Coverage, interpreted: set[str]) -> dict[str, Found]:
         kernels, lines = list(triton_functions(text)), text.splitlines()
         *_, missing, _ = coverage.analysis2(str(path))
         missing = [n for n in missing if not any(n in kernel.lines for kernel in kernels)]
-        # A scan's function is called as it stands, and seen; others are rewritten first.
+        # Coverage sees a scan's function, which is called as written; others are rewritten first.
         seen = set(coverage.get_data().lines(str(path)) or [])
         module = name.removesuffix(".py").replace("/", ".")
         found[name] = Found(
@@ -140,12 +140,13 @@ def find(coverage: Coverage, interpreted: set[str]) -> dict[str, Found]:
 
 
 def is_for_gpus(name: str) -> bool:
-    """Whether all of a file is looked at; of others, lines that speak of CUDA."""
+    """Return whether all of a file is looked at; of other files, lines that mention CUDA are."""
     files = (
         "triton_launch.py",
         "first_use.py",
         "triton_reduce.py",
         "dispatch.py",
+        "impls.py",
         "library.py",
         "cuda_graphs.py",
     )
@@ -155,7 +156,7 @@ def is_for_gpus(name: str) -> bool:
 
 
 def triton_functions(text: str) -> Iterator[Kernel]:
-    """Their bodies are compiled or rewritten: coverage does not see them run."""
+    """Yield the Triton functions: compiled or rewritten, so that coverage does not see them run."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             decorators = {ast.unparse(d) for d in node.decorator_list}
@@ -164,7 +165,7 @@ def triton_functions(text: str) -> Iterator[Kernel]:
 
 
 def cuda_lines(path: Path) -> set[int]:
-    """Lines whose code, not comments or words, says ``cuda``; and what stands under such an if."""
+    """Return lines whose code mentions ``cuda`` (not comments), and the bodies of such ifs."""
     with path.open("rb") as file:
         tokens = list(tokenize.tokenize(file.readline))
     found = {token.start[0] for token in tokens if token.string in ("cuda", '"cuda"', "is_cuda")}

@@ -1,10 +1,11 @@
-"""A decoding step's attention: decode_attention beside forms of scaled_dot_product_attention.
+"""Time attention: decode_attention beside PyTorch's in a decoding step, and PyTorch's in training.
 
 python benchmarks/on_gpu/attention.py [--cpu]
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import torch
@@ -24,13 +25,23 @@ SIZES = (
     (64, 1024, 28, 4, 128),
 )
 TINY = ((3, 40, 4, 2, 16),)
+# Rows, length, heads of queries and of keys, head size.
+TRAINING = ((64, 256, 32, 8, 64), (8, 2048, 32, 8, 128))
+TINY_TRAINING = ((2, 8, 4, 2, 16),)
+BACKENDS = {
+    "masked efficient": [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
+    "masked cudnn": [SDPBackend.CUDNN_ATTENTION],
+    "causal gqa flash": [SDPBackend.FLASH_ATTENTION],
+    "causal gqa cudnn": [SDPBackend.CUDNN_ATTENTION],
+    "causal gqa efficient": [SDPBackend.EFFICIENT_ATTENTION],
+}
 CALLS = 10  # in a graph, so that launches do not count
 
 
 def forms(
     rows: int, columns: int, heads: int, kv_heads: int, size: int
 ) -> tuple[dict[str, Callable[[], Tensor]], float]:
-    """Ways to the same [rows, heads, size], and the bytes of keys and values that they need."""
+    """Return functions that give the same [rows, heads, size], and the bytes they must read."""
     dtype = torch.bfloat16
     cache = torch.randn(2, rows, columns + 64, kv_heads, size, device=DEVICE).to(dtype)
     keys, values = cache[:, :, :columns]
@@ -42,7 +53,7 @@ def forms(
     k, v = keys.transpose(1, 2), values.transpose(1, 2)
 
     def copied() -> Tensor:
-        """What transformers does with a mask."""
+        """Attend as transformers does with a mask."""
         every_k, every_v = (x.repeat_interleave(group, 1) for x in (k, v))
         with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             out = F.scaled_dot_product_attention(query[:, :, None], every_k, every_v, mask)
@@ -76,9 +87,55 @@ def microseconds(form: Callable[[], Tensor]) -> float:
     return 1e3 * do_bench(graph.replay, warmup=5, rep=30, return_mode="median") / CALLS
 
 
-@torch.no_grad()
+def training(rows: int, length: int, heads: int, kv_heads: int, size: int) -> None:
+    """Time forward and backward of causal attention, with a mask and without."""
+    shapes = ((rows, n, length, size) for n in (heads, kv_heads, kv_heads))
+    q, k, v = (torch.randn(*s, device=DEVICE).bfloat16().requires_grad_() for s in shapes)
+    mask = torch.ones(length, length, dtype=torch.bool, device=DEVICE).tril()[None, None]
+    found: dict[str, float | str] = {}
+    for title, backend in BACKENDS.items():
+        causal = title.startswith("causal")
+        how = {"is_causal": True} if causal else {"attn_mask": mask}
+
+        def run(how: dict = how, backend: list[SDPBackend] = backend) -> Tensor:  # type: ignore[type-arg]
+            with sdpa_kernel(backend):
+                out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **how)
+            return torch.autograd.grad(out, (q, k, v), torch.ones_like(out))[0]
+
+        try:
+            run()
+            found[title] = round(median_ms(run), 3)
+        except RuntimeError as error:  # this form has no such kernel
+            found[title] = str(error).split("\n")[0]
+    note(
+        "training attention, ms forward and backward",
+        b=rows,
+        h=heads,
+        hkv=kv_heads,
+        size=size,
+        length=length,
+        found=json.dumps(found),
+    )
+
+
+def median_ms(form: Callable[[], Tensor]) -> float:
+    if not ON_GPU:
+        return 1e3 * seconds(form)[0]
+    from triton.testing import do_bench
+
+    return do_bench(form, return_mode="median")
+
+
 def main() -> None:
     parser().parse_args()
+    for sizes in TRAINING if ON_GPU else TINY_TRAINING:
+        with attempt("attention: training"):
+            training(*sizes)
+    with torch.no_grad():
+        decoding()
+
+
+def decoding() -> None:
     for sizes in SIZES if ON_GPU else TINY:
         with attempt("attention"):
             ways, nbytes = forms(*sizes)

@@ -48,7 +48,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """With ``--cpu``, the dry run, which every stage has."""
+    """Return a parser with ``--cpu``, the dry run that every stage has."""
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--cpu", action="store_true", help="a dry run, on tiny sizes")
     return arguments
@@ -69,7 +69,7 @@ def note(stage: str, **found: Any) -> None:
 
 @contextmanager
 def attempt(stage: str) -> Iterator[None]:
-    """An error in the block is a finding too; what follows the block runs."""
+    """Within the block, an error becomes a finding; the code after the block runs."""
     try:
         yield
     except Exception as error:
@@ -83,7 +83,7 @@ def synchronize() -> None:
 
 
 def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
-    """How long ``run`` takes on the device, and what it returns."""
+    """Return how long ``run`` takes on the device, and its result."""
     synchronize()
     started = time.perf_counter()
     result = run()
@@ -92,7 +92,7 @@ def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def random_llama(name: str, dtype: torch.dtype) -> Any:
-    """A Llama of the size MODELS[name] with random weights and logits of deviation about 1."""
+    """Make a Llama of size MODELS[name] with random weights and logits of deviation about 1."""
     config = AutoConfig.for_model(
         "llama",
         **MODELS[name],
@@ -106,7 +106,7 @@ def random_llama(name: str, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
     with DEVICE:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-        # the usual 0.02 makes logits flat: every draw would be a coin with V sides
+        # the usual 0.02 makes logits flat: all tokens would be about equally likely
         scale = 1.0 / (0.02 * MODELS[name]["hidden_size"] ** 0.5)
         model.get_input_embeddings().weight.data.mul_(scale)
     model.generation_config.eos_token_id = None
@@ -114,7 +114,7 @@ def random_llama(name: str, dtype: torch.dtype) -> Any:
 
 
 def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """Token i is the word "w<i>"; 0 pads, 1 ends a response."""
+    """Make a tokenizer: token i is the word "w<i>"; 0 pads, 1 ends a response."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {f"w{i}": i for i in range(vocab_size)}

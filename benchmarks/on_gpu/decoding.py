@@ -1,5 +1,7 @@
-"""Decoding: CUDA graphs against the same steps from Python, against one pass of the plain model,
-against ``generate``; their speed, what captures cost, what a capture that fails leaves behind.
+"""Check and time decoding with CUDA graphs.
+
+It is compared with the same steps from Python, one pass of the plain model, and ``generate``. Also
+measured are the cost of captures and the state after a capture that fails.
 
 python benchmarks/on_gpu/decoding.py [--models=SmolLM2-135M,Llama-1B] [--parts=values,speed] [--cpu]
 """
@@ -53,7 +55,7 @@ def run(
 
 @torch.no_grad()
 def one_pass_logprobs(model: Any, rollout: Rollout) -> torch.Tensor:
-    """Of the drawn tokens, a row at a time."""
+    """Return the log-probs of the drawn tokens, computed a row at a time."""
     rows = []
     pairs = zip(rollout.tokens.sequences(), rollout.tokens.prompt_lengths.tolist(), strict=True)
     for ids, p in pairs:
@@ -63,7 +65,7 @@ def one_pass_logprobs(model: Any, rollout: Rollout) -> torch.Tensor:
 
 
 def values(name: str, dtype: torch.dtype, model: Any, policy: LanguageModel) -> None:
-    """Whether replayed steps draw what steps from Python do, and the model's own log-probs."""
+    """Check that replayed steps draw what steps from Python do, and compare with one pass."""
     note("decoding: attention", model=name, dtype=dtype, own_kernel=steps_can_attend(policy))
     if ON_GPU:
         took, reason = seconds(lambda: cuda_graph_check.why_not(policy, cuda_graphs))
@@ -95,7 +97,7 @@ def values(name: str, dtype: torch.dtype, model: Any, policy: LanguageModel) -> 
 
 
 def generate(model: Any, prompts: list[list[int]], new: int, **options: Any) -> torch.Tensor:
-    """Of transformers, for prompts of one length."""
+    """Run transformers' ``generate`` on prompts of one length; return the new tokens."""
     ids = torch.tensor(prompts, device=DEVICE)
     return model.generate(
         input_ids=ids,
@@ -108,7 +110,7 @@ def generate(model: Any, prompts: list[list[int]], new: int, **options: Any) -> 
 
 
 def greedy(name: str, dtype: torch.dtype, model: Any, policy: LanguageModel) -> None:
-    """Beside ``generate``. In half precision a first difference may be a tie."""
+    """Compare greedy tokens with ``generate``'s; in half precision, ties may differ."""
     prompts = make_prompts(policy, ragged=False)
     ours = run(policy, prompts, Sampling(FEW, top_k=1), captures(DEVICE)).tokens.response_ids
     with without_cudnn_attention():
@@ -164,8 +166,7 @@ def speed(name: str, dtype: torch.dtype, model: Any, policy: LanguageModel) -> N
 
 
 def kept(name: str, dtype: torch.dtype, model: Any, policy: LanguageModel) -> None:
-    """Rollouts on the buffers and graphs of those before them, beside fresh ones, as weights
-    change in place."""
+    """Compare rollouts on reused buffers and graphs with fresh ones, as weights change in place."""
     buffers, sampling = KeptBuffers(2**40), Sampling(FEW)
     prompts = make_prompts(policy, ragged=True)
     for rollout in range(3):
@@ -187,7 +188,7 @@ def kept(name: str, dtype: torch.dtype, model: Any, policy: LanguageModel) -> No
 
 
 def one_step(name: str, dtype: torch.dtype, model: Any, policy: LanguageModel) -> None:
-    """Milliseconds of a replay, and of a step with what stands around it."""
+    """Measure the milliseconds of a replay, and of a whole step."""
     if not ON_GPU:
         return
     events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -221,7 +222,7 @@ def one_step(name: str, dtype: torch.dtype, model: Any, policy: LanguageModel) -
 
 
 def memory(name: str, dtype: torch.dtype, model: Any, policy: LanguageModel) -> None:
-    """What rollouts leave allocated."""
+    """Measure the memory that rollouts leave allocated."""
     if not ON_GPU:
         return
     engine = LocalEngine(policy, eos_ids=list, pad_id=0, cuda_graphs=True)
@@ -236,7 +237,7 @@ def memory(name: str, dtype: torch.dtype, model: Any, policy: LanguageModel) -> 
 
 
 def with_tf32(name: str, dtype: torch.dtype, model: Any, policy: LanguageModel) -> None:
-    """float32 weights and TF32 products, as most set for training."""
+    """Try a rollout with float32 weights and TF32 products, a common setting for training."""
     if not ON_GPU or dtype != torch.float32:
         return
     torch.backends.cuda.matmul.fp32_precision = "tf32"
@@ -251,7 +252,7 @@ def with_tf32(name: str, dtype: torch.dtype, model: Any, policy: LanguageModel) 
 
 
 def failed_capture() -> None:
-    """What a step that waits for the device leaves behind, and what a user is told."""
+    """Record the state after capturing a step that waits for the device, and the message."""
     policy = LanguageModel(random_llama("tiny", torch.float32))
     x = torch.ones(4, device=DEVICE)
     before, told = torch.cuda.current_stream(), "no error"

@@ -1,4 +1,4 @@
-"""The machine, its ceilings, and what of torch's behaviour on a GPU ppo_fast relies on.
+"""The machine, its peak rates, and the behaviour of torch on a GPU that ppo_fast relies on.
 
 python benchmarks/on_gpu/facts.py [--cpu]
 """
@@ -64,7 +64,7 @@ def ceilings() -> None:
 
 
 def products() -> None:
-    """float32 results of bfloat16 operands, by torch.mm and torch.addmm (triton_tiles.py)."""
+    """Check float32 results of bfloat16 operands, by torch.mm and torch.addmm (triton_tiles.py)."""
     if not ON_GPU:
         return
     h = torch.randn(100, 64, device=DEVICE).bfloat16()
@@ -89,7 +89,7 @@ def masked_case(rows: int, columns: int, *, batch: int = 4) -> tuple[Tensor, Ten
 
 
 def attention_choices() -> None:
-    """What SDPA takes for causal passes without a mask, and with one."""
+    """Record the backend that SDPA chooses for causal passes without a mask, and with one."""
     if not ON_GPU:
         return
     q, k, v = masked_case(96, 96)
@@ -103,7 +103,7 @@ def attention_choices() -> None:
 
 
 def rows_that_see_nothing() -> None:
-    """Padding on the left with a mask, which ppo_fast's passes do without."""
+    """Try left padding with a mask, which ppo_fast's passes do without."""
     q, k, v = masked_case(96, 96)
     mask = torch.ones(96, 96, dtype=torch.bool, device=DEVICE).tril()[None, None].repeat(4, 1, 1, 1)
     mask[1, :, :, :10] = False
@@ -119,7 +119,7 @@ def rows_that_see_nothing() -> None:
 
 
 def new_shapes() -> None:
-    """Seconds of a shape's first forward and backward pass, and of its second."""
+    """Time a shape's first forward and backward pass, and its second."""
     for name in ("default", "efficient") if ON_GPU else ("default",):
         for length in (321, 322, 323) if ON_GPU else (11, 12):
             q, k, v = masked_case(length, length)
@@ -136,7 +136,7 @@ def new_shapes() -> None:
 
 
 def nan_gradients() -> None:
-    """https://github.com/pytorch/pytorch/issues/196678"""
+    """Count NaN in a gradient: https://github.com/pytorch/pytorch/issues/196678."""
     length, size = 704, 64
     for name in ("default", "efficient") if ON_GPU else ("default",):
         torch.manual_seed(0)
@@ -146,12 +146,12 @@ def nan_gradients() -> None:
         q[..., 0], k[..., 0] = 1.0, -120 * math.sqrt(size)
         q, k, v = (x.requires_grad_() for x in (q, k, v))
         mask = torch.ones(length, length, dtype=torch.bool, device=DEVICE).tril()[None, None]
-        with attempt("pytorch#196678"):
+        with attempt("pytorch 196678"):
             with backend(name):
                 out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             out.backward(torch.randn_like(out))
             wrong = int((~q.grad.isfinite()).sum())  # type: ignore[union-attr]
-            note("pytorch#196678", backend=name, nan_in_grad_q=wrong)
+            note("pytorch 196678", backend=name, nan_in_grad_q=wrong)
 
 
 PARTS = (

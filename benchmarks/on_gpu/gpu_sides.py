@@ -31,13 +31,13 @@ COMPILED = "torch.compile of the reference"
 class GpuWork(NamedTuple):
     work: str
     bytes: int
-    """That it moves at least; 0 where products take the time."""
+    """The bytes that it must move at least; 0 where products take most of the time."""
     sides: dict[str, Side | str]
-    """Ours first. A word instead of a side says why there is none."""
+    """Ours first. A string instead of a side says why there is none."""
 
 
 def installed(module: str, name: str, then: Callable[[Any], Side]) -> Side | str:
-    """``then`` of what ``module`` calls ``name``."""
+    """Return ``then(module.name)``, or why it cannot be imported."""
     try:
         return then(getattr(importlib.import_module(module), name))
     except (ImportError, AttributeError) as error:
@@ -45,7 +45,7 @@ def installed(module: str, name: str, then: Callable[[Any], Side]) -> Side | str
 
 
 def with_gradient(side: Side | str, inputs: Iterable[Tensor], coefficients: Tensor) -> Side | str:
-    """Forward and backward, coefficients[i] as the gradient of output i."""
+    """Return a side of forward and backward; coefficients[i] is the gradient of output i."""
     if isinstance(side, str):
         return side
 
@@ -58,7 +58,7 @@ def with_gradient(side: Side | str, inputs: Iterable[Tensor], coefficients: Tens
 
 
 def logprobs(rows: int, vocab: int, *, backward: bool, impl: Any = "triton") -> GpuWork:
-    """logprobs_from_logits of bfloat16 logits."""
+    """Make the work of logprobs_from_logits on bfloat16 logits."""
     logits = (3 * torch.randn(rows, vocab)).bfloat16().requires_grad_(backward)
     labels, coefficients = torch.randint(vocab, (rows,)), torch.randn(2, rows)
 
@@ -85,7 +85,7 @@ def logprobs(rows: int, vocab: int, *, backward: bool, impl: Any = "triton") -> 
 def linear(
     tokens: int, vocab: int, hidden: int, *, entropy: bool, frozen: bool, impl: Any = "triton"
 ) -> GpuWork:
-    """linear_logprobs of bfloat16 hidden states and head, forward and backward."""
+    """Make the work of linear_logprobs in bfloat16, forward and backward."""
     states = torch.randn(tokens, hidden).bfloat16().requires_grad_()
     weight = (3 * torch.randn(vocab, hidden) / hidden**0.5).bfloat16().requires_grad_(not frozen)
     labels, coefficients = torch.randint(vocab, (tokens,)), torch.randn(2, tokens)
@@ -113,7 +113,7 @@ def linear(
             "trl.kernels.chunked_logprob", "ChunkedLogProbFunction", by_trl
         ),
     }
-    if not entropy:  # they have none
+    if not entropy:  # these have no entropy
         sides["Liger, fused_linear_cross_entropy"] = installed(
             "liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy", by_loss
         )
@@ -130,7 +130,7 @@ def linear(
 
 
 def losses(rows: int, steps: int, *, impl: Any = "triton") -> GpuWork:
-    """ppo_loss and value_loss, with the terms of test_bench_losses.py, forward and backward."""
+    """Make the work of both losses with the terms of test_bench_losses.py, with backward."""
     mask = torch.arange(steps) < torch.randint(1, steps + 1, (rows, 1))
     logprobs, values = -5 * torch.rand(rows, steps), torch.randn(rows, steps)
     near = [x + 0.2 * torch.randn(rows, steps) for x in (logprobs, logprobs, values)]
@@ -209,7 +209,7 @@ def sample(rows: int, vocab: int, *, impl: Any = "triton") -> GpuWork:
 def attention(
     rows: int, columns: int, heads: int, kv_heads: int, head_size: int, *, impl: Any = "triton"
 ) -> GpuWork:
-    """decode_attention of bfloat16 where each row sees all columns but one."""
+    """Make the work of decode_attention in bfloat16; each row sees all columns but one."""
     query = torch.randn(rows, heads, head_size).bfloat16()
     keys, values = torch.randn(2, rows, columns, kv_heads, head_size).bfloat16()
     lengths, scaling = torch.full((rows,), columns - 1), head_size**-0.5
@@ -219,7 +219,7 @@ def attention(
         return ops.decode_attention(query, keys, values, lengths, scaling=scaling, impl=impl)
 
     def by_copies() -> Tensor:
-        """As transformers does where there is a mask."""
+        """Attend as transformers does where there is a mask."""
         k, v = (x.repeat_interleave(heads // kv_heads, 2).transpose(1, 2) for x in (keys, values))
         return F.scaled_dot_product_attention(query[:, :, None], k, v, mask, scale=scaling)
 
@@ -238,7 +238,7 @@ def attention(
 
 
 def decoding(settings: dict[str, Any], rows: int, prompt: int, new: int) -> GpuWork:
-    """A rollout, and ``generate``, of a model with random bfloat16 weights."""
+    """Make the work of a rollout of a model with random bfloat16 weights, and of ``generate``."""
     config = AutoConfig.for_model(**settings, dtype=torch.bfloat16)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     prompts = torch.randint(2, config.vocab_size, (rows, prompt))

@@ -1,10 +1,10 @@
-"""The first thing to run on a GPU machine: everything that only a GPU can say, in stages.
+"""Run all checks and measurements that need a GPU, in stages; the first thing to run on one.
 
 python benchmarks/on_gpu/run.py [--seconds=420] [--stages=facts,doctor,...] [--out=DIR] [--cpu]
 
-Needs what the package needs, pytest, and no network. Each stage is a process of its own with a
-limit of its own, the most telling first; one that fails or hangs stops no other. DIR gets
-results.jsonl (a line a finding), log.txt, doctor.json, junit.xml and ncu.txt; the findings are
+Needs the dependencies of the package and pytest, but no network. Each stage is a process with its
+own time limit, the most informative first; one that fails or hangs does not stop the others. DIR
+gets results.jsonl (a line a finding), log.txt, doctor.json, junit.xml and ncu.txt; the findings are
 printed last, a short line each.
 """
 
@@ -60,7 +60,7 @@ NCU = [
 
 @dataclass
 class Run:
-    """Where a run writes, how long it may take, and what is left of that."""
+    """The output folder of a run, its time limit, and the time left."""
 
     out: Path
     seconds: float
@@ -108,7 +108,7 @@ class Run:
             )
 
     def stage(self, name: str, most: float, command: list[str]) -> int:
-        """Run ``command`` for at most ``most`` seconds, or what is left; its exit code."""
+        """Run ``command`` for at most ``most`` seconds, or the time left; return its exit code."""
         limit = min(most, self.left())
         if limit < 8:
             self.note("run", name=name, skipped="no time left")
@@ -141,7 +141,7 @@ class Run:
 
 
 def build(run: Run) -> None:
-    """The C++ extension beside the sources, unless it is there or installed."""
+    """Build the C++ extension beside the sources, unless it is there or installed."""
     there = [PYTHON, "-c", "import ppo_fast.ops._C"]
     if subprocess.run(there, cwd=ROOT, env=run.environment, capture_output=True).returncode == 0:
         return
@@ -155,16 +155,25 @@ def build(run: Run) -> None:
 
 def doctor(run: Run) -> None:
     run.stage("doctor", 90, [PYTHON, "-c", DOCTOR, str((run.out / "doctor.json").resolve())])
+    report = run.out / "doctor.json"
+    found = json.loads(report.read_text()) if report.exists() else {}
+    for check in found.get("checks", []):
+        run.note("doctor: check", **check)
+    for speed in found.get("speeds", {}).get("works", []):
+        run.note("doctor: speed", **speed)
     log = (run.work / "doctor.log").read_text(errors="replace")
     if any(words in log for words in ("illegal memory", "device-side assert", "CUDA error")):
-        # such an error ends a process, and all that would follow in it
+        # such an error ends the process, so each op is checked in its own
         for op in OPS:
             run.stage(f"check_{op}", 25, run.script("small_ops", "check", op))
 
 
 def tests(run: Run, select: list[str], *, compile_kernels: bool) -> None:
-    """The kernels' tests, and beside them, for they are not timed, the sanitizers, and a run of
-    what the stage of the kernels would have to compile."""
+    """Run the kernels' tests and, at the same time, the sanitizers and a compilation.
+
+    They may run together since none of them is timed. The compilation is of what the stage
+    "kernels" needs.
+    """
     beside = {}
     if not run.cpu and shutil.which("compute-sanitizer"):
         for tool in ("memcheck", "racecheck"):
@@ -173,7 +182,7 @@ def tests(run: Run, select: list[str], *, compile_kernels: bool) -> None:
     if compile_kernels and not run.cpu:
         beside["compile"] = run.script("time_ops", "--compile-only", "--budget=100")
     processes = {name: run.start(name, command) for name, command in beside.items()}
-    # a warning of another version of a library is no finding of this run
+    # warnings of another version of a library must not fail the tests
     options = ["-q", "-W", "default", "-p", "no:cacheprovider", "-p", "no:benchmark"]
     options += ["--timeout=100", "--maxfail=200"]
     workers = ["-n", str(min(10, os.cpu_count() or 1)), "--dist=worksteal"]
@@ -182,6 +191,9 @@ def tests(run: Run, select: list[str], *, compile_kernels: bool) -> None:
     junit = f"--junitxml={(run.out / 'junit.xml').resolve()}"
     which = select or ["tests/ops"]
     run.stage("tests", 110, [PYTHON, "-m", "pytest", "--triton", *which, *options, junit])
+    if (run.out / "junit.xml").exists():
+        cases, failures = summary.read_tests(run.out / "junit.xml")
+        run.note("tests", run=cases, failed=sum(map(len, failures.values())))
     for name, process in processes.items():
         run.finish(process, max(run.left() - 10, 1))
         run.keep_log(name)

@@ -1,4 +1,4 @@
-"""Every op once, on small inputs or on the doctor's large ones: what compute-sanitizer and ncu run.
+"""Run ops on small inputs or on the doctor's large ones, for compute-sanitizer and ncu.
 
 python benchmarks/on_gpu/small_ops.py check [OP ...]       the cases of the check of first use
 python benchmarks/on_gpu/small_ops.py examples [CASE ...]  tests/helpers/triton_cases.py

@@ -1,5 +1,6 @@
-"""Whole PPO steps of a random Llama: seconds of the parts, tokens a second, memory, with and
-without CUDA graphs.
+"""Measure whole PPO steps of a random Llama, with and without CUDA graphs.
+
+The findings are seconds of the parts, tokens a second, and memory.
 
 python benchmarks/on_gpu/step.py [--model=Llama-1B] [--rows=64] [--prompt=128] [--new=128] [--cpu]
 """
@@ -57,7 +58,7 @@ def make_trainer(asked: argparse.Namespace) -> PPOTrainer:
 
 
 def prompts(asked: argparse.Namespace, vocab_size: int, seed: int) -> list[str]:
-    """Of lengths of their own, all different: equal ones are computed once."""
+    """Make prompts of random lengths, all different, since equal ones are computed once."""
     g = torch.Generator().manual_seed(seed)
     lengths = torch.randint(asked.prompt // 2, asked.prompt + 1, (asked.rows,), generator=g)
     rows = [torch.randint(2, vocab_size, (n,), generator=g).tolist() for n in lengths.tolist()]

@@ -1,4 +1,4 @@
-"""The findings of a run, a short line each, and the tests that failed.
+"""Print the findings of a run, a short line each, and the tests that failed.
 
 python benchmarks/on_gpu/summary.py RESULTS.jsonl [JUNIT.xml]
 """
@@ -34,7 +34,15 @@ def lines(results: Path, junit: Path | None) -> list[str]:
 
 
 def tests(junit: Path) -> list[str]:
-    """Their number, and those that failed, by name without parameters."""
+    """Describe the tests that ran, and each that failed."""
+    cases, failures = read_tests(junit)
+    failed = sum(map(len, failures.values()))
+    named = [f"  {name} x{len(whys)}: {whys[0]}" for name, whys in failures.items()]
+    return [f"tests: {cases}, failed {failed}", *named]
+
+
+def read_tests(junit: Path) -> tuple[int, dict[str, list[str]]]:
+    """Return the number of tests, and why tests failed, by name without parameters."""
     cases = list(ET.parse(junit).iter("testcase"))
     failures: dict[str, list[str]] = {}
     for case in cases:
@@ -43,9 +51,7 @@ def tests(junit: Path) -> list[str]:
                 name = f"{case.get('classname', '')}::{case.get('name', '').split('[')[0]}"
                 message = (why.get("message") or "").split("\n")[0]
                 failures.setdefault(name, []).append(message[:140])
-    failed = sum(map(len, failures.values()))
-    named = [f"  {name} x{len(whys)}: {whys[0]}" for name, whys in failures.items()]
-    return [f"tests: {len(cases)}, failed {failed}", *named]
+    return len(cases), failures
 
 
 if __name__ == "__main__":

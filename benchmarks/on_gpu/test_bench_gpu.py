@@ -1,4 +1,4 @@
-"""On a GPU: ours, eager, torch.compile, and others' kernels where they are installed.
+"""Benchmarks on a GPU: ours, eager, torch.compile, and others' kernels where installed.
 
 Written to results/<name of the GPU>.json by `make bench`.
 """
@@ -21,7 +21,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def timed(side: Side) -> dict[str, float]:
-    """Median, 20% and 80% milliseconds, and the peak megabytes beyond what was there before."""
+    """Return median, 20% and 80% milliseconds, and peak megabytes beyond those in use before."""
     from triton.testing import do_bench
 
     side()  # compiles
@@ -35,7 +35,7 @@ def timed(side: Side) -> dict[str, float]:
 
 
 def measured(side: Side | str, *, ours: bool) -> dict[str, float] | str:
-    """Figures, or why there are none; ours has to run."""
+    """Return the figures of a side, or why there are none; raise if ours fails."""
     if isinstance(side, str):
         return side
     try:
@@ -50,7 +50,7 @@ def measured(side: Side | str, *, ours: bool) -> dict[str, float] | str:
 
 
 def entry(work: gpu_sides.GpuWork) -> dict:
-    """A benchmark as results/*.json has it."""
+    """Measure a work; return the benchmark in the form of results/*.json."""
     found = {
         name: measured(side, ours=name.startswith("ppo_fast")) for name, side in work.sides.items()
     }
@@ -78,7 +78,7 @@ def lines(benchmark: dict, copy_rate: float) -> list[str]:
 
 
 def copy_rate(nbytes: int = 2**30) -> float:
-    """GB/s, read and written."""
+    """Measure the GB/s of a copy, read and written."""
     source = torch.empty(nbytes, dtype=torch.uint8)
     target = torch.empty_like(source)
     return 2 * nbytes / timed(lambda: target.copy_(source))["ms"] / 1e6
@@ -94,7 +94,7 @@ def save(benchmarks: list[dict], folder: Path, gpu: str, versions: dict[str, str
 
 @pytest.fixture(scope="module")
 def results(request):
-    """Benchmarks as they come; kept where `make bench` runs all of them."""
+    """Collect the benchmarks; save them where `make bench` runs all of them."""
     with torch.device("cuda"):
         rate = copy_rate()
     copying = {"work": "machine: copying 1 GiB, bytes read and written", "unit": "GB/s"}

@@ -1,4 +1,4 @@
-"""The works of benchmarks/on_gpu/gpu_sides.py by short clocks, the most telling ones first.
+"""Time the works of benchmarks/on_gpu/gpu_sides.py briefly, the most informative first.
 
 python benchmarks/on_gpu/time_ops.py [--budget=60] [--works='a;b'] [--compile-only] [--cpu]
 """
@@ -12,7 +12,7 @@ import gpu_sides
 import torch
 from common import DEVICE, ON_GPU, STARTED, attempt, note, parser, seconds, synchronize
 
-# What takes hundreds of launches a call.
+# Sides that launch hundreds of kernels a call.
 SLOW = ("Python loop over T with mask: the reference",)
 WORKS = (
     "logprobs forward",
@@ -32,7 +32,7 @@ TINY = {
 
 
 def timed(side: Callable[[], object]) -> tuple[float, float]:
-    """Median milliseconds, and the peak megabytes beyond what was there."""
+    """Return median milliseconds, and peak megabytes beyond those in use before."""
     side()
     if not ON_GPU:
         return 1e3 * seconds(side)[0], 0.0
@@ -48,7 +48,7 @@ def timed(side: Callable[[], object]) -> tuple[float, float]:
 
 
 def copy_rate() -> float:
-    """Bytes a millisecond, read and written."""
+    """Measure the bytes a millisecond of a copy, read and written."""
     source = torch.randint(255, (2**30,), dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     rate = 2 * source.nbytes / timed(lambda: target.copy_(source))[0]

@@ -15,7 +15,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "gpu_measured.md"
 GPU = "H200"
 
-# What a work is called in gpu_computed.json.
+# The names of works in gpu_computed.json.
 COMPUTED = {
     "logprobs_from_logits, 8192 x 151936 bfloat16": (
         "log-prob and entropy, forward, 8192 x 151936"

@@ -1,4 +1,4 @@
-"""The same work as one writes it in PyTorch without ppo_fast."""
+"""The work of the ops in plain PyTorch, without ppo_fast."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def by_logsumexp(logits: Tensor, labels: Tensor, entropy: bool) -> Logprobs:
 
 
 def by_cross_entropy(logits: Tensor, labels: Tensor, entropy: bool) -> Logprobs:
-    """Its entropy as a product of vectors, so that p * x is never stored."""
+    """Compute the entropy by a product of vectors, so that p * x is never stored."""
     logprobs = -F.cross_entropy(logits, labels, reduction="none")
     if not entropy:
         return (logprobs,)
@@ -38,7 +38,7 @@ LOGPROBS = {
 
 
 def loop_over_steps(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
-    """Advantages, without masks, episode ends or a bootstrap value."""
+    """Compute advantages, without masks, episode ends or a bootstrap value."""
     advantage = torch.zeros_like(rewards[:, 0])
     columns = []
     for t in reversed(range(rewards.shape[1])):
@@ -56,7 +56,7 @@ def by_multinomial(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def by_cumsum(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse of the distribution function, at one uniform number a row."""
+    """Draw by the inverse of the distribution function, at one uniform number a row."""
     p = logits.softmax(-1)
     below = p.cumsum(-1)
     tokens = torch.searchsorted(below, torch.rand(len(p), 1) * below[:, -1:])
@@ -65,7 +65,7 @@ def by_cumsum(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def by_exponential(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """A race of exponential waiting times, as inference engines draw."""
+    """Draw the smallest of exponential waiting times, as inference engines do."""
     p = logits.softmax(-1)
     tokens = (p / torch.empty_like(p).exponential_()).argmax(-1, keepdim=True)
     return tokens[:, 0], p.gather(-1, tokens)[:, 0].log()
@@ -104,7 +104,7 @@ def losses(
     returns: Tensor,
     mask: Tensor,
 ) -> Tensor:
-    """Policy and value loss with the terms of test_bench_losses.py, without any metric."""
+    """Compute policy and value loss with the terms of test_bench_losses.py, without any metric."""
     ratio = (logprobs - old_logprobs).exp()
     policy = torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
     policy = torch.where(advantages < 0, torch.max(policy, 3.0 * advantages), policy)

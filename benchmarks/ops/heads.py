@@ -1,6 +1,7 @@
-"""Log-probs from hidden states and an LM head, by ppo_fast and by PyTorch: timed and weighed.
+"""Log-probs from hidden states and an LM head, by ppo_fast and by PyTorch.
 
-Every form takes (work, entropy) and gives (log-probs,) or (log-probs, entropies).
+The benchmarks measure their time and memory. Every form takes (work, entropy) and returns
+(log-probs,) or (log-probs, entropies).
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def by_torch(work: Work, entropy: bool, **options: Any) -> tuple[Tensor, ...]:
     return (-F.linear_cross_entropy(*arguments, reduction="none", **options),)
 
 
-# Its own rule makes chunks of 4 rows here; 256 rows were the fastest of 16, 64, 128, 256 and 512.
+# PyTorch's rule makes chunks of 4 rows here; 256 rows were the fastest of 16, 64, 128, 256 and 512.
 CHUNKS = {
     "whole": None,
     "auto chunks": LinearCrossEntropyOptions(),

@@ -1,8 +1,8 @@
 """Peak memory of one side, in a process of its own.
 
-The kernel's own high-water mark (Linux), which is set back once the inputs or the models are there:
-getrusage's would start at what the parent process had needed. Of an operation, imports, inputs and
-gradients that are returned do not count; of whole steps everything does.
+It is the high-water mark that Linux keeps, reset once the inputs or the models are there: that of
+getrusage would start at what the parent process had needed. For an operation, imports, inputs and
+returned gradients do not count; for whole steps everything does.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ MEGABYTE, GIGABYTE = 1e6, 1e9
 
 
 def peak_megabytes(module: str, name: str, entropy: bool, frozen: bool = False) -> float:
-    """What HEADS[name] of ``module`` needs, forward and backward."""
+    """Return the peak megabytes of HEADS[name] of ``module``, forward and backward."""
     return in_own_process("report", module, name, entropy, frozen) / MEGABYTE
 
 
 def step_gigabytes(module: str, work: str, name: str) -> float:
-    """The process of SIDES[work][name] of ``module`` at most, in two steps."""
+    """Return the peak gigabytes of a process with two steps of SIDES[work][name] of ``module``."""
     return in_own_process("report_steps", module, work, name) / GIGABYTE
 
 
 def in_own_process(function: str, *arguments: Any) -> float:
-    """The bytes that a function of this module prints."""
+    """Return the bytes that a function of this module prints in a new process."""
     code = f"import sys; sys.path[:] = {sys.path!r}; import memory; "
     code += f"memory.{function}(*{arguments!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -66,14 +66,14 @@ def report_steps(module: str, work: str, name: str) -> None:
 
 
 def start() -> int:
-    """Sets the high-water mark back to what is in use, and returns that."""
+    """Reset the high-water mark to the bytes in use, and return these."""
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     return before
 
 
 def resident(field: str) -> int:
-    """Bytes, from /proc/self/status."""
+    """Return a field of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = (line for line in lines if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""few_row_linear: the head's product of a decoding step, against both ways to ask the BLAS."""
+"""few_row_linear: the head's product of a decoding step, against two products of the BLAS."""
 
 import pytest
 import torch

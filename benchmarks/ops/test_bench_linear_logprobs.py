@@ -11,7 +11,7 @@ BEST = "eager, log_softmax and gather"
 
 
 def time_forms(turns, what, work, forms, *, entropy=True, rounds=3):
-    """Times forward and backward of form(work, entropy)."""
+    """Time forward and backward of form(work, entropy)."""
     sides = {
         name: lambda form=form: heads.gradients(form(work, entropy), work)
         for name, form in forms.items()

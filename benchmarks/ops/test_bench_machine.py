@@ -1,4 +1,4 @@
-"""What this machine can do at most: the figures beside all the others."""
+"""The peak rates of this machine, copying and float32 products, to compare the others with."""
 
 import pytest
 import torch

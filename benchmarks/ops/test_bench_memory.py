@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 @pytest.fixture
 def weigh(benchmark, show):
-    """weigh(work, unit, weights): the amount that each side's function gives, printed."""
+    """Return weigh(work, unit, weights), which prints what each side's function returns."""
 
     def weigh(work, unit, weights, decimals=1):
         amounts = {}
@@ -30,8 +30,11 @@ def weigh(benchmark, show):
     ids=["entropy", "log-prob alone", "frozen head"],
 )
 def test_memory(weigh, entropy, frozen):
-    """Forward and backward of linear_logprobs beyond the gradients that it returns: the head of an
-    update of 8 responses of 64 tokens. Under gradient checkpointing logits are recomputed."""
+    """Measure forward and backward of linear_logprobs beyond the gradients that it returns.
+
+    It is the head of an update of 8 responses of 64 tokens. Under gradient checkpointing logits are
+    recomputed.
+    """
     names = [heads.RECOMPUTED, heads.KEPT, *heads.EAGER, *(() if entropy else heads.TORCH)]
     what = "with entropy" if entropy else "log-prob alone"
     head = "frozen" if frozen else "trained"
@@ -42,7 +45,7 @@ def test_memory(weigh, entropy, frozen):
 
 @pytest.mark.parametrize("work", SIDES)
 def test_steps(weigh, work):
-    """The whole process, models and all."""
+    """Measure the whole process, including the models."""
     pytest.importorskip("ppo_fast.demo.smollm2")
     sides = {name: lambda n=name: step_gigabytes("step_sides", work, n) for name in SIDES[work]}
     weigh(f"{work}: peak memory of the process", "GB", sides, decimals=2)

@@ -9,7 +9,7 @@ from ppo_fast.ops import sample_tokens
 
 
 def logits_of(rows: int, kind: str) -> torch.Tensor:
-    """Scores of deviation 3; "peaked": ten tokens a row have nearly all the mass."""
+    """Return logits of deviation 3; "peaked": ten tokens a row have nearly all the mass."""
     logits = 3 * torch.randn(rows, VOCAB)
     if kind == "peaked":
         logits.scatter_add_(1, torch.randint(VOCAB, (rows, 10)), 15 + torch.randn(rows, 10))

@@ -1,6 +1,6 @@
 """Decoding on a machine that other processes use as well: each keeps one core busy.
 
-A process more than there are cores leaves ours about half of one of them.
+If there is one process more than cores, ours gets about half of one core.
 """
 
 import subprocess

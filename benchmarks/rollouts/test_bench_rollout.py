@@ -1,8 +1,7 @@
-"""Decoding SmolLM2-135M: ours against transformers `generate`, the same prompts and numbers of
-tokens.
+"""Decoding SmolLM2-135M: ours against transformers `generate`, on the same prompts and model.
 
 Both sides sample at temperature 1 without truncation and never stop at EOS. Every round times both,
-and the median is over rounds. The same model decodes on both sides.
+and the median is over rounds.
 """
 
 import importlib
@@ -30,7 +29,7 @@ def smollm2():
 
 
 def sides(smollm2, prompts, max_lengths):
-    """Ours, and `generate` on the left-padded batch, as long as the longest response."""
+    """Return ours, and `generate` on the left-padded batch up to the longest response."""
     model, tokenizer = smollm2
     width, pad_id = max(map(len, prompts)), tokenizer.pad_token_id
     ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts])
@@ -79,9 +78,12 @@ def test_samples_of_a_prompt(turns, smollm2, capsys):
 
 @pytest.mark.parametrize("batch", [4, 16, 32])
 def test_where_a_step_goes(benchmark, smollm2, batch, capsys, monkeypatch):
-    """Layers, head and drawing are timed inside a run; the rest is embedding, rotary tables, masks
-    and Python. Weights are read once a step and multiplied with every row."""
-    from ppo_fast.models.heads import language_model
+    """Time layers, head and drawing inside a run.
+
+    The rest is embedding, rotary tables, masks and Python. Weights are read once a step and
+    multiplied with every row.
+    """
+    from ppo_fast.models import language_model
     from ppo_fast.rollout.speedups import fused_layers
 
     spent: Counter[str] = Counter()
@@ -98,9 +100,8 @@ def test_where_a_step_goes(benchmark, smollm2, batch, capsys, monkeypatch):
     model, tokenizer = smollm2
     prompts = tokenizer(load_prompts()[0][:batch])["input_ids"]
     ours = sides(smollm2, prompts, [64] * batch)["ppo_fast"]
-    monkeypatch.setattr(
-        fused_layers._StepForward, "__call__", timed("layers", fused_layers._StepForward.__call__)
-    )
+    layer = fused_layers.StepForward
+    monkeypatch.setattr(layer, "__call__", timed("layers", layer.__call__))
     monkeypatch.setattr(
         language_model, "few_row_linear", timed("head", language_model.few_row_linear)
     )

@@ -1,7 +1,7 @@
-"""PPO as one writes it first, in plain torch and transformers: what ours is timed beside.
+"""Simple versions of PPO in plain torch and transformers, to compare ours with.
 
-`SequentialPPO` handles one prompt at a time, as the classic interface does (here on token ids;
-that encoded its texts again). `BatchedPPO` is a straightforward trainer of the top layers.
+`SequentialPPO` handles one prompt at a time, as the classic interface does (here on token ids; the
+classic one encoded its texts again). `BatchedPPO` is a straightforward trainer of the top layers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ EPOCHS, CLIP, KL, LAMBDA = 4, 0.2, 0.1, 0.95
 
 
 def generate(model: Any, ids: Tensor, mask: Tensor, new: int) -> Tensor:
-    """``new`` tokens a row, drawn from all, whatever would end a response."""
+    """Generate ``new`` tokens a row, drawn from the whole vocabulary, without an early end."""
     return model.generate(
         input_ids=ids,
         attention_mask=mask,
@@ -32,7 +32,7 @@ def generate(model: Any, ids: Tensor, mask: Tensor, new: int) -> Tensor:
 
 
 def logprobs(logits: Tensor, ids: Tensor, new: int) -> Tensor:
-    """[B, new], of the last tokens of ``ids``."""
+    """Return the log-probs [B, new] of the last tokens of ``ids``."""
     table = logits[:, -new - 1 : -1].log_softmax(dim=-1)
     return table.gather(2, ids[:, -new:, None])[..., 0]
 
@@ -53,14 +53,14 @@ def ppo_loss(new: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
 
 
 def freeze_bottom(model: nn.Module, body: Any, k: int) -> None:
-    """Of a Llama, all but the ``k`` top layers and the final norm."""
+    """Freeze a Llama, except for the ``k`` top layers and the final norm."""
     model.requires_grad_(False)
     for module in (*body.layers[-k:], body.norm):
         module.requires_grad_(True)
 
 
 class SequentialPPO:
-    """Policy, reference and a value model of its own; all weights of two of them are trained."""
+    """One prompt at a time, with reference; trains all weights of policy and value model."""
 
     def __init__(self, policy: Any, value_model: nn.Module, score: Score) -> None:
         self.policy, self.value_model, self.score = policy, value_model, score
@@ -98,8 +98,10 @@ class SequentialPPO:
 
 
 class BatchedPPO:
-    """The ``k`` top layers are trained, with a value head on the last states. Whole batches, and
-    every layer in every pass."""
+    """Whole batches; trains the ``k`` top layers and a value head on the last states.
+
+    Every pass runs every layer.
+    """
 
     def __init__(self, policy: Any, k: int, score: Score) -> None:
         self.policy, self.score = policy, score

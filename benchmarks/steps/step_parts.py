@@ -1,7 +1,7 @@
-"""Where a PPO step's time goes: clocks around the parts of a trainer, and what the parts compute.
+"""The time of the parts of a PPO step, and the operations and bytes that each part needs.
 
 Products of n tokens with weights W are 2 W n operations, as many again for the gradient of each
-operand that has one; attention counts the keys that a token looks at. Padding counts as nothing.
+operand that has one; attention counts the keys that a token looks at. Padding is not counted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OPTIMIZER_NUMBERS = 7 + 3
 
 
 class Clock:
-    """Seconds by part: those of a part within another are the inner one's alone."""
+    """Seconds by part: time in a part within another counts for the inner one only."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
@@ -60,7 +60,7 @@ class Clock:
 
 
 def seconds_of_parts(trainer: PPOTrainer, step: Callable[[], None]) -> dict[str, float]:
-    """One ``step`` of ``trainer``; "rest" is what no part accounts for."""
+    """Return the seconds of the parts of one ``step``; "rest" is what no part accounts for."""
     optimizers = [o for o in (trainer.policy_optimizer, trainer.value_optimizer) if o is not None]
     places = [
         ("prefill", Prompts, "read"),
@@ -87,7 +87,7 @@ def seconds_of_parts(trainer: PPOTrainer, step: Callable[[], None]) -> dict[str,
 
 
 class Work(NamedTuple):
-    """Operations, and bytes that have to be moved where those may be the bound."""
+    """Operations of a part, and the bytes that it must move where these may be the bound."""
 
     operations: float = 0.0
     bytes: float = 0.0
@@ -95,7 +95,7 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a Llama: weights of a layer's and of the head's products, and the attention's widths."""
+    """Sizes of a Llama: weights in the products of a layer and of the head, attention's widths."""
 
     layer: int
     layers: int
@@ -117,17 +117,17 @@ class Sizes:
         )
 
     def through(self, first: int, end: int, layers: int) -> float:
-        """Operations of a sequence's tokens ``first`` to ``end`` in some of the layers."""
+        """Return the operations of a sequence's tokens ``first`` to ``end`` in some layers."""
         return layers * (2 * self.layer * (end - first) + 4 * self.queries * looks(first, end))
 
 
 def looks(first: int, end: int) -> int:
-    """The keys that tokens ``first`` to ``end`` look at, each at its own and all before it."""
+    """Return how many keys tokens ``first`` to ``end`` look at: each its own and all before it."""
     return (end * (end + 1) - first * (first + 1)) // 2
 
 
 def work_of_parts(trainer: PPOTrainer) -> dict[str, Work]:
-    """What the parts of the last step had to do."""
+    """Return the work of each part of the last step."""
     assert trainer.last_rollout is not None
     sizes, tokens = Sizes.of(trainer.policy_model), trainer.last_rollout.tokens
     lengths = list(
@@ -139,7 +139,7 @@ def work_of_parts(trainer: PPOTrainer) -> dict[str, Work]:
     top = trainer.config.num_layers_unfrozen or sizes.layers
     heads = 2 * sizes.head * responses
     above = sum(sizes.through(0, prompt + new, top) for prompt, new in lengths)
-    # a head of one number is nothing beside the rest
+    # the work of a head with one output is negligible
     value = above if trainer.critic.trained and not trainer.critic.reads_states else 0.0
     head = trainer.policy_model.get_output_embeddings()
     head_gradients = 1 + head.weight.requires_grad
@@ -164,20 +164,20 @@ def work_of_parts(trainer: PPOTrainer) -> dict[str, Work]:
 
 
 def trained(trainer: PPOTrainer) -> int:
-    """Weights that optimizers change."""
+    """Return the number of weights that optimizers change."""
     optimizers = [o for o in (trainer.policy_optimizer, trainer.value_optimizer) if o is not None]
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     return sum(p.numel() for group in groups for p in group["params"])
 
 
 class Peaks(NamedTuple):
-    """Of this machine: operations and copied bytes (read and written) a second."""
+    """Peak rates of this machine: operations and copied bytes (read and written) a second."""
 
     operations: float
     bytes: float
 
     def rate(self, work: Work, seconds: float) -> str:
-        """The rate that bounds ``work``, beside its peak; nothing for what has no work."""
+        """Return the rate that bounds ``work``, beside its peak; "" if there is no work."""
         if not any(work):
             return ""
         kinds = ("GFLOP/s", "GB/s")
@@ -187,7 +187,7 @@ class Peaks(NamedTuple):
 
 
 def measure_peaks(rounds: int = 5, size: int = 2048, copied: int = 2**26) -> Peaks:
-    """As test_bench_machine.py does."""
+    """Measure the peaks as test_bench_machine.py does."""
     a, b, out = torch.randn(size, size), torch.randn(size, size), torch.empty(size, size)
     source, target = torch.randn(copied), torch.empty(copied)
     product = _median(lambda: torch.mm(a, b.T, out=out), rounds)

@@ -1,4 +1,4 @@
-"""Whole PPO steps of SmolLM2-135M: the works, and who does them."""
+"""Whole PPO steps of SmolLM2-135M: the works, and the sides that do them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PARTS = ("rollout", "experience", "update")
 
 
 def of_ids(responses: list[list[int]]) -> list[float]:
-    """A score that costs nothing."""
+    """Return scores that cost nothing."""
     return [sum(ids) % 97 / 50 for ids in responses]
 
 
@@ -91,7 +91,7 @@ def _top(smollm2: Any) -> Step:
 
 
 def _bottom_frozen(smollm2: Any) -> Step:
-    """The same training without a trunk: 4 layers of policy and value function."""
+    """Make steps of the same training without a trunk: 4 layers of policy and of value model."""
     value_model = _value_model(smollm2)
     plain_ppo.freeze_bottom(value_model, value_model.base_model.model, 4)
     value_model.value_head = nn.Linear(576, 1)  # as a top has
@@ -100,7 +100,7 @@ def _bottom_frozen(smollm2: Any) -> Step:
 
 
 def _demo(smollm2: Any) -> Step:
-    """As `make demo` trains."""
+    """Make steps that train as `make demo` does."""
     options = {"learning_rate": 1e-4, "max_length": 24, "num_layers_unfrozen": 4}
     return Ours(smollm2, _prompts(32), critic="head", **options).step
 
@@ -110,7 +110,7 @@ def _batched(smollm2: Any) -> Step:
     return Plain(smollm2, _prompts(32), trainer, 24).step
 
 
-# Work -> side -> what makes its step, a bound method, from load_smollm2(); ours comes first.
+# Work -> side -> function from load_smollm2() to its step, a bound method; ours comes first.
 SIDES: dict[str, dict[str, Make]] = {
     "a PPO step: batch 4, 48 new tokens, 4 epochs, all weights of policy and value model": {
         "ppo_fast": _all_weights,

@@ -1,7 +1,7 @@
-"""Whole PPO steps of SmolLM2-135M: ours beside plain ones, and with beside without a trunk.
+"""Whole PPO steps of SmolLM2-135M: ours against plain ones, and with a trunk against without.
 
-Responses have one length (nothing ends them), 4 epochs are 4 optimizer steps. A side's models are
-its own, and go on learning from round to round.
+Responses have one length (nothing ends them); 4 epochs are 4 optimizer steps. Each side has its own
+models, which go on learning from round to round.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""Where the time of our PPO steps goes, each part's rate beside what this machine can do."""
+"""The time of each part of our PPO steps, and its rate beside the peak of this machine."""
 
 import pytest
 from step_parts import Work, measure_peaks, seconds_of_parts, work_of_parts

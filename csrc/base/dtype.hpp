@@ -43,8 +43,8 @@ PPO_FAST_INLINE float widen(Float16 x) {
   const float special = bit_cast<float>(magnitude + (224u << 23));  // infinity and NaN
   // Below 2^-14: the bits are a count of 2^-24, added to a number with that last place.
   const float subnormal = bit_cast<float>(magnitude + (113u << 23)) - 6.103515625e-05f;
-  const float size = magnitude >= 0x0f800000u ? special
-                                              : (magnitude < 0x00800000u ? subnormal : normal);
+  const float size =
+      magnitude >= 0x0f800000u ? special : (magnitude < 0x00800000u ? subnormal : normal);
   return bit_cast<float>(bit_cast<std::uint32_t>(size) | sign);
 }
 
@@ -73,10 +73,14 @@ PPO_FAST_INLINE void narrow(float x, Float16* to) {
 template <typename F>
 void with_dtype(Dtype dtype, F f) {
   switch (dtype) {
-    case Dtype::float32: return f(static_cast<float*>(nullptr));
-    case Dtype::float64: return f(static_cast<double*>(nullptr));
-    case Dtype::bfloat16: return f(static_cast<BFloat16*>(nullptr));
-    case Dtype::float16: return f(static_cast<Float16*>(nullptr));
+    case Dtype::float32:
+      return f(static_cast<float*>(nullptr));
+    case Dtype::float64:
+      return f(static_cast<double*>(nullptr));
+    case Dtype::bfloat16:
+      return f(static_cast<BFloat16*>(nullptr));
+    case Dtype::float16:
+      return f(static_cast<Float16*>(nullptr));
   }
 }
 

@@ -32,8 +32,7 @@ struct Lanes {
 
 // a * b + c: rounded once in float where the instruction set can, as madd of math.hpp.
 template <typename Real>
-PPO_FAST_INLINE Lanes<Real> madd(const Lanes<Real>& a, const Lanes<Real>& b,
-                                 const Lanes<Real>& c) {
+PPO_FAST_INLINE Lanes<Real> madd(const Lanes<Real>& a, const Lanes<Real>& b, const Lanes<Real>& c) {
   Lanes<Real> result;
 #if defined(__AVX2__) && defined(__FMA__)
   if constexpr (sizeof(Real) == sizeof(float)) {
@@ -64,8 +63,8 @@ PPO_FAST_INLINE void sum_each(const Lanes<Real> (&lanes)[4], Real (&sums)[4]) {
     const __m256 cd = pairs(lanes[2].numbers, lanes[3].numbers);
     const __m256 halves = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, _MM_SHUFFLE(1, 0, 1, 0)),
                                         _mm256_shuffle_ps(ab, cd, _MM_SHUFFLE(3, 2, 3, 2)));
-    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(halves),
-                                   _mm256_extractf128_ps(halves, 1)));
+    _mm_storeu_ps(sums,
+                  _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
     return;
   }
 #endif

@@ -128,7 +128,9 @@ PPO_FAST_INLINE Exponentials<float> exp_and_expm1(float x) {
   const float scale = first * second;
   return {exp, x > kHighest ? exp : madd(p, scale, scale - 1.0f)};
 }
-PPO_FAST_INLINE Exponentials<double> exp_and_expm1(double x) { return {std::exp(x), std::expm1(x)}; }
+PPO_FAST_INLINE Exponentials<double> exp_and_expm1(double x) {
+  return {std::exp(x), std::expm1(x)};
+}
 
 template <typename Real>
 PPO_FAST_INLINE Real expm1(Real x) {

@@ -24,8 +24,7 @@ PPO_FAST_INLINE void for_blocks(std::int64_t num_tokens, F f) {
   }
 }
 
-// The number of valid tokens of a row, and where they end: what follows is padding, and is not
-// read.
+// The number of valid tokens of a row, and where they end: the rest is padding, and is not read.
 struct RowLength {
   std::int64_t tokens = 0;
   std::int64_t end = 0;
@@ -49,8 +48,7 @@ inline RowLength row_length(const std::uint8_t* mask, std::int64_t num_steps) {
   return length;
 }
 
-// Returns x where `valid` is 1, and 0 where it is 0: a product x * valid would be NaN at inf and
-// NaN.
+// Returns x where `valid` is 1, and 0 where it is 0: a product with it would be NaN at inf and NaN.
 template <typename Real>
 PPO_FAST_INLINE Real masked(Real x, Real valid) {
   return valid != Real(0) ? x : Real(0);

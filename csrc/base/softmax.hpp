@@ -47,7 +47,7 @@ PPO_FAST_INLINE void prefetch([[maybe_unused]] const void* address) {
 #endif
 }
 
-// Returns x where 2^x is not 0, else a finite number, so that 2^x times it is 0 and not 0 * -inf =
+// Returns x where 2^x is not 0, else a finite number: 2^x times it is then 0, where 0 * -inf is
 // NaN.
 PPO_FAST_INLINE float finite_weight(float x) { return x < -127.0f ? -127.0f : x; }
 PPO_FAST_INLINE double finite_weight(double x) { return x < -1100.0 ? -1100.0 : x; }

@@ -48,16 +48,16 @@ DecodeLayerArgs of_dict(const py::dict& given) {
 }  // namespace
 
 void bind_decode_layer(py::module_& m) {
-  py::class_<DecodeLayerArgs>(
-      m, "DecodeLayer",
-      "A transformer layer of the Llama kind, for decoding steps; see csrc/kernels/decode_layer.hpp. Weights "
-      "are addresses, 0 where there is none; they must outlive it.")
+  py::class_<DecodeLayerArgs>(m, "DecodeLayer",
+                              "A transformer layer of the Llama kind, for decoding steps; see "
+                              "csrc/kernels/decode_layer.hpp. Weights "
+                              "are addresses, 0 where there is none; they must outlive it.")
       .def(py::init(&of_dict), py::arg("weights_and_sizes"))
       .def(
           "__call__",
           [](const DecodeLayerArgs& layer, Address x, Address cos, Address sin, Address keys,
-             Address values, std::int64_t capacity, Address slots, Address lengths, Address y, Address scratch,
-             std::int64_t num_rows, int num_threads) {
+             Address values, std::int64_t capacity, Address slots, Address lengths, Address y,
+             Address scratch, std::int64_t num_rows, int num_threads) {
             check({num_rows, capacity}, num_threads,
                   {x, cos, sin, keys, values, slots, lengths, y, scratch});
             DecodeLayerArgs args = layer;
@@ -76,8 +76,8 @@ void bind_decode_layer(py::module_& m) {
             kernels().decode_layer(args, num_threads);
           },
           py::kw_only(), py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("keys"),
-          py::arg("values"), py::arg("capacity"), py::arg("slots"), py::arg("lengths"), py::arg("y"),
-          py::arg("scratch"), py::arg("num_rows"), py::arg("num_threads"));
+          py::arg("values"), py::arg("capacity"), py::arg("slots"), py::arg("lengths"),
+          py::arg("y"), py::arg("scratch"), py::arg("num_rows"), py::arg("num_threads"));
 }
 
 }  // namespace ppo_fast

@@ -29,9 +29,9 @@ void bind_linear_logprobs(py::module_& m) {
       [](int dtype, std::int64_t num_rows, Address state, double temperature, Address logprobs,
          Address entropy, Address stats) {
         check({num_rows}, 1, {state, logprobs, stats});
-        const FinishArgs args{static_cast<Dtype>(dtype), num_rows,
+        const FinishArgs args{static_cast<Dtype>(dtype),    num_rows,
                               pointer<const double>(state), temperature,
-                              pointer<void>(logprobs),   pointer<void>(entropy),
+                              pointer<void>(logprobs),      pointer<void>(entropy),
                               pointer<void>(stats)};
         py::gil_scoped_release release;
         kernels().finish_rows(args);

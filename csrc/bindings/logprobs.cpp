@@ -22,10 +22,10 @@ void bind_logprobs(py::module_& m) {
         py::gil_scoped_release release;
         kernels().logprobs_forward(args, num_threads);
       },
-      py::kw_only(), py::arg("dtype"), py::arg("logits"), py::arg("outer_stride"),
-      py::arg("inner"), py::arg("inner_stride"), py::arg("num_rows"), py::arg("vocab_size"),
-      py::arg("labels"), py::arg("mask"), py::arg("temperature"), py::arg("logprobs"),
-      py::arg("entropy"), py::arg("stats"), py::arg("num_threads"),
+      py::kw_only(), py::arg("dtype"), py::arg("logits"), py::arg("outer_stride"), py::arg("inner"),
+      py::arg("inner_stride"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("labels"),
+      py::arg("mask"), py::arg("temperature"), py::arg("logprobs"), py::arg("entropy"),
+      py::arg("stats"), py::arg("num_threads"),
       "Log-probs and entropies of rows of logits; see csrc/kernels/logprobs.hpp.");
   m.def(
       "logprobs_backward",
@@ -48,10 +48,10 @@ void bind_logprobs(py::module_& m) {
         py::gil_scoped_release release;
         kernels().logprobs_backward(args, num_threads);
       },
-      py::kw_only(), py::arg("dtype"), py::arg("logits"), py::arg("outer_stride"),
-      py::arg("inner"), py::arg("inner_stride"), py::arg("num_rows"), py::arg("vocab_size"),
-      py::arg("labels"), py::arg("mask"), py::arg("temperature"), py::arg("entropy"),
-      py::arg("stats"), py::arg("grad_logprobs"), py::arg("grad_entropy"), py::arg("grad_logits"),
+      py::kw_only(), py::arg("dtype"), py::arg("logits"), py::arg("outer_stride"), py::arg("inner"),
+      py::arg("inner_stride"), py::arg("num_rows"), py::arg("vocab_size"), py::arg("labels"),
+      py::arg("mask"), py::arg("temperature"), py::arg("entropy"), py::arg("stats"),
+      py::arg("grad_logprobs"), py::arg("grad_entropy"), py::arg("grad_logits"),
       py::arg("num_threads"), "Gradient of the logits; see csrc/kernels/logprobs.hpp.");
 }
 

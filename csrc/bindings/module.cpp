@@ -1,4 +1,4 @@
-// The Python module ppo_fast._C.
+// The Python module ppo_fast.ops._C.
 #include <atomic>
 #include <string>
 #include <vector>
@@ -13,7 +13,8 @@ namespace {
 std::vector<const Kernels*> runnable() {
   std::vector<const Kernels*> sets;
 #ifdef PPO_FAST_HAVE_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back(&kernels_avx2);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    sets.push_back(&kernels_avx2);
 #endif
   sets.push_back(&kernels_baseline);
   return sets;
@@ -28,7 +29,8 @@ void use_instruction_set(const std::string& name) {
       return;
     }
   }
-  throw py::value_error("no kernels for instruction set '" + name + "' here; see instruction_sets()");
+  throw py::value_error("no kernels for instruction set '" + name +
+                        "' here; see instruction_sets()");
 }
 
 }  // namespace
@@ -40,13 +42,17 @@ const Kernels& kernels() { return *in_use; }
 PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   using namespace ppo_fast;
   m.doc() = "Compiled CPU kernels of ppo_fast.";
-  m.def("instruction_set", [] { return kernels().instruction_set; },
-        "The instruction set of the kernels in use.");
-  m.def("instruction_sets", [] {
-    py::list names;
-    for (const Kernels* set : runnable()) names.append(set->instruction_set);
-    return names;
-  }, "The instruction sets that this processor has kernels for, the best first.");
+  m.def(
+      "instruction_set", [] { return kernels().instruction_set; },
+      "The instruction set of the kernels in use.");
+  m.def(
+      "instruction_sets",
+      [] {
+        py::list names;
+        for (const Kernels* set : runnable()) names.append(set->instruction_set);
+        return names;
+      },
+      "The instruction sets that this processor has kernels for, the best first.");
   m.def("use_instruction_set", &use_instruction_set, py::arg("name"),
         "Use other kernels from now on: for tests, and to compare results between machines.");
   bind_decode_layer(m);

@@ -44,7 +44,8 @@ void bind_ppo_loss(py::module_& m) {
       py::arg("kl_estimator"), py::arg("entropy_coef"), py::arg("aggregation"),
       py::arg("normalizer"), py::arg("loss"), py::arg("stats"), py::arg("grad_logprobs"),
       py::arg("grad_entropy"), py::arg("num_rows"), py::arg("num_steps"), py::arg("num_threads"),
-      "The clipped policy objective, its gradients and its metrics; see csrc/kernels/ppo_loss.hpp.");
+      "The clipped policy objective, its gradients and its metrics; see "
+      "csrc/kernels/ppo_loss.hpp.");
 }
 
 }  // namespace ppo_fast

@@ -28,7 +28,8 @@ void bind_value_loss(py::module_& m) {
       py::kw_only(), py::arg("dtype"), py::arg("values"), py::arg("old_values"), py::arg("returns"),
       py::arg("mask"), py::arg("clip"), py::arg("normalizer"), py::arg("loss"), py::arg("stats"),
       py::arg("grad_values"), py::arg("num_rows"), py::arg("num_steps"), py::arg("num_threads"),
-      "The (clipped) squared error, its gradient and its metrics; see csrc/kernels/value_loss.hpp.");
+      "The (clipped) squared error, its gradient and its metrics; see "
+      "csrc/kernels/value_loss.hpp.");
 }
 
 }  // namespace ppo_fast

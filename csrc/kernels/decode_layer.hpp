@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "base/dtype.hpp"
-#include "kernels/few_row_linear.hpp"
 #include "base/math.hpp"
+#include "kernels/few_row_linear.hpp"
 
 namespace ppo_fast {
 
@@ -19,16 +19,16 @@ namespace ppo_fast {
 struct DecodeLayerArgs {
   Dtype dtype;
   std::int64_t num_rows, hidden_size, num_heads, num_kv_heads, head_size, intermediate_size;
-  const void *attention_norm, *mlp_norm;                    // [D]
-  const void *q_weight, *k_weight, *v_weight, *o_weight;    // [H S, D], [K S, D], [K S, D], [D, H S]
-  const void *q_bias, *k_bias, *v_bias, *o_bias;            // or null
-  const void *q_norm, *k_norm;                              // [S], or null
-  const void *gate_weight, *up_weight, *down_weight;        // [I, D], [I, D], [D, I]
-  const void *gate_bias, *up_bias, *down_bias;              // or null
+  const void *attention_norm, *mlp_norm;                  // [D]
+  const void *q_weight, *k_weight, *v_weight, *o_weight;  // [H S, D], [K S, D], [K S, D], [D, H S]
+  const void *q_bias, *k_bias, *v_bias, *o_bias;          // or null
+  const void *q_norm, *k_norm;                            // [S], or null
+  const void *gate_weight, *up_weight, *down_weight;      // [I, D], [I, D], [D, I]
+  const void *gate_bias, *up_bias, *down_bias;            // or null
   double attention_eps, mlp_eps, q_eps, k_eps;
-  double scaling;       // of q . k
-  std::int64_t window;  // how many of the last tokens attention sees; 0: all
-  const void* x;        // [N, D]
+  double scaling;         // of q . k
+  std::int64_t window;    // how many of the last tokens attention sees; 0: all
+  const void* x;          // [N, D]
   const void *cos, *sin;  // [N, S]
   void *keys, *values;    // [slots, capacity, K, S]
   std::int64_t capacity;
@@ -100,7 +100,8 @@ void attend(Real* scores, const Real* values, std::int64_t stride, std::int64_t 
     }
   }
   for (; j < count; ++j) {
-    for (std::int64_t i = 0; i < size; ++i) out[i] = madd(scores[j], values[j * stride + i], out[i]);
+    for (std::int64_t i = 0; i < size; ++i)
+      out[i] = madd(scores[j], values[j * stride + i], out[i]);
   }
   for (std::int64_t i = 0; i < size; ++i) out[i] *= share;
 }
@@ -114,26 +115,25 @@ struct DecodeLayer {
   const std::int64_t size = args.head_size, inner = args.intermediate_size;
   const std::int64_t q_outputs = args.num_heads * size, kv_outputs = args.num_kv_heads * size;
   Real* normed = static_cast<Real*>(args.scratch);  // [N, D]
-  Real* q = normed + n * hidden;                     // [N, H S]
-  Real* k = q + n * q_outputs;                       // [N, K S]
-  Real* v = k + n * kv_outputs;                      // [N, K S]
-  Real* attended = v + n * kv_outputs;               // [N, H S]
-  Real* gate = attended + n * q_outputs;             // [N, I]
-  Real* up = gate + n * inner;                       // [N, I]
+  Real* q = normed + n * hidden;                    // [N, H S]
+  Real* k = q + n * q_outputs;                      // [N, K S]
+  Real* v = k + n * kv_outputs;                     // [N, K S]
+  Real* attended = v + n * kv_outputs;              // [N, H S]
+  Real* gate = attended + n * q_outputs;            // [N, I]
+  Real* up = gate + n * inner;                      // [N, I]
 
   static std::int64_t blocks(std::int64_t outputs) {
     return (outputs + kOutputsAtATime - 1) / kOutputsAtATime;
   }
 
-  // Computes block i of `to` [N, outputs] = `from` [N, inputs] weight^T + bias, plus `base` if not
-  // null.
+  // Computes block i of `to` [N, outputs] = `from` [N, inputs] weight^T + bias, plus any `base`.
   void product(std::int64_t i, const Real* from, const void* weight, const void* bias,
                std::int64_t inputs, std::int64_t outputs, const Real* base, Real* to) const {
     const Real* shift = static_cast<const Real*>(bias);
     const std::int64_t first = i * kOutputsAtATime;
     const std::int64_t last = std::min(first + kOutputsAtATime, outputs);
-    products(static_cast<const Real*>(weight) + first * inputs, inputs, from, n, inputs, first, last,
-             [&](std::int64_t r, std::int64_t o, Real dot) {
+    products(static_cast<const Real*>(weight) + first * inputs, inputs, from, n, inputs, first,
+             last, [&](std::int64_t r, std::int64_t o, Real dot) {
                const Real sum = dot + (shift == nullptr ? Real(0) : shift[o]);
                to[r * outputs + o] = base == nullptr ? sum : base[r * outputs + o] + sum;
              });
@@ -168,7 +168,8 @@ struct DecodeLayer {
       turn(q + row * q_outputs + h * size, args.q_norm, args.q_eps);
     }
     Real *key = k + row * kv_outputs, *value = v + row * kv_outputs;
-    for (std::int64_t h = 0; h < args.num_kv_heads; ++h) turn(key + h * size, args.k_norm, args.k_eps);
+    for (std::int64_t h = 0; h < args.num_kv_heads; ++h)
+      turn(key + h * size, args.k_norm, args.k_eps);
     const std::int64_t cell = in_cache(row, 0) + args.lengths[row] * kv_outputs;
     std::copy_n(key, kv_outputs, static_cast<Real*>(args.keys) + cell);
     std::copy_n(value, kv_outputs, static_cast<Real*>(args.values) + cell);
@@ -213,9 +214,10 @@ struct DecodeLayer {
   void run(int num_threads) const {
     const auto norm = [this](const Real* from, const void* weight, double eps) {
       return Loop{n, 1, [=](std::int64_t r) {
-        const std::int64_t row = r * hidden;
-        rms_norm(from + row, static_cast<const Real*>(weight), hidden, eps, normed + row);
-      }};
+                    const std::int64_t row = r * hidden;
+                    rms_norm(from + row, static_cast<const Real*>(weight), hidden, eps,
+                             normed + row);
+                  }};
     };
     const auto out = [this](std::int64_t i) {
       product(i, attended, args.o_weight, args.o_bias, q_outputs, hidden, x, y);
@@ -224,15 +226,15 @@ struct DecodeLayer {
       product(i, gate, args.down_weight, args.down_bias, inner, hidden, y, y);
     };
     const std::int64_t weights = hidden * (2 * q_outputs + 2 * kv_outputs + 3 * inner);
-    run_loops(useful_threads(product_cost(weights, n), num_threads),
-              norm(x, args.attention_norm, args.attention_eps),
-              Loop{blocks(q_outputs) + 2 * blocks(kv_outputs), 1, [this](std::int64_t i) { qkv(i); }},
-              Loop{n, 1, [this](std::int64_t r) { place(r); }},
-              Loop{n * args.num_kv_heads, 1, [this](std::int64_t i) { attention(i); }},
-              Loop{blocks(hidden), 1, out},
-              norm(y, args.mlp_norm, args.mlp_eps),
-              Loop{blocks(inner), 1, [this](std::int64_t i) { gated(i); }},
-              Loop{blocks(hidden), 1, down});
+    run_loops(
+        useful_threads(product_cost(weights, n), num_threads),
+        norm(x, args.attention_norm, args.attention_eps),
+        Loop{blocks(q_outputs) + 2 * blocks(kv_outputs), 1, [this](std::int64_t i) { qkv(i); }},
+        Loop{n, 1, [this](std::int64_t r) { place(r); }},
+        Loop{n * args.num_kv_heads, 1, [this](std::int64_t i) { attention(i); }},
+        Loop{blocks(hidden), 1, out}, norm(y, args.mlp_norm, args.mlp_eps),
+        Loop{blocks(inner), 1, [this](std::int64_t i) { gated(i); }},
+        Loop{blocks(hidden), 1, down});
   }
 };
 

@@ -50,7 +50,8 @@ PPO_FAST_INLINE void dot_tile(const Real* weight, std::int64_t weight_stride, co
   std::int64_t k = 0;
   for (; k + kWidth <= count; k += kWidth) {
     Lanes<Real> weights[Outputs];
-    for (int o = 0; o < Outputs; ++o) weights[o] = Lanes<Real>::load(weight + o * weight_stride + k);
+    for (int o = 0; o < Outputs; ++o)
+      weights[o] = Lanes<Real>::load(weight + o * weight_stride + k);
     for (int r = 0; r < Rows; ++r) {
       const auto row = Lanes<Real>::load(x + r * count + k);
       for (int o = 0; o < Outputs; ++o) sums[o][r] = madd(weights[o], row, sums[o][r]);
@@ -71,10 +72,14 @@ PPO_FAST_INLINE void dot_rows(const Real* weight, std::int64_t weight_stride, co
                               std::int64_t count, std::int64_t rows,
                               Real (&dots)[kTileOutputs][kTileRows]) {
   switch (rows) {
-    case 1: return dot_tile<Real, Outputs, 1>(weight, weight_stride, x, count, dots);
-    case 2: return dot_tile<Real, Outputs, 2>(weight, weight_stride, x, count, dots);
-    case 3: return dot_tile<Real, Outputs, 3>(weight, weight_stride, x, count, dots);
-    default: return dot_tile<Real, Outputs, 4>(weight, weight_stride, x, count, dots);
+    case 1:
+      return dot_tile<Real, Outputs, 1>(weight, weight_stride, x, count, dots);
+    case 2:
+      return dot_tile<Real, Outputs, 2>(weight, weight_stride, x, count, dots);
+    case 3:
+      return dot_tile<Real, Outputs, 3>(weight, weight_stride, x, count, dots);
+    default:
+      return dot_tile<Real, Outputs, 4>(weight, weight_stride, x, count, dots);
   }
 }
 

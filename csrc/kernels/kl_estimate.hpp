@@ -65,11 +65,16 @@ template <typename F>
 void with_estimator(KlEstimator estimator, F f) {
   using E = KlEstimator;
   switch (estimator) {
-    case E::k1: return f(std::integral_constant<E, E::k1>());
-    case E::abs: return f(std::integral_constant<E, E::abs>());
-    case E::k2: return f(std::integral_constant<E, E::k2>());
-    case E::k3: return f(std::integral_constant<E, E::k3>());
-    case E::k1_plus_k2: return f(std::integral_constant<E, E::k1_plus_k2>());
+    case E::k1:
+      return f(std::integral_constant<E, E::k1>());
+    case E::abs:
+      return f(std::integral_constant<E, E::abs>());
+    case E::k2:
+      return f(std::integral_constant<E, E::k2>());
+    case E::k3:
+      return f(std::integral_constant<E, E::k3>());
+    case E::k1_plus_k2:
+      return f(std::integral_constant<E, E::k1_plus_k2>());
   }
 }
 

@@ -7,9 +7,9 @@
 #include <cstdint>
 
 #include "base/dtype.hpp"
-#include "kernels/logprobs.hpp"
 #include "base/parallel.hpp"
 #include "base/softmax.hpp"
+#include "kernels/logprobs.hpp"
 
 namespace ppo_fast {
 
@@ -29,7 +29,7 @@ struct LogitTile {
 
 struct FoldArgs {
   LogitTile tile;
-  void* logits;  // in: W h; out: x
+  void* logits;                // in: W h; out: x
   const std::int64_t* labels;  // [N]
   double temperature;
   bool with_entropy;
@@ -48,7 +48,7 @@ struct FinishArgs {
 
 struct TileGradientArgs {
   LogitTile tile;
-  const void* logits;          // x, or W h where `shaped` is false; Real [.., width]
+  const void* logits;  // x, or W h where `shaped` is false; Real [.., width]
   bool shaped;
   const std::int64_t* source;  // [N]: the row of `logits` to read for each row; null: its own
   const std::int64_t* labels;  // [N]
@@ -140,8 +140,8 @@ void tile_gradient_row(const TileGradientArgs& args, std::int64_t i) {
   const std::int64_t from = args.source == nullptr ? i : args.source[i];
   const Real* row = static_cast<const Real*>(args.logits) + from * tile.width;
   Real* gradient = static_cast<Real*>(args.gradient) + i * tile.width;
-  const double a = args.grad_logprobs == nullptr ? 0.0
-                                                 : static_cast<const Real*>(args.grad_logprobs)[i];
+  const double a =
+      args.grad_logprobs == nullptr ? 0.0 : static_cast<const Real*>(args.grad_logprobs)[i];
   const double b =
       args.grad_entropy == nullptr ? 0.0 : static_cast<const Real*>(args.grad_entropy)[i];
   const double entropy = b == 0.0 ? 0.0 : static_cast<const Real*>(args.entropy)[i];
@@ -171,8 +171,7 @@ void tile_gradient_row(const TileGradientArgs& args, std::int64_t i) {
     }
     if (has_label) {
       const double at_label = of_logit(chosen) + a / args.temperature;
-      out[column - start] =
-          static_cast<Real>(at_label * (softcap != Real(0) ? slope_here : scale));
+      out[column - start] = static_cast<Real>(at_label * (softcap != Real(0) ? slope_here : scale));
     }
   }
 }

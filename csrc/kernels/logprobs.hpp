@@ -12,7 +12,7 @@
 namespace ppo_fast {
 
 // [N, V] logits with V contiguous. Row i starts at (i / inner) * outer_stride + (i % inner) *
-// inner_stride elements, as in a slice [B, :-1, V].
+// inner_stride elements, as the rows of a slice [B, :-1, V] do.
 struct LogitRows {
   Dtype dtype;
   const void* start;
@@ -40,11 +40,11 @@ struct LogprobsBackwardArgs {
   const std::int64_t* labels;
   const bool* mask;
   double temperature;
-  const void* entropy;       // Real [N]; null where grad_entropy is
-  const void* stats;         // Real [N, 2]
-  const void* grad_logprobs; // Real [N], a; or null: 0
-  const void* grad_entropy;  // Real [N], b; or null: 0
-  void* grad_logits;         // out, of the logits' dtype, [N, V] contiguous
+  const void* entropy;        // Real [N]; null where grad_entropy is
+  const void* stats;          // Real [N, 2]
+  const void* grad_logprobs;  // Real [N], a; or null: 0
+  const void* grad_entropy;   // Real [N], b; or null: 0
+  void* grad_logits;          // out, of the logits' dtype, [N, V] contiguous
 };
 
 namespace PPO_FAST_ISA {
@@ -57,7 +57,8 @@ PPO_FAST_INLINE const T* row_start(const LogitRows& rows, std::int64_t i) {
 
 // The forward pass. With t the temperature, y the label, m the maximum, z = (x - m) / t:
 //
-//   l = z_y - log sum_j exp(z_j)        H = log sum_j exp(z_j) - sum_j exp(z_j) z_j / sum_j exp(z_j)
+//   l = z_y - log sum_j exp(z_j)
+//   H = log sum_j exp(z_j) - sum_j exp(z_j) z_j / sum_j exp(z_j)
 //
 // Saved for backward: m and sum_j exp(z_j), 8 bytes a row. Bytes moved: the logits once; masked
 // rows are not read, and get 0.

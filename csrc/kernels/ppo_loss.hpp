@@ -9,10 +9,10 @@
 #include <vector>
 
 #include "base/dtype.hpp"
-#include "kernels/kl_estimate.hpp"
 #include "base/math.hpp"
 #include "base/parallel.hpp"
 #include "base/reduce.hpp"
+#include "kernels/kl_estimate.hpp"
 
 namespace ppo_fast {
 
@@ -50,8 +50,21 @@ namespace PPO_FAST_ISA {
 struct PpoStats {
   // In the order of PPO_STATS in ppo_fast/ops/stats.py.
   enum {
-    tokens, policy_loss, kl_loss, ref_kl, entropy, approx_kl, approx_kl_k3, clipped_high,
-    clipped_low, dual_clipped, ratio, ratio_min, ratio_max, max_log_ratio, size
+    tokens,
+    policy_loss,
+    kl_loss,
+    ref_kl,
+    entropy,
+    approx_kl,
+    approx_kl_k3,
+    clipped_high,
+    clipped_low,
+    dual_clipped,
+    ratio,
+    ratio_min,
+    ratio_max,
+    max_log_ratio,
+    size
   };
   double at[size] = {};
 

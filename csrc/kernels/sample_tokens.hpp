@@ -53,8 +53,7 @@ PPO_FAST_INLINE float gumbel_noise(std::uint32_t word) { return -log(-log1p(-uni
 
 // Returns an upper bound of the noise of `word` and of any larger word, at most 0.06 too high where
 // that matters. -log1p(-v) >= v, and log2(v) = log2(2^n (1 + f)) >= n + f, which the bits of v as
-// an integer give. The margin is above all rounding errors, the largest being an ulp of 22.2
-// (2e-6).
+// an integer give. The margin is above all rounding errors; the largest is an ulp of 22.2 (2e-6).
 PPO_FAST_INLINE float noise_bound(std::uint32_t word) {
   constexpr float kMargin = 2e-5f;
   const float bits = static_cast<float>(bit_cast<std::int32_t>(uniform(word)));
@@ -188,8 +187,7 @@ struct SampleRow {
     return std::isfinite(sums.max / temperature) && std::isfinite(sums.sum);
   }
 
-  // Keeps the first top_k tokens by rank, and of these the first whose total mass is top_p of
-  // theirs.
+  // Keeps the first top_k tokens by rank, and of these the first that have top_p of their mass.
   Truncation<Real> truncate(std::int64_t top_k, double top_p) {
     if (top_k == 0 || top_k > vocab_size) top_k = vocab_size;
     if (top_k == vocab_size && top_p == 1.0) return {kNothing, vocab_size, sums.sum};
@@ -303,10 +301,13 @@ void sample_row(const SampleTokensArgs& args, std::int64_t i) {
   auto* logprobs = static_cast<Real*>(args.logprobs);
   auto* sampling_logprobs = static_cast<Real*>(args.sampling_logprobs);
   static thread_local SampleRoom<Real> room;
-  SampleRow<T> row{static_cast<const T*>(args.logits) + i * args.row_stride, args.vocab_size,
-                   static_cast<Real>(args.temperature), log2_scale<Real>(args.temperature),
+  SampleRow<T> row{static_cast<const T*>(args.logits) + i * args.row_stride,
+                   args.vocab_size,
+                   static_cast<Real>(args.temperature),
+                   log2_scale<Real>(args.temperature),
                    static_cast<std::uint64_t>(args.seeds[i]),
-                   static_cast<std::uint32_t>(args.positions[i]), &room};
+                   static_cast<std::uint32_t>(args.positions[i]),
+                   &room};
   row.scan();
   if (!row.has_distribution()) {
     args.tokens[i] = 0;

@@ -35,8 +35,17 @@ namespace PPO_FAST_ISA {
 struct ValueStats {
   // In the order of VALUE_STATS in ppo_fast/ops/stats.py.
   enum {
-    tokens, value_loss, clipped, values, returns, returns_squared, residual, residual_squared,
-    value_min, value_max, size
+    tokens,
+    value_loss,
+    clipped,
+    values,
+    returns,
+    returns_squared,
+    residual,
+    residual_squared,
+    value_min,
+    value_max,
+    size
   };
   double at[size] = {};
 

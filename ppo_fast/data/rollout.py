@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -38,3 +39,21 @@ class Rollout:
     states: Tensor | None = None
     prompts: list[str] = field(default_factory=list)
     completions: list[str] = field(default_factory=list)
+
+
+def sampled_ids(
+    rollout: Rollout | None,
+) -> dict[tuple[str, str], list[tuple[list[int], list[int]]]]:
+    """Return the ids (of prompt, of response) of a rollout by (prompt, completion)."""
+    found = defaultdict(list)
+    if rollout is not None:
+        rows = zip(
+            rollout.prompts,
+            rollout.completions,
+            rollout.tokens.sequences(),
+            rollout.tokens.prompt_lengths.tolist(),
+            strict=True,
+        )
+        for prompt, completion, ids, n in rows:
+            found[prompt, completion].append((ids[:n].tolist(), ids[n:].tolist()))
+    return dict(found)

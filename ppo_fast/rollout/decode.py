@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -86,37 +87,21 @@ def decode(
             model whose layers cannot be cached.
         FloatingPointError: the model gave NaN or infinite logits.
     """
-    if outside := [i for i in sampling.stop_token_ids if not 0 <= i < model.text_config.vocab_size]:
-        vocab_size = model.text_config.vocab_size
-        raise ValueError(f"stop_token_ids: got {outside[0]}, expected 0 to {vocab_size - 1}")
+    _check_stop_token_ids(sampling, model.text_config.vocab_size)
     if capture is None or kept is None:
         kept = KeptBuffers(0)
-    with (
-        _evaluating(model.model),
-        masked_attention(model),
-        # on the CPU alone: there fused layers, which need plain layers, save more than copies cost
-        merged_adapters(model.model) if model.device.type == "cpu" else nullcontext(),
-        # after merged_adapters: it looks for the layers that are in the model now
-        fused_layers(model)
-        if layers_can_be_fused(model)
-        else nullcontext[list[StepForward]]([]) as fused,
-        step_attention(model) if steps_can_attend(model) else nullcontext() as attends,
-        few_row_products(model.model),
-        model.recording_trunk() as trunk,
-    ):
-        max_lengths = max_lengths or [sampling.max_length] * len(prompt_ids)
-        whole_trunk = whole_trunk and model.split is not None
-        flags = {"keep_states": keep_states, "whole_trunk": whole_trunk}
-        slots = min(slots or len(prompt_ids), len(prompt_ids))
-        longest = max(max_lengths)
-        sizes = Sizes(
-            sequences=len(prompt_ids),
-            slots=slots,
-            capacity=max(map(len, prompt_ids)) + longest,
-            draws=longest + whole_trunk,  # the last draw is not used
-        )
-        step_is = recorded_with(model, sampling, attends=attends is not None, **flags)
-        buffers = kept.take(model, sizes, step_is, attends=attends is not None)
+    max_lengths = max_lengths or [sampling.max_length] * len(prompt_ids)
+    flags = {"keep_states": keep_states, "whole_trunk": whole_trunk and model.split is not None}
+    slots = min(slots or len(prompt_ids), len(prompt_ids))
+    sizes = Sizes(
+        sequences=len(prompt_ids),
+        slots=slots,
+        capacity=max(map(len, prompt_ids)) + max(max_lengths),
+        draws=max(max_lengths) + flags["whole_trunk"],  # the last draw is not used
+    )
+    with _prepared(model) as (fused, attends, trunk):
+        step_is = recorded_with(model, sampling, attends=attends, **flags)
+        buffers = kept.take(model, sizes, step_is, attends=attends)
         decoding = _Decoding(
             model,
             [tuple(ids) for ids in prompt_ids],
@@ -130,14 +115,7 @@ def decode(
             capture=capture,
             **flags,
         )
-        prompts = Prompts(
-            model,
-            decoding.prompts,
-            prompt_tokens,
-            pad_id,
-            trunk,
-            fused=len(fused) == model.text_config.num_hidden_layers,
-        )
+        prompts = Prompts(model, decoding.prompts, prompt_tokens, pad_id, trunk, fused=fused)
         decoding.admit(prompts)
         while decoding.running:
             decoding.step()
@@ -145,6 +123,45 @@ def decode(
     rollout = decoding.rollout(pad_id)
     kept.keep(buffers)
     return rollout
+
+
+def _check_stop_token_ids(sampling: Sampling, vocab_size: int) -> None:
+    if outside := [i for i in sampling.stop_token_ids if not 0 <= i < vocab_size]:
+        raise ValueError(f"stop_token_ids: got {outside[0]}, expected 0 to {vocab_size - 1}")
+
+
+class _Prepared(NamedTuple):
+    """What a model prepared for decoding does.
+
+    fused: whether all of its layers are fused.
+    attends: whether its steps run within ``step_attention``.
+    trunk: the list to which its passes append trunk states.
+    """
+
+    fused: bool
+    attends: bool
+    trunk: list[Tensor]
+
+
+@contextmanager
+def _prepared(model: LanguageModel) -> Iterator[_Prepared]:
+    """Within the block, the model is in eval mode and takes every fast path that it qualifies
+    for."""
+    with (
+        _evaluating(model.model),
+        masked_attention(model),
+        # on the CPU alone: there fused layers, which need plain layers, save more than copies cost
+        merged_adapters(model.model) if model.device.type == "cpu" else nullcontext(),
+        # after merged_adapters: it looks for the layers that are in the model now
+        fused_layers(model)
+        if layers_can_be_fused(model)
+        else nullcontext[list[StepForward]]([]) as fused,
+        step_attention(model) if steps_can_attend(model) else nullcontext() as attends,
+        few_row_products(model.model),
+        model.recording_trunk() as trunk,
+    ):
+        all_fused = len(fused) == model.text_config.num_hidden_layers
+        yield _Prepared(all_fused, attends is not None, trunk)
 
 
 class _Decoding:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
+from ppo_fast.config import PPOConfig
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.sampling import Sampling
 from ppo_fast.models.adapters import adapted_layers
 from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.rollout.buffers import KeptBuffers
 from ppo_fast.rollout.decode import decode
-from ppo_fast.rollout.speedups.cuda_graph_check import capture_for
+from ppo_fast.rollout.engine import eos_ids
+from ppo_fast.rollout.speedups.cuda_graph_check import CAPTURES, capture_for
 from ppo_fast.rollout.speedups.fast_paths import log_fast_paths
 
 
@@ -84,3 +88,42 @@ class LocalEngine:
     def close(self) -> None:
         """Free the kept buffers."""
         self.kept.free()
+
+
+def make_local_engine(
+    policy: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PPOConfig,
+    *,
+    keep_states: bool,
+    whole_trunk: bool,
+) -> LocalEngine:
+    """Make the engine that decodes with ``policy`` as ``config`` asks.
+
+    Args:
+        policy, tokenizer: as the trainer's.
+        config: slots, budgets of tokens and of bytes, CUDA graphs.
+        keep_states, whole_trunk: as LocalEngine's.
+    """
+    return LocalEngine(
+        policy,
+        eos_ids=partial(eos_ids, policy.model, tokenizer),
+        pad_id=tokenizer.pad_token_id,
+        slots=config.rollout_slots,
+        prompt_tokens=config.forward_batch_tokens,
+        to_text=partial(tokenizer.decode, skip_special_tokens=False),
+        keep_states=keep_states,
+        whole_trunk=whole_trunk,
+        cuda_graphs=config.cuda_graphs,
+        kept_bytes=kept_bytes(policy, config),
+    )
+
+
+def kept_bytes(policy: LanguageModel, config: PPOConfig) -> int:
+    """Return the max bytes that are kept between rollouts; 0 where nothing is.
+
+    Only CUDA graphs gain from it, and LocalEngine keeps nothing of a model with adapters.
+    """
+    graphs = policy.device.type in CAPTURES and config.cuda_graphs
+    keeps = graphs and not adapted_layers(policy.model)
+    return config.kept_rollout_bytes if keeps else 0

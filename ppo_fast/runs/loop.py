@@ -90,10 +90,7 @@ def train(
                 max_length=max_length,
                 temperature=temperature,
             )
-            for name, metric in HISTORY.items():
-                history[name].append(step.metrics[metric])
-            rewards = history["mean_rewards"]
-            history["step_avg_rewards"].append(sum(rewards) / len(rewards))
+            _note(history, step)
             bar.advance(step.metrics)
             if on_step is not None:
                 try:
@@ -114,6 +111,13 @@ def train(
         "final_kl_divergence": history["kl_divergences"][-1],
         "interrupted": stopped,
     }
+
+
+def _note(history: dict[str, list[float]], step: Step) -> None:
+    for name, metric in HISTORY.items():
+        history[name].append(step.metrics[metric])
+    rewards = history["mean_rewards"]
+    history["step_avg_rewards"].append(sum(rewards) / len(rewards))
 
 
 def _step(

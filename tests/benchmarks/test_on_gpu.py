@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,11 @@ def test_every_stage_runs(tmp_path):
         "--tests=tests/ops/test_gae.py -k by_hand",
     )
     assert [line for line in found if "error" in line] == []
+    training = [f for f in found if f["stage"].startswith("training attention")]
+    assert isinstance(json.loads(training[0]["found"])["causal gqa flash"], float)
+    (counted,) = [line for line in found if line["stage"] == "tests"]
+    assert counted["run"] > 0
+    assert counted["failed"] == 0
     stages = {line["name"]: line["rc"] for line in found if line["stage"] == "run"}
     assert stages == dict.fromkeys(
         ("facts", "attention", "decoding", "step", "tests", "kernels"), 0
@@ -47,6 +53,15 @@ def test_every_stage_runs(tmp_path):
     assert all(line["first_max_log_ratio"] < 0.1 for line in steps)
     assert all(f"\n{line['stage']}: " in printed for line in found)
     assert "failed 0" in printed
+
+
+def test_the_report_reads_what_the_stages_write():
+    scripts = {path.name: path.read_text("utf-8") for path in RUN.parent.glob("*.py")}
+    read = re.findall(r'of\(now, "([^"]+)"', scripts.pop("write_report.py"))
+    assert len(read) > 10
+    written = "\n".join(scripts.values())
+    # the sanitizers' stages are named by a loop over their tools
+    assert [name for name in read if f'"{name}"' not in written] == []
 
 
 def test_a_stage_that_hangs_or_fails_stops_no_other(tmp_path, monkeypatch):

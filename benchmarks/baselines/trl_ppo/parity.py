@@ -1,21 +1,21 @@
-"""TRL's PPOTrainer and ours on the same rollouts: the same losses and weights, step by step.
+"""Check that TRL's PPOTrainer and ours get the same losses and weights from the same rollouts.
 
 `make baselines` runs it; alone: `.venv-trl-ppo/bin/python benchmarks/baselines/trl_ppo/parity.py`.
 
-Tiny random Llamas in float32: policy, reference, and a value model of its own. TRL is given the
-responses and visits rows in order, as ours is told to. Two things are mapped: TRL never clips
-gradients (max_grad_norm=inf), and its vf_coef is our value_loss_coef, for both halve the squared
-error. Where every response has its full length all numbers agree to rounding.
+Policy, reference and value model are tiny random Llamas in float32. Both trainers are given the
+responses and visit rows in order. Two settings are mapped: TRL never clips gradients
+(max_grad_norm=inf), and its vf_coef is our value_loss_coef, for both halve the squared error. Where
+every response has its full length all numbers agree to rounding.
 
-Where EOS ends a response early they do not, for TRL puts the score a token after EOS, on a place
-that its value function is asked for and trained on, but its policy is not. So the score reaches
-EOS and what is before it discounted by lambda once more, and the values' loss has a token more a
-response. The script shows it of the policy, which agrees again with advantages from the score put
-there; that the values' loss has a token more it names, and does not follow.
+Where EOS ends a response early they do not agree: TRL puts the score a token after EOS, at a
+position where its value function is evaluated and trained, but its policy is not. So at EOS and
+before it the score is discounted by lambda once more, and the value loss has one token more a
+response. The script shows this for the policy, which agrees again when our advantages have the
+score there too. For the value loss it only prints that TRL's has a token more.
 
-Other things of TRL that the agreement passes over: it divides logits by temperature + 1e-7 (a
-rounding error here); padding is found by id, so a pad token that is EOS hides every EOS (here it is
-another); its metrics count padding, whose log-probs it sets to 1 (losses are compared here).
+The comparison does not show these differences of TRL: it divides logits by temperature + 1e-7 (a
+rounding error here); it finds padding by id, so that a pad token equal to EOS hides every EOS (here
+they differ); its metrics count padding, whose log-probs it sets to 1 (losses are compared here).
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ sys.path.append(str(Path(__file__).parents[3] / "tests" / "helpers"))
 from tiny_models import EOS_ID, PAD_ID, VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 ROWS, NEW = 8, 12
-# AdamW's epsilon is of the gradients' order: its steps show their scale, and little rounding.
+# AdamW's epsilon is about as large as the gradients: steps show their scale, and little rounding.
 RATE, EPSILON, TEMPERATURE = 1e-3, 1e-3, 0.7
 KL, GAMMA, LAMBDA, CLIP, VALUE_COEF = 0.2, 1.0, 0.95, 0.2, 0.1
-# Float32's rounding over the steps: of losses, of weights as parts of the largest change of one.
+# Rounding in float32 over the steps: of losses, and of weights relative to their largest change.
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 5e-6, 5e-4
 
 Ids = list[list[int]]
@@ -59,7 +59,7 @@ Ids = list[list[int]]
 
 @dataclass
 class Run:
-    """What one side did: a loss an optimizer step, and where the weights ended."""
+    """The results of one side: its losses by optimizer step, and its final weights."""
 
     policy_losses: list[float]
     value_losses: list[float]
@@ -75,7 +75,7 @@ class Models:
 
 
 class TokenValues(nn.Module):
-    """TRL's value model as ours takes one: a value a token."""
+    """TRL's value model in the form that our trainer takes: a value a token."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ def make_prompts() -> Ids:
 
 
 def make_responses(lengths: list[int]) -> Ids:
-    """Those shorter than NEW end with EOS; no other token is EOS or padding."""
+    """Make responses. Those shorter than NEW end with EOS; no other token is EOS or padding."""
     generator = torch.Generator().manual_seed(2)
     responses = torch.randint(2, VOCAB_SIZE, (ROWS, NEW), generator=generator).tolist()
     pairs = zip(responses, lengths, strict=True)
@@ -112,7 +112,7 @@ def make_responses(lengths: list[int]) -> Ids:
 
 @contextmanager
 def recorded(module: Any, name: str, kept: Callable[[Any], Any]) -> Iterator[list[Any]]:
-    """What ``module.name`` returns while this lasts: ``kept`` of each, where not None."""
+    """Within the block, collect ``kept`` of each result of ``module.name``, unless it is None."""
     function, found = getattr(module, name), []
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -128,7 +128,7 @@ def recorded(module: Any, name: str, kept: Callable[[Any], Any]) -> Iterator[lis
 def by_trl(
     models: Models, prompts: Ids, responses: Ids, epochs: int, minibatches: int
 ) -> tuple[Run, list[int]]:
-    """Its run, and the order in which it took the prompts."""
+    """Train with TRL; return its run, and the order in which it took the prompts."""
     models, order = copy.deepcopy(models), []
 
     def given(model: Any, queries: Tensor, _: int, pad_id: int, __: Any) -> tuple[Tensor, Tensor]:
@@ -147,7 +147,7 @@ def by_trl(
             response_length=NEW, stop_token="eos", num_ppo_epochs=epochs,
             num_mini_batches=minibatches,
         )  # fmt: skip
-        # of its means, the two losses alone have gradients: the values', before it is halved, first
+        # only the means of the two losses have gradients: the value loss, not yet halved, is first
         losses = recorded(
             ppo_trainer, "masked_mean", lambda x: float(x) if x.requires_grad else None
         )
@@ -164,7 +164,7 @@ def by_trl(
 def by_ours(
     models: Models, prompts: Ids, responses: Ids, epochs: int, minibatches: int, late: bool = False
 ) -> Run:
-    """``late``: with advantages from a score a token after EOS, as TRL has it."""
+    """Train with ours. ``late``: advantages are from a score a token after EOS, as in TRL."""
     models = copy.deepcopy(models)
     config = PPOConfig(
         learning_rate=RATE, adam_eps=EPSILON, temperature=TEMPERATURE, kl_penalty=KL,
@@ -205,7 +205,7 @@ def by_ours(
 
 @torch.no_grad()
 def with_late_score(experience: Experience, value_model: nn.Module) -> Experience:
-    """Advantages from the score on the place after EOS, with the value there in between."""
+    """Return ``experience`` with advantages from a score after EOS, and from the value there."""
     tokens = experience.tokens
     rewards, values = experience.rewards.clone(), experience.values.clone()
     ends = tokens.response_lengths.clamp_max(NEW - 1)
@@ -232,13 +232,13 @@ def loss_gap(theirs: list[float], ours: list[float]) -> float:
 def weight_gap(
     start: dict[str, Tensor], theirs: dict[str, Tensor], ours: dict[str, Tensor]
 ) -> float:
-    """The largest difference, as a part of the largest change."""
+    """Return the largest difference, as a part of the largest change."""
     change = max(float((theirs[name] - start[name]).abs().max()) for name in start)
     return max(float((theirs[name] - ours[name]).abs().max()) for name in start) / change
 
 
 def compare(models: Models, theirs: Run, ours: Run) -> dict[str, float]:
-    """The gaps, printed with every loss."""
+    """Print every loss and the largest gaps; return the gaps."""
     rows = zip(
         theirs.policy_losses, ours.policy_losses, theirs.value_losses, ours.value_losses,
         strict=True,

@@ -1,6 +1,7 @@
 """Whole PPO steps of SmolLM2-135M: ours and TRL's PPOTrainer, the same prompts and lengths.
 
-Only the first of ours trains what TRL's does. A side's models are its own, and go on learning.
+Only the first of ours trains the same weights as TRL's. Each side has its own models, which go on
+learning from round to round.
 """
 
 import sys

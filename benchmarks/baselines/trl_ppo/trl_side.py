@@ -1,8 +1,8 @@
-"""Whole PPO steps by TRL's PPOTrainer, on the CPU in float32: what ours is timed beside.
+"""Whole PPO steps by TRL's PPOTrainer, on the CPU in float32, to compare ours with.
 
-A call of its `train()` is one update here: the trainer was made before, and what `train()` does
-before and after its loop takes milliseconds. The reward costs nothing: TRL asks a reward model for
-a body that gives hidden states and for a `score` of them; `SumOfIds` counts the ids up.
+A call of its `train()` is one update here: the trainer is made before, and what `train()` does
+before and after its loop takes milliseconds. The reward costs nothing: TRL wants a reward model
+with a body that returns hidden states and a `score` of them; that of `SumOfIds` adds up the ids.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 
 class SumOfIds(nn.Module):
-    """A reward model without weights: the sum of a sequence's ids, brought to the order of 1."""
+    """A reward model without weights: the sum of a sequence's ids, modulo 97 and divided by 50."""
 
     base_model_prefix = "body"
 
@@ -33,7 +33,7 @@ class SumOfIds(nn.Module):
 
 
 def value_model_of(policy: Any) -> Any:
-    """A classifier with one label on a copy of the policy's body, as TRL wants a value model."""
+    """Return TRL's kind of value model: a one-label classifier on a copy of the policy's body."""
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
     model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
@@ -50,7 +50,7 @@ def make_trainer(
     folder: str,
     **options: Any,
 ) -> PPOTrainer:
-    """One whose `train()` is one update of all prompts; nothing but its end ends a response."""
+    """Return a trainer whose `train()` is one update on all prompts."""
     config = PPOConfig(
         output_dir=folder,
         per_device_train_batch_size=len(prompt_ids),
@@ -79,10 +79,10 @@ def make_trainer(
 
 
 class Theirs:
-    """Steps of TRL's PPOTrainer: policy, reference and a value model, all weights of two trained.
+    """Steps of TRL's PPOTrainer, which trains all weights of policy and value model.
 
-    Its pad token is the model's <|im_end|>: one that is sampled ends a response in TRL's masks, and
-    costs as much as any other.
+    Its pad token is the model's <|im_end|>: where it is sampled, a response ends in TRL's masks,
+    but the step costs as much.
     """
 
     def __init__(self, smollm2: Any, prompts: list[str], max_length: int, epochs: int) -> None:

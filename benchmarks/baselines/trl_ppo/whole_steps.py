@@ -1,6 +1,6 @@
-"""Whole PPO steps by ours and by TRL's PPOTrainer: the sides, as in step_sides.py.
+"""The sides of whole PPO steps, ours and TRL's PPOTrainer, as in step_sides.py.
 
-TRL has the first mode alone; k = 4 is another training, and not only another layout.
+TRL has only the first mode; k = 4 trains other weights, and is not only another layout.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def kl_estimate(
         logprobs: [B, T] (B sequences, T response tokens), any float dtype: of the policy.
         ref_logprobs: [B, T]: of the reference policy.
         mask: bool [B, T], True at valid tokens; elsewhere the estimate and both gradients are
-            exactly 0, whatever stands there. Default: all valid.
+            exactly 0, whatever the values there. Default: all valid.
         estimator: one of the names above. Default: "k1".
         impl: see ppo_fast.ops.backends.dispatch.
 

@@ -84,7 +84,7 @@ def ppo_loss(
         old_logprobs: [B, T]: the same under the policy before the update; a constant.
         advantages: [B, T]; a constant.
         mask: bool [B, T], True at valid tokens; the others contribute exactly 0 to loss, gradient
-            and metrics, whatever stands there.
+            and metrics, whatever the values there.
         entropy: [B, T], of the policy at each token, with its gradient. Needed for
             ``entropy_coef``; without a coefficient it is a metric only. Default: None.
         ref_logprobs: [B, T]: under the reference policy; a constant. Needed for ``kl_coef``;

@@ -47,7 +47,7 @@ def value_loss(
         old_values: [B, T], the values of the rollout, a constant; None is allowed without ``clip``.
         returns: [B, T], the targets R, a constant.
         mask: bool [B, T], True at valid tokens; the others contribute exactly 0 to loss, gradient
-            and metrics, whatever stands there.
+            and metrics, whatever the values there.
         clip: half the width of the trusted range, above 0. Default: None, the plain squared error.
         normalizer: divisor of the sum: the number of valid tokens of the whole optimizer
             step, so that the losses of its microbatches add up to the loss of the step. A number

@@ -30,7 +30,7 @@ def whiten(values: Tensor, *, mask: Tensor, impl: Impl = "auto") -> Tensor:
     Args:
         values: [B, T] (B sequences, T response tokens), any float dtype.
         mask: bool [B, T], True at valid tokens; elsewhere output and gradient are exactly 0,
-            whatever stands there.
+            whatever the values there.
         impl: see ppo_fast.ops.backends.dispatch.
 
     Returns [B, T], float64 where ``values`` is float64, else float32.
