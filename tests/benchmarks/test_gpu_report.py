@@ -216,7 +216,7 @@ def test_main_writes_the_report(small, monkeypatch, tmp_path, capsys):
 @pytest.mark.slow
 def test_runs_as_a_script():
     code = "import gpu_report, runpy; runpy.run_path('benchmarks/report.py')"
-    environment = os.environ | {"PYTHONPATH": "benchmarks/gpu_computed"}
+    environment = os.environ | {"PYTHONPATH": "benchmarks:benchmarks/gpu_computed"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment
     )
