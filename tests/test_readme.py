@@ -53,7 +53,7 @@ def test_limits():
     assert next(i for i, line in enumerate(lines) if line.startswith("```")) < 50
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *DOCS])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", *DOCS])
 def test_links_lead_somewhere(page):
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text("utf-8")):
