@@ -282,7 +282,7 @@ def _copied(policy: Any, config: PPOConfig, device: str) -> Iterator[torch.Tenso
     if config.compute_dtype is not None:
         yield from (p.bfloat16() for p in policy.parameters() if p.dtype == torch.float32)
     if device == "cpu":
-        merged = (place.layer.base_layer.weight for place in adapted_layers(policy))
+        merged = (adapted.layer.base_layer.weight for adapted in adapted_layers(policy))
         yield from (w if config.compute_dtype is None else w.bfloat16() for w in merged)
 
 

@@ -35,7 +35,7 @@ class Sizes(NamedTuple):
 class Buffers:
     """Tensors that decoding steps read and write. Recorded steps hold their addresses.
 
-    By slot, int64 [slots]: ``length`` (tokens in the cache), ``place`` (tokens drawn so far),
+    By slot, int64 [slots]: ``length`` (tokens in the cache), ``position`` (tokens drawn so far),
     ``token`` (the last token drawn), ``sequence`` (index of the slot's sequence;
     ``sizes.sequences`` in an empty slot).
 
@@ -55,7 +55,7 @@ class Buffers:
         self.sizes, device = sizes, model.device
         sequences, slots, capacity, draws = sizes
         self.cache = SlotCache(model.text_config, slots, capacity, attends=attends)
-        self.length, self.place, self.token, self.sequence = torch.zeros(
+        self.length, self.position, self.token, self.sequence = torch.zeros(
             4, slots, dtype=torch.int64, device=device
         )
         self.slots = torch.arange(slots, device=device)
@@ -68,7 +68,7 @@ class Buffers:
 
     def begin(self, seeds: Tensor, ends: Tensor) -> None:
         """Empty every slot, and set ``seeds`` [B] and ``ends``, the ids that end a response."""
-        for tensor in (self.length, self.place, self.token, self.ends):
+        for tensor in (self.length, self.position, self.token, self.ends):
             tensor.zero_()
         self.sequence.fill_(self.sizes.sequences)
         self.seeds[: len(seeds)] = seeds

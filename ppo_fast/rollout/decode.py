@@ -286,9 +286,9 @@ class _Decoding:
         lengths = [len(self.prompts[sequence]) for sequence in sequences]
         source, target = self._tensor(rows), self._tensor(slots)
         b = self.buffers
-        b.cache.place(batch.keys_values, source, target)
+        b.cache.fill(batch.keys_values, source, target)
         b.sequence[target], b.length[target] = self._tensor(sequences), self._tensor(lengths)
-        b.place[target] = 0
+        b.position[target] = 0
         if batch.trunk is not None:
             trunk = self._trunk_like(batch.trunk)
             for row, sequence, length in zip(rows, sequences, lengths, strict=True):
@@ -300,7 +300,7 @@ class _Decoding:
     def _draw(self, slots: Tensor, next_: Next) -> None:
         """Draw the next token of the sequences in ``slots`` [n] from their logits [n, V]."""
         b = self.buffers
-        at = b.sequence[slots], b.place[slots]
+        at = b.sequence[slots], b.position[slots]
         sampled = self._sample(next_.logits, *at)
         b.logprobs[at] = sampled.logprobs.float()
         b.sampling_logprobs[at] = sampled.sampling_logprobs.float()
@@ -309,18 +309,18 @@ class _Decoding:
                 b.states = b.room(next_.states, b.logprobs.shape[1])
             b.states[at] = next_.states
         b.token[slots] = sampled.tokens
-        b.place[slots] += 1
+        b.position[slots] += 1
 
-    def _sample(self, logits: Tensor, sequence: Tensor, place: Tensor) -> Sampled:
+    def _sample(self, logits: Tensor, sequence: Tensor, position: Tensor) -> Sampled:
         """Draw one token per row; before ``min_new_tokens``, among tokens that end nothing."""
         s, seeds = self.sampling, self.buffers.seeds[sequence]
         drawn_from = logits
         if s.min_new_tokens > 0:
-            early = place < s.min_new_tokens
+            early = position < s.min_new_tokens
             drawn_from = logits.masked_fill(early[:, None] & self.buffers.ends, -torch.inf)
         draw = partial(sample_tokens, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
         try:
-            sampled = draw(drawn_from, seeds, place)
+            sampled = draw(drawn_from, seeds, position)
         except ValueError as error:  # raised on the CPU; elsewhere ``rollout`` checks at the end
             raise FloatingPointError(NOT_FINITE) from error
         if drawn_from is logits:
@@ -352,10 +352,10 @@ class _Decoding:
         b, last = self.buffers, len(self.running) - 1
         if slot != last:
             b.cache.copy(last, slot, self._cached(last))
-            for by_slot in (b.sequence, b.length, b.place, b.token):
+            for by_slot in (b.sequence, b.length, b.position, b.token):
                 by_slot[slot] = by_slot[last]
             self.running[slot] = self.running[last]
-        b.sequence[last], b.length[last], b.place[last] = b.sizes.sequences, 0, 0
+        b.sequence[last], b.length[last], b.position[last] = b.sizes.sequences, 0, 0
         self.running.pop()
 
     def _tensor(self, numbers: Sequence[int]) -> Tensor:
