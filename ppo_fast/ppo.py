@@ -232,7 +232,7 @@ class PPO:
         parts = ("rollout", "experience", "update")
         for part, start, end in zip(parts, times, times[1:], strict=False):
             metrics[f"time/{part}"] = end - start
-        light = replace(rollout, trunk=None, states=None)
+        light = replace(rollout, trunk_states=None, states=None)
         return Step(self.progress.steps, metrics, light, experience.scores)
 
     def train(

@@ -21,7 +21,7 @@ class BatchBaseline:
         self.module, self.gamma = nn.Module(), gamma
 
     def values(
-        self, tokens: Tokens, states: Tensor | None = None, trunk: Tensor | None = None
+        self, tokens: Tokens, states: Tensor | None = None, trunk_states: Tensor | None = None
     ) -> Tensor:
         raise NotImplementedError("a baseline's values come from scores: values_of_rollout")
 

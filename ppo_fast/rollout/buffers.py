@@ -41,7 +41,7 @@ class Buffers:
 
     By sequence, with one more row for the draws of empty slots: ``seeds`` [sequences + 1],
     ``logprobs`` and ``sampling_logprobs`` [sequences + 1, draws] and, once ``room`` has allocated
-    them, ``states`` [sequences + 1, draws, D] and ``trunk`` [sequences + 1, capacity, D].
+    them, ``states`` [sequences + 1, draws, D] and ``trunk_states`` [sequences + 1, capacity, D].
 
     ``ends`` [V] bool: whether a token ends a response.
 
@@ -63,7 +63,7 @@ class Buffers:
         self.logprobs, self.sampling_logprobs = torch.zeros(2, sequences + 1, draws, device=device)
         self.ends = torch.zeros(model.text_config.vocab_size, dtype=torch.bool, device=device)
         self.states: Tensor | None = None
-        self.trunk: Tensor | None = None
+        self.trunk_states: Tensor | None = None
         self.steps = Steps(capacity)
 
     def begin(self, seeds: Tensor, ends: Tensor) -> None:
@@ -80,7 +80,7 @@ class Buffers:
 
     def nbytes(self) -> int:
         """Return the total size in bytes of the tensors that grow with the rollout."""
-        own = (self.logprobs, self.sampling_logprobs, self.states, self.trunk)
+        own = (self.logprobs, self.sampling_logprobs, self.states, self.trunk_states)
         return self.cache.nbytes() + sum(tensor.nbytes for tensor in own if tensor is not None)
 
 

@@ -22,12 +22,12 @@ class PromptBatch(NamedTuple):
 
     keys_values: by layer, keys and values [k, heads, P, size].
     next: logits and states that the first response tokens are drawn from.
-    trunk: trunk states [k, P, D]; None without a trunk.
+    trunk_states: trunk states [k, P, D]; None without a trunk.
     """
 
     keys_values: list[tuple[Tensor, Tensor]]
     next: Next
-    trunk: Tensor | None
+    trunk_states: Tensor | None
 
 
 class Prompts:
@@ -38,7 +38,7 @@ class Prompts:
         prompts: prompts of all sequences; equal ones are computed once.
         budget: max tokens, with padding, of a pass.
         pad_id: id at padded positions.
-        trunk: list that ``LanguageModel.recording_trunk`` appends to.
+        trunk_states: list that ``LanguageModel.recording_trunk`` appends to.
         fused: whether all layers are fused (fused_layers.py), so that prompts need no padding.
     """
 
@@ -48,11 +48,11 @@ class Prompts:
         prompts: Sequence[Prompt],
         budget: int,
         pad_id: int,
-        trunk: list[Tensor],
+        trunk_states: list[Tensor],
         *,
         fused: bool,
     ) -> None:
-        self._model, self._budget, self._pad_id, self._trunk = model, budget, pad_id, trunk
+        self._model, self._budget, self._pad_id, self._trunk = model, budget, pad_id, trunk_states
         # without the fused LM head, a pass gives logits of each row's last column alone
         self._fused, self._wanted = fused and model.fused, Counter(prompts)
         self._computed: dict[Prompt, tuple[PromptBatch, int]] = {}
@@ -127,9 +127,9 @@ class Prompts:
             attention_mask=torch.zeros(1, 1, 1, 1, dtype=self._model.dtype, device="cpu"),
             cache=cache,
         )
-        trunk = None
+        trunk_states = None
         if self._trunk:
             piece = self._trunk.pop()[:, 0]
-            trunk = piece.new_zeros(len(prompts), cache.capacity, piece.shape[1])
-            trunk[rows, positions] = piece
-        return PromptBatch(cache.contents(), next_, trunk)
+            trunk_states = piece.new_zeros(len(prompts), cache.capacity, piece.shape[1])
+            trunk_states[rows, positions] = piece
+        return PromptBatch(cache.contents(), next_, trunk_states)
