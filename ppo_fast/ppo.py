@@ -29,7 +29,7 @@ from ppo_fast.learning.learner import Learner
 from ppo_fast.learning.make_experience import check_first_ratio, make_experience
 from ppo_fast.models import setup
 from ppo_fast.models.attention import without_cudnn_attention
-from ppo_fast.models.checks import check_policy, check_tokenizer, context_limit, place
+from ppo_fast.models.checks import check_policy, check_tokenizer, context_limit, to_device
 from ppo_fast.models.language_model import with_trunk
 from ppo_fast.models.precision import WeightCopies
 from ppo_fast.rewards.score import RewardFunction, check_reward_model, check_scores
@@ -97,7 +97,7 @@ class PPO:
         self.device = torch.device(device or next(policy.parameters()).device)
         models = {"policy_model": policy, "value_model": value_model, "reward_model": reward}
         for name, model in models.items():
-            place(model, name, self.device)
+            to_device(model, name, self.device)
         self.policy, self.reference = setup.make_models(policy, value_model, reward, config)
         self.critic: Critic = make_critic(critic, self.policy, value_model, config, self.device)
         self.scorer = Scorer(reward, self.policy, config.forward_batch_tokens)
@@ -232,7 +232,7 @@ class PPO:
         parts = ("rollout", "experience", "update")
         for part, start, end in zip(parts, times, times[1:], strict=False):
             metrics[f"time/{part}"] = end - start
-        light = replace(rollout, trunk=None, states=None)
+        light = replace(rollout, trunk_states=None, states=None)
         return Step(self.progress.steps, metrics, light, experience.scores)
 
     def train(

@@ -223,7 +223,7 @@ class PPOTrainer(PPO):
     ) -> Rollout:
         """Sample as ``PPO.rollout`` does, and keep the rollout for methods that take texts."""
         rollout = super().rollout(prompts, max_length, temperature, seeds=seeds)
-        self.last_rollout = replace(rollout, trunk=None, states=None)
+        self.last_rollout = replace(rollout, trunk_states=None, states=None)
         return rollout
 
     # the config's numbers, read-only, under the names of the classic interface

@@ -231,9 +231,9 @@ def test_other_text_is_encoded_without_special_tokens_and_gets_no_eos():
     trainer.tokenizer = WithSpecialTokens(plain)
     seen = []
 
-    def forward(tokens, trunk=None, inner=trainer.policy.forward):
+    def forward(tokens, trunk_states=None, inner=trainer.policy.forward):
         seen.append(tokens)
-        return inner(tokens, trunk)
+        return inner(tokens, trunk_states)
 
     trainer.policy.forward = forward
     found = trainer.get_logprobs(*PAIRS)

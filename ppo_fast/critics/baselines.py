@@ -21,7 +21,7 @@ class BatchBaseline:
         self.module, self.gamma = nn.Module(), gamma
 
     def values(
-        self, tokens: Tokens, states: Tensor | None = None, trunk: Tensor | None = None
+        self, tokens: Tokens, states: Tensor | None = None, trunk_states: Tensor | None = None
     ) -> Tensor:
         raise NotImplementedError("a baseline's values come from scores: values_of_rollout")
 
@@ -48,7 +48,7 @@ def batch_baseline(scores: Tensor, tokens: Tokens, gamma: float) -> Tensor:
     prompt.
     """
     others = (scores.sum() - scores) / max(len(scores) - 1, 1) * (len(scores) > 1)
-    places = torch.arange(tokens.response_ids.shape[1], device="cpu")
-    left = (tokens.response_lengths[:, None] - 1 - places).clamp_min(0)
+    positions = torch.arange(tokens.response_ids.shape[1], device="cpu")
+    left = (tokens.response_lengths[:, None] - 1 - positions).clamp_min(0)
     discount = (gamma ** left.float()).to(scores.device)
     return (others[:, None] * discount).masked_fill(~tokens.response_mask, 0.0)

@@ -40,12 +40,12 @@ class Critic(Protocol):
     def bootstraps(self) -> bool: ...
 
     def values(
-        self, tokens: Tokens, states: Tensor | None = None, trunk: Tensor | None = None
+        self, tokens: Tokens, states: Tensor | None = None, trunk_states: Tensor | None = None
     ) -> Tensor:
         """Compute values [B, T] with gradient, 0 beyond a response.
 
-        ``states`` [B, T, D] are the policy's, for a head; ``trunk`` [B, L, D] are the trunk states,
-        for a critic that can start from them.
+        ``states`` [B, T, D] are the policy's, for a head; ``trunk_states`` [B, L, D] are for a
+        critic that can start from them.
         """
         ...
 
@@ -65,7 +65,7 @@ class _TrainedCritic:
     trained, bootstraps, reads_states = True, True, False
 
     def values(
-        self, tokens: Tokens, states: Tensor | None = None, trunk: Tensor | None = None
+        self, tokens: Tokens, states: Tensor | None = None, trunk_states: Tensor | None = None
     ) -> Tensor:
         raise NotImplementedError
 
@@ -73,9 +73,9 @@ class _TrainedCritic:
         self, rollout: Rollout, scores: Tensor, policy: LanguageModel, budget: int
     ) -> Tensor:
         return in_batches(
-            lambda part, below: self.values(part, trunk=below),
+            lambda part, below: self.values(part, trunk_states=below),
             rollout.tokens,
-            rollout.trunk,
+            rollout.trunk_states,
             budget,
         )
 
@@ -89,7 +89,7 @@ class HeadCritic(_TrainedCritic):
         self.module = module
 
     def values(
-        self, tokens: Tokens, states: Tensor | None = None, trunk: Tensor | None = None
+        self, tokens: Tokens, states: Tensor | None = None, trunk_states: Tensor | None = None
     ) -> Tensor:
         if states is None:
             raise ValueError("a value head needs the policy's states")
@@ -105,7 +105,7 @@ class HeadCritic(_TrainedCritic):
         return in_batches(
             lambda part, below: self.values(part, policy.forward(part, below).states),
             rollout.tokens,
-            rollout.trunk,
+            rollout.trunk_states,
             budget,
         )
 
@@ -130,10 +130,10 @@ class TopCritic(_TrainedCritic):
         self.compute_dtype = compute_dtype
 
     def values(
-        self, tokens: Tokens, states: Tensor | None = None, trunk: Tensor | None = None
+        self, tokens: Tokens, states: Tensor | None = None, trunk_states: Tensor | None = None
     ) -> Tensor:
         with computing_in(self.compute_dtype, tokens.device):
-            states = self.split.states(tokens, trunk)
+            states = self.split.states(tokens, trunk_states)
         return HeadCritic(self.module.head).values(tokens, tokens.before_response(states))
 
 
@@ -170,12 +170,12 @@ class ModelCritic(_TrainedCritic):
             )
 
     def values(
-        self, tokens: Tokens, states: Tensor | None = None, trunk: Tensor | None = None
+        self, tokens: Tokens, states: Tensor | None = None, trunk_states: Tensor | None = None
     ) -> Tensor:
-        if self.split is not None and trunk is not None:
+        if self.split is not None and trunk_states is not None:
             assert isinstance(self.module, ValueModel)
             with computing_in(self.compute_dtype, tokens.device):
-                values = self.module.read(self.split.states(tokens, trunk))
+                values = self.module.read(self.split.states(tokens, trunk_states))
             return tokens.before_response(values.float()).masked_fill(~tokens.response_mask, 0.0)
         if self.per_token:
             return tokens.at_response(self._call(tokens.sequences()))

@@ -29,7 +29,7 @@ def batches_by_tokens(lengths: Tensor, budget: int) -> list[Tensor]:
 def in_batches(
     compute: Callable[[Tokens, Tensor | None], Tensor],
     tokens: Tokens,
-    trunk: TrunkStates | None,
+    trunk_states: TrunkStates | None,
     budget: int,
 ) -> Tensor:
     """Run ``compute`` on batches of at most ``budget`` tokens, and join the results.
@@ -38,13 +38,13 @@ def in_batches(
     """
     out = torch.empty(0, device="cpu")
     for rows in batches_by_tokens(tokens.lengths, budget):
-        part = compute(tokens.select(rows), select_trunk(trunk, tokens, rows)).float()
+        part = compute(tokens.select(rows), select_trunk(trunk_states, tokens, rows)).float()
         if not out.numel():
             out = part.new_zeros(*part.shape[:-2], *tokens.response_ids.shape)
         out[..., rows.to(tokens.device), : part.shape[-1]] = part
     return out
 
 
-def select_trunk(trunk: TrunkStates | None, tokens: Tokens, rows: Tensor) -> Tensor | None:
+def select_trunk(trunk_states: TrunkStates | None, tokens: Tokens, rows: Tensor) -> Tensor | None:
     """Return the trunk states for ``tokens.select(rows)``; None without a trunk."""
-    return None if trunk is None else trunk.select(tokens, rows)
+    return None if trunk_states is None else trunk_states.select(tokens, rows)

@@ -25,7 +25,7 @@ class Experience:
     rewards: [B, T], the score on the last token, less the KL penalty where it is in the reward.
     advantages: [B, T], as the update uses them (whitened where the config says so).
     returns: [B, T], the value function's targets, from unwhitened advantages.
-    trunk: the trunk states; None without a trunk.
+    trunk_states: the trunk states; None without a trunk.
     metrics: plain numbers for the log.
     """
 
@@ -38,7 +38,7 @@ class Experience:
     rewards: Tensor
     advantages: Tensor
     returns: Tensor
-    trunk: TrunkStates | None
+    trunk_states: TrunkStates | None
     metrics: dict[str, float]
 
 
@@ -52,7 +52,7 @@ class Batch:
     values: Tensor
     advantages: Tensor
     returns: Tensor
-    trunk: Tensor | None
+    trunk_states: Tensor | None
 
 
 def select(experience: Experience, rows: Tensor) -> Batch:
@@ -66,5 +66,5 @@ def select(experience: Experience, rows: Tensor) -> Batch:
         experience.values[index, :width],
         experience.advantages[index, :width],
         experience.returns[index, :width],
-        select_trunk(experience.trunk, experience.tokens, rows),
+        select_trunk(experience.trunk_states, experience.tokens, rows),
     )

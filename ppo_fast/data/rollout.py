@@ -22,9 +22,9 @@ class Rollout:
     sampling_logprobs: [B, T] float32, under the distribution that was drawn from.
     finished: [B] bool on the CPU, whether a response ended by itself, not at its max length.
     sampling: how they were drawn.
-    trunk: the policy's trunk states, as decoding computed them; None without a trunk. Each row's
-        last token has 0 unless ``trunk.whole``: no log-prob needs it, but a RewardModel that shares
-        the trunk does.
+    trunk_states: those of the policy, as decoding computed them; None without a trunk. Each row's
+        last token has 0 unless they are ``whole``: no log-prob needs it, but a RewardModel that
+        shares the trunk does.
     states: [B, T, D], inputs of the policy's LM head before each token, 0 beyond a response; None
         where they were not asked for, or the model gives logits alone.
     prompts, completions: B texts, for reward functions and for reading; never tokenised again.
@@ -35,7 +35,7 @@ class Rollout:
     sampling_logprobs: Tensor
     finished: Tensor
     sampling: Sampling
-    trunk: TrunkStates | None = None
+    trunk_states: TrunkStates | None = None
     states: Tensor | None = None
     prompts: list[str] = field(default_factory=list)
     completions: list[str] = field(default_factory=list)

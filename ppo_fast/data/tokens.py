@@ -45,7 +45,7 @@ class Tokens:
         return self.prompt_lengths + self.response_lengths
 
     @cached_property
-    def _places(self) -> Tensor:
+    def _columns(self) -> Tensor:
         """Positions [L] int64 on the CPU: 0, 1, ..."""
         return torch.arange(int(self.lengths.max()) if len(self) else 0, device="cpu")
 
@@ -54,12 +54,12 @@ class Tokens:
         """[B, L] int64: each row's real tokens, then padding."""
         both = torch.cat([self.prompt_ids, self.response_ids], dim=1)
         first = self.prompt_ids.shape[1] - self.prompt_lengths[:, None]
-        return both.gather(1, (first + self._places).clamp_max(both.shape[1] - 1).to(self.device))
+        return both.gather(1, (first + self._columns).clamp_max(both.shape[1] - 1).to(self.device))
 
     @cached_property
     def attention_mask(self) -> Tensor:
         """[B, L] int64, 1 at real tokens, for modules that take a mask."""
-        return (self._places < self.lengths[:, None]).long().to(self.device)
+        return (self._columns < self.lengths[:, None]).long().to(self.device)
 
     @cached_property
     def response_mask(self) -> Tensor:
@@ -70,9 +70,9 @@ class Tokens:
     @cached_property
     def _before_response(self) -> Tensor:
         """[B, T] int64: index in ``input_ids`` of the token before each response token."""
-        places = torch.arange(self.response_ids.shape[1], device="cpu")
-        before = self.prompt_lengths[:, None] - 1 + places
-        return before.clamp_max(len(self._places) - 1).to(self.device)
+        positions = torch.arange(self.response_ids.shape[1], device="cpu")
+        before = self.prompt_lengths[:, None] - 1 + positions
+        return before.clamp_max(len(self._columns) - 1).to(self.device)
 
     def select(self, rows: Tensor) -> Tokens:
         """Select rows (int64 on the CPU), without the columns that are padding in all of them."""

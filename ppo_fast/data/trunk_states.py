@@ -42,5 +42,7 @@ class TrunkStates:
         token's.
         """
         lengths = tokens.lengths[rows]
-        places = torch.minimum(torch.arange(int(lengths.max()), device="cpu"), lengths[:, None] - 1)
-        return self.states[(self.first[rows][:, None] + places).to(self.states.device)]
+        positions = torch.minimum(
+            torch.arange(int(lengths.max()), device="cpu"), lengths[:, None] - 1
+        )
+        return self.states[(self.first[rows][:, None] + positions).to(self.states.device)]

@@ -44,7 +44,7 @@ class MemoryPlan:
         share with the policy.
     gradients: the most at one time: of the policy or of the value function; with a head, of both.
     optimizer: moments of all trained weights.
-    trunk: trunk states of a batch.
+    trunk_states: trunk states of a batch.
     cache: keys and values of a rollout.
     copies: copies of weights for a rollout: in compute_dtype; on the CPU with adapters merged.
     kept_rollout: the part of cache and copies that stays during the update (kept_rollout_bytes).
@@ -57,7 +57,7 @@ class MemoryPlan:
     value_function: int
     gradients: int
     optimizer: int
-    trunk: int
+    trunk_states: int
     cache: int
     copies: int
     kept_rollout: int
@@ -67,7 +67,9 @@ class MemoryPlan:
     @property
     def peak(self) -> int:
         """Max bytes at one time: gradients and activations come when the rollout is done."""
-        held = self.policy + self.reference + self.value_function + self.optimizer + self.trunk
+        held = (
+            self.policy + self.reference + self.value_function + self.optimizer + self.trunk_states
+        )
         update = self.gradients + self.activations + self.logits + self.kept_rollout
         return held + max(self.cache + self.copies, update)
 
@@ -131,7 +133,7 @@ def plan_memory(
         if config.critic == "head"
         else max(_bytes(_trained(policy.parameters())), _bytes(valued)),
         optimizer=2 * FLOAT * _count(trained) + rounded,
-        trunk=0 if k is None else kept * batch_size * length * text.hidden_size,
+        trunk_states=0 if k is None else kept * batch_size * length * text.hidden_size,
         cache=cache,
         copies=copies,
         kept_rollout=sum(size for size in (cache, copies) if size <= most),
@@ -282,7 +284,7 @@ def _copied(policy: Any, config: PPOConfig, device: str) -> Iterator[torch.Tenso
     if config.compute_dtype is not None:
         yield from (p.bfloat16() for p in policy.parameters() if p.dtype == torch.float32)
     if device == "cpu":
-        merged = (place.layer.base_layer.weight for place in adapted_layers(policy))
+        merged = (adapted.layer.base_layer.weight for adapted in adapted_layers(policy))
         yield from (w if config.compute_dtype is None else w.bfloat16() for w in merged)
 
 
@@ -324,8 +326,8 @@ def _saved(policy: Any, k: int | None, rows: int, length: int, dtype: torch.dtyp
             body(input_ids=torch.zeros(rows, length, dtype=torch.int64), use_cache=False)
         else:
             hidden = policy.config.get_text_config().hidden_size
-            trunk = torch.zeros(rows, length, hidden, dtype=next(body.parameters()).dtype)
+            trunk_states = torch.zeros(rows, length, hidden, dtype=next(body.parameters()).dtype)
             lower = Split(body, k).lower
-            with replaced_forwards([(layer, lambda *_, **__: trunk) for layer in lower]):
-                body(inputs_embeds=trunk, use_cache=False)
+            with replaced_forwards([(layer, lambda *_, **__: trunk_states) for layer in lower]):
+                body(inputs_embeds=trunk_states, use_cache=False)
     return sum(kept.values())

@@ -52,9 +52,9 @@ class HalfAdamW(Optimizer):
         with torch.enable_grad():
             loss = None if closure is None else closure()
         for group in self.param_groups:
-            for place, weight in enumerate(group["params"]):
+            for index, weight in enumerate(group["params"]):
                 if weight.grad is not None:
-                    self._add(weight, self._change(weight, group), place)
+                    self._add(weight, self._change(weight, group), index)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -64,10 +64,10 @@ class HalfAdamW(Optimizer):
         """
         super().load_state_dict(state_dict)
         weights = [weight for group in self.param_groups for weight in group["params"]]
-        for place, saved in state_dict["state"].items():
+        for index, saved in state_dict["state"].items():
             for name in MOMENTS:
-                moved = saved[name].to(weights[place].device, copy=True)
-                self.state[weights[place]][name] = moved
+                moved = saved[name].to(weights[index].device, copy=True)
+                self.state[weights[index]][name] = moved
 
     def _change(self, weight: Tensor, group: dict[str, Any]) -> Tensor:
         """Compute what AdamW adds to ``weight``, float32."""
@@ -83,13 +83,13 @@ class HalfAdamW(Optimizer):
         change = mean.div_(root).mul_(-group["lr"])
         return change.sub_(weight, alpha=group["lr"] * group["weight_decay"])
 
-    def _add(self, weight: Tensor, change: Tensor, place: int) -> None:
+    def _add(self, weight: Tensor, change: Tensor, index: int) -> None:
         if weight.dtype != torch.bfloat16:
             weight += change
         elif self.rounding == "stochastic":
             generator = torch.Generator(weight.device)
             step = self.state[weight]["step"]
-            generator.manual_seed(hash((self.seed, step, place)) % 2**31)
+            generator.manual_seed(hash((self.seed, step, index)) % 2**31)
             weight.copy_(stochastically_rounded(weight.float() + change, generator))
         else:
             lost = self.state[weight].setdefault("lost", torch.zeros_like(weight))

@@ -125,7 +125,7 @@ class Learner:
         self, batch: Batch, temperature: float, units: int
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         config, tokens = self.config, batch.tokens
-        forward = self.policy.forward(tokens, batch.trunk)
+        forward = self.policy.forward(tokens, batch.trunk_states)
         new = self.policy.logprobs(
             forward, tokens, temperature=temperature, entropy=config.entropy_coef != 0
         )
@@ -149,7 +149,7 @@ class Learner:
 
     def _value_loss(self, batch: Batch, states: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
         loss, stats = value_loss(
-            self.critic.values(batch.tokens, states, batch.trunk),
+            self.critic.values(batch.tokens, states, batch.trunk_states),
             old_values=batch.values,
             returns=batch.returns,
             mask=batch.tokens.response_mask,

@@ -51,10 +51,10 @@ def make_experience(
     tokens, mask = rollout.tokens, rollout.tokens.response_mask
     temperature, budget = rollout.sampling.temperature, config.forward_batch_tokens
     rollout = with_trunk(rollout, policy, budget)
-    trunk = rollout.trunk
-    if trunk is not None and config.trunk_dtype is not None:
-        trunk = trunk.to(torch.bfloat16)
-        rollout = replace(rollout, trunk=trunk)
+    trunk_states = rollout.trunk_states
+    if trunk_states is not None and config.trunk_dtype is not None:
+        trunk_states = trunk_states.to(torch.bfloat16)
+        rollout = replace(rollout, trunk_states=trunk_states)
 
     def reference_logprobs(part: Tokens, below: Tensor | None) -> Tensor:
         forward = reference.forward(part, below)
@@ -68,9 +68,9 @@ def make_experience(
     old = rollout.logprobs
     known = config.trunk_dtype is None and computes_in_float32(policy)
     if old is None or rollout.sampling.truncates or not known:
-        old, ref = in_batches(logprobs_of_policy_and_reference, tokens, trunk, budget)
+        old, ref = in_batches(logprobs_of_policy_and_reference, tokens, trunk_states, budget)
     else:
-        ref = in_batches(reference_logprobs, tokens, trunk, budget)
+        ref = in_batches(reference_logprobs, tokens, trunk_states, budget)
     rewards = token_rewards(scores, old, ref, tokens, config)
     values = critic.values_of_rollout(rollout, scores, policy, budget)
     if not torch.isfinite(values).all():
@@ -81,8 +81,8 @@ def make_experience(
     if config.whiten_advantages:
         advantages = whiten(advantages, mask=mask)
     return Experience(
-        tokens, temperature, old, ref, values.float(), scores, rewards, advantages, returns, trunk,
-        metrics,
+        tokens, temperature, old, ref, values.float(), scores, rewards, advantages, returns,
+        trunk_states, metrics,
     )  # fmt: skip
 
 

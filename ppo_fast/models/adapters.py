@@ -37,7 +37,7 @@ def without_new_adapters(model: nn.Module) -> nn.Module:
     counts as trained, all stay and ``model`` is returned as it is.
     """
     adapted = adapted_layers(model)
-    if not adapted or not all(_adds_nothing(place.layer) for place in adapted):
+    if not adapted or not all(_adds_nothing(one.layer) for one in adapted):
         return model
     for parent, name, layer in adapted:
         parent.register_module(name, layer.base_layer)

@@ -59,7 +59,7 @@ def check_tokenizer(tokenizer: Any, policy_model: nn.Module) -> None:
         )
 
 
-def place(model: Any, name: str, device: torch.device) -> None:
+def to_device(model: Any, name: str, device: torch.device) -> None:
     """Move a module from the CPU to ``device``; leave one that is there already.
 
     Raises:

@@ -72,8 +72,8 @@ class LanguageModel:
 
     Args:
         model: the model. It is not changed.
-        num_layers_unfrozen: number of layers above the trunk. ``trunk`` computes the trunk states,
-            and ``forward`` can start from them. None: there is no trunk.
+        num_layers_unfrozen: number of layers above the trunk. ``compute_trunk_states`` computes the
+            trunk states, and ``forward`` can start from them. None: there is no trunk.
         compute_dtype: autocast dtype of its products; None: the dtype of its weights.
         logits_budget_bytes: as linear_logprobs': logits kept for the backward pass.
 
@@ -124,12 +124,12 @@ class LanguageModel:
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
 
-    def forward(self, tokens: Tokens, trunk: Tensor | None = None) -> Forward:
+    def forward(self, tokens: Tokens, trunk_states: Tensor | None = None) -> Forward:
         """Run one pass over prompts and responses, from the tokens or from trunk states [B, L, D].
 
         Gradients flow where the caller enabled them.
         """
-        states, logits = self._run(tokens, trunk)
+        states, logits = self._run(tokens, trunk_states)
         return Forward(
             None if states is None else tokens.before_response(states),
             None if logits is None else tokens.before_response(logits),
@@ -167,11 +167,11 @@ class LanguageModel:
         return self.fused and other.fused and _same(self._head_weights(), other._head_weights())
 
     @torch.no_grad()
-    def trunk(self, tokens: Tokens) -> Tensor:
+    def compute_trunk_states(self, tokens: Tokens) -> Tensor:
         """Compute the trunk states [B, L, D], the input of the first unfrozen layer."""
         assert self.split is not None
         with computing_in(self.compute_dtype, tokens.device):
-            return self.split.trunk(tokens)
+            return self.split.compute_trunk_states(tokens)
 
     def recording_trunk(self) -> AbstractContextManager[list[Tensor]]:
         """Within the block, append the trunk states [B, n, D] of every pass to the yielded list.
@@ -226,16 +226,18 @@ class LanguageModel:
         assert isinstance(self.head, nn.Linear)
         return self.head.weight, self.head.bias
 
-    def _run(self, tokens: Tokens, trunk: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def _run(
+        self, tokens: Tokens, trunk_states: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Return states [B, L, D] and, on the ordinary path, logits [B, L, V]."""
         with computing_in(self.compute_dtype, tokens.device):
             if self.fused:
                 assert self.body is not None
-                return run(self.body, tokens, self.split, trunk).last_hidden_state, None
+                return run(self.body, tokens, self.split, trunk_states).last_hidden_state, None
             if self.body is None:
                 return None, run(self.model, tokens).logits
             with _output_of(self.body) as output:
-                logits = run(self.model, tokens, self.split, trunk).logits
+                logits = run(self.model, tokens, self.split, trunk_states).logits
             return output[0].last_hidden_state, logits
 
     def _probe(self) -> Tokens:
@@ -292,7 +294,10 @@ class LanguageModel:
         """
         probe = self._probe()
         try:
-            whole, split = self._run(probe, None)[0], self._run(probe, self.trunk(probe))[0]
+            whole, split = (
+                self._run(probe, None)[0],
+                self._run(probe, self.compute_trunk_states(probe))[0],
+            )
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             return f"{type(error).__name__}: {error}"
         assert whole is not None
@@ -337,7 +342,7 @@ def logprobs_of_both(
     one: LanguageModel,
     other: LanguageModel,
     tokens: Tokens,
-    trunk: Tensor | None,
+    trunk_states: Tensor | None,
     *,
     temperature: float,
 ) -> Tensor:
@@ -345,7 +350,7 @@ def logprobs_of_both(
 
     If they share the LM head too, it is read once, for the rows of both.
     """
-    forwards = [model.forward(tokens, trunk) for model in (one, other)]
+    forwards = [model.forward(tokens, trunk_states) for model in (one, other)]
     if not one.shares_head_with(other):
         pairs = zip((one, other), forwards, strict=True)
         return torch.stack(
@@ -379,19 +384,19 @@ def with_trunk(
     Decoding's trunk states are kept. If there are none, or they lack last tokens and ``whole`` asks
     for them, passes of at most ``budget`` tokens compute them.
     """
-    trunk = rollout.trunk
-    if policy.split is None or (trunk is not None and (trunk.whole or not whole)):
+    trunk_states = rollout.trunk_states
+    if policy.split is None or (trunk_states is not None and (trunk_states.whole or not whole)):
         return rollout
-    return replace(rollout, trunk=trunk_states(policy, rollout.tokens, budget))
+    return replace(rollout, trunk_states=trunk_states_in_batches(policy, rollout.tokens, budget))
 
 
-def trunk_states(policy: LanguageModel, tokens: Tokens, budget: int) -> TrunkStates:
+def trunk_states_in_batches(policy: LanguageModel, tokens: Tokens, budget: int) -> TrunkStates:
     """Compute the trunk states of every token, in passes of at most ``budget`` tokens."""
     parts: list[Tensor] = []
     rows = torch.empty(0, dtype=torch.int64, device="cpu")
     for batch in batches_by_tokens(tokens.lengths, budget):
         part = tokens.select(batch)
-        parts.append(TrunkStates.pack(policy.trunk(part), part, whole=True).states)
+        parts.append(TrunkStates.pack(policy.compute_trunk_states(part), part, whole=True).states)
         rows = torch.cat([rows, batch])
     lengths = tokens.lengths[rows]
     first = torch.empty_like(lengths)

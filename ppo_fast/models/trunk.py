@@ -37,7 +37,7 @@ class Split:
         self.body: Any = body
 
     @torch.no_grad()
-    def trunk(self, tokens: Tokens) -> Tensor:
+    def compute_trunk_states(self, tokens: Tokens) -> Tensor:
         """Compute the trunk states [B, L, D], the input of the first top layer."""
         with _stopping_before(self.first) as reached:
             try:
@@ -46,9 +46,9 @@ class Split:
                 return reached[0]
         raise RuntimeError("the first unfrozen layer was never reached")
 
-    def states(self, tokens: Tokens, trunk: Tensor | None) -> Tensor:
+    def states(self, tokens: Tokens, trunk_states: Tensor | None) -> Tensor:
         """Compute the body's last states [B, L, D], from the tokens or from their trunk states."""
-        return run(self.body, tokens, self, trunk).last_hidden_state
+        return run(self.body, tokens, self, trunk_states).last_hidden_state
 
     @contextmanager
     def recording(self) -> Iterator[list[Tensor]]:
@@ -66,19 +66,21 @@ class Split:
 
 
 def run(
-    module: Any, tokens: Tokens, split: Split | None = None, trunk: Tensor | None = None
+    module: Any, tokens: Tokens, split: Split | None = None, trunk_states: Tensor | None = None
 ) -> Any:
     """Return the output of a body, or of a model around it, for all tokens.
 
     From trunk states [B, L, D], the lower layers do not run. No mask is given: padding follows each
     row's tokens, and causal attention never reaches it.
     """
-    if trunk is None:
+    if trunk_states is None:
         return module(input_ids=tokens.input_ids, use_cache=False)
     assert split is not None
-    trunk = trunk.to(next(module.parameters()).dtype)  # it may be kept in half precision
-    with replaced_forwards([(layer, lambda *_, **__: trunk) for layer in split.lower]):
-        return module(inputs_embeds=trunk, use_cache=False)
+    trunk_states = trunk_states.to(
+        next(module.parameters()).dtype
+    )  # it may be kept in half precision
+    with replaced_forwards([(layer, lambda *_, **__: trunk_states) for layer in split.lower]):
+        return module(inputs_embeds=trunk_states, use_cache=False)
 
 
 def lower_layers(body: nn.Module | None, num_layers_unfrozen: int) -> list[nn.Module]:

@@ -28,7 +28,7 @@ def score(
     *,
     budget: int,
     split: Split | None = None,
-    trunk: TrunkStates | None = None,
+    trunk_states: TrunkStates | None = None,
 ) -> Tensor:
     """Compute a score for each sequence.
 
@@ -38,7 +38,7 @@ def score(
             completions) -> list[float]``.
         budget: max tokens in one call of a module.
         split: Split of a RewardModel whose lower layers are the policy's trunk; None: they are not.
-        trunk: the trunk states, those of last tokens too; needed with ``split``.
+        trunk_states: the trunk states, those of last tokens too; needed with ``split``.
 
     Returns:
         [B] float32 on the device of ``tokens``, finite.
@@ -51,9 +51,9 @@ def score(
     what = f"reward_model {getattr(reward_model, '__name__', type(reward_model).__name__)}"
     if split is not None:
         assert isinstance(reward_model, RewardModel)
-        assert trunk is not None
-        assert trunk.whole
-        scores = _scores_from_trunk(reward_model, split, tokens, trunk, budget)
+        assert trunk_states is not None
+        assert trunk_states.whole
+        scores = _scores_from_trunk(reward_model, split, tokens, trunk_states, budget)
     elif isinstance(reward_model, nn.Module):
         scores = _module_scores(reward_model, tokens, what, budget)
     else:
@@ -123,12 +123,12 @@ def check_reward_model(reward_model: Any) -> None:
 
 @torch.no_grad()
 def _scores_from_trunk(
-    reward_model: RewardModel, split: Split, tokens: Tokens, trunk: TrunkStates, budget: int
+    reward_model: RewardModel, split: Split, tokens: Tokens, trunk_states: TrunkStates, budget: int
 ) -> Tensor:
     scores = torch.empty(len(tokens), device=tokens.device)
     for rows in batches_by_tokens(tokens.lengths, budget):
         part = tokens.select(rows)
-        states = split.states(part, trunk.select(tokens, rows))
+        states = split.states(part, trunk_states.select(tokens, rows))
         last = part.lengths - 1
         scores[rows.to(tokens.device)] = reward_model.read(states, last.to(tokens.device)).float()
     return scores

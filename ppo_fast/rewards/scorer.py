@@ -44,7 +44,7 @@ class Scorer:
             rollout.completions,
             budget=self.budget,
             split=self.split,
-            trunk=rollout.trunk,
+            trunk_states=rollout.trunk_states,
         )
 
     def of_tokens(self, tokens: Tokens, prompts: list[str], completions: list[str]) -> Tensor:

@@ -35,13 +35,13 @@ class Sizes(NamedTuple):
 class Buffers:
     """Tensors that decoding steps read and write. Recorded steps hold their addresses.
 
-    By slot, int64 [slots]: ``length`` (tokens in the cache), ``place`` (tokens drawn so far),
+    By slot, int64 [slots]: ``length`` (tokens in the cache), ``position`` (tokens drawn so far),
     ``token`` (the last token drawn), ``sequence`` (index of the slot's sequence;
     ``sizes.sequences`` in an empty slot).
 
     By sequence, with one more row for the draws of empty slots: ``seeds`` [sequences + 1],
     ``logprobs`` and ``sampling_logprobs`` [sequences + 1, draws] and, once ``room`` has allocated
-    them, ``states`` [sequences + 1, draws, D] and ``trunk`` [sequences + 1, capacity, D].
+    them, ``states`` [sequences + 1, draws, D] and ``trunk_states`` [sequences + 1, capacity, D].
 
     ``ends`` [V] bool: whether a token ends a response.
 
@@ -55,7 +55,7 @@ class Buffers:
         self.sizes, device = sizes, model.device
         sequences, slots, capacity, draws = sizes
         self.cache = SlotCache(model.text_config, slots, capacity, attends=attends)
-        self.length, self.place, self.token, self.sequence = torch.zeros(
+        self.length, self.position, self.token, self.sequence = torch.zeros(
             4, slots, dtype=torch.int64, device=device
         )
         self.slots = torch.arange(slots, device=device)
@@ -63,12 +63,12 @@ class Buffers:
         self.logprobs, self.sampling_logprobs = torch.zeros(2, sequences + 1, draws, device=device)
         self.ends = torch.zeros(model.text_config.vocab_size, dtype=torch.bool, device=device)
         self.states: Tensor | None = None
-        self.trunk: Tensor | None = None
+        self.trunk_states: Tensor | None = None
         self.steps = Steps(capacity)
 
     def begin(self, seeds: Tensor, ends: Tensor) -> None:
         """Empty every slot, and set ``seeds`` [B] and ``ends``, the ids that end a response."""
-        for tensor in (self.length, self.place, self.token, self.ends):
+        for tensor in (self.length, self.position, self.token, self.ends):
             tensor.zero_()
         self.sequence.fill_(self.sizes.sequences)
         self.seeds[: len(seeds)] = seeds
@@ -80,7 +80,7 @@ class Buffers:
 
     def nbytes(self) -> int:
         """Return the total size in bytes of the tensors that grow with the rollout."""
-        own = (self.logprobs, self.sampling_logprobs, self.states, self.trunk)
+        own = (self.logprobs, self.sampling_logprobs, self.states, self.trunk_states)
         return self.cache.nbytes() + sum(tensor.nbytes for tensor in own if tensor is not None)
 
 

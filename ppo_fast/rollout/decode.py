@@ -72,8 +72,8 @@ def decode(
         max_lengths: B numbers, the max tokens of each response; None: ``sampling.max_length``.
         to_text: ids -> text, for stop strings.
         keep_states: whether the rollout gets ``states``.
-        whole_trunk: whether ``trunk`` includes the state of each row's last token, which takes one
-            more step per sequence.
+        whole_trunk: whether ``trunk_states`` includes the state of each row's last token, which
+            takes one more step per sequence.
         capture: records steps, which are then replayed (cuda_graphs.py); None: steps are not
             recorded.
         kept: provides the buffers and recorded steps, and keeps them for the next rollout, if steps
@@ -99,7 +99,7 @@ def decode(
         capacity=max(map(len, prompt_ids)) + max(max_lengths),
         draws=max(max_lengths) + flags["whole_trunk"],  # the last draw is not used
     )
-    with _prepared(model) as (fused, attends, trunk):
+    with _prepared(model) as (fused, attends, trunk_states):
         step_is = recorded_with(model, sampling, attends=attends, **flags)
         buffers = kept.take(model, sizes, step_is, attends=attends)
         decoding = _Decoding(
@@ -111,11 +111,11 @@ def decode(
             seeds=seeds,
             slots=slots,
             max_lengths=max_lengths,
-            trunk_pieces=trunk,
+            trunk_pieces=trunk_states,
             capture=capture,
             **flags,
         )
-        prompts = Prompts(model, decoding.prompts, prompt_tokens, pad_id, trunk, fused=fused)
+        prompts = Prompts(model, decoding.prompts, prompt_tokens, pad_id, trunk_states, fused=fused)
         decoding.admit(prompts)
         while decoding.running:
             decoding.step()
@@ -135,12 +135,12 @@ class _Prepared(NamedTuple):
 
     fused: whether all of its layers are fused.
     attends: whether its steps run within ``step_attention``.
-    trunk: the list to which its passes append trunk states.
+    trunk_states: the list to which its passes append trunk states.
     """
 
     fused: bool
     attends: bool
-    trunk: list[Tensor]
+    trunk_states: list[Tensor]
 
 
 @contextmanager
@@ -158,10 +158,10 @@ def _prepared(model: LanguageModel) -> Iterator[_Prepared]:
         else nullcontext[list[StepForward]]([]) as fused,
         step_attention(model) if steps_can_attend(model) else nullcontext() as attends,
         few_row_products(model.model),
-        model.recording_trunk() as trunk,
+        model.recording_trunk() as trunk_states,
     ):
         all_fused = len(fused) == model.text_config.num_hidden_layers
-        yield _Prepared(all_fused, attends is not None, trunk)
+        yield _Prepared(all_fused, attends is not None, trunk_states)
 
 
 class _Decoding:
@@ -263,8 +263,12 @@ class _Decoding:
         )
 
     def _packed_trunk(self, tokens: Tokens) -> TrunkStates | None:
-        trunk = self.buffers.trunk
-        return None if trunk is None else TrunkStates.pack(trunk, tokens, whole=self.whole_trunk)
+        trunk_states = self.buffers.trunk_states
+        return (
+            None
+            if trunk_states is None
+            else TrunkStates.pack(trunk_states, tokens, whole=self.whole_trunk)
+        )
 
     def _cached(self, slot: int) -> int:
         """Return how many tokens of a slot are in the cache: all but the one drawn last."""
@@ -286,13 +290,13 @@ class _Decoding:
         lengths = [len(self.prompts[sequence]) for sequence in sequences]
         source, target = self._tensor(rows), self._tensor(slots)
         b = self.buffers
-        b.cache.place(batch.keys_values, source, target)
+        b.cache.fill(batch.keys_values, source, target)
         b.sequence[target], b.length[target] = self._tensor(sequences), self._tensor(lengths)
-        b.place[target] = 0
-        if batch.trunk is not None:
-            trunk = self._trunk_like(batch.trunk)
+        b.position[target] = 0
+        if batch.trunk_states is not None:
+            trunk_states = self._trunk_like(batch.trunk_states)
             for row, sequence, length in zip(rows, sequences, lengths, strict=True):
-                trunk[sequence, :length] = batch.trunk[row, :length]
+                trunk_states[sequence, :length] = batch.trunk_states[row, :length]
         states = None if batch.next.states is None else batch.next.states[source]
         self._draw(target, Next(batch.next.logits[source], states))
         self._note(slots, b.token[target])
@@ -300,7 +304,7 @@ class _Decoding:
     def _draw(self, slots: Tensor, next_: Next) -> None:
         """Draw the next token of the sequences in ``slots`` [n] from their logits [n, V]."""
         b = self.buffers
-        at = b.sequence[slots], b.place[slots]
+        at = b.sequence[slots], b.position[slots]
         sampled = self._sample(next_.logits, *at)
         b.logprobs[at] = sampled.logprobs.float()
         b.sampling_logprobs[at] = sampled.sampling_logprobs.float()
@@ -309,18 +313,18 @@ class _Decoding:
                 b.states = b.room(next_.states, b.logprobs.shape[1])
             b.states[at] = next_.states
         b.token[slots] = sampled.tokens
-        b.place[slots] += 1
+        b.position[slots] += 1
 
-    def _sample(self, logits: Tensor, sequence: Tensor, place: Tensor) -> Sampled:
+    def _sample(self, logits: Tensor, sequence: Tensor, position: Tensor) -> Sampled:
         """Draw one token per row; before ``min_new_tokens``, among tokens that end nothing."""
         s, seeds = self.sampling, self.buffers.seeds[sequence]
         drawn_from = logits
         if s.min_new_tokens > 0:
-            early = place < s.min_new_tokens
+            early = position < s.min_new_tokens
             drawn_from = logits.masked_fill(early[:, None] & self.buffers.ends, -torch.inf)
         draw = partial(sample_tokens, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
         try:
-            sampled = draw(drawn_from, seeds, place)
+            sampled = draw(drawn_from, seeds, position)
         except ValueError as error:  # raised on the CPU; elsewhere ``rollout`` checks at the end
             raise FloatingPointError(NOT_FINITE) from error
         if drawn_from is logits:
@@ -352,19 +356,19 @@ class _Decoding:
         b, last = self.buffers, len(self.running) - 1
         if slot != last:
             b.cache.copy(last, slot, self._cached(last))
-            for by_slot in (b.sequence, b.length, b.place, b.token):
+            for by_slot in (b.sequence, b.length, b.position, b.token):
                 by_slot[slot] = by_slot[last]
             self.running[slot] = self.running[last]
-        b.sequence[last], b.length[last], b.place[last] = b.sizes.sequences, 0, 0
+        b.sequence[last], b.length[last], b.position[last] = b.sizes.sequences, 0, 0
         self.running.pop()
 
     def _tensor(self, numbers: Sequence[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self.model.device)
 
     def _trunk_like(self, piece: Tensor) -> Tensor:
-        if self.buffers.trunk is None:
-            self.buffers.trunk = self.buffers.room(piece, self.buffers.cache.capacity)
-        return self.buffers.trunk
+        if self.buffers.trunk_states is None:
+            self.buffers.trunk_states = self.buffers.room(piece, self.buffers.cache.capacity)
+        return self.buffers.trunk_states
 
 
 @contextmanager

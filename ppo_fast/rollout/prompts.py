@@ -22,12 +22,12 @@ class PromptBatch(NamedTuple):
 
     keys_values: by layer, keys and values [k, heads, P, size].
     next: logits and states that the first response tokens are drawn from.
-    trunk: trunk states [k, P, D]; None without a trunk.
+    trunk_states: trunk states [k, P, D]; None without a trunk.
     """
 
     keys_values: list[tuple[Tensor, Tensor]]
     next: Next
-    trunk: Tensor | None
+    trunk_states: Tensor | None
 
 
 class Prompts:
@@ -38,7 +38,7 @@ class Prompts:
         prompts: prompts of all sequences; equal ones are computed once.
         budget: max tokens, with padding, of a pass.
         pad_id: id at padded positions.
-        trunk: list that ``LanguageModel.recording_trunk`` appends to.
+        trunk_states: list that ``LanguageModel.recording_trunk`` appends to.
         fused: whether all layers are fused (fused_layers.py), so that prompts need no padding.
     """
 
@@ -48,11 +48,11 @@ class Prompts:
         prompts: Sequence[Prompt],
         budget: int,
         pad_id: int,
-        trunk: list[Tensor],
+        trunk_states: list[Tensor],
         *,
         fused: bool,
     ) -> None:
-        self._model, self._budget, self._pad_id, self._trunk = model, budget, pad_id, trunk
+        self._model, self._budget, self._pad_id, self._trunk = model, budget, pad_id, trunk_states
         # without the fused LM head, a pass gives logits of each row's last column alone
         self._fused, self._wanted = fused and model.fused, Counter(prompts)
         self._computed: dict[Prompt, tuple[PromptBatch, int]] = {}
@@ -100,12 +100,12 @@ class Prompts:
     def _padded(self, prompts: list[Prompt], lengths: Tensor, cache: SlotCache) -> PromptBatch:
         """Compute prompts in one padded pass, one row per prompt."""
         input_ids = pad_right(prompts, self._pad_id, lengths.device)
-        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         cache.begin_prompts()
         next_ = self._model.next(
             (torch.arange(len(prompts), device=lengths.device), lengths - 1),
             input_ids=input_ids,
-            position_ids=places.expand_as(input_ids),
+            position_ids=positions.expand_as(input_ids),
             attention_mask=torch.ones_like(input_ids),  # no token looks at padding after it
             cache=cache,
         )
@@ -114,22 +114,22 @@ class Prompts:
     def _flat(self, prompts: list[Prompt], lengths: Tensor) -> PromptBatch:
         """Compute prompts in one pass without padding, one row per token."""
         rows = torch.repeat_interleave(torch.arange(len(prompts), device="cpu"), lengths)
-        places = torch.cat([torch.arange(len(prompt), device="cpu") for prompt in prompts])
+        positions = torch.cat([torch.arange(len(prompt), device="cpu") for prompt in prompts])
         tokens = torch.tensor([token for prompt in prompts for token in prompt], device="cpu")
         ends = lengths.cumsum(0) - 1
         cache = SlotCache(self._model.text_config, len(prompts), int(lengths.max()))
-        cache.begin_rows(rows, places)
+        cache.begin_rows(rows, positions)
         next_ = self._model.next(
             (ends, torch.zeros_like(ends)),
             input_ids=tokens[:, None],
-            position_ids=places[:, None],
+            position_ids=positions[:, None],
             # fused layers read no mask; given one of four dimensions, the model makes no other
             attention_mask=torch.zeros(1, 1, 1, 1, dtype=self._model.dtype, device="cpu"),
             cache=cache,
         )
-        trunk = None
+        trunk_states = None
         if self._trunk:
             piece = self._trunk.pop()[:, 0]
-            trunk = piece.new_zeros(len(prompts), cache.capacity, piece.shape[1])
-            trunk[rows, places] = piece
-        return PromptBatch(cache.contents(), next_, trunk)
+            trunk_states = piece.new_zeros(len(prompts), cache.capacity, piece.shape[1])
+            trunk_states[rows, positions] = piece
+        return PromptBatch(cache.contents(), next_, trunk_states)

@@ -22,7 +22,7 @@ class SlotCache(Cache):
     """Keys and values of every layer, [slots, capacity, heads, head size].
 
     Column i of a row is the sequence's token i. Each prompt is computed once and copied to a slot
-    for each of its responses (``place``). Then each step adds one token to the first n rows
+    for each of its responses (``fill``). Then each step adds one token to the first n rows
     (``begin_step``).
 
     Args:
@@ -53,7 +53,7 @@ class SlotCache(Cache):
         """Return by layer the keys and values [slots, heads, capacity, size]."""
         return [(x.keys.transpose(1, 2), x.values.transpose(1, 2)) for x in self.layers]
 
-    def place(self, keys_values: list[tuple[Tensor, Tensor]], rows: Tensor, slots: Tensor) -> None:
+    def fill(self, keys_values: list[tuple[Tensor, Tensor]], rows: Tensor, slots: Tensor) -> None:
         """Copy ``rows`` [m] of prompts' keys and values to ``slots`` [m]."""
         for layer, (keys, values) in zip(self.layers, keys_values, strict=True):
             if not layer.is_initialized:

@@ -27,12 +27,12 @@ def test_trunk_states_have_no_padding():
         torch.arange(1, 1 + TOKENS.input_ids.numel()).view(3, -1, 1)
         * TOKENS.attention_mask[..., None]
     )
-    trunk = TrunkStates.pack(padded, TOKENS, whole=True)
-    assert trunk.states[:, 0].tolist() == [n for n in padded.flatten().tolist() if n]
+    trunk_states = TrunkStates.pack(padded, TOKENS, whole=True)
+    assert trunk_states.states[:, 0].tolist() == [n for n in padded.flatten().tolist() if n]
     for rows in ([0, 1, 2], [1], [2, 0]):
         index = torch.tensor(rows)
         part = TOKENS.select(index)
-        found = trunk.select(TOKENS, index)[part.attention_mask.bool()]
+        found = trunk_states.select(TOKENS, index)[part.attention_mask.bool()]
         expected = padded[index, : part.input_ids.shape[1]][part.attention_mask.bool()]
         assert torch.equal(found, expected)
 
@@ -44,7 +44,7 @@ def test_values_from_the_trunk_are_those_of_the_whole_body(family):
     module = TopValue(copy.deepcopy(policy.body), 64)
     nn.init.normal_(module.head.linear.weight)
     critic = TopCritic(module, 1)
-    values = critic.values(TOKENS, trunk=policy.trunk(TOKENS))
+    values = critic.values(TOKENS, trunk_states=policy.compute_trunk_states(TOKENS))
     torch.testing.assert_close(values, critic.values(TOKENS), rtol=1e-4, atol=1e-5)
     for row, (ids, p) in enumerate(zip(TOKENS.sequences(), TOKENS.prompt_lengths, strict=True)):
         states = module.body(input_ids=ids[None]).last_hidden_state[0]
@@ -117,9 +117,9 @@ def test_a_trunk_kept_in_half_precision(critic):
     options = {"num_layers_unfrozen": 1, "layers": 3, "critic": critic}
     exact, trainer = tiny_trainer(**options), tiny_trainer(trunk_dtype="bfloat16", **options)
     rollout = trainer.rollout(PROMPTS, seeds=trainer.progress.next_seeds(len(PROMPTS)))
-    assert rollout.trunk.states.dtype == torch.float32
+    assert rollout.trunk_states.states.dtype == torch.float32
     experience = trainer.make_experience(rollout)
-    assert experience.trunk.states.dtype == torch.bfloat16
+    assert experience.trunk_states.states.dtype == torch.bfloat16
     metrics = trainer.update(experience)
     assert metrics["first_max_log_ratio"] < 1e-5, "old log-probs are of the same states"
     expected = exact.train_step(PROMPTS)

@@ -59,7 +59,9 @@ def measured(trainer, monkeypatch):
     found["cache"] = num_bytes(caches)
     assert rollout.tokens.response_lengths.tolist() == [NEW] * len(PROMPTS)
     experience = trainer.make_experience(rollout)
-    found["trunk"] = 0 if experience.trunk is None else experience.trunk.states.nbytes
+    found["trunk_states"] = (
+        0 if experience.trunk_states is None else experience.trunk_states.states.nbytes
+    )
 
     gradients, kept, alive = [], {}, []
 
@@ -103,9 +105,9 @@ def noted_at_each_pass(model, note):
 
 
 def select(experience):
-    if experience.trunk is None:
+    if experience.trunk_states is None:
         return None
-    return experience.trunk.select(experience.tokens, torch.arange(len(PROMPTS)))
+    return experience.trunk_states.select(experience.tokens, torch.arange(len(PROMPTS)))
 
 
 HALF = {"compute_dtype": "bfloat16"}
@@ -191,7 +193,7 @@ def test_seventy_billion_weights_need_no_memory():
     assert plan.policy == 4 * 70_553_706_496
     layer = 2 * 8192 * (8192 + 1024) + 3 * 8192 * 28672 + 2 * 8192
     assert plan.reference == 4 * (4 * layer + 8192 + 128256 * 8192)  # its head is not tied
-    assert plan.trunk == 2 * 16 * 1024 * 8192
+    assert plan.trunk_states == 2 * 16 * 1024 * 8192
     assert plan.cache == 4 * 2 * 80 * 8 * 128 * 16 * 1024
     checkpointed = plan_memory(
         config,

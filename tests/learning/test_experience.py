@@ -194,20 +194,20 @@ def test_the_trunk_changes_nothing_but_time(critic, family, recorded):
     sampler, so that old log-probs come from the trunk too."""
     policy = LanguageModel(tiny_model(family, layers=3), num_layers_unfrozen=1)
     rollout = rollout_of(policy, top_k=200)
-    bare = replace(rollout, trunk=None)
+    bare = replace(rollout, trunk_states=None)
     ordinary = experience_of(bare, critic, family, seed=0)
-    assert ordinary.trunk is None
+    assert ordinary.trunk_states is None
     for budget in (17, 10**6):
         split = experience_of(
             rollout if recorded else bare, critic, family, k=1, forward_batch_tokens=budget
         )
         tokens = rollout.tokens
-        assert split.trunk.states.shape == (int(tokens.lengths.sum()), 64)
+        assert split.trunk_states.states.shape == (int(tokens.lengths.sum()), 64)
         # a state is read only where a response token follows
-        expected = TrunkStates.pack(policy.trunk(tokens), tokens, whole=True)
+        expected = TrunkStates.pack(policy.compute_trunk_states(tokens), tokens, whole=True)
         for row in range(len(tokens)):
             rows = torch.tensor([row])
-            found = split.trunk.select(tokens, rows)[0, :-1]
+            found = split.trunk_states.select(tokens, rows)[0, :-1]
             torch.testing.assert_close(
                 found, expected.select(tokens, rows)[0, :-1], rtol=1e-4, atol=1e-4
             )
@@ -217,7 +217,7 @@ def test_the_trunk_changes_nothing_but_time(critic, family, recorded):
 def test_a_recorded_trunk_is_not_computed_again():
     policy = LanguageModel(tiny_model("llama", layers=3), num_layers_unfrozen=1)
     rollout = rollout_of(policy)
-    assert experience_of(rollout, k=1).trunk is rollout.trunk
+    assert experience_of(rollout, k=1).trunk_states is rollout.trunk_states
 
 
 def test_an_experience_holds_no_graph(rollout):

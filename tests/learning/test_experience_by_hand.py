@@ -54,8 +54,8 @@ class TableModel:
     def shares_head_with(self, other: object) -> bool:
         return False
 
-    def forward(self, tokens: Tokens, trunk: torch.Tensor | None) -> None:
-        assert trunk is None
+    def forward(self, tokens: Tokens, trunk_states: torch.Tensor | None) -> None:
+        assert trunk_states is None
 
     def logprobs(self, forward: None, tokens: Tokens, *, temperature: float) -> TokenLogprobs:
         values = -tokens.response_ids / (8.0 * temperature)
@@ -77,7 +77,7 @@ def hand_rollout(**sampling: float) -> Rollout:
         sampling_logprobs=OLD,
         finished=torch.tensor([True, False]),
         sampling=Sampling(3, **sampling),
-        trunk=None,
+        trunk_states=None,
         prompts=["a", "b"],
         completions=["c", "d"],
     )

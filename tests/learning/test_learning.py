@@ -65,9 +65,9 @@ def test_a_trunk_learns_along_the_ordinary_curve(seed):
         trainer = PPOTrainer(policy, None, CountTarget(), tiny_tokenizer(), "cpu", config=config)
         steps = [trainer.train_step(PROMPTS * 8) for _ in range(16)]
         curves.append([(m["mean_reward"], m["kl_sequence"], m["value_loss"]) for m in steps])
-    trunk, ordinary = torch.tensor(curves)
-    torch.testing.assert_close(trunk, ordinary, rtol=1e-4, atol=1e-5)
-    assert trunk[-3:, 0].mean() > 3 * trunk[:3, 0].mean(), "it learned"
+    trunk_states, ordinary = torch.tensor(curves)
+    torch.testing.assert_close(trunk_states, ordinary, rtol=1e-4, atol=1e-5)
+    assert trunk_states[-3:, 0].mean() > 3 * trunk_states[:3, 0].mean(), "it learned"
 
 
 def test_shuffled_advantages_do_not_learn():

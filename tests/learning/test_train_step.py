@@ -143,10 +143,10 @@ def test_minibatches_follow_the_seed_and_the_step():
         trainer = tiny_trainer(seed=seed, num_minibatches=5, num_epochs=2)
         read = []
 
-        def forward(tokens, trunk=None, inner=trainer.policy.forward, read=read):
+        def forward(tokens, trunk_states=None, inner=trainer.policy.forward, read=read):
             if len(tokens) == 1:  # a minibatch
                 read.append(tuple(tokens.sequences()[0].tolist()))
-            return inner(tokens, trunk)
+            return inner(tokens, trunk_states)
 
         trainer.policy.forward = forward
         for _ in range(2):

@@ -142,7 +142,7 @@ def test_adapters_over_a_base_in_half_precision(trained, k):
 def test_a_step_is_nearly_that_of_float32(critic, k, stored):
     exact = trainer_of(critic, k, compute_dtype=None, num_epochs=1)
     half = trainer_of(critic, k, stored, num_epochs=1)
-    rollout = replace(exact.rollout(PROMPTS), trunk=None, states=None)
+    rollout = replace(exact.rollout(PROMPTS), trunk_states=None, states=None)
     before = weights(exact.policy_model)
     expected, found = (t.update(t.make_experience(rollout)) for t in (exact, half))
     for name in ("policy_grad_norm", "value_loss"):

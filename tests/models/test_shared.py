@@ -13,7 +13,11 @@ from tiny_trainer import PROMPTS, count_letters, without_times
 
 from ppo_fast import PPOConfig, PPOTrainer, RewardModel, ValueModel
 from ppo_fast.models import language_model
-from ppo_fast.models.language_model import LanguageModel, logprobs_of_both, trunk_states
+from ppo_fast.models.language_model import (
+    LanguageModel,
+    logprobs_of_both,
+    trunk_states_in_batches,
+)
 from ppo_fast.models.parts import layer_list
 from ppo_fast.models.trunk import top_modules
 
@@ -74,8 +78,8 @@ def test_scores_and_values_from_the_trunk_are_those_of_whole_models(family, slot
 def test_one_trunk_in_memory():
     reward, value = on_the_same_base(RewardModel), on_the_same_base(ValueModel)
     trainer = trainer_with(reward, value)
-    trunk = lower_weights(trainer.policy_model)
-    assert lower_weights(reward.base_model) == lower_weights(value.base_model) == trunk
+    trunk_states = lower_weights(trainer.policy_model)
+    assert lower_weights(reward.base_model) == lower_weights(value.base_model) == trunk_states
     embeddings = [m.base_model.base_model.embed_tokens.weight for m in (reward, value)]
     assert all(e is trainer.policy_model.model.embed_tokens.weight for e in embeddings)
 
@@ -107,14 +111,14 @@ def test_the_trunk_of_last_tokens_changes_nothing_else(slots, options):
     for name in ("logprobs", "sampling_logprobs", *(["states"] if options else [])):
         torch.testing.assert_close(getattr(whole, name), getattr(part, name), rtol=1e-5, atol=1e-5)
         assert (getattr(whole, name)[~whole.tokens.response_mask] == 0).all()
-    computed = trunk_states(trainer.policy, whole.tokens, 1000)
-    last = whole.trunk.first + whole.tokens.lengths - 1
+    computed = trunk_states_in_batches(trainer.policy, whole.tokens, 1000)
+    last = whole.trunk_states.first + whole.tokens.lengths - 1
     found, expected = (
-        whole.trunk.states[last],
-        computed.states[computed.first + last - whole.trunk.first],
+        whole.trunk_states.states[last],
+        computed.states[computed.first + last - whole.trunk_states.first],
     )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert (part.trunk.states[last] == 0).all()
+    assert (part.trunk_states.states[last] == 0).all()
 
 
 def test_a_rollout_without_a_trunk_or_its_last_tokens_is_scored_the_same():
@@ -124,9 +128,9 @@ def test_a_rollout_without_a_trunk_or_its_last_tokens_is_scored_the_same():
     expected = trainer.make_experience(rollout).scores
     trainer.engine.whole_trunk = False
     part = trainer.rollout(PROMPTS, seeds=seeds)
-    assert rollout.trunk.whole
-    assert not part.trunk.whole
-    for other in (replace(rollout, trunk=None), part):
+    assert rollout.trunk_states.whole
+    assert not part.trunk_states.whole
+    for other in (replace(rollout, trunk_states=None), part):
         torch.testing.assert_close(trainer.make_experience(other).scores, expected)
 
 
@@ -136,7 +140,7 @@ def test_a_shared_head_is_read_once(k, monkeypatch):
         LanguageModel(tiny_model(layers=2, seed=seed), num_layers_unfrozen=k) for seed in (0, 1)
     ]
     tokens, calls = batch(), []
-    trunk = None if k is None else models[0].trunk(tokens)
+    trunk_states = None if k is None else models[0].compute_trunk_states(tokens)
     op = language_model.linear_logprobs
 
     def counted(*args, **kwargs):
@@ -144,17 +148,17 @@ def test_a_shared_head_is_read_once(k, monkeypatch):
         return op(*args, **kwargs)
 
     monkeypatch.setattr(language_model, "linear_logprobs", counted)
-    apart = logprobs_of_both(*models, tokens, trunk, temperature=0.7)
+    apart = logprobs_of_both(*models, tokens, trunk_states, temperature=0.7)
     for model, found in zip(models, apart, strict=True):
-        forward = model.forward(tokens, trunk)
+        forward = model.forward(tokens, trunk_states)
         expected = model.logprobs(forward, tokens, temperature=0.7).logprobs
         torch.testing.assert_close(found, expected)
     calls.clear()
     models[1].head.weight = models[0].head.weight
-    together = logprobs_of_both(*models, tokens, trunk, temperature=0.7)
+    together = logprobs_of_both(*models, tokens, trunk_states, temperature=0.7)
     assert len(calls) == 1
     torch.testing.assert_close(together[0], apart[0])
-    expected = models[1].logprobs(models[1].forward(tokens, trunk), tokens, temperature=0.7)
+    expected = models[1].logprobs(models[1].forward(tokens, trunk_states), tokens, temperature=0.7)
     torch.testing.assert_close(together[1], expected.logprobs)
 
 

@@ -26,13 +26,16 @@ each_split = pytest.mark.parametrize(
 @torch.no_grad()
 def test_states_from_the_trunk_are_the_ordinary_states(family, k):
     lm = LanguageModel(tiny_model(family, layers=LAYERS), num_layers_unfrozen=k)
-    whole = lm.trunk(batch())
+    whole = lm.compute_trunk_states(batch())
     for rows in ([0, 1, 2], [1], [2, 0]):
         index = torch.tensor(rows)
         part = batch().select(index)
-        trunk, expected = lm.trunk(part), lm.forward(part).states[part.response_mask]
-        assert trunk.shape == (*part.input_ids.shape, 64)
-        assert torch.equal(lm.forward(part, trunk).states[part.response_mask], expected)
+        trunk_states, expected = (
+            lm.compute_trunk_states(part),
+            lm.forward(part).states[part.response_mask],
+        )
+        assert trunk_states.shape == (*part.input_ids.shape, 64)
+        assert torch.equal(lm.forward(part, trunk_states).states[part.response_mask], expected)
         # what was computed for the whole batch serves some of its rows
         found = lm.forward(part, whole[index, : part.input_ids.shape[1]])
         found = found.states[part.response_mask]
@@ -44,7 +47,7 @@ def test_the_trunk_is_what_enters_the_first_unfrozen_layer(family, k):
     lm = LanguageModel(tiny_model(family, layers=LAYERS), num_layers_unfrozen=k)
     with torch.no_grad():
         output = lm.body(batch().input_ids, output_hidden_states=True, use_cache=False)
-    assert torch.equal(lm.trunk(batch()), output.hidden_states[LAYERS - k])
+    assert torch.equal(lm.compute_trunk_states(batch()), output.hidden_states[LAYERS - k])
 
 
 @each_split
@@ -54,9 +57,11 @@ def test_gradients_of_the_top_are_the_same_from_the_trunk(family, k):
     lm = LanguageModel(model, num_layers_unfrozen=k)
     coefficients = torch.randn(3, 5)
     gradients = []
-    for trunk in (None, lm.trunk(batch())):
+    for trunk_states in (None, lm.compute_trunk_states(batch())):
         model.zero_grad()
-        result = lm.logprobs(lm.forward(batch(), trunk), batch(), temperature=0.7, entropy=True)
+        result = lm.logprobs(
+            lm.forward(batch(), trunk_states), batch(), temperature=0.7, entropy=True
+        )
         (coefficients * (result.logprobs + 0.3 * result.entropy)).sum().backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys() == trainable(model)
@@ -67,14 +72,14 @@ def test_gradients_of_the_top_are_the_same_from_the_trunk(family, k):
 
 def test_only_the_top_layers_run_from_the_trunk():
     lm = LanguageModel(tiny_model("llama", layers=LAYERS), num_layers_unfrozen=1)
-    trunk = lm.trunk(batch())
+    trunk_states = lm.compute_trunk_states(batch())
     ran = []
     for i, layer in enumerate(layer_list(lm.body)):
         layer.self_attn.register_forward_hook(lambda *_, i=i: ran.append(i))
-    lm.forward(batch(), trunk)
+    lm.forward(batch(), trunk_states)
     assert ran == [3]
     ran.clear()
-    lm.trunk(batch())
+    lm.compute_trunk_states(batch())
     assert ran == [0, 1, 2]
 
 
@@ -83,7 +88,7 @@ def test_the_ordinary_path_starts_from_the_trunk_too():
     model.lm_head.register_forward_hook(lambda _, __, logits: 2 * logits)
     lm = LanguageModel(model, num_layers_unfrozen=2)
     with torch.no_grad():
-        ordinary, split = lm.forward(batch()), lm.forward(batch(), lm.trunk(batch()))
+        ordinary, split = lm.forward(batch()), lm.forward(batch(), lm.compute_trunk_states(batch()))
     real = batch().response_mask
     assert torch.equal(ordinary.logits[real], split.logits[real])
 
@@ -93,7 +98,7 @@ def test_the_trunk_can_be_recorded_on_the_way():
     with lm.recording_trunk() as pieces, torch.no_grad():
         lm.forward(batch())
         lm.forward(batch())
-    assert all(torch.equal(piece, lm.trunk(batch())) for piece in pieces)
+    assert all(torch.equal(piece, lm.compute_trunk_states(batch())) for piece in pieces)
     assert len(pieces) == 2
     lm.forward(batch())
     assert len(pieces) == 2, "nothing is recorded after the block"
@@ -110,14 +115,14 @@ def test_layers_are_restored_after_an_exception():
     layers[1].forward = lambda *args, **kwargs: own(*args, **kwargs)  # as accelerate's hooks do
     hooked = layers[1].forward
     with torch.no_grad():
-        expected, trunk = lm.forward(batch()).states, lm.trunk(batch())
+        expected, trunk_states = lm.forward(batch()).states, lm.compute_trunk_states(batch())
 
     def fail(*_):
         raise KeyError("top")
 
     for place, run in (
-        (layers[3], lambda: lm.forward(batch(), trunk)),
-        (layers[0], lambda: lm.trunk(batch())),
+        (layers[3], lambda: lm.forward(batch(), trunk_states)),
+        (layers[0], lambda: lm.compute_trunk_states(batch())),
     ):
         handle = place.register_forward_pre_hook(fail)
         with pytest.raises(KeyError, match="top"):

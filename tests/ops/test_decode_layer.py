@@ -63,7 +63,7 @@ def filled_cache(model, slots=5, capacity=40):
     prompts = [(states.roll(i), states.roll(-i)) for i in range(config.num_hidden_layers)]
     for layer, pair in zip(cache.layers, prompts, strict=True):
         layer.lazy_initialization(*pair)
-    cache.place(prompts, torch.arange(slots), torch.arange(slots))
+    cache.fill(prompts, torch.arange(slots), torch.arange(slots))
     return cache, torch.arange(slots) * 7 + 1
 
 

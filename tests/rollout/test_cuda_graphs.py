@@ -81,7 +81,7 @@ def test_states_and_trunk_are_kept():
     model = LanguageModel(tiny_model("llama", layers=3).double(), num_layers_unfrozen=1)
     expected = sample(model, slots=3, keep_states=True)
     found = sample(model, slots=3, keep_states=True, capture=recorded_ops(CPU))
-    torch.testing.assert_close(found.trunk.states, expected.trunk.states)
+    torch.testing.assert_close(found.trunk_states.states, expected.trunk_states.states)
     torch.testing.assert_close(found.states, expected.states)
 
 
@@ -290,7 +290,7 @@ def assert_same(found, expected):
     assert found.finished.tolist() == expected.finished.tolist()
     for name in ("logprobs", "sampling_logprobs", "states"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name))
-    torch.testing.assert_close(found.trunk.states, expected.trunk.states)
+    torch.testing.assert_close(found.trunk_states.states, expected.trunk_states.states)
 
 
 def other_weights(model):
@@ -328,7 +328,7 @@ def test_the_next_rollout_replays_what_was_kept(captures, change, prompts, sampl
     options = {"keep_states": True, "whole_trunk": True}
     engine = engine_of(model, 2**24, **options)
     first = engine.generate(PROMPTS, Sampling(20), seeds=SEEDS)
-    before = [first.logprobs.clone(), first.states.clone(), first.trunk.states.clone()]
+    before = [first.logprobs.clone(), first.states.clone(), first.trunk_states.states.clone()]
     assert captures.number
     captures.number = 0
     if change is not None:
@@ -338,7 +338,7 @@ def test_the_next_rollout_replays_what_was_kept(captures, change, prompts, sampl
     assert bool(captures.number) is again
     fresh = engine_of(model, 0, cuda_graphs=False, **options)
     assert_same(found, fresh.generate(prompts, sampling, seeds=seeds))
-    after = [first.logprobs, first.states, first.trunk.states]
+    after = [first.logprobs, first.states, first.trunk_states.states]
     assert all(map(torch.equal, before, after)), "the first rollout's tensors were written to"
 
 

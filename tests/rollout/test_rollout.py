@@ -256,12 +256,12 @@ def test_the_trunk_is_recorded_on_the_way(family, fused):
     model = LanguageModel(tiny_model(family, layers=3), num_layers_unfrozen=1)
     model.fused = fused
     decoded = sample(model)
-    tokens, trunk = decoded.tokens, decoded.trunk
-    assert trunk.states.shape == (int(tokens.lengths.sum()), 64)
-    expected = TrunkStates.pack(model.trunk(tokens), tokens, whole=True).states
-    expected[trunk.first + tokens.lengths - 1] = 0
-    torch.testing.assert_close(trunk.states, expected, rtol=1e-4, atol=1e-4)
-    below = trunk.select(tokens, torch.arange(len(tokens)))
+    tokens, trunk_states = decoded.tokens, decoded.trunk_states
+    assert trunk_states.states.shape == (int(tokens.lengths.sum()), 64)
+    expected = TrunkStates.pack(model.compute_trunk_states(tokens), tokens, whole=True).states
+    expected[trunk_states.first + tokens.lengths - 1] = 0
+    torch.testing.assert_close(trunk_states.states, expected, rtol=1e-4, atol=1e-4)
+    below = trunk_states.select(tokens, torch.arange(len(tokens)))
     with torch.no_grad():
         found, expected = (
             model.logprobs(model.forward(tokens, below), tokens, temperature=1.0).logprobs
@@ -272,7 +272,7 @@ def test_the_trunk_is_recorded_on_the_way(family, fused):
 
 
 def test_without_a_trunk_nothing_is_recorded(llama):
-    assert sample(llama).trunk is None
+    assert sample(llama).trunk_states is None
 
 
 @pytest.mark.parametrize(

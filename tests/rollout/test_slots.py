@@ -38,7 +38,7 @@ def test_states_and_trunk_are_kept_by_sequence():
     whole = sample(model, keep_states=True)
     for slots in (1, 3):
         found = sample(model, slots=slots, keep_states=True)
-        torch.testing.assert_close(found.trunk.states, whole.trunk.states)
+        torch.testing.assert_close(found.trunk_states.states, whole.trunk_states.states)
         torch.testing.assert_close(found.states, whole.states)
     tokens = whole.tokens
     expected = model.forward(tokens).states

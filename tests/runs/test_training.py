@@ -54,7 +54,7 @@ def test_result():
         assert len(history[name]) == 3
     assert [step.number for step in steps] == [1, 2, 3]
     assert all(len(step.scores) == len(step.rollout.completions) == 2 for step in steps)
-    assert all(step.rollout.trunk is None for step in steps)
+    assert all(step.rollout.trunk_states is None for step in steps)
     rewards = history["mean_rewards"]
     assert len(set(rewards)) == 3
     running = [sum(rewards[: n + 1]) / (n + 1) for n in range(3)]

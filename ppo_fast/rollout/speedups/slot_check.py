@@ -135,7 +135,7 @@ def _by_slots(
     prompts.read(heads, cache)
     for batch, sources, slots in prompts.take(heads):
         index = torch.tensor(sources, device=model.device)
-        cache.place(batch.keys_values, index, torch.tensor(slots, device=model.device))
+        cache.fill(batch.keys_values, index, torch.tensor(slots, device=model.device))
     lengths = torch.tensor([len(head) for head in heads], device=model.device)
     last = torch.tensor([row[-1] for row in rows], device=model.device)
     return model.next(**step_arguments(model, cache, last, lengths, int(lengths.max()) + 1)).logits
