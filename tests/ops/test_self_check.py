@@ -8,6 +8,7 @@ import math
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -99,9 +100,12 @@ def use_logprobs(device, **how):
     return logits, ops.logprobs_from_logits(logits, torch.tensor([1, 2, 3], device=device), **how)
 
 
-def ignore_old_interpreters():
-    """In a block that records warnings: those of Triton 3.4 and 3.6, as pyproject.toml says."""
-    warnings.filterwarnings("ignore", "Conversion of an array", DeprecationWarning)
+@contextmanager
+def old_interpreters_ignored():
+    """Within a block that records warnings: without those of Triton 3.4 and 3.6."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Conversion of an array", DeprecationWarning)
+        yield
 
 
 def next_process(monkeypatch):
@@ -133,10 +137,10 @@ def test_auto_falls_to_the_reference_with_one_warning(gpu, spoil, monkeypatch):
     spoil("logprobs_forward", logprobs_off)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        ignore_old_interpreters()
-        logits, out = use_logprobs(gpu)
-        use_logprobs(gpu)
-        choice = choose("logprobs_from_logits", "auto", gpu)
+        with old_interpreters_ignored():
+            logits, out = use_logprobs(gpu)
+            use_logprobs(gpu)
+            choice = choose("logprobs_from_logits", "auto", gpu)
     (warning,) = caught
     said = str(warning.message)
     assert warning.filename == __file__  # who called the op
@@ -213,8 +217,8 @@ def test_a_wrong_kernel_is_remembered_and_warned_of_in_each_process(gpu, spoil, 
     spoil("logprobs_forward", logprobs_off)
     for _ in range(2):
         next_process(monkeypatch)
-        with pytest.warns(RuntimeWarning, match="failed the check of their first use"):
-            ignore_old_interpreters()
+        said = pytest.warns(RuntimeWarning, match="failed the check of their first use")
+        with said, old_interpreters_ignored():
             assert not first_use.first_use("logprobs_from_logits", gpu).ok
         monkeypatch.setattr(first_use, "check", never)
 
@@ -311,8 +315,7 @@ def test_a_compiled_caller_falls_to_the_reference(gpu, spoil):
     def run(logits, labels):
         return ops.logprobs_from_logits(logits, labels).logprobs
 
-    with pytest.warns(RuntimeWarning, match="failed the check"):
-        ignore_old_interpreters()
+    with pytest.warns(RuntimeWarning, match="failed the check"), old_interpreters_ignored():
         out = torch.compile(run, fullgraph=True, backend="aot_eager")(logits, labels)
     torch.testing.assert_close(out, torch.log_softmax(logits, -1)[torch.arange(3), labels])
 
