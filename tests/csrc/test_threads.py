@@ -195,7 +195,7 @@ def test_kernels_give_the_same_bits_on_any_number_of_threads(run):
 @pytest.mark.slow
 def test_openmp_spins_briefly_where_the_package_is_imported_before_torch():
     environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
-    command = [sys.executable, "-c", "import ppo_fast"]
+    command = [sys.executable, "-c", "import ppo_fast, torch"]
     environment |= {"OMP_DISPLAY_ENV": "verbose"}  # it says what it has read when it is loaded
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     spins = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
