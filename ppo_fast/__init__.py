@@ -25,9 +25,9 @@ __all__ = [
     "ValueModel",
 ]
 
-# How long torch's OpenMP threads spin before they sleep, about 0.1 ms: by default it is some
-# milliseconds, also while another process has the processor of the thread that they wait for. Read
-# when torch is loaded; where it is loaded already, this changes nothing.
+# Let torch's OpenMP threads spin for about 0.1 ms before they sleep. By default they spin for some
+# milliseconds, even when another process occupies the processor of the thread that they wait for.
+# libgomp reads the variable when torch loads it: set after that, it changes nothing.
 os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 
 # Where each name is defined. It is loaded when it is first asked for (PEP 562), so that

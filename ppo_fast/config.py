@@ -80,8 +80,8 @@ class PPOConfig:
     """"token-mean": every token of a batch counts the same; "seq-mean-token-mean": every
     response does."""
     critic: Critic | None = None
-    """What estimates values: "model" (the value_model), "head" (a linear head on the policy's last
-    hidden state), "top" (top layers of its own above the policy's frozen trunk; with
+    """Kind of critic, which estimates values: "model" (the value_model), "head" (a linear head on the
+    policy's last hidden state), "top" (top layers of its own above the policy's frozen trunk; with
     num_layers_unfrozen), "baseline" (the mean of the other sequences of the batch, no value
     function). None: "model" when a value_model is given, else "baseline"."""
     num_layers_unfrozen: int | None = whole(None, or_none=True)
@@ -134,7 +134,7 @@ class PPOConfig:
     kept_rollout_bytes: int = whole(2**32, at_least=0)
     """With cuda_graphs on a GPU: a rollout's buffers (KV cache) and its copies of weights in
     compute_dtype are each kept for the next rollout if they take at most this many bytes. Then its
-    graphs need not be captured again, which takes 30 to 60 ms for each batch size. 0: both are
+    graphs need not be captured again for each batch size. 0: both are
     freed before the update."""
     seed: int = whole(0, at_least=0, below=2**31)
     """Seed of everything random: prompt order, minibatches, and, with a sequence's number and a

@@ -186,7 +186,7 @@ class PPO:
         Returns:
             Plain floats: policy_loss, value_loss, kl_divergence (token mean of log pi - log ref,
             as sampled), mean_reward (of the scores, before KL), mean_advantage (before
-            whitening), and more (docs: README).
+            whitening), and more (docs/metrics.md).
 
         Raises:
             FloatingPointError: a gradient was not finite. It changed nothing; earlier optimizer

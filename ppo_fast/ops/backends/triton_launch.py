@@ -1,4 +1,4 @@
-"""What the Triton kernels share: how they are compiled and launched, and how a row is read.
+"""Shared code of the Triton kernels: compiling, launching, reading a row.
 
 Scalars of a kernel are annotated (tl.int64, tl.float32) and never specialised on: a length, a
 temperature or a coefficient that changes compiles nothing anew. Constexprs come from the launch

@@ -1,4 +1,4 @@
-"""What the Triton kernels of losses over [B, T] share: tokens in, sums and extrema out.
+"""Shared code of the Triton kernels of losses over [B, T]: they reduce tokens to sums and extrema.
 
 The tokens of contiguous [B, T] tensors are one sequence of N = B * T numbers. P programs go through
 it, a block each at a time, and each writes a column of ``partials`` [1 + K, P]: the loss before the
@@ -83,7 +83,7 @@ def largest(high):
 
 @triton.jit
 def store_column(partials, sums, extrema):
-    """What this program ends as: running sums, and numbers."""
+    """Store this program's partial results: sums over its lanes, then its extrema."""
     column = partials + tl.program_id(0)
     for i in tl.static_range(len(sums)):
         tl.store(column + i * tl.num_programs(0), tl.sum(sums[i], 0))
