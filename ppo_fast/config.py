@@ -80,7 +80,7 @@ class PPOConfig:
     """"token-mean": every token of a batch counts the same; "seq-mean-token-mean": every
     response does."""
     critic: Critic | None = None
-    """Kind of critic, which estimates values: "model" (the value_model), "head" (a linear head on the
+    """Critic, which estimates values: "model" (the value_model), "head" (a linear head on the
     policy's last hidden state), "top" (top layers of its own above the policy's frozen trunk; with
     num_layers_unfrozen), "baseline" (the mean of the other sequences of the batch, no value
     function). None: "model" when a value_model is given, else "baseline"."""

@@ -26,11 +26,10 @@ from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.step import Step
 from ppo_fast.diagnostics.memory_plan import MemoryPlan, plan_memory
 from ppo_fast.learning.learner import Learner
-from ppo_fast.learning.make_experience import check_first_ratio, make_experience
+from ppo_fast.learning.make_experience import check_first_ratio, make_experience, with_trunk
 from ppo_fast.models import setup
 from ppo_fast.models.attention import without_cudnn_attention
 from ppo_fast.models.checks import check_policy, check_tokenizer, context_limit, to_device
-from ppo_fast.models.language_model import with_trunk
 from ppo_fast.models.precision import WeightCopies
 from ppo_fast.rewards.score import RewardFunction, check_reward_model, check_scores
 from ppo_fast.rewards.scorer import Scorer
@@ -218,11 +217,11 @@ class PPO:
                 time/rollout, time/experience and time/update.
         """
         self._epochs(num_epochs)
-        sampling = self.config.sampling(max_length, temperature)
-        prompts = self.check_prompts(prompts, sampling.max_length)
+        prompts = check_prompts(prompts)
         times = [time.perf_counter()]
-        seeds = self.progress.next_seeds(len(prompts))
+        seeds = self.progress.step_seeds(len(prompts))
         rollout = self.rollout(prompts, max_length, temperature, seeds=seeds)
+        self.progress.sequences_sampled += len(prompts)
         times.append(time.perf_counter())
         experience = self.make_experience(rollout)
         times.append(time.perf_counter())

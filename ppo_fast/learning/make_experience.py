@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.critics.critic import Critic
-from ppo_fast.data.batches import in_batches
+from ppo_fast.data.batches import batches_by_tokens, in_batches
 from ppo_fast.data.experience import Experience
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.tokens import Tokens
-from ppo_fast.models.language_model import LanguageModel, logprobs_of_both, with_trunk
+from ppo_fast.data.trunk_states import TrunkStates
+from ppo_fast.models.language_model import LanguageModel, logprobs_of_both
 from ppo_fast.models.precision import uses_tf32
 from ppo_fast.ops import gae, kl_estimate, whiten
 
@@ -149,3 +150,31 @@ def experience_metrics(
         "response_length": count / len(lengths),
         "finished_fraction": float(rollout.finished.float().mean()),
     }
+
+
+def with_trunk(
+    rollout: Rollout, policy: LanguageModel, budget: int, *, whole: bool = False
+) -> Rollout:
+    """Return ``rollout`` with the policy's trunk states, if the policy has a trunk.
+
+    Decoding's trunk states are kept. If there are none, or they lack last tokens and ``whole`` asks
+    for them, passes of at most ``budget`` tokens compute them.
+    """
+    trunk_states = rollout.trunk_states
+    if policy.split is None or (trunk_states is not None and (trunk_states.whole or not whole)):
+        return rollout
+    return replace(rollout, trunk_states=trunk_states_in_batches(policy, rollout.tokens, budget))
+
+
+def trunk_states_in_batches(policy: LanguageModel, tokens: Tokens, budget: int) -> TrunkStates:
+    """Compute the trunk states of every token, in passes of at most ``budget`` tokens."""
+    parts: list[Tensor] = []
+    rows = torch.empty(0, dtype=torch.int64, device="cpu")
+    for batch in batches_by_tokens(tokens.lengths, budget):
+        part = tokens.select(batch)
+        parts.append(TrunkStates.pack(policy.compute_trunk_states(part), part, whole=True).states)
+        rows = torch.cat([rows, batch])
+    lengths = tokens.lengths[rows]
+    first = torch.empty_like(lengths)
+    first[rows] = lengths.cumsum(0) - lengths
+    return TrunkStates(torch.cat(parts), first, whole=True)

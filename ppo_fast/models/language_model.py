@@ -10,16 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ppo_fast.data.batches import batches_by_tokens
-from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.tokens import Tokens
-from ppo_fast.data.trunk_states import TrunkStates
 from ppo_fast.models.parts import body_of
 from ppo_fast.models.precision import HALF, computing_in, uses_tf32
 from ppo_fast.models.transformers_internals import (
@@ -374,31 +370,3 @@ def _output_of(module: nn.Module) -> Iterator[list[Any]]:
         yield output
     finally:
         handle.remove()
-
-
-def with_trunk(
-    rollout: Rollout, policy: LanguageModel, budget: int, *, whole: bool = False
-) -> Rollout:
-    """Return ``rollout`` with the policy's trunk states, if the policy has a trunk.
-
-    Decoding's trunk states are kept. If there are none, or they lack last tokens and ``whole`` asks
-    for them, passes of at most ``budget`` tokens compute them.
-    """
-    trunk_states = rollout.trunk_states
-    if policy.split is None or (trunk_states is not None and (trunk_states.whole or not whole)):
-        return rollout
-    return replace(rollout, trunk_states=trunk_states_in_batches(policy, rollout.tokens, budget))
-
-
-def trunk_states_in_batches(policy: LanguageModel, tokens: Tokens, budget: int) -> TrunkStates:
-    """Compute the trunk states of every token, in passes of at most ``budget`` tokens."""
-    parts: list[Tensor] = []
-    rows = torch.empty(0, dtype=torch.int64, device="cpu")
-    for batch in batches_by_tokens(tokens.lengths, budget):
-        part = tokens.select(batch)
-        parts.append(TrunkStates.pack(policy.compute_trunk_states(part), part, whole=True).states)
-        rows = torch.cat([rows, batch])
-    lengths = tokens.lengths[rows]
-    first = torch.empty_like(lengths)
-    first[rows] = lengths.cumsum(0) - lengths
-    return TrunkStates(torch.cat(parts), first, whole=True)

@@ -77,11 +77,16 @@ class Progress:
         """Return a seed for torch's CPU generator, which reads no more than 32 bits of it."""
         return random.Random(f"{what} {self.seed} {number}").getrandbits(32)
 
-    def next_seeds(self, count: int) -> Tensor:
-        """Return seeds [count] int64 for a step's next sequences."""
+    def step_seeds(self, count: int) -> Tensor:
+        """Return the seeds [count] int64 of the next step's sequences, without counting them."""
         first = (self.seed << 32) + self.sequences_sampled
-        self.sequences_sampled += count
         return torch.arange(first, first + count, device="cpu")
+
+    def next_seeds(self, count: int) -> Tensor:
+        """Return the seeds [count] int64 of the next step's sequences, and count them."""
+        seeds = self.step_seeds(count)
+        self.sequences_sampled += count
+        return seeds
 
     def seeds_outside(self, count: int) -> Tensor:
         """Return seeds [count] int64 for the next sequences that are sampled outside of steps."""

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from ppo_fast.ops.backends.first_use import CHECKED
+
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "benchmarks" / "on_gpu" / "run.py"
 
@@ -53,6 +55,14 @@ def test_every_stage_runs(tmp_path):
     assert all(line["first_max_log_ratio"] < 0.1 for line in steps)
     assert all(f"\n{line['stage']}: " in printed for line in found)
     assert "failed 0" in printed
+
+
+def test_every_checked_op_has_a_process_of_its_own(monkeypatch):
+    """run.py, which imports no torch, has their names once more."""
+    monkeypatch.syspath_prepend(str(RUN.parent))
+    import run as on_gpu
+
+    assert on_gpu.OPS == CHECKED
 
 
 def test_the_report_reads_what_the_stages_write():
