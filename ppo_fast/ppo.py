@@ -162,8 +162,8 @@ class PPO:
         """
         if scores is None:
             if self.scorer.reads_trunk:
-                budget = self.config.forward_batch_tokens
-                rollout = with_trunk(rollout, self.policy, budget, whole=True)
+                max_tokens = self.config.forward_batch_tokens
+                rollout = with_trunk(rollout, self.policy, max_tokens, whole=True)
             scores = self.scorer.of_rollout(rollout)
         return make_experience(
             rollout,

@@ -26,7 +26,7 @@ class BatchBaseline:
         raise NotImplementedError("a baseline's values come from scores: values_of_rollout")
 
     def values_of_rollout(
-        self, rollout: Rollout, scores: Tensor, policy: LanguageModel, budget: int
+        self, rollout: Rollout, scores: Tensor, policy: LanguageModel, max_tokens: int
     ) -> Tensor:
         if len(scores) == 1:
             warnings.warn(

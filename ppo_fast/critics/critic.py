@@ -50,11 +50,11 @@ class Critic(Protocol):
         ...
 
     def values_of_rollout(
-        self, rollout: Rollout, scores: Tensor, policy: LanguageModel, budget: int
+        self, rollout: Rollout, scores: Tensor, policy: LanguageModel, max_tokens: int
     ) -> Tensor:
         """Compute values [B, T] of what ``policy`` sampled, before the update.
 
-        ``scores`` [B] are those of whole responses; ``budget`` is the max tokens of a pass.
+        ``scores`` [B] are those of whole responses; ``max_tokens`` is the max tokens of a pass.
         """
         ...
 
@@ -70,13 +70,13 @@ class _TrainedCritic:
         raise NotImplementedError
 
     def values_of_rollout(
-        self, rollout: Rollout, scores: Tensor, policy: LanguageModel, budget: int
+        self, rollout: Rollout, scores: Tensor, policy: LanguageModel, max_tokens: int
     ) -> Tensor:
         return in_batches(
-            lambda part, below: self.values(part, trunk_states=below),
+            lambda part, trunk_states: self.values(part, trunk_states=trunk_states),
             rollout.tokens,
             rollout.trunk_states,
-            budget,
+            max_tokens,
         )
 
 
@@ -98,15 +98,15 @@ class HeadCritic(_TrainedCritic):
         return self.module(states.masked_fill(masked[..., None], 0.0)).masked_fill(masked, 0.0)
 
     def values_of_rollout(
-        self, rollout: Rollout, scores: Tensor, policy: LanguageModel, budget: int
+        self, rollout: Rollout, scores: Tensor, policy: LanguageModel, max_tokens: int
     ) -> Tensor:
         if rollout.states is not None:
             return self.values(rollout.tokens, rollout.states)
         return in_batches(
-            lambda part, below: self.values(part, policy.forward(part, below).states),
+            lambda part, trunk_states: self.values(part, policy.forward(part, trunk_states).states),
             rollout.tokens,
             rollout.trunk_states,
-            budget,
+            max_tokens,
         )
 
 
@@ -145,7 +145,7 @@ class ModelCritic(_TrainedCritic):
 
     Args:
         module: the value model.
-        budget: max tokens in one call.
+        max_tokens: max tokens in one call.
         compute_dtype: as LanguageModel's.
         split: Split of a ValueModel whose lower layers are the policy's trunk; None: they are not.
     """
@@ -154,11 +154,11 @@ class ModelCritic(_TrainedCritic):
         self,
         module: nn.Module,
         *,
-        budget: int,
+        max_tokens: int,
         compute_dtype: torch.dtype | None = None,
         split: Split | None = None,
     ) -> None:
-        self.module, self.budget, self.compute_dtype = module, budget, compute_dtype
+        self.module, self.max_tokens, self.compute_dtype = module, max_tokens, compute_dtype
         self.split = split
         self.per_token = self._gives_a_value_a_token()
         if not self.per_token:
@@ -200,4 +200,4 @@ class ModelCritic(_TrainedCritic):
 
     def _outputs(self, rows: list[Tensor]) -> list[Tensor]:
         with computing_in(self.compute_dtype, rows[0].device):
-            return call_on_rows(self.module, rows, budget=self.budget, what="value_model")
+            return call_on_rows(self.module, rows, max_tokens=self.max_tokens, what="value_model")

@@ -60,7 +60,7 @@ def make_critic(
         assert value_model is not None
         return ModelCritic(
             value_model,
-            budget=config.forward_batch_tokens,
+            max_tokens=config.forward_batch_tokens,
             compute_dtype=config.torch_dtype,
             split=put_on_trunk(value_model, policy),
         )

@@ -50,30 +50,30 @@ def make_experience(
         ValueError: a value is NaN or infinite.
     """
     tokens, mask = rollout.tokens, rollout.tokens.response_mask
-    temperature, budget = rollout.sampling.temperature, config.forward_batch_tokens
-    rollout = with_trunk(rollout, policy, budget)
+    temperature, max_tokens = rollout.sampling.temperature, config.forward_batch_tokens
+    rollout = with_trunk(rollout, policy, max_tokens)
     trunk_states = rollout.trunk_states
     if trunk_states is not None and config.trunk_dtype is not None:
         trunk_states = trunk_states.to(torch.bfloat16)
         rollout = replace(rollout, trunk_states=trunk_states)
 
-    def reference_logprobs(part: Tokens, below: Tensor | None) -> Tensor:
-        forward = reference.forward(part, below)
+    def reference_logprobs(part: Tokens, states: Tensor | None) -> Tensor:
+        forward = reference.forward(part, states)
         return reference.logprobs(forward, part, temperature=temperature).logprobs
 
-    def logprobs_of_policy_and_reference(part: Tokens, below: Tensor | None) -> Tensor:
-        return logprobs_of_both(policy, reference, part, below, temperature=temperature)
+    def logprobs_of_policy_and_reference(part: Tokens, states: Tensor | None) -> Tensor:
+        return logprobs_of_both(policy, reference, part, states, temperature=temperature)
 
     # with another engine, truncated sampling, autocast, TF32 or rounded trunk states, the log-probs
     # of the rollout are not those that the update will compute
     old = rollout.logprobs
     known = config.trunk_dtype is None and computes_in_float32(policy)
     if old is None or rollout.sampling.truncates or not known:
-        old, ref = in_batches(logprobs_of_policy_and_reference, tokens, trunk_states, budget)
+        old, ref = in_batches(logprobs_of_policy_and_reference, tokens, trunk_states, max_tokens)
     else:
-        ref = in_batches(reference_logprobs, tokens, trunk_states, budget)
+        ref = in_batches(reference_logprobs, tokens, trunk_states, max_tokens)
     rewards = token_rewards(scores, old, ref, tokens, config)
-    values = critic.values_of_rollout(rollout, scores, policy, budget)
+    values = critic.values_of_rollout(rollout, scores, policy, max_tokens)
     if not torch.isfinite(values).all():
         raise ValueError("value_model: returned NaN or infinity; values must be finite")
     lam = config.gae_lambda if critic.bootstraps else 1.0
@@ -153,24 +153,26 @@ def experience_metrics(
 
 
 def with_trunk(
-    rollout: Rollout, policy: LanguageModel, budget: int, *, whole: bool = False
+    rollout: Rollout, policy: LanguageModel, max_tokens: int, *, whole: bool = False
 ) -> Rollout:
     """Return ``rollout`` with the policy's trunk states, if the policy has a trunk.
 
     Decoding's trunk states are kept. If there are none, or they lack last tokens and ``whole`` asks
-    for them, passes of at most ``budget`` tokens compute them.
+    for them, passes of at most ``max_tokens`` tokens compute them.
     """
     trunk_states = rollout.trunk_states
     if policy.split is None or (trunk_states is not None and (trunk_states.whole or not whole)):
         return rollout
-    return replace(rollout, trunk_states=trunk_states_in_batches(policy, rollout.tokens, budget))
+    return replace(
+        rollout, trunk_states=trunk_states_in_batches(policy, rollout.tokens, max_tokens)
+    )
 
 
-def trunk_states_in_batches(policy: LanguageModel, tokens: Tokens, budget: int) -> TrunkStates:
-    """Compute the trunk states of every token, in passes of at most ``budget`` tokens."""
+def trunk_states_in_batches(policy: LanguageModel, tokens: Tokens, max_tokens: int) -> TrunkStates:
+    """Compute the trunk states of every token, in passes of at most ``max_tokens`` tokens."""
     parts: list[Tensor] = []
     rows = torch.empty(0, dtype=torch.int64, device="cpu")
-    for batch in batches_by_tokens(tokens.lengths, budget):
+    for batch in batches_by_tokens(tokens.lengths, max_tokens):
         part = tokens.select(batch)
         parts.append(TrunkStates.pack(policy.compute_trunk_states(part), part, whole=True).states)
         rows = torch.cat([rows, batch])

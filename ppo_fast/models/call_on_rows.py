@@ -47,12 +47,12 @@ def output_tensor(output: Any, what: str) -> Tensor:
 
 
 def call_on_rows(
-    module: nn.Module, rows: Sequence[Tensor], *, budget: int, what: str
+    module: nn.Module, rows: Sequence[Tensor], *, max_tokens: int, what: str
 ) -> list[Tensor]:
     """Return the output of ``module(input_ids, attention_mask)`` for each row of ids [length].
 
     Args:
-        budget: max tokens in one call.
+        max_tokens: max tokens in one call.
         what: the module's name in errors.
 
     Returns:
@@ -65,7 +65,7 @@ def call_on_rows(
     """
     lengths = torch.tensor([len(row) for row in rows], device="cpu")
     outputs: list[Tensor] = [torch.empty(0, device="cpu")] * len(rows)
-    for batch in _batches(lengths, budget, equal_lengths=not takes_padding(module)):
+    for batch in _batches(lengths, max_tokens, equal_lengths=not takes_padding(module)):
         members = [rows[i] for i in batch.tolist()]
         try:
             result = _call(module, members)
@@ -77,11 +77,11 @@ def call_on_rows(
     return outputs
 
 
-def _batches(lengths: Tensor, budget: int, *, equal_lengths: bool) -> list[Tensor]:
+def _batches(lengths: Tensor, max_tokens: int, *, equal_lengths: bool) -> list[Tensor]:
     if not equal_lengths:
-        return batches_by_tokens(lengths, budget)
+        return batches_by_tokens(lengths, max_tokens)
     groups = [torch.nonzero(lengths == n).flatten() for n in lengths.unique()]
-    return [g[part] for g in groups for part in batches_by_tokens(lengths[g], budget)]
+    return [g[part] for g in groups for part in batches_by_tokens(lengths[g], max_tokens)]
 
 
 def _call(module: nn.Module, rows: list[Tensor]) -> Any:

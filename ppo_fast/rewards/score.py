@@ -26,7 +26,7 @@ def score(
     prompts: list[str],
     completions: list[str],
     *,
-    budget: int,
+    max_tokens: int,
     split: Split | None = None,
     trunk_states: TrunkStates | None = None,
 ) -> Tensor:
@@ -36,7 +36,7 @@ def score(
         reward_model: a module ``forward(input_ids, attention_mask)`` -> [B], [B, 1], a tuple or an
             object with ``.logits``, run on the sampled tokens; or a function ``f(prompts,
             completions) -> list[float]``.
-        budget: max tokens in one call of a module.
+        max_tokens: max tokens in one call of a module.
         split: Split of a RewardModel whose lower layers are the policy's trunk; None: they are not.
         trunk_states: the trunk states, those of last tokens too; needed with ``split``.
 
@@ -53,9 +53,9 @@ def score(
         assert isinstance(reward_model, RewardModel)
         assert trunk_states is not None
         assert trunk_states.whole
-        scores = _scores_from_trunk(reward_model, split, tokens, trunk_states, budget)
+        scores = _scores_from_trunk(reward_model, split, tokens, trunk_states, max_tokens)
     elif isinstance(reward_model, nn.Module):
-        scores = _module_scores(reward_model, tokens, what, budget)
+        scores = _module_scores(reward_model, tokens, what, max_tokens)
     else:
         scores = _function_scores(reward_model, prompts, completions, what)
     return check_scores(scores, prompts, what).to(tokens.device)
@@ -123,10 +123,14 @@ def check_reward_model(reward_model: Any) -> None:
 
 @torch.no_grad()
 def _scores_from_trunk(
-    reward_model: RewardModel, split: Split, tokens: Tokens, trunk_states: TrunkStates, budget: int
+    reward_model: RewardModel,
+    split: Split,
+    tokens: Tokens,
+    trunk_states: TrunkStates,
+    max_tokens: int,
 ) -> Tensor:
     scores = torch.empty(len(tokens), device=tokens.device)
-    for rows in batches_by_tokens(tokens.lengths, budget):
+    for rows in batches_by_tokens(tokens.lengths, max_tokens):
         part = tokens.select(rows)
         states = split.states(part, trunk_states.select(tokens, rows))
         last = part.lengths - 1
@@ -135,8 +139,8 @@ def _scores_from_trunk(
 
 
 @torch.no_grad()
-def _module_scores(module: nn.Module, tokens: Tokens, what: str, budget: int) -> Tensor:
-    rows = call_on_rows(module, tokens.sequences(), budget=budget, what=what)
+def _module_scores(module: nn.Module, tokens: Tokens, what: str, max_tokens: int) -> Tensor:
+    rows = call_on_rows(module, tokens.sequences(), max_tokens=max_tokens, what=what)
     if any(row.dim() != 0 and row.numel() != 1 for row in rows):
         raise ValueError(f"{what} returned a number a token, expected one a sequence [B] or [B, 1]")
     return torch.stack([row.reshape(()) for row in rows])

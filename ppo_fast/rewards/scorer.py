@@ -20,11 +20,11 @@ class Scorer:
         reward: a module or a function; see ``score``. A RewardModel whose lower layers equal the
             policy's frozen trunk shares them from now on.
         policy: the policy.
-        budget: max tokens in one call of a module.
+        max_tokens: max tokens in one call of a module.
     """
 
-    def __init__(self, reward: Any, policy: LanguageModel, budget: int) -> None:
-        self.reward, self.budget = reward, budget
+    def __init__(self, reward: Any, policy: LanguageModel, max_tokens: int) -> None:
+        self.reward, self.max_tokens = reward, max_tokens
         self.split = put_on_trunk(reward, policy)
 
     @property
@@ -42,11 +42,11 @@ class Scorer:
             rollout.tokens,
             rollout.prompts,
             rollout.completions,
-            budget=self.budget,
+            max_tokens=self.max_tokens,
             split=self.split,
             trunk_states=rollout.trunk_states,
         )
 
     def of_tokens(self, tokens: Tokens, prompts: list[str], completions: list[str]) -> Tensor:
         """Compute the score of each response, [B] float32, from tokens and texts alone."""
-        return score(self.reward, tokens, prompts, completions, budget=self.budget)
+        return score(self.reward, tokens, prompts, completions, max_tokens=self.max_tokens)

@@ -46,7 +46,7 @@ def decode(
     eos_ids: Sequence[int],
     pad_id: int,
     slots: int | None = None,
-    prompt_tokens: int = 8192,
+    max_prompt_tokens: int = 8192,
     max_lengths: Sequence[int] | None = None,
     to_text: Callable[[list[int]], str] | None = None,
     keep_states: bool = False,
@@ -68,7 +68,7 @@ def decode(
         pad_id: id at padded positions; it may be an EOS id.
         slots: sequences decoded at a time, which bounds the KV cache. When a sequence ends, the
             next prompt takes its slot. None: all.
-        prompt_tokens: max tokens, with padding, of the prompts computed in one pass.
+        max_prompt_tokens: max tokens, with padding, of the prompts computed in one pass.
         max_lengths: B numbers, the max tokens of each response; None: ``sampling.max_length``.
         to_text: ids -> text, for stop strings.
         keep_states: whether the rollout gets ``states``.
@@ -115,7 +115,9 @@ def decode(
             capture=capture,
             **flags,
         )
-        prompts = Prompts(model, decoding.prompts, prompt_tokens, pad_id, trunk_states, fused=fused)
+        prompts = Prompts(
+            model, decoding.prompts, max_prompt_tokens, pad_id, trunk_states, fused=fused
+        )
         decoding.admit(prompts)
         while decoding.running:
             decoding.step()

@@ -28,7 +28,7 @@ class LocalEngine:
         eos_ids: returns the ids that end a response; called by every ``generate``.
         pad_id: id at padded positions.
         slots: sequences decoded at a time; None: all.
-        prompt_tokens: max tokens, with padding, of the prompts computed in one pass.
+        max_prompt_tokens: max tokens, with padding, of the prompts computed in one pass.
         to_text: ids -> text, for stop strings.
         keep_states: whether rollouts get ``states``, the inputs of the LM head.
         whole_trunk: whether rollouts get the trunk states of last tokens too.
@@ -46,7 +46,7 @@ class LocalEngine:
         eos_ids: Callable[[], Sequence[int]],
         pad_id: int,
         slots: int | None = None,
-        prompt_tokens: int = 8192,
+        max_prompt_tokens: int = 8192,
         to_text: Callable[[list[int]], str] | None = None,
         keep_states: bool = False,
         whole_trunk: bool = False,
@@ -54,7 +54,7 @@ class LocalEngine:
         kept_bytes: int = 0,
     ) -> None:
         self.model, self.eos_ids, self.pad_id = model, eos_ids, pad_id
-        self.slots, self.prompt_tokens = slots, prompt_tokens
+        self.slots, self.max_prompt_tokens = slots, max_prompt_tokens
         self.to_text, self.cuda_graphs = to_text, cuda_graphs
         self.keep_states, self.whole_trunk = keep_states, whole_trunk
         self.kept = KeptBuffers(kept_bytes)
@@ -71,7 +71,7 @@ class LocalEngine:
             eos_ids=self.eos_ids(),
             pad_id=self.pad_id,
             slots=self.slots,
-            prompt_tokens=self.prompt_tokens,
+            max_prompt_tokens=self.max_prompt_tokens,
             to_text=self.to_text,
             keep_states=self.keep_states,
             whole_trunk=self.whole_trunk,
@@ -110,7 +110,7 @@ def make_local_engine(
         eos_ids=partial(eos_ids, policy.model, tokenizer),
         pad_id=tokenizer.pad_token_id,
         slots=config.rollout_slots,
-        prompt_tokens=config.forward_batch_tokens,
+        max_prompt_tokens=config.forward_batch_tokens,
         to_text=partial(tokenizer.decode, skip_special_tokens=False),
         keep_states=keep_states,
         whole_trunk=whole_trunk,

@@ -36,7 +36,7 @@ class Prompts:
     Args:
         model: the policy.
         prompts: prompts of all sequences; equal ones are computed once.
-        budget: max tokens, with padding, of a pass.
+        max_tokens: max tokens, with padding, of a pass.
         pad_id: id at padded positions.
         trunk_states: list that ``LanguageModel.recording_trunk`` appends to.
         fused: whether all layers are fused (fused_layers.py), so that prompts need no padding.
@@ -46,13 +46,14 @@ class Prompts:
         self,
         model: LanguageModel,
         prompts: Sequence[Prompt],
-        budget: int,
+        max_tokens: int,
         pad_id: int,
         trunk_states: list[Tensor],
         *,
         fused: bool,
     ) -> None:
-        self._model, self._budget, self._pad_id, self._trunk = model, budget, pad_id, trunk_states
+        self._model, self._pad_id, self._trunk = model, pad_id, trunk_states
+        self._max_tokens = max_tokens
         # without the fused LM head, a pass gives logits of each row's last column alone
         self._fused, self._wanted = fused and model.fused, Counter(prompts)
         self._computed: dict[Prompt, tuple[PromptBatch, int]] = {}
@@ -86,7 +87,7 @@ class Prompts:
         for together in [lengths] if self._model.fused else [{n} for n in sorted(lengths)]:
             group = [prompt for prompt in prompts if len(prompt) in together]
             batches = batches_by_tokens(
-                torch.tensor([len(p) for p in group], device="cpu"), self._budget
+                torch.tensor([len(p) for p in group], device="cpu"), self._max_tokens
             )
             yield from ([group[row] for row in batch.tolist()] for batch in batches)
 

@@ -208,11 +208,10 @@ def three_times(trainer, rollout):
     return [trainer.update(trainer.make_experience(rollout))["value_loss"] for _ in range(3)]
 
 
-@pytest.mark.parametrize("critic", ["model", "head", "top"])
-@pytest.mark.parametrize("k", [None, 2])
+@pytest.mark.parametrize(
+    ("critic", "k"), [("model", None), ("head", None), ("model", 2), ("head", 2), ("top", 2)]
+)
 def test_gradient_checkpointing_changes_nothing(critic, k):
-    if critic == "top" and k is None:
-        pytest.skip("a top needs a trunk")
     trained, runs = [], []
     for on in (False, True):
         trainer = trainer_of(critic, k, BF16, gradient_checkpointing=on)

@@ -21,7 +21,7 @@ def test_in_float64_a_rollout_depends_on_seeds_alone(family):
     expected = sample(model)
     assert len(set(expected.tokens.response_lengths.tolist())) > 3
     for slots in (1, 2, 3, 5):
-        found = sample(model, slots=slots, prompt_tokens=5 + slots)
+        found = sample(model, slots=slots, max_prompt_tokens=5 + slots)
         assert texts(found) == texts(expected)
         assert found.finished.tolist() == expected.finished.tolist()
         torch.testing.assert_close(found.logprobs, expected.logprobs)
