@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,3 +99,12 @@ def no_model_runs() -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def one_line(error: Any) -> bool:
+    """Of what pytest.raises caught."""
+    return len(str(error.value).splitlines()) == 1
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())

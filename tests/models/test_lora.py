@@ -9,8 +9,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from tiny_adapters import adapted, base_model, split_names
 from tiny_batch import batch
-from tiny_models import VOCAB_SIZE, tiny_model, tiny_tokenizer
+from tiny_models import tiny_tokenizer
 from tiny_trainer import (
     PROMPTS,
     changed,
@@ -21,42 +22,18 @@ from tiny_trainer import (
     without_times,
 )
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from ppo_fast import PPOConfig, PPOTrainer, ValueModel
-from ppo_fast.cli import main
 from ppo_fast.data.tokens import position_ids
 from ppo_fast.models.adapters import adapted_layers, merged_adapters
 from ppo_fast.models.heads import ValueHead
-from ppo_fast.models.lora import lora_config, with_lora
+from ppo_fast.models.lora import with_lora
 from ppo_fast.models.parts import body_of
 from ppo_fast.models.transformers_internals import why_no_add_adapter
 from ppo_fast.runs import checkpoint
-from ppo_fast.runs import folder as runs_folder
 
 TOKENS = batch()
 families = pytest.mark.parametrize("family", ["llama", "gpt2"])
-
-
-def base_model(family="llama"):
-    """One token in twelve ends a response."""
-    model = tiny_model(family, layers=3, hidden=32)
-    model.generation_config.eos_token_id = list(range(0, VOCAB_SIZE, 12))
-    return model
-
-
-def adapted(family="llama", k=None, *, seed=0, trained=False, dora=False):
-    """A policy with adapters in its ``k`` top layers; ``trained``: not as they start."""
-    model = base_model(family)
-    config = lora_config(model, 4, k)
-    config.use_dora = dora
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        policy = get_peft_model(model, config)
-        for name, weight in policy.named_parameters():
-            if trained and "lora_B" in name:
-                nn.init.normal_(weight, std=0.05)
-    return policy
 
 
 def trainer_of(policy, value_model=None, **options):
@@ -65,17 +42,20 @@ def trainer_of(policy, value_model=None, **options):
     return PPOTrainer(policy, value_model, count_letters, tiny_tokenizer(), "cpu", config=config)
 
 
-def split_names(module):
-    """Of its adapters' weights, and of the others."""
-    names = {name for name, _ in module.named_parameters()}
-    adapters = {name for name in names if "lora_" in name}
-    return adapters, names - adapters
-
-
 def places(module, names):
     """Where these weights lie in memory."""
     parameters = dict(module.named_parameters())
     return {name: parameters[name].data_ptr() for name in names}
+
+
+def test_with_lora_adapts_every_product_of_the_layers():
+    policy = with_lora(base_model("gpt2"), 4, 1)
+    names = {place.name for place in adapted_layers(policy)}
+    assert names == {"c_attn", "c_proj", "c_fc"}
+    assert all(".h.2." in name for name in split_names(policy)[0])
+    layer = next(iter(adapted_layers(policy))).layer
+    assert layer.scaling == {"default": 2.0}
+    assert layer.lora_A["default"].out_features == 4
 
 
 # The reference
@@ -352,53 +332,3 @@ def test_merging_changes_no_draw(family, dora, monkeypatch):
     assert calls
     assert torch.equal(merged.tokens.response_ids, apart.tokens.response_ids)
     torch.testing.assert_close(merged.logprobs, apart.logprobs, rtol=1e-5, atol=2e-5)
-
-
-# The command line
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch):
-    """The arguments of a run of two steps."""
-    monkeypatch.chdir(tmp_path)
-    base_model().save_pretrained("model")
-    tiny_tokenizer().save_pretrained("model")
-    (tmp_path / "letters.py").write_text("from tiny_trainer import count_letters\n")
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    flags = "--policy model --prompts prompts.txt --reward letters:count_letters --num-steps 2"
-    more = "--max-length 6 --learning-rate 0.01 --critic head --device cpu --lora-rank 4"
-    return ["train", *flags.split(), *more.split()]
-
-
-@pytest.mark.parametrize("k", [None, 1])
-def test_the_command_writes_a_whole_plain_model(command, tmp_path, monkeypatch, k):
-    policies, save = [], runs_folder.save_policy
-    monkeypatch.setattr(runs_folder, "save_policy", lambda *a: (policies.append(a[0]), save(*a)))
-    main.main([*command, *([] if k is None else ["--num-layers-unfrozen", str(k)])])
-    (policy,) = policies
-    assert len({name.split(".layers.")[1][0] for name in split_names(policy)[0]}) == (k or 3)
-    folder = tmp_path / "runs" / "train" / "policy"
-    assert not (folder / "adapter_config.json").exists()
-    loaded = AutoModelForCausalLM.from_pretrained(folder)
-    assert not list(adapted_layers(loaded))
-    assert loaded.state_dict().keys() == base_model().state_dict().keys()
-    found, expected = true_logprobs(loaded, TOKENS), true_logprobs(policy, TOKENS)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert (true_logprobs(base_model(), TOKENS) - expected).abs().max() > 1e-3
-
-
-def test_without_peft_the_error_names_the_extra(command, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(SystemExit):
-        main.main(command)
-    assert "LoRA needs peft: pip install 'ppo_fast[lora]'" in capsys.readouterr().err
-
-
-def test_with_lora_adapts_every_product_of_the_layers():
-    policy = with_lora(base_model("gpt2"), 4, 1)
-    names = {place.name for place in adapted_layers(policy)}
-    assert names == {"c_attn", "c_proj", "c_fc"}
-    assert all(".h.2." in name for name in split_names(policy)[0])
-    layer = next(iter(adapted_layers(policy))).layer
-    assert layer.scaling == {"default": 2.0}
-    assert layer.lora_A["default"].out_features == 4

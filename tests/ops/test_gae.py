@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from runnable import TRITON, WIDE, examples, generator, implementations
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ppo_fast.ops.backends import dispatch, library
-from ppo_fast.ops.gae import GAE, api, gae
+from ppo_fast.ops.gae import GAE, gae
 
 IMPLS = implementations("gae")
 DTYPES = [torch.float32] if TRITON else [torch.float64, torch.float32]
@@ -390,47 +389,3 @@ STEP, ROW = torch.ones(2, 3), torch.ones(2)
 def test_bad_input(impl, error, match, change):
     with pytest.raises(error, match=f"^gae: .*{match}"):
         gae(**({"rewards": STEP, "values": STEP, "gamma": 0.9, "lam": 0.9, "impl": impl} | change))
-
-
-def broken(*_):
-    raise AssertionError("the other implementation was used")
-
-
-def test_auto_is_cpp_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(api.reference, "gae", broken)
-    gae(STEP, STEP, gamma=0.9, lam=0.9)
-
-
-def test_auto_falls_back_without_the_extension(monkeypatch):
-    monkeypatch.setattr(dispatch, "missing", lambda impl: "it is gone")
-    monkeypatch.setitem(library.gae, "cpp", broken)
-    gae(STEP, STEP, gamma=0.9, lam=0.9)
-
-
-def test_explicit_impl_never_falls_back(monkeypatch):
-    kwargs = {"gamma": 0.9, "lam": 0.9}
-    with pytest.raises(RuntimeError, match="triton"):
-        gae(STEP, STEP, impl="triton", **kwargs)
-    with pytest.raises(RuntimeError, match="meta"):
-        gae(STEP.to("meta"), STEP.to("meta"), impl="cpp", **kwargs)
-    monkeypatch.setattr(dispatch, "missing", lambda impl: "it is gone")
-    with pytest.raises(RuntimeError, match="it is gone"):
-        gae(STEP, STEP, impl="cpp", **kwargs)
-
-
-def test_impl_from_the_environment(monkeypatch):
-    kwargs = {"gamma": 0.9, "lam": 0.9}
-    monkeypatch.setenv("PPO_FAST_IMPL", "nonsense")
-    with pytest.raises(ValueError, match="PPO_FAST_IMPL=nonsense"):
-        gae(STEP, STEP, **kwargs)
-    gae(STEP, STEP, impl="cpp", **kwargs)
-    monkeypatch.setenv("PPO_FAST_IMPL", "reference")
-    with monkeypatch.context() as patch:
-        patch.setitem(library.gae, "cpp", broken)
-        gae(STEP, STEP, **kwargs)
-    monkeypatch.setenv("PPO_FAST_IMPL", "cpp")
-    with monkeypatch.context() as patch:
-        patch.setattr(api.reference, "gae", broken)
-        gae(STEP, STEP, **kwargs)
-    with pytest.raises(RuntimeError, match=r"PPO_FAST_IMPL=cpp.*meta"):
-        gae(STEP.to("meta"), STEP.to("meta"), **kwargs)

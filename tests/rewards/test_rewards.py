@@ -28,8 +28,8 @@ def tokens(pad_id: int = PAD_ID) -> Tokens:
     return make_tokens(PROMPT_IDS, RESPONSE_IDS, pad_id, torch.device("cpu"))
 
 
-def scores_of(reward_model, *, pad_id: int = PAD_ID, budget: int = 1000) -> torch.Tensor:
-    return score(reward_model, tokens(pad_id), PROMPTS, COMPLETIONS, budget=budget)
+def scores_of(reward_model, *, pad_id: int = PAD_ID, max_tokens: int = 1000) -> torch.Tensor:
+    return score(reward_model, tokens(pad_id), PROMPTS, COMPLETIONS, max_tokens=max_tokens)
 
 
 # Functions
@@ -57,7 +57,7 @@ def test_a_function_is_given_the_texts():
     ],
     ids=["tuple", "array", "tensor", "list of scalars"],
 )
-def test_numbers_of_any_kind_serve(values):
+def test_numbers_of_any_type_are_accepted(values):
     scores = scores_of(lambda prompts, completions: values)
     assert scores.tolist() == [1.0, 2.5, -3.0]
     assert scores.dtype == torch.float32
@@ -113,7 +113,7 @@ def test_an_error_of_the_function_is_chained():
 
 
 class Sums(nn.Module):
-    """A user's reward module: the weights of all tokens, and 100 times that of the last."""
+    """A user's reward module: the sum of token weights plus 100 times the last token's weight."""
 
     def __init__(self, wrap=lambda x: x) -> None:
         super().__init__()
@@ -146,16 +146,16 @@ def test_a_module_scores_whole_sequences(wrap):
     assert not scores.requires_grad
 
 
-@pytest.mark.parametrize("budget", [1, 5, 1000])
-def test_a_module_gets_rows_of_equal_length_without_padding(budget):
+@pytest.mark.parametrize("max_tokens", [1, 5, 1000])
+def test_a_module_gets_rows_of_equal_length_without_padding(max_tokens):
     module = Sums()
-    assert scores_of(module, budget=budget).tolist() == EXPECTED
+    assert scores_of(module, max_tokens=max_tokens).tolist() == EXPECTED
     rows = sorted(row for call, _ in module.calls for row in call)
     assert rows == sorted(p + r for p, r in zip(PROMPT_IDS, RESPONSE_IDS, strict=True))
     for call, mask in module.calls:
         assert mask.shape == (len(call), len(call[0]))
         assert (mask == 1).all()
-    assert len(module.calls) == (3 if budget < 10 else 2), "two rows have the same length"
+    assert len(module.calls) == (3 if max_tokens < 10 else 2), "two rows have the same length"
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_another_output_of_a_module_is_refused(wrap, error, message):
         scores_of(Sums(wrap))
 
 
-def test_a_score_a_token_is_refused():
+def test_one_score_per_token_is_refused():
     class PerToken(Sums):
         def forward(self, input_ids, attention_mask):
             return self.weight[input_ids]
@@ -218,15 +218,15 @@ def test_a_classifier_scores_a_padded_batch_as_rows_alone(family, pad_id):
     assert calls == [(3, 7)], "one batch of all lengths"
     torch.testing.assert_close(scores, alone, rtol=1e-4, atol=1e-4)
     assert scores.std() > 1e-2
-    torch.testing.assert_close(scores_of(model, pad_id=pad_id, budget=1), alone, rtol=0, atol=1e-4)
+    torch.testing.assert_close(scores_of(model, pad_id=pad_id, max_tokens=1), alone, rtol=0, atol=1e-4)
 
 
 def test_a_classifier_is_padded_with_its_own_pad_id():
-    """It finds the last token by its config's pad id, whatever the policy's tokenizer pads with."""
+    """A classifier finds the last token by its own config's pad id, not the policy tokenizer's."""
     model = tiny_classifier("gpt2", pad_token_id=9)
     other = tokens(pad_id=44)
-    expected = score(model, tokens(pad_id=9), PROMPTS, COMPLETIONS, budget=1000)
-    assert torch.equal(score(model, other, PROMPTS, COMPLETIONS, budget=1000), expected)
+    expected = score(model, tokens(pad_id=9), PROMPTS, COMPLETIONS, max_tokens=1000)
+    assert torch.equal(score(model, other, PROMPTS, COMPLETIONS, max_tokens=1000), expected)
 
 
 def test_two_labels_are_refused_before_any_model_runs():
@@ -254,7 +254,7 @@ def test_what_can_be_called_is_accepted():
 
 
 class OtherTokenizer:
-    """A tokenizer of another kind: one id a character."""
+    """A tokenizer with one id per character."""
 
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
@@ -277,7 +277,7 @@ class Batch(dict):
 
 @torch.no_grad()
 def test_a_classifier_with_a_tokenizer_of_its_own_scores_texts():
-    """Its vocabulary is another than the policy's: 41 tokens, of characters."""
+    """The classifier has another vocabulary than the policy: 41 characters."""
     model = tiny_classifier("gpt2", vocab_size=41, pad_token_id=1)
     tokenizer = OtherTokenizer(1)
     scores = scores_of(ClassifierReward(model, tokenizer, batch_size=2))
@@ -291,7 +291,7 @@ def test_a_classifier_with_a_tokenizer_of_its_own_scores_texts():
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
 @torch.no_grad()
 def test_a_classifier_reward_does_not_depend_on_its_batches(batch_size):
-    """Right-padded for the classifier, though the tokenizer pads on the left."""
+    """Texts are right-padded for the classifier, though the tokenizer pads on the left."""
     model, tokenizer = tiny_classifier("gpt2"), tiny_tokenizer()
     scores = scores_of(ClassifierReward(model, tokenizer, batch_size=batch_size))
     for i, text in enumerate(p + c for p, c in zip(PROMPTS, COMPLETIONS, strict=True)):

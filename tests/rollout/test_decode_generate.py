@@ -33,9 +33,9 @@ def greedy(model, prompts, *, eos_ids=(), max_length=NEW_TOKENS, **options):
 
 
 def generated(model, prompts, *, eos_ids=(), max_length=NEW_TOKENS):
-    """By transformers, left-padded, up to and with the first EOS."""
+    """Return what ``generate`` decodes from left-padded prompts, up to and with the first EOS."""
     if model.dtype == torch.float64 and model.config.model_type == "gemma2" and len(prompts) > 1:
-        # its eager attention takes padded rows in float64 for NaN
+        # its eager attention gives NaN for padded rows in float64
         return [generated(model, [p], eos_ids=eos_ids, max_length=max_length)[0] for p in prompts]
     width = max(map(len, prompts))
     ids = torch.tensor([[PAD_ID] * (width - len(p)) + p for p in prompts])
@@ -98,8 +98,8 @@ def test_a_prompt_that_all_but_fills_the_context(family):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [2, 5])
-def test_layers_that_see_a_window(window):
-    """Gemma 2 has such layers beside ordinary ones; Qwen 2's are fused into one call."""
+def test_layers_with_a_sliding_window(window):
+    """Gemma 2 has layers with a window and without; those of Qwen 2 are fused into one call."""
     for family in ("gemma2", "qwen2"):
         model = tiny_model(family, layers=3).double()
         config = model.config

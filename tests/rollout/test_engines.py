@@ -1,4 +1,4 @@
-"""What every engine promises, and the trainer with an engine that is not its own."""
+"""The contract of every engine, and the trainer with another engine than its own."""
 
 from __future__ import annotations
 
@@ -136,14 +136,14 @@ def test_a_copy_takes_the_policys_weights():
 
 
 def test_a_local_engine_has_one_model():
-    with pytest.raises(ValueError, match="the model that it was made with"):
+    with pytest.raises(ValueError, match="the one that this LocalEngine was made with"):
         local(tiny_model("llama")).sync_weights(tiny_model("llama"))
 
 
 @needs_seeds
 @pytest.mark.parametrize("option", [{"min_new_tokens": 2}, {"stop_strings": ("x",)}])
 def test_what_transformers_cannot_do_is_refused(option):
-    with pytest.raises(ValueError, match=f"{next(iter(option))}: TransformersEngine has none"):
+    with pytest.raises(ValueError, match=f"{next(iter(option))}: TransformersEngine does not"):
         of_transformers(tiny_model("llama")).generate(IDS, Sampling(3, **option), seeds=SEEDS)
 
 
@@ -159,7 +159,7 @@ def test_a_model_without_generate_batch_is_refused():
 
 
 class Recorded:
-    """Stands for an engine elsewhere: it knows what it drew from, and no more."""
+    """An engine that returns tokens and sampling log-probs only, as a remote one would."""
 
     def __init__(self, engine):
         self.engine, self.synced = engine, 0
@@ -180,7 +180,7 @@ class Recorded:
 @pytest.mark.parametrize("critic", ["head", "baseline"])
 @pytest.mark.parametrize("k", [None, 1])
 def test_a_trainer_with_another_engine_learns_the_same(critic, k):
-    """Old log-probs, states and trunk are computed where the engine does not give them."""
+    """Old log-probs, states and trunk states are computed where the engine does not return them."""
     own, other = (
         tiny_trainer(critic=critic, num_layers_unfrozen=k, learning_rate=1e-3) for _ in range(2)
     )

@@ -1,5 +1,5 @@
-"""What is fast stays fast: the kernel runs for every layer of every family that should have it, and
-what is not fast is said."""
+"""Fast paths are taken: the kernel runs for every layer of the families that support it, and a
+path that is not taken is logged."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def generate(model, **options):
 
 @pytest.fixture
 def kernel_calls(monkeypatch):
-    """How often each kernel of a layer ran, by its place among those made together."""
+    """Count the calls of each layer's kernel, by the order in which the kernels were made."""
     calls, made, own = Counter(), [], _C.DecodeLayer
 
     class Counted:
@@ -70,7 +70,7 @@ def test_the_kernel_runs_for_every_layer(family, kernel_calls):
     assert calls == dict.fromkeys(range(LAYERS), 1 + 4)
 
 
-def test_a_rollout_says_once_what_is_in_force(caplog):
+def test_a_rollout_logs_its_fast_paths_once(caplog):
     model = LanguageModel(tiny_model("llama", layers=LAYERS), num_layers_unfrozen=1)
     with caplog.at_level(logging.INFO, "ppo_fast"):
         generate(model)
@@ -83,7 +83,7 @@ def test_a_rollout_says_once_what_is_in_force(caplog):
     )
 
 
-def test_a_rollout_says_what_is_not_in_force_why_and_what_it_costs(caplog):
+def test_a_rollout_logs_paths_not_taken_with_reason_and_cost(caplog):
     model = LanguageModel(tiny_model("gpt2"))
     with caplog.at_level(logging.INFO, "ppo_fast"):
         generate(model)
@@ -97,7 +97,7 @@ def test_a_rollout_says_what_is_not_in_force_why_and_what_it_costs(caplog):
     )
 
 
-def test_a_layer_that_is_left_out_is_said():
+def test_a_layer_that_is_not_fused_is_named():
     raw = tiny_model("llama", layers=LAYERS)
     raw.model.layers[1].mlp.register_forward_hook(lambda *_: None)
     found = {path.name: path for path in fast_paths(LanguageModel(raw))}
@@ -115,7 +115,7 @@ def test_layers_that_fail_the_comparison_are_a_warning(caplog):
 
 
 def test_layers_that_are_never_reached_are_a_warning(caplog, monkeypatch):
-    """As with transformers 5.24, which renamed the argument that takes the cache."""
+    """transformers 5.24, for example, renamed the argument that takes the cache."""
     monkeypatch.setattr(
         "ppo_fast.rollout.speedups.fused_layers.cache_argument", lambda _: "renamed"
     )
@@ -136,7 +136,7 @@ def test_a_head_that_fails_the_comparison_is_a_warning(caplog):
     assert "no fused LM head (the body's states times the LM head differ" in record.getMessage()
 
 
-def test_without_the_kernels_it_is_said_why(monkeypatch):
+def test_without_the_kernels_the_reason_is_given(monkeypatch):
     monkeypatch.setenv("PPO_FAST_IMPL", "reference")
     found = {path.name: path for path in fast_paths(LanguageModel(tiny_model("llama")))}
     for name in ("fused layers", "products of few rows"):
@@ -148,7 +148,7 @@ def test_without_the_kernels_it_is_said_why(monkeypatch):
 
 
 def no_numbers(module, query, *_, **__):
-    """Attention of NaN."""
+    """Attention that returns NaN."""
     return torch.full_like(query.transpose(1, 2), torch.nan), None
 
 

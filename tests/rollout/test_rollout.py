@@ -1,4 +1,4 @@
-"""decode: one batched pass, its log-probs, where responses end, and what a draw depends on."""
+"""decode: batched passes, log-probs, the ends of responses, and what a draw depends on."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ each_family = pytest.mark.parametrize("family", FAMILIES)
 @pytest.fixture(scope="module")
 def llama() -> LanguageModel:
     model = LanguageModel(tiny_model("llama"))
-    layers_can_be_fused(model)  # asked before the first rollout, in passes of its own
+    layers_can_be_fused(model)  # checked before the first rollout, in separate passes
     return model
 
 
@@ -52,7 +52,7 @@ def responses(decoded: Rollout) -> list[list[int]]:
 
 
 def logits_row_by_row(model: LanguageModel, decoded: Rollout) -> list[torch.Tensor]:
-    """[length, V] float64: what each response token was drawn from, each row alone."""
+    """Return the float64 logits [length, V] of the response tokens, each row alone."""
     exact = copy.deepcopy(model.model).double()
     out = []
     for prompt, response in zip(PROMPTS, responses(decoded), strict=True):
@@ -82,7 +82,7 @@ def test_sampled_logprobs_are_those_of_a_full_forward(family, temperature):
     assert decoded.logprobs.dtype == torch.float32
 
 
-def test_each_token_is_the_draw_of_its_sequences_seed_and_its_place(llama):
+def test_each_token_is_the_draw_of_its_sequences_seed_and_its_position(llama):
     decoded = sample(llama, temperature=0.7)
     for b, logits in enumerate(logits_row_by_row(llama, decoded)):
         places = torch.arange(len(logits))
@@ -123,7 +123,7 @@ def test_an_eos_as_the_last_allowed_token_has_finished(llama):
 
 
 def test_pad_may_be_eos(llama):
-    """A mask made of pad ids would lose the EOS, or tokens of the prompt that are it."""
+    """A mask made from pad ids would drop the EOS, and tokens of the prompt with the same id."""
     endless = responses(sample(llama, eos_ids=[]))
     eos_ids = [endless[0][3], endless[2][1]]
     prompts = [[*prompt[:-1], eos_ids[0], prompt[-1]] for prompt in PROMPTS]
@@ -147,7 +147,7 @@ def test_a_sampled_pad_token_is_a_token_like_others(llama):
 
 @each_family
 def test_a_row_does_not_depend_on_its_batch(family):
-    """Alone, with other rows, in another order, and behind more padding."""
+    """Decode a row alone, with other rows, in another order, and after more padding."""
     model = LanguageModel(tiny_model(family))
     together = responses(sample(model))
     for b, prompt in enumerate(PROMPTS):
@@ -178,7 +178,7 @@ def test_one_prompt_of_one_token(llama):
 
 
 def passes(model: LanguageModel, **arguments) -> tuple[list[torch.Size], Rollout]:
-    """The shapes of the ids that the body was called with."""
+    """Return the shapes of the ids that the body was called with, and the rollout."""
     shapes: list[torch.Size] = []
 
     def record(module, args, kwargs):
@@ -190,7 +190,7 @@ def passes(model: LanguageModel, **arguments) -> tuple[list[torch.Size], Rollout
     return shapes, decoded
 
 
-def test_all_prompts_decode_in_one_pass_a_token(llama):
+def test_all_prompts_decode_in_one_pass_per_token(llama):
     shapes, decoded = passes(llama, eos_ids=[], max_length=9)
     assert shapes == [(sum(map(len, PROMPTS)), 1), *[(4, 1)] * 8]
     assert decoded.tokens.response_ids.shape == (4, 9)
@@ -208,7 +208,7 @@ def test_decoding_stops_with_the_last_response(llama):
 
 
 @pytest.mark.parametrize("sampling", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-3}])
-def test_the_limit_of_every_sampler_is_greedy(llama, sampling):
+def test_every_sampler_is_greedy_in_the_limit(llama, sampling):
     decoded = sample(llama, eos_ids=[], **sampling)
     for response, logits in zip(responses(decoded), logits_row_by_row(llama, decoded), strict=True):
         assert response == logits.argmax(dim=-1).tolist()
@@ -232,7 +232,7 @@ def test_logprobs_are_the_models_and_sampling_logprobs_those_of_the_truncated_dr
     assert (decoded.sampling_logprobs > decoded.logprobs + 1e-3).all()
 
 
-def test_without_truncation_both_logprobs_are_one(llama):
+def test_without_truncation_sampling_logprobs_equal_logprobs(llama):
     decoded = sample(llama, temperature=0.7)
     assert torch.equal(decoded.logprobs, decoded.sampling_logprobs)
 
@@ -251,8 +251,8 @@ def test_the_ordinary_path_draws_the_same_tokens(llama):
 
 @each_family
 @pytest.mark.parametrize("fused", [True, False])
-def test_the_trunk_is_recorded_on_the_way(family, fused):
-    """At every token that another follows: log-probs are read from nothing else."""
+def test_the_trunk_is_recorded_while_decoding(family, fused):
+    """Trunk states are recorded for every token but the last: log-probs need no others."""
     model = LanguageModel(tiny_model(family, layers=3), num_layers_unfrozen=1)
     model.fused = fused
     decoded = sample(model)

@@ -1,4 +1,4 @@
-"""Sequences that come and go: the same texts whatever the slots, and no token computed twice."""
+"""Rollouts with slots: the number of slots changes no text, and no token is computed twice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ppo_fast.rollout import Sampling, decode
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_float64_a_rollout_depends_on_seeds_alone(family):
-    """Not on slots, order, batch, or on how many prompts one pass computes."""
+    """It does not depend on slots, order, batch, or on the number of prompts in one pass."""
     model = LanguageModel(tiny_model(family, layers=3).double())
     expected = sample(model)
     assert len(set(expected.tokens.response_lengths.tolist())) > 3
@@ -48,7 +48,7 @@ def test_states_and_trunk_are_kept_by_sequence():
 
 
 def count_tokens(model: LanguageModel) -> list[int]:
-    """Rows times tokens of every pass, as they happen."""
+    """Return a list that gets the rows times tokens of every pass."""
     counts: list[int] = []
     model.body.get_input_embeddings().register_forward_hook(
         lambda _, args, __: counts.append(args[0].numel())
@@ -59,7 +59,7 @@ def count_tokens(model: LanguageModel) -> list[int]:
 @pytest.mark.parametrize("slots", [1, 3, None])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_cost_follows_the_tokens_that_are_produced(family, slots):
-    """Skewed lengths: no slot computes after its response has ended, or waits for another."""
+    """Lengths are skewed: no slot computes after its response has ended, or waits for another."""
     model = LanguageModel(tiny_model(family))
     sample(model)  # which checks the model once
     counts = count_tokens(model)
@@ -114,7 +114,7 @@ def test_memory_does_not_grow():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20 * 1024
 
 
-def test_nan_logits_are_said():
+def test_nan_logits_are_an_error():
     model = tiny_model("llama")
     language_model = LanguageModel(model)
     sample(language_model)

@@ -1,4 +1,4 @@
-"""Decoding steps that attend by ``decode_attention``, as they do on a GPU, draw what others do."""
+"""Decoding steps with ``decode_attention``, as on a GPU, draw the same tokens as other steps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def on_a_gpu(monkeypatch):
 
 
 def mistral(window: int) -> LanguageModel:
-    """All of its layers look at the last tokens alone."""
+    """Return a Mistral, all layers of which attend to the last ``window`` tokens only."""
     config = tiny_config("mistral", layers=3)
     config.sliding_window, config.num_key_value_heads = window, 2
     torch.manual_seed(0)
@@ -71,7 +71,7 @@ def test_a_step_makes_no_mask_and_no_copy_of_keys(monkeypatch):
     assert 1 not in calls, "prompts alone"
 
 
-def test_one_recording_serves_every_length():
+def test_one_recording_is_used_for_every_length():
     model = LanguageModel(tiny_model("llama"))
     assert slot_check.steps_can_attend(model)
     shapes = []
@@ -86,7 +86,7 @@ def test_one_recording_serves_every_length():
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_models_attention_is_its_own_again(fails):
+def test_the_models_own_attention_is_restored(fails):
     model = LanguageModel(tiny_model("llama"))
     before = model.model.config._attn_implementation
 
@@ -103,7 +103,7 @@ def test_the_models_attention_is_its_own_again(fails):
 
 @pytest.mark.parametrize("attends", [True, False])
 def test_a_model_loaded_with_flash_attention_decodes(attends, monkeypatch):
-    """Which takes masks of two dimensions alone, those of padding."""
+    """Flash attention accepts only masks of two dimensions, those of padding."""
     model = LanguageModel(tiny_model("llama").double())
     expected = without_it(model, monkeypatch)
 
@@ -121,13 +121,13 @@ def test_a_model_loaded_with_flash_attention_decodes(attends, monkeypatch):
     assert other.model.config._attn_implementation == FLASH
 
 
-def test_why_not_is_known():
+def test_an_unsupported_model_is_refused_with_the_reason():
     model = LanguageModel(tiny_model("gemma2"))
     assert not slot_check.steps_can_attend(model)
     assert "softcap" in slot_check._attending[model]
 
 
-def test_wrong_numbers_are_not_used(monkeypatch):
+def test_attention_with_wrong_numbers_is_not_used(monkeypatch):
     from ppo_fast.rollout.speedups import step_attention
 
     monkeypatch.setattr(step_attention, "decode_attention", lambda query, *_, **__: query)

@@ -1,5 +1,5 @@
-"""What a rollout changes in a model for its duration: faster layers with the same numbers, and
-nothing left behind."""
+"""The layers that a rollout replaces in a model: the numbers stay the same, and the model is
+unchanged afterwards."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FUSED = {"llama": 3, "qwen2": 3, "gpt2": 0, "gemma2": 0, "gpt_neox": 0, "cohere"
 
 
 def state_of(model):
-    """Everything that a patch could leave behind."""
+    """Return the attributes and hooks of every module, which a patch could leave changed."""
     return [
         (name, dict(vars(module)), module.training, list(module._forward_pre_hooks))
         for name, module in model.named_modules()
@@ -39,8 +39,8 @@ def test_which_layers_are_fused(family):
     assert layers_can_be_fused(model) == (len(layers) > 0)
 
 
-def test_a_layer_with_more_than_meets_the_eye_is_not_fused():
-    """Granite scales its residuals; nothing in its structure says so."""
+def test_a_layer_with_the_structure_but_other_numbers_is_not_fused():
+    """Granite scales its residuals, which the names and classes of its modules do not show."""
     sizes = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
     sizes |= {"num_key_value_heads": 2, "intermediate_size": 131, "vocab_size": 307}
     config = AutoConfig.for_model("granite", residual_multiplier=0.5, **sizes)
@@ -51,7 +51,7 @@ def test_a_layer_with_more_than_meets_the_eye_is_not_fused():
 
 
 @pytest.mark.parametrize("what", ["hook", "forward", "half", "bias of a norm"])
-def test_what_somebody_changed_is_left_alone(what):
+def test_changed_and_half_precision_layers_are_not_fused(what):
     raw = tiny_model("llama")
     layer = raw.model.layers[0]
     if what == "hook":
@@ -86,7 +86,7 @@ def test_a_body_without_a_list_of_layers_decodes_as_it_is():
 
 
 class Raised(BaseException):
-    """As KeyboardInterrupt is: no Exception."""
+    """An error that is not an Exception, like KeyboardInterrupt."""
 
 
 @pytest.mark.slow
@@ -129,7 +129,7 @@ def test_a_model_without_keys_and_values_is_refused():
         )
 
 
-def test_a_model_that_decodes_otherwise_is_refused():
+def test_a_model_with_other_logits_when_decoding_is_refused():
     model = tiny_model("llama")
     own, cache = model.model.layers[1].forward, cache_argument(model)
 
@@ -139,7 +139,7 @@ def test_a_model_that_decodes_otherwise_is_refused():
         return own(hidden_states, *args, **kwargs)
 
     model.model.layers[1].forward = forgets
-    with pytest.raises(ValueError, match="other logits token by token with a cache"):
+    with pytest.raises(ValueError, match="between decoding with a cache and one pass"):
         decode(
             LanguageModel(model), [[3]], Sampling(2), seeds=torch.arange(1), eos_ids=[], pad_id=0
         )

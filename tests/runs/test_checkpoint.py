@@ -28,12 +28,12 @@ CRITICS = ["model", "head", "top", "baseline"]
 
 
 def of_critic(critic):
-    """Options of a trainer; a top stands on a trunk."""
+    """Return the trainer's options for this critic; a top critic needs a trunk."""
     return {"critic": critic} | ({"num_layers_unfrozen": 1} if critic == "top" else {})
 
 
 def noisy_reward(prompts, completions):
-    """A reward that draws from every generator that a user's may."""
+    """A reward that draws from every random generator that a user's reward may use."""
     noise = random.random() + np.random.rand() + torch.rand(()).item()  # noqa: NPY002
     return [score + noise for score in count_letters(prompts, completions)]
 
@@ -55,7 +55,7 @@ def same(a, b):
 
 
 def everything(trainer):
-    """All that a checkpoint restores, in a form to compare by ``unequal``."""
+    """Return all that a checkpoint restores, in a form that can be compared."""
     return {
         "policy": weights(trainer.policy_model),
         "value": weights(trainer.critic.module),
@@ -246,7 +246,7 @@ def test_another_policy_names_the_first_weight_that_differs(file):
         wider,
         file,
         ValueError,
-        r"another policy: lm_head\.weight has shape \[307, 32\] there and \[307, 64\]",
+        r"another policy: lm_head\.weight has shape \[307, 32\] in the file and \[307, 64\]",
     )
     deeper = tiny_trainer(layers=3)
     refused(deeper, file, ValueError, r"another policy: model\.layers\.2\.\S+ has shape None")

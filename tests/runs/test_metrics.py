@@ -33,7 +33,7 @@ METRICS = {
 
 
 def records(path):
-    """A record a line, as strict JSON."""
+    """Read one record per line, as strict JSON."""
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
@@ -49,7 +49,7 @@ def test_folder_is_made(tmp_path):
     RunFolder(tmp_path / "a" / "b")
 
 
-def test_metrics_append_a_line_a_step(tmp_path):
+def test_metrics_append_a_line_per_step(tmp_path):
     folder = RunFolder(tmp_path)
     folder.write_metrics(1, {"mean_reward": 0.5})
     assert len(records(tmp_path / "metrics.jsonl")) == 1, "on disk at once"
@@ -60,12 +60,12 @@ def test_metrics_append_a_line_a_step(tmp_path):
     assert second["time"] >= first["time"] > 1e9
 
 
-def test_a_resumed_run_goes_through_lost_steps_again(tmp_path):
+def test_a_resumed_run_repeats_the_steps_after_its_checkpoint(tmp_path):
     folder = RunFolder(tmp_path)
     for step in (1, 2, 3):
         folder.write_metrics(step, {"mean_reward": float(step)})
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "mean_re')  # killed amid a line
+        file.write('{"step": 4, "mean_re')  # killed while it wrote a line
     folder.forget_after(2)
     folder.write_metrics(3, {"mean_reward": 30.0})
     found = [(r["step"], r["mean_reward"]) for r in records(tmp_path / "metrics.jsonl")]
@@ -73,7 +73,7 @@ def test_a_resumed_run_goes_through_lost_steps_again(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_metrics_that_are_no_numbers_are_still_json(tmp_path, value):
+def test_nan_and_infinite_metrics_are_written_as_null(tmp_path, value):
     RunFolder(tmp_path).write_metrics(1, {"mean_reward": value, "entropy": 1.0})
     (record,) = records(tmp_path / "metrics.jsonl")
     assert record["mean_reward"] is None
@@ -87,7 +87,7 @@ def test_metrics_of_a_real_step(tmp_path):
     assert metrics.items() <= record.items()
 
 
-def test_samples_are_a_line_a_sequence(tmp_path):
+def test_samples_are_a_line_per_sequence(tmp_path):
     trainer = tiny_trainer()
     rollout = trainer.rollout(PROMPTS[:3])
     texts = ['a "quote"\nand a break', "naïve 😀 \u2028", ""]
@@ -116,7 +116,7 @@ def test_config_holds_every_setting(tmp_path):
 
 
 def a_step(number, metrics):
-    """Of 100 tokens in two responses."""
+    """Return a step with 100 tokens in two responses."""
     tokens = make_tokens([[1], [2]], [[3] * 60, [4] * 40], 0, torch.device("cpu"))
     drawn = torch.zeros(2, 60)
     rollout = Rollout(tokens, drawn, drawn, torch.ones(2, dtype=torch.bool), Sampling(60))

@@ -1,0 +1,56 @@
+"""``ppo-fast train --lora-rank``: adapters on the way, a plain model at the end."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from tiny_adapters import base_model, split_names
+from tiny_batch import batch
+from tiny_models import tiny_tokenizer
+from tiny_trainer import PROMPTS, true_logprobs
+from transformers import AutoModelForCausalLM
+
+from ppo_fast.cli import main
+from ppo_fast.models.adapters import adapted_layers
+from ppo_fast.runs import folder as runs_folder
+
+TOKENS = batch()
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """The arguments of a run of two steps."""
+    monkeypatch.chdir(tmp_path)
+    base_model().save_pretrained("model")
+    tiny_tokenizer().save_pretrained("model")
+    (tmp_path / "letters.py").write_text("from tiny_trainer import count_letters\n")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    flags = "--policy model --prompts prompts.txt --reward letters:count_letters --num-steps 2"
+    more = "--max-length 6 --learning-rate 0.01 --critic head --device cpu --lora-rank 4"
+    return ["train", *flags.split(), *more.split()]
+
+
+@pytest.mark.parametrize("k", [None, 1])
+def test_the_command_writes_a_whole_plain_model(command, tmp_path, monkeypatch, k):
+    policies, save = [], runs_folder.save_policy
+    monkeypatch.setattr(runs_folder, "save_policy", lambda *a: (policies.append(a[0]), save(*a)))
+    main.main([*command, *([] if k is None else ["--num-layers-unfrozen", str(k)])])
+    (policy,) = policies
+    assert len({name.split(".layers.")[1][0] for name in split_names(policy)[0]}) == (k or 3)
+    folder = tmp_path / "runs" / "train" / "policy"
+    assert not (folder / "adapter_config.json").exists()
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert not list(adapted_layers(loaded))
+    assert loaded.state_dict().keys() == base_model().state_dict().keys()
+    found, expected = true_logprobs(loaded, TOKENS), true_logprobs(policy, TOKENS)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert (true_logprobs(base_model(), TOKENS) - expected).abs().max() > 1e-3
+
+
+def test_without_peft_the_error_names_the_extra(command, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SystemExit):
+        main.main(command)
+    assert "LoRA needs peft: pip install 'ppo_fast[lora]'" in capsys.readouterr().err
