@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:
@@ -29,32 +32,76 @@ def constant_or_none(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None
     return None if tensor is None else constant(tensor, dtype)
 
 
-def with_gradients(loss: Tensor, gradients: Tensor, *inputs: Tensor | None) -> Tensor:
-    """Return ``loss`` (0-dim) with derivatives ``gradients`` [N, ...] in the first N ``inputs``.
+def with_gradients(op: str, loss: Tensor, gradients: Tensor, *inputs: Tensor | None) -> Tensor:
+    """Return ``loss`` (0-dim) of ``op`` with derivatives ``gradients`` [N, ...] in N ``inputs``.
 
-    The other inputs get no gradient. Backward multiplies all ``gradients`` with the upstream
-    gradient at once.
+    The inputs after the first N get no gradient. Backward multiplies all ``gradients`` with the
+    upstream gradient at once.
     """
-    return _WithGradients.apply(loss, gradients, *inputs)
+    return _WithGradients.apply(op, loss, gradients, *inputs)
 
 
 class _WithGradients(torch.autograd.Function):
     # The context is an argument of ``forward``: with ``setup_context`` a call takes 90 us more.
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: Tensor, *inputs: Tensor | None) -> Tensor:
-        ctx.num_inputs = len(inputs)
-        ctx.save_for_backward(gradients)
+    def forward(
+        ctx: Any, op: str, loss: Tensor, gradients: Tensor, *inputs: Tensor | None
+    ) -> Tensor:
+        ctx.op = op
+        # the inputs for differentiated_once, which looks for them among the saved tensors
+        ctx.save_for_backward(gradients, *inputs)
         return loss.clone()  # an input as output would be a view, which cannot be changed in place
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        # Only create_graph=True needs the decorator, 16 us a call: it refuses a second derivative,
-        # which would be wrong.
-        run = once_differentiable(_multiply) if torch.is_grad_enabled() else _multiply
-        return run(ctx, grad_loss)
+        return differentiated_once(ctx.op)(_multiply)(ctx, grad_loss)
 
 
 def _multiply(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-    (gradients,) = ctx.saved_tensors
+    gradients, *inputs = ctx.saved_tensors
     grads = (gradients * grad_loss).unbind()
-    return None, None, *grads, *(None,) * (ctx.num_inputs - len(grads))
+    return None, None, None, *grads, *(None,) * (len(inputs) - len(grads))
+
+
+def differentiated_once(op: str) -> Callable[[Backward], Backward]:
+    """Let gradients that the decorated ``backward`` computes raise where they are differentiated.
+
+    With ``create_graph=True``, torch would take what a kernel computed as constant, and return a
+    second derivative that lacks terms. ``torch.autograd.function.once_differentiable`` refuses only
+    where the upstream gradient requires grad, which that of ``loss.backward()`` does not.
+    ``backward`` saves its op's differentiable inputs, or outputs.
+    """
+
+    def decorate(backward: Backward) -> Backward:
+        @wraps(backward)
+        def run(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+            if not torch.is_grad_enabled():
+                return backward(ctx, *upstream)
+            with torch.no_grad():
+                gradients = backward(ctx, *upstream)
+            inputs = (*upstream, *ctx.saved_tensors)
+            found = _DifferentiatedTwice.apply(op, len(gradients), *gradients, *inputs)
+            return tuple(found)
+
+        return run
+
+    return decorate
+
+
+class _DifferentiatedTwice(torch.autograd.Function):
+    """Return gradients, tied to the inputs that they depend on; its own backward raises."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, op: str, count: int, *tensors: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        ctx.op = op
+        return tuple(None if x is None else x.clone() for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[None, ...]:
+        raise RuntimeError(
+            f"{ctx.op}: its kernels compute no second derivative (create_graph=True); use "
+            f"{ctx.op}(..., impl='reference'), which plain PyTorch differentiates any number of "
+            "times"
+        )

@@ -1,7 +1,7 @@
 """The code that the Triton kernels are compiled to, for every architecture, without a GPU.
 
-What each kernel took when it was last looked at stands in compiled.json beside its source's hash.
-After a change: ``make compiled``, and look at what it changes there.
+compiled.json has the figures of each kernel when it was last reviewed, and its source's hash. After
+a change, run ``make compiled`` and review the changes of compiled.json.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ FEWER_WARPS = {(version, "ppo_loss_kernel"): 12 for version in ("3.6.0", "3.8.0"
 
 
 class Facts(NamedTuple):
-    """What is checked of a kernel's code."""
+    """Figures of a kernel's compiled code that the tests check."""
 
     kernel: str
     registers: int
@@ -95,7 +95,7 @@ class Facts(NamedTuple):
 
 
 def variants(arch: int) -> list[tuple[str, torch.dtype, bool]]:
-    """What is compiled for ``arch``: name of the case, dtype, whether aligned.
+    """Return the variants compiled for ``arch``: name of the case, dtype, whether aligned.
 
     float16, which differs from bfloat16 in its conversions alone, for 90 only; cases that are not
     common for 90 and the newest. Where others stand for them (86 and 89 have what 80 has, with less
@@ -124,7 +124,7 @@ def wide_bytes(ptx: str, instruction: str) -> int:
 
 
 def copied_bytes(ptx: str) -> int:
-    """By copies of 16 bytes into shared memory."""
+    """Return the bytes that copies of 16 bytes into shared memory move."""
     return 16 * len(re.findall(r"cp\.async\.cg\.shared\.global [^;]*, 0x10,", ptx))
 
 
@@ -155,7 +155,7 @@ def facts_of(launched: Launched) -> Facts:
 
 
 def compile_for(arch: int) -> dict[str, list[Facts]]:
-    """By the variant's title."""
+    """Return the facts of all kernels, by the variant's title."""
     facts = {}
     for name, dtype, aligned in variants(arch):
         with stub_gpu(arch) as launched:
@@ -166,7 +166,7 @@ def compile_for(arch: int) -> dict[str, list[Facts]]:
 
 
 def compile_for_all() -> dict[int, dict[str, list[Facts]]]:
-    # A fork would inherit OpenMP's threads as locks that nobody opens.
+    # A fork would inherit OpenMP's locks as held, by threads that the fork does not have.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 6), mp_context=context) as pool:
         return dict(zip(ARCHITECTURES, pool.map(compile_for, ARCHITECTURES), strict=True))
@@ -174,7 +174,7 @@ def compile_for_all() -> dict[int, dict[str, list[Facts]]]:
 
 @cache
 def kernels() -> dict[str, str]:
-    """Hashes of the sources of all kernels that the cases launch, by name."""
+    """Return the hashes of the sources of all kernels that the cases launch, by name."""
     hashes = {}
     for name, case in CASES.items():
         with stub_gpu(90) as launched:
@@ -185,7 +185,7 @@ def kernels() -> dict[str, str]:
 
 
 def source_hash(fn: Any) -> str:
-    """Of a kernel and all that it uses, comments and blank lines aside."""
+    """Return the hash of a kernel's source and of all it uses, without comments and blank lines."""
     parts: dict[str, str] = {}
     collect_sources(fn, parts)
     return hashlib.sha256("\n".join(parts[name] for name in sorted(parts)).encode()).hexdigest()
@@ -205,7 +205,7 @@ def collect_sources(fn: Any, parts: dict[str, str]) -> None:
 
 
 def described(compiled: dict[int, dict[str, list[Facts]]]) -> dict[str, dict[str, list[str]]]:
-    """What stands in compiled.json: by kernel and variant, by architecture."""
+    """Return the contents of compiled.json: by kernel and variant, by architecture."""
     lines: dict[str, dict[str, list[str]]] = {}
     for arch, by_variant in compiled.items():
         for variant, facts in by_variant.items():
@@ -232,7 +232,7 @@ def compiled() -> dict[int, dict[str, list[Facts]]]:
 
 @pytest.fixture(params=ARCHITECTURES)
 def codes(request, compiled) -> list[tuple[str, Facts]]:
-    """Those of one architecture, each after what it is called."""
+    """Return the names and facts of the kernels of one architecture."""
     return [
         (f"sm_{request.param}, {variant}: {code.kernel}", code)
         for variant, facts in compiled[request.param].items()
@@ -241,10 +241,12 @@ def codes(request, compiled) -> list[tuple[str, Facts]]:
 
 
 @pytest.mark.slow
-def test_nothing_spills(codes):
-    """Under another Triton, two numbers of a thread may: its ptxas, which nothing limits, gives
-    registers up for one more program a multiprocessor (3.9.0 does in two kernels; with a limit it
-    would not, and fewer programs would fit)."""
+def test_no_kernel_spills_registers(codes):
+    """Another version of Triton may spill two numbers per thread.
+
+    Without a register limit its ptxas saves registers, so that one more program fits a
+    multiprocessor (3.9.0 does in two kernels).
+    """
     most = 0 if recorded()["triton"] in ("", triton.__version__) else 8
     assert [f"{name}: {code.stack} bytes" for name, code in codes if code.stack > most] == []
 
@@ -258,13 +260,13 @@ def test_registers_are_within_the_budget_of_the_launch_table(codes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_shared_memory_is_within_what_a_program_may_have(compiled, arch):
+def test_shared_memory_is_within_the_limit_of_a_program(compiled, arch):
     every = [code for facts in compiled[arch].values() for code in facts]
     assert [code for code in every if code.shared > 1024 * SHARED_BYTES[arch]] == []
 
 
 @pytest.mark.slow
-def test_there_is_no_float64(codes):
+def test_compiled_code_computes_nothing_in_float64(codes):
     assert [name for name, code in codes if code.float64] == []
 
 
@@ -293,7 +295,7 @@ def test_enough_warps_fit_a_multiprocessor(codes):
 
 
 @pytest.mark.slow
-def test_kernels_that_read_ahead_have_enough_on_its_way(codes):
+def test_kernels_that_read_ahead_have_enough_bytes_in_flight(codes):
     little = [
         f"{n}: {c.resident_shared}"
         for n, c in codes
@@ -302,7 +304,7 @@ def test_kernels_that_read_ahead_have_enough_on_its_way(codes):
     assert not little, "\n".join(little)
 
 
-def test_every_changed_kernel_was_looked_at():
+def test_every_changed_kernel_was_reviewed():
     before, now = recorded()["sources"], kernels()
     changed = [name for name in now | before if now.get(name) != before.get(name)]
     assert changed == [], REGENERATE
@@ -310,7 +312,7 @@ def test_every_changed_kernel_was_looked_at():
 
 @pytest.mark.slow
 @of_the_record
-def test_the_code_is_what_was_looked_at(compiled):
+def test_compiled_code_equals_the_reviewed_code(compiled):
     assert described(compiled) == recorded()["code"], REGENERATE
 
 

@@ -13,7 +13,7 @@ from ppo_fast.ops.backends import cpus
 
 @pytest.fixture
 def usable(monkeypatch):
-    """usable(allowed=..., quota=...): usable_cpus of a process with those limits."""
+    """Return usable(allowed=..., quota=...), which calls usable_cpus under these limits."""
 
     def usable(allowed: int, quota: float) -> int:
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(allowed)), raising=False)
@@ -32,7 +32,7 @@ def test_affinity_and_quota_bound_the_threads(usable, allowed, quota, expected):
 
 
 @pytest.mark.parametrize(("torchs", "expected"), [(1, 1), (3, 3), (4, 3)])
-def test_never_more_than_torchs(monkeypatch, torchs, expected):
+def test_threads_are_at_most_those_of_torch(monkeypatch, torchs, expected):
     monkeypatch.setattr(torch, "get_num_threads", lambda: torchs)
     monkeypatch.setattr(cpus, "usable_cpus", lambda: 3)
     assert cpus.num_threads() == expected
@@ -46,7 +46,7 @@ def quotas(root, files):
 
 
 def test_quotas_of_cgroups_version_2(tmp_path):
-    """A group has none, the one around it has one; the mount's own is the container's."""
+    """The group has no quota, its parent has one, and the root of the mount is the container's."""
     files = {
         "proc/self/cgroup": "0::/user.slice/run.scope\n",
         "sys/fs/cgroup/user.slice/run.scope/cpu.max": "max 100000\n",
@@ -58,7 +58,7 @@ def test_quotas_of_cgroups_version_2(tmp_path):
 
 
 def test_quotas_of_cgroups_version_1(tmp_path):
-    """A container: its path is that on the host, and the mount shows the group itself."""
+    """In a container, the path is that on the host, and the mount's root is the group itself."""
     files = {
         "proc/self/cgroup": "5:memory:/docker/ab\n4:cpu,cpuacct:/docker/ab\n3:cpuset:/docker/ab\n",
         "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "50000\n",

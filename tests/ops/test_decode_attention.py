@@ -1,4 +1,4 @@
-"""decode_attention against its definition in float64, and what a row must not depend on."""
+"""decode_attention against its definition in float64, and the independence of its rows."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ CHUNK = 32
 
 @pytest.fixture(autouse=True, scope="module")
 def short_chunks():
-    """Of the Triton kernels, so that a few dozen columns are several; of two blocks each, and
-    combined two at a time."""
+    """Make the Triton kernels' chunks short, so that a few dozen columns are several chunks.
+
+    A chunk then has two blocks, and chunks are combined two at a time.
+    """
     with pytest.MonkeyPatch.context() as patch:
         if TRITON:
             kernels = importlib.import_module("ppo_fast.ops.decode_attention.triton")
@@ -44,7 +46,7 @@ def draw(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Query, keys, values and lengths; the first rows and columns of a larger cache of NaN."""
+    """Draw query, keys, values and lengths; keys and values are part of a larger cache of NaN."""
     g, rows = generator(seed), len(lengths)
     query = torch.randn(rows, heads, head_size, generator=g).to(dtype)
     cache = torch.full((2, rows + 2, columns + 5, kv_heads, head_size), math.nan, dtype=dtype)
@@ -55,7 +57,7 @@ def draw(
 
 
 def nan_outside(x: Tensor, lengths: Tensor, window: int | None) -> Tensor:
-    """NaN where no row looks, the rest of the cache too."""
+    """Fill the columns that each row does not attend to with NaN."""
     for row, end in zip(x, lengths.tolist(), strict=True):
         row[end:] = math.nan
         if window is not None:
@@ -66,7 +68,7 @@ def nan_outside(x: Tensor, lengths: Tensor, window: int | None) -> Tensor:
 def by_rows(
     query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scaling: float, window: int | None
 ) -> Tensor:
-    """By the definition, one row and head after another, on what the row sees alone."""
+    """Compute attention by its definition, for each row and head, on the columns the row sees."""
     rows = []
     for q, k, v, end in zip(query, keys, values, lengths.tolist(), strict=True):
         seen = slice(0 if window is None else max(end - window, 0), end)
@@ -80,8 +82,11 @@ def by_rows(
 
 
 def rounded_shares(values: Tensor) -> Tensor | float:
-    """How far results move where tensor cores take probabilities in half precision: half an ulp of
-    each, times the largest value. Triton's interpreter multiplies float32."""
+    """Return the error of results where tensor cores take probabilities in half precision.
+
+    It is half an ulp of each probability, times the largest value. Triton's interpreter multiplies
+    float32.
+    """
     if not TRITON or values.dtype not in (torch.bfloat16, torch.float16):
         return 0.0
     return torch.finfo(values.dtype).eps / 2 * values.nan_to_num().abs().amax().double()
@@ -102,7 +107,7 @@ HEADS = [(1, 1, 64), (3, 3, 80), (6, 2, 64), (4, 1, 128), (14, 2, 20), (17, 1, 1
     seed=st.integers(0, 1000),
 )
 def test_against_float64(impl, heads, columns, fractions, window, scaling, dtype, seed):
-    """Rows of different lengths of a strided cache, which is NaN where no row looks."""
+    """Rows have different lengths, in a strided cache that is NaN where no row attends."""
     lengths = [1 + round(f * (columns - 1)) for f in fractions]
     query, keys, values, lengths = draw(lengths, columns, *heads, dtype=dtype, seed=seed)
     keys, values = (nan_outside(x, lengths, window) for x in (keys, values))
@@ -119,7 +124,7 @@ def test_against_float64(impl, heads, columns, fractions, window, scaling, dtype
 
 
 def test_large_scores(impl):
-    """Beyond what exp can hold, the largest of them in the last chunk."""
+    """exp overflows on these scores; the largest is in the last chunk."""
     query, keys, values, lengths = draw([77, 40], 77, head_size=64)
     query, keys = 20 * query, 20 * keys
     keys[:, : 2 * CHUNK] *= 0.1
@@ -131,7 +136,7 @@ def test_large_scores(impl):
 
 @pytest.mark.parametrize("dtype", FLOATS[:2])
 def test_a_rows_bits_depend_on_the_row_alone(impl, dtype):
-    """Not on the rows beside it, their lengths, the columns of the cache or its strides."""
+    """The bits do not depend on other rows, or on the columns and strides of the cache."""
     if impl == "reference":
         pytest.skip("products of the BLAS")
     query, keys, values, lengths = draw([70, 33, 5], 77, 3, 1, 20, dtype)
@@ -150,7 +155,7 @@ def test_a_rows_bits_depend_on_the_row_alone(impl, dtype):
 
 
 def test_lengths_may_change_between_calls(impl):
-    """As between replays of a CUDA graph, where the launches stay as they were."""
+    """Replays of a CUDA graph change the lengths, and not the launches."""
     query, keys, values, lengths = draw([3, 60], 77)
     for change in ([3, 60], [70, 1], [33, 64]):
         lengths.copy_(torch.tensor(change))
@@ -160,7 +165,7 @@ def test_lengths_may_change_between_calls(impl):
 
 
 @pytest.mark.parametrize("columns", [0, 20, 77])
-def test_a_row_of_nothing_gives_zeros(impl, columns):
+def test_a_row_of_length_0_gives_zeros(impl, columns):
     query, keys, values, lengths = draw([0, columns], columns)
     keys[0], values[0] = math.nan, math.nan
     for window in (None, 7):
@@ -169,7 +174,7 @@ def test_a_row_of_nothing_gives_zeros(impl, columns):
         assert (got[1] != 0).all() == (columns > 0)
 
 
-def test_nan_within_the_length_is_seen(impl):
+def test_nan_within_the_length_gives_nan(impl):
     query, keys, values, lengths = draw([77, 77], 77)
     keys[0, 50], values[1, 3] = math.nan, math.nan
     got = decode_attention(query, keys, values, lengths, scaling=0.25, impl=impl)
@@ -179,7 +184,7 @@ def test_nan_within_the_length_is_seen(impl):
 @pytest.mark.parametrize("layout", ["sliced query", "strided query", "heads first", "one for all"])
 def test_layouts(impl, layout):
     query, keys, values, lengths = draw([40, 77], 77, 6, 2)
-    if layout == "sliced query":  # one of a product that computes keys and values too
+    if layout == "sliced query":  # from a product that computes keys and values too
         given = torch.cat([query, query], 1)[:, 6:], keys, values
     if layout == "strided query":
         given = query.transpose(1, 2).contiguous().transpose(1, 2), keys, values
@@ -200,7 +205,7 @@ def test_no_rows(impl):
 
 
 def test_auto(impl):
-    """The reference on a CPU, Triton's kernel on a GPU; the reference for larger heads."""
+    """auto: the Triton kernel on a GPU; the reference on a CPU and for larger heads."""
     query, keys, values, lengths = draw([3], 9, head_size=257)
     got = decode_attention(query, keys, values, lengths, scaling=0.1)
     torch.testing.assert_close(got, by_rows(query, keys, values, lengths, 0.1, None))
@@ -209,7 +214,7 @@ def test_auto(impl):
             decode_attention(query, keys, values, lengths, scaling=0.1, impl=impl)
 
 
-def test_runs_where_there_are_no_values(impl):
+def test_runs_on_meta_and_fake_tensors(impl):
     query, keys, values, lengths = draw([3, 4], 9)
     if impl == "reference":
         on_meta = [x.to("meta") for x in (query, keys, values, lengths)]

@@ -17,7 +17,7 @@ from ppo_fast.rollout.speedups.fused_layers import fused_layers
 
 
 def qwen3(**changes):
-    """It norms each head's queries and keys."""
+    """Return a Qwen 3 model, which normalises each head's queries and keys."""
     sizes = {"num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "head_dim": 24}
     sizes |= {"num_key_value_heads": 2, "intermediate_size": 131, "vocab_size": 307} | changes
     config = AutoConfig.for_model("qwen3", initializer_range=0.15, **sizes)
@@ -31,7 +31,7 @@ def qwen3(**changes):
 
 
 def llama(**changes):
-    """With weights that a mistake would show in: biases, norms other than 1."""
+    """Return a Llama with biases, and norm weights other than 1, so that errors show."""
     config = tiny_config("llama", layers=3)
     config.update({"attention_bias": True, "mlp_bias": True} | changes)
     torch.manual_seed(0)
@@ -44,7 +44,7 @@ def llama(**changes):
 
 
 def with_exact_norms(model):
-    """Theirs compute in float32 whatever the weights are."""
+    """Make the norms compute in the weights' dtype; transformers' own compute in float32."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             eps, weight = module.variance_epsilon, module.weight
@@ -55,7 +55,7 @@ def with_exact_norms(model):
 
 
 def filled_cache(model, slots=5, capacity=40):
-    """Slots that hold 1, 8, 15, ... tokens of random keys and values."""
+    """Return a SlotCache with 1, 8, 15, ... tokens of random keys and values per slot."""
     config, dtype = model.text_config, model.dtype
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = SlotCache(config, slots, capacity)
@@ -72,8 +72,8 @@ def filled_cache(model, slots=5, capacity=40):
 @pytest.mark.parametrize("make", [llama, qwen3, lambda: llama(num_key_value_heads=4)])
 @pytest.mark.parametrize("isa", _C.instruction_sets())
 @torch.no_grad()
-def test_fused_layers_are_the_models_own(make, window, dtype, isa):
-    """States, keys and values, rows at different places; float32 within twice eager's error."""
+def test_fused_layers_equal_the_models_own(make, window, dtype, isa):
+    """States, keys and values of rows at different positions have at most twice eager's error."""
     model = LanguageModel(make().to(dtype))
     exact = LanguageModel(with_exact_norms(make().double()))
     for lm in (model, exact):
@@ -114,7 +114,7 @@ def test_fused_layers_are_the_models_own(make, window, dtype, isa):
 
 @torch.no_grad()
 def test_a_rows_bits_depend_on_the_row_alone(monkeypatch):
-    """Not on which rows come with it, or on the number of threads."""
+    """The bits do not depend on the other rows or on the number of threads."""
     monkeypatch.setattr(cpus, "usable_cpus", lambda: 7)
     model = LanguageModel(llama(intermediate_size=2048))  # work for several threads
     tokens = torch.tensor([3, 300, 41, 41, 7])

@@ -77,7 +77,7 @@ def test_compiles_as_one_graph(impl):
     torch.testing.assert_close(compiled(*operands, impl=impl), F.linear(*operands))
 
 
-def test_runs_where_there_are_no_values(impl):
+def test_runs_on_meta_and_fake_tensors(impl):
     if impl == "reference":
         x, weight = torch.randn(2, 3, 8, device="meta"), torch.randn(41, 8, device="meta")
         assert few_row_linear(x, weight, impl=impl).shape == (2, 3, 41)
@@ -88,7 +88,7 @@ def test_runs_where_there_are_no_values(impl):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("isa", _C.instruction_sets())
 def test_a_rows_bits_depend_on_the_row_alone(impl, dtype, isa):
-    """Not on which rows come with it, their number, or the number of threads."""
+    """The bits do not depend on the other rows, on their number, or on the number of threads."""
     if impl == "reference":
         pytest.skip("products of the BLAS")
     x, weight = torch.randn(11, 77).to(dtype), torch.randn(100, 77).to(dtype)
@@ -105,7 +105,7 @@ def test_a_rows_bits_depend_on_the_row_alone(impl, dtype, isa):
         _C.use_instruction_set(default)
 
 
-def test_rows_of_the_weight_may_lie_apart(impl):
+def test_rows_of_the_weight_may_be_strided(impl):
     x, weight = torch.randn(5, 33), torch.randn(80, 70)
     for part in (weight[:, :33], weight[::2, 37:], weight[3:4, :33]):
         expected = few_row_linear(x, part.contiguous(), impl=impl)
@@ -119,7 +119,7 @@ def test_raw_op(impl):
             torch.library.opcheck(op, (torch.randn(2, 3, 8), torch.randn(41, 8), bias))
 
 
-def test_auto_asks_the_blas_where_rows_are_many(impl, monkeypatch):
+def test_auto_uses_the_blas_for_many_rows(impl, monkeypatch):
     from ppo_fast.ops.backends import library
 
     calls = []

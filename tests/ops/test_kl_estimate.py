@@ -1,4 +1,4 @@
-"""kl_estimate against its formulas token by token, and against what makes an estimator right."""
+"""kl_estimate against its formulas token by token, and its expectation against the exact KL."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_gradcheck_of_the_reference(estimator):
 @each_impl
 @each_estimator
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 1e30])
-def test_what_stands_under_the_mask_never_travels(impl, estimator, poison):
+def test_masked_values_do_not_reach_estimate_or_gradients(impl, estimator, poison):
     logprobs, ref, mask, upstream = batch(dtype=torch.float32)
     with torch.no_grad():
         logprobs[~mask], ref[~mask] = -poison, poison
@@ -111,7 +111,8 @@ def test_what_stands_under_the_mask_never_travels(impl, estimator, poison):
 @each_impl
 @each_estimator
 def test_expectations_by_enumeration(impl, estimator):
-    """Over all tokens of a small vocabulary: which estimators have the KL, which its gradient."""
+    """The expectation over a small vocabulary shows which estimators have the value of the KL, and
+    which its gradient."""
     logits, ref_logits = torch.randn(2, 1, 6, generator=generator(1), dtype=WIDE).unbind()
     logits.requires_grad_()
     logprobs, ref = logits.log_softmax(-1), ref_logits.log_softmax(-1)
@@ -142,7 +143,7 @@ def test_equal_policies_give_exactly_zero(impl, estimator):
 
 @each_impl
 def test_k3_near_zero_is_not_lost_to_rounding(impl):
-    """exp(-d) - 1 + d in float32 without expm1 errs by 6e-8 here, forty times the value."""
+    """In float32 without expm1, exp(-d) - 1 + d has an error of 6e-8, forty times its value."""
     d = torch.tensor([[5e-5]])
     out = kl_estimate(d, torch.zeros(1, 1), estimator="k3", impl=impl)
     assert out.item() == pytest.approx(VALUE["k3"](5e-5), abs=4e-12)
@@ -150,7 +151,7 @@ def test_k3_near_zero_is_not_lost_to_rounding(impl):
 
 @pytest.mark.parametrize("impl", compiled("kl_estimate"))
 def test_k3_of_any_difference(impl):
-    """Value and slope, over everything that exp can hold in float32."""
+    """Compare value and slope over the range where exp is finite in float32."""
     d = torch.cat([torch.linspace(-88.7, 88.7, 999), torch.linspace(-0.5, 0.5, 999)])[None]
     d.requires_grad_()
     out = kl_estimate(d, torch.zeros_like(d), estimator="k3", impl=impl)
@@ -221,7 +222,7 @@ def test_rows_longer_than_what_a_kernel_takes_at_once(impl, estimator):
 
 @each_impl
 @each_estimator
-def test_a_gradient_under_the_mask_goes_nowhere(impl, estimator):
+def test_incoming_gradients_at_masked_tokens_are_ignored(impl, estimator):
     logprobs, ref, mask, upstream = batch()
     out = kl_estimate(logprobs, ref, mask=mask, estimator=estimator, impl=impl)
     out.backward(upstream.masked_fill(~mask, math.nan))
@@ -292,7 +293,7 @@ def test_opcheck(estimator, masked, with_slope):
     assert slope.shape == ((3, 5) if with_slope else (0,))
 
 
-def test_raw_op_checks_what_it_hands_to_the_kernel():
+def test_raw_op_checks_the_arguments_of_the_kernel():
     x = torch.ones(2, 3)
     for name, arguments in {
         "ref_logprobs": (x, x[:, :2], None),

@@ -1,4 +1,4 @@
-"""What Triton's real launcher hands to the driver, on a GPU that is not there."""
+"""The arguments that Triton's real launcher passes to a stub of the GPU's driver."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def codes_by_kernel(launched: list[Launched]) -> dict[str, set[int]]:
 
 
 @pytest.mark.slow
-def test_lengths_and_numbers_compile_nothing_anew(name):
+def test_other_lengths_and_numbers_do_not_recompile(name):
     random = torch.Generator().manual_seed(0)
     launched = []
     for i in range(50):
@@ -59,7 +59,7 @@ def test_sizes_are_int64_and_numbers_float32(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("aligned", [True, False])
-def test_logits_are_addressed_from_16_bytes_on(name, aligned):
+def test_addresses_of_logits_are_multiples_of_16_bytes(name, aligned):
     for dtype in CASES[name].dtypes:
         for launch in launches(name, Example(6, 507, dtype, aligned)):
             if "logits" in launch.arguments:
@@ -68,7 +68,7 @@ def test_logits_are_addressed_from_16_bytes_on(name, aligned):
 
 
 @pytest.mark.parametrize("more", [0, 1])
-def test_more_elements_than_int32_counts(name, more):
+def test_more_elements_than_int32_can_index(name, more):
     dtype = CASES[name].dtypes[-1]
     small = launches(name, Example(6, 4096 + more, dtype, aligned=True))
     large = launches(name, Blank(2**17 + more, 2**15 + more, dtype))
@@ -80,10 +80,10 @@ def test_more_elements_than_int32_counts(name, more):
 
 
 @pytest.mark.parametrize("size", [(6, 507), (1, 1), (0, 507), (0, 0), (6, 0)])
-def test_outputs_are_what_the_fake_kernel_promises(name, size):
+def test_outputs_have_the_shapes_of_the_fake_kernel(name, size):
     folder, _, function = CASES[name].launcher.partition("/")
     if size[1] == 0 and folder in ("logprobs", "linear_logprobs", "sample_tokens"):
-        pytest.skip("there is no vocabulary of nothing")
+        pytest.skip("an empty vocabulary is refused")
     with FakeTensorMode():
         _, arguments = CASES[name].prepare(Blank(*size, FLOAT32))
         promised = getattr(library, function)["triton"](*arguments)
@@ -91,7 +91,7 @@ def test_outputs_are_what_the_fake_kernel_promises(name, size):
         returned = CASES[name].run(*size)
     for got, expected in zip(as_tuple(returned), as_tuple(promised), strict=True):
         assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
-    # CUDA refuses a grid of nothing.
+    # CUDA refuses a grid of size 0.
     assert all(launch.grid[0] > 0 for launch in launched)
 
 

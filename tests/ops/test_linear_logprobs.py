@@ -22,7 +22,7 @@ pytestmark = pytest.mark.parametrize("impl", implementations("linear_logprobs"))
 
 
 def true_head(hidden, weight, bias, scale, cap):
-    """Float64 logits, and d logits / d (W h + b), by the formulas."""
+    """Compute logits in float64, and d logits / d (W h + b), by the formulas."""
     z = hidden.double() @ weight.double().T
     if bias is not None:
         z = z + bias.double()
@@ -34,8 +34,8 @@ def true_head(hidden, weight, bias, scale, cap):
 
 
 def truth(hidden, weight, labels, bias, mask, t, scale, cap, a, b):
-    """l, H and the gradients of hidden, weight and bias in float64; and how far these may move
-    where the gradient of the logits is stored in half precision."""
+    """Compute l, H and the gradients of hidden, weight and bias in float64, and the allowed error
+    of these gradients where the gradient of the logits is stored in half precision."""
     stored_in = hidden.dtype if TRITON and hidden.dtype == weight.dtype else torch.float32
     hidden = torch.where(mask[:, None], hidden.detach().double(), 0.0)
     weight = weight.detach().double()
@@ -48,7 +48,7 @@ def truth(hidden, weight, labels, bias, mask, t, scale, cap, a, b):
 
 
 def eager(hidden, weight, labels, bias, mask, t, scale, cap, a, b):
-    """What one writes by hand, on operands upcast to float32: outputs and gradients."""
+    """Compute outputs and gradients in plain PyTorch, on operands converted to float32."""
     double = torch.float64 in (hidden.dtype, weight.dtype)
     work = torch.float64 if double else torch.float32
     h = torch.where(mask[:, None], hidden.detach(), 0.0).to(work).requires_grad_()
@@ -189,7 +189,7 @@ def test_masked_hidden_states_reach_no_gradient(impl):
         h, w = hidden[keep].clone().requires_grad_(), weight.clone().requires_grad_()
         bias = torch.zeros(41, requires_grad=True)
         out = linear_logprobs(h, w, labels[keep], bias=bias, mask=mask[keep], impl=impl)
-        # Nor does a loss that turns into NaN there.
+        # Nor does a NaN of the loss at a masked token.
         upstream = torch.where(mask[keep], torch.tensor([2.0, 1, 1, -3])[keep], math.nan)
         torch.autograd.backward([out.logprobs, out.entropy], [upstream, upstream])
         grads.append((w.grad, bias.grad, h.grad[mask[keep]]))

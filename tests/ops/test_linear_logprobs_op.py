@@ -1,4 +1,4 @@
-"""linear_logprobs as an op: compilers, tensors without values, and what it refuses."""
+"""linear_logprobs as an op: compilers, meta and fake tensors, and refused inputs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_compiles_as_one_graph(impl):
         torch.testing.assert_close(got, expected)
 
 
-def test_runs_where_there_are_no_values(impl):
+def test_runs_on_meta_and_fake_tensors(impl):
     if impl == "reference":
         hidden = torch.randn(2, 3, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
         weight = torch.randn(41, 8, device="meta", requires_grad=True)
@@ -112,7 +112,7 @@ def test_a_subclass_of_tensor_is_refused_and_a_parameter_is_not(impl):
 
 
 class Unseen(TorchDispatchMode):
-    """Raises where a value would be read on the host."""
+    """Raises an error where a value would be read on the host."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         reads = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select")

@@ -22,7 +22,7 @@ LAYOUTS = ["contiguous", "sliced", "transposed", "every other row"]
 
 
 def layout_of(values: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same [N, V] numbers with other strides."""
+    """Return the same [N, V] numbers with other strides."""
     n, v = values.shape
     if layout == "sliced":
         base = values.new_full((n, v + 3), math.nan)
@@ -38,7 +38,7 @@ def layout_of(values: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 def eager(logits, labels, mask, t, a, b):
-    """What one writes by hand, on inputs upcast to float32: outputs and gradient."""
+    """Compute outputs and gradient in plain PyTorch, on inputs converted to float32."""
     work = torch.float64 if logits.dtype == torch.float64 else torch.float32
     x = torch.where(mask[:, None], logits.detach(), 0.0).to(work).requires_grad_()
     log_p = torch.log_softmax(x / t, -1)
@@ -49,7 +49,7 @@ def eager(logits, labels, mask, t, a, b):
 
 
 def hold_against_truth(logits, labels, mask, t, impl, *, pass_mask=True, seed=0):
-    """Forward and gradient, with random upstream gradients."""
+    """Compare outputs and gradient with float64, for random upstream gradients."""
     a, b = torch.randn(2, len(logits), generator=generator(seed))
     before = logits.detach().clone()
     logits = logits.detach().requires_grad_()
@@ -248,7 +248,7 @@ def test_compiles_as_one_graph(impl):
             torch.testing.assert_close(got, expected)
 
 
-def test_runs_where_there_are_no_values(impl):
+def test_runs_on_meta_and_fake_tensors(impl):
     if impl == "reference":
         logits = torch.randn(2, 3, 41, device="meta", dtype=torch.bfloat16, requires_grad=True)
         labels = torch.zeros(2, 3, dtype=torch.int64, device="meta")
@@ -296,7 +296,7 @@ def test_errors_name_the_argument(impl, arguments, options, error, message):
 @pytest.mark.parametrize("label", [5, -100])
 def test_labels_out_of_range(impl, label):
     labels = torch.tensor([0, label])
-    if labels.is_cuda:  # to look at it would wait for the device
+    if labels.is_cuda:  # checking the labels would wait for the device
         out = logprobs_from_logits(LOGITS, labels, impl=impl)
         assert out.logprobs.isnan().tolist() == [False, True]
         return

@@ -1,4 +1,4 @@
-"""What only the C++ kernels of the log-prob ops promise: bits, layouts, raw ops, drop_zero_rows."""
+"""Guarantees of the C++ kernels of the log-prob ops: bits, layouts, raw ops, drop_zero_rows."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def threads(count: int):
 
 
 def run(logits, labels, a, b, **options):
-    """Log-probs, entropies and gradient."""
+    """Return log-probs, entropies and gradient."""
     logits = logits.detach().requires_grad_()
     out = logprobs_from_logits(logits, labels, impl="cpp", **options)
     return (*out, torch.autograd.grad(list(out), logits, [a, b])[0])
@@ -57,7 +57,7 @@ def run(logits, labels, a, b, **options):
 @pytest.mark.parametrize("name", instruction_sets())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("v", [41, 1023, 5003])  # within a chunk, and over several
-def test_every_instruction_set_keeps_to_the_budget(name, dtype, v):
+def test_every_instruction_set_is_within_the_error_budget(name, dtype, v):
     logits, labels = (torch.randn(7, v) * 5).to(dtype), torch.randint(v, (7,))
     work = torch.float64 if dtype == torch.float64 else torch.float32
     a, b = torch.randn(2, 7, dtype=work)
@@ -85,7 +85,7 @@ def test_an_unknown_instruction_set_is_refused():
 @pytest.mark.parametrize("name", instruction_sets())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_bits_of_a_row_depend_on_the_row_alone(name, dtype):
-    """Not on its neighbours, its place in memory (every alignment) or the number of threads."""
+    """The bits do not depend on other rows, the alignment in memory or the number of threads."""
     v = 1500
     logits, labels = (torch.randn(33, v) * 4).to(dtype), torch.randint(v, (33,))
     a, b = torch.randn(2, 33)
@@ -133,9 +133,9 @@ def test_offsets_beyond_32_bits():
     torch.testing.assert_close(out.logprobs.double(), truth[0], rtol=0, atol=1e-5)
 
 
-def test_a_label_outside_the_vocabulary_reads_nothing():
-    """The public function refuses it; under a compiler nobody has looked."""
-    logits, labels = torch.randn(3, 41), torch.tensor([7, -1, 41])  # the last one at the very end
+def test_a_label_outside_the_vocabulary_reads_no_memory():
+    """The public function refuses such labels; in compiled code they are not checked."""
+    logits, labels = torch.randn(3, 41), torch.tensor([7, -1, 41])  # 41 is just beyond
     logprobs, entropy, stats = torch.ops.ppo_fast.logprobs_forward_cpp.default(
         logits, labels, None, 1.0, True
     )
@@ -187,7 +187,7 @@ def test_opcheck_linear_logprobs(budget, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("budget", [0, 4 * 9 * 1500, 2**28])  # rows of kept and of made tiles
+@pytest.mark.parametrize("budget", [0, 4 * 9 * 1500, 2**28])  # kept and recomputed tiles
 @pytest.mark.parametrize("tile_bytes", [4 * 6 * 50, 4 * 9 * 1100, 2**23])
 def test_rows_without_gradient_are_dropped(monkeypatch, tile_bytes, budget, masked):
     monkeypatch.setattr(linear_cpp, "_TILE_BYTES", tile_bytes)
@@ -235,7 +235,7 @@ def test_all_rows_without_gradient(which):
 
 
 def test_tiles_are_kept_within_the_budget():
-    """Only where a gradient may be asked for, and never more than the logits themselves."""
+    """Tiles are kept only if a gradient may be needed, and take at most the size of the logits."""
     weight, labels = torch.randn(41, 8), torch.zeros(5, dtype=torch.int64)
     sizes = []
 
@@ -255,7 +255,7 @@ def test_tiles_are_kept_within_the_budget():
     assert kept.nbytes == 400
 
 
-def test_a_bad_row_travels_as_nan_and_harms_no_other():
+def test_a_row_with_nan_or_inf_gives_nan_and_leaves_other_rows_unchanged():
     logits = torch.randn(5, 1500)
     logits[0, 3], logits[1, 700], logits[2] = math.nan, math.inf, -math.inf
     labels = torch.tensor([0, 1, 2, 3, 4])
@@ -264,7 +264,7 @@ def test_a_bad_row_travels_as_nan_and_harms_no_other():
         assert values.isnan().tolist() == [True, True, True, False, False]
 
 
-def test_inductor_takes_the_public_function():
+def test_inductor_compiles_the_public_function():
     compiled = torch.compile(logprobs_from_logits, fullgraph=True)
     logits, labels = torch.randn(3, 41, requires_grad=True), torch.tensor([3, 0, 40])
     grads = []

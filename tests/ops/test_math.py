@@ -55,7 +55,7 @@ def apply(functions, name, x, dtype):
 
 
 def every_exponent() -> np.ndarray:
-    """A million floats: every sign and exponent, and the places where the ranges meet."""
+    """Return a million floats: every sign and exponent, and the borders of math.hpp's ranges."""
     bits = np.arange(0, 2**32, 4099, dtype=np.uint64).astype(np.uint32)
     edges = [0.0, -0.0, 1.0, 88.7228, 88.7229, -87.336, -87.337, -126.0, -127.0, 25.0, 0.625, 10.0]
     near = [np.nextafter(np.float32(e), np.float32(d)) for e in edges for d in (-np.inf, np.inf)]
@@ -107,7 +107,7 @@ def test_halves_are_widened_exactly(functions, half):
 
 @pytest.mark.parametrize("half", ["bfloat16", "float16"])
 def test_floats_are_rounded_to_the_nearest_half(functions, half):
-    """Also on ties, which every_exponent hardly meets: all halves and their midpoints."""
+    """Test ties too, which every_exponent rarely has: all halves and their midpoints."""
     bits = torch.arange(2**15 - 1, dtype=torch.int32).to(torch.int16)
     halves = bits.view(getattr(torch, half)).double()
     middle = ((halves[1:] + halves[:-1]) / 2).float().numpy()

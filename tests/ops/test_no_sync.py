@@ -1,4 +1,4 @@
-"""A whole update on tensors without values: whatever would wait for a device raises there."""
+"""An update on meta and fake tensors, where reading a value on the host raises an error."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ Make = Callable[..., Tensor]
 
 
 def update(make: Make, aggregation: str, impl: str) -> Tensor:
-    """Forward and backward through the ops of an update; returns the loss, which nobody has read.
+    """Run the ops of an update forward and backward; return the loss, which was not read.
 
-    On fake CUDA tensors forward alone where there is no GPU: neither autograd nor indexing takes
-    them there, whatever PyTorch was built with.
+    Without a GPU, fake CUDA tensors run forward only: neither autograd nor indexing accepts them,
+    whatever PyTorch was built with.
     """
     hidden, weight, values = make(B, T, D), make(V, D), make(B, T)
     leaves = (hidden, weight, values) if has_autograd(hidden) else ()
@@ -84,15 +84,15 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @AGGREGATIONS
-def test_an_update_never_looks_at_a_value(aggregation):
+def test_an_update_reads_no_value_on_the_host(aggregation):
     loss = update(meta, aggregation, "auto")
-    with pytest.raises(RuntimeError):  # what a look at a value does on this device
+    with pytest.raises(RuntimeError):  # reading a value on this device
         loss.item()
 
 
 @needs_triton
 @AGGREGATIONS
-def test_the_launchers_of_an_update_never_look_at_a_value(aggregation, monkeypatch):
+def test_the_launchers_of_an_update_read_no_value_on_the_host(aggregation, monkeypatch):
     from stub_gpu import stub_gpu
 
     monkeypatch.setitem(FASTEST, "meta", "triton")
@@ -109,7 +109,7 @@ def fake_cuda(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 @needs_triton
 @pytest.mark.parametrize("impl", ["auto", "triton"])
 @AGGREGATIONS
-def test_an_update_on_a_gpu_never_looks_at_a_value(aggregation, impl):
+def test_an_update_on_a_gpu_reads_no_value_on_the_host(aggregation, impl):
     with FakeTensorMode():
         loss = update(fake_cuda, aggregation, impl)
         assert loss.device.type == "cuda"
@@ -118,7 +118,7 @@ def test_an_update_on_a_gpu_never_looks_at_a_value(aggregation, impl):
 
 
 def use_logits(make: Make, dtype: torch.dtype, impl: str) -> None:
-    """The ops on logits, forward and backward as above."""
+    """Run the ops on logits, forward and backward as ``update`` does."""
     logits = make(B, T, V, dtype=dtype)
     logits.requires_grad_(has_autograd(logits))
     labels, mask = make(B, T, dtype=torch.int64), make(B, T, dtype=torch.bool)
@@ -138,14 +138,14 @@ def use_logits(make: Make, dtype: torch.dtype, impl: str) -> None:
 @needs_triton
 @pytest.mark.parametrize("impl", ["auto", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_ops_on_logits_on_a_gpu_never_look_at_a_value(dtype, impl):
+def test_ops_on_logits_on_a_gpu_read_no_value_on_the_host(dtype, impl):
     with FakeTensorMode():
         use_logits(fake_cuda, dtype, impl)
 
 
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_launchers_on_logits_never_look_at_a_value(dtype, monkeypatch):
+def test_launchers_on_logits_read_no_value_on_the_host(dtype, monkeypatch):
     from stub_gpu import stub_gpu
 
     monkeypatch.setitem(FASTEST, "meta", "triton")
@@ -155,7 +155,7 @@ def test_launchers_on_logits_never_look_at_a_value(dtype, monkeypatch):
 
 
 def attend(make: Make, dtype: torch.dtype, impl: str) -> None:
-    """A decoding step's attention."""
+    """Run the attention of a decoding step."""
     query, lengths = make(B, 4, D, dtype=dtype), make(B, dtype=torch.int64)
     keys, values = (make(B, 600, 2, D, dtype=dtype) for _ in range(2))
     for window in (None, 5):
@@ -166,18 +166,18 @@ def attend(make: Make, dtype: torch.dtype, impl: str) -> None:
 @needs_triton
 @pytest.mark.parametrize("impl", ["auto", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_on_a_gpu_never_looks_at_a_value(dtype, impl):
+def test_attention_on_a_gpu_reads_no_value_on_the_host(dtype, impl):
     with FakeTensorMode():
         attend(fake_cuda, dtype, impl)
 
 
-def test_the_reference_of_attention_never_looks_at_a_value():
+def test_the_reference_of_attention_reads_no_value_on_the_host():
     attend(meta, torch.float32, "reference")
 
 
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_launchers_of_attention_never_look_at_a_value(dtype, monkeypatch):
+def test_launchers_of_attention_read_no_value_on_the_host(dtype, monkeypatch):
     from stub_gpu import stub_gpu
 
     monkeypatch.setitem(FASTEST, "meta", "triton")

@@ -74,7 +74,7 @@ RARE_WORDS = [
 @IMPLS
 @pytest.mark.parametrize(("seed", "token", "noise"), RARE_WORDS)
 def test_draws_with_rare_words(impl, seed, token, noise):
-    """The other token is drawn when it is worth a little more, and not when a little less."""
+    """The other token is drawn if its noisy logit is slightly larger, not if slightly smaller."""
     assert python_noise(seed, 0, token) == pytest.approx(noise, rel=1e-6)
     other = 0 if token > 3 else 1
     logits = torch.full((2, token + 1), -math.inf)
@@ -98,8 +98,8 @@ def test_draws_count_the_low_32_bits_of_the_position_and_all_of_the_seed(impl):
 
 @IMPLS
 def test_the_smaller_id_is_drawn_on_a_tie(impl):
-    """At 1e9 the step of float32 is 64: the noise is lost, and all are equal. At 1e8 it is 8:
-    noise above 4 lifts the first token to the last, which is likelier without it."""
+    """At 1e9 float32 numbers are 64 apart: the noise is lost, and all are equal. At 1e8 they are 8
+    apart: noise above 4 raises the first token to the logit of the last, which is larger."""
     n = draws(50)
     flat = torch.full((n, 300), 1e9)
     flat[:, :5] = -math.inf
@@ -174,7 +174,7 @@ def test_a_row_does_not_depend_on_the_others(impl, options, v):
 
 @IMPLS
 def test_more_rows_than_one_block(impl):
-    """At this vocabulary the reference draws for a few rows at a time."""
+    """With this vocabulary size the reference draws for a few rows at a time."""
     b = 2 if INTERPRETED else 11
     logits, (seeds, positions) = torch.randn(b, 50257), rows(b)
     together = sample_tokens(logits, seeds, positions, impl=impl)
@@ -187,7 +187,7 @@ def test_more_rows_than_one_block(impl):
 
 @IMPLS
 @pytest.mark.parametrize("options", [{"top_k": 8}, {"top_p": 0.6}, {"top_k": 20, "top_p": 0.7}])
-def test_truncation_does_not_move_a_draw_that_survives(impl, options):
+def test_truncation_does_not_change_a_draw_that_it_keeps(impl, options):
     n = 10 if INTERPRETED else 200
     logits, (seeds, positions) = torch.randn(n, 41), rows(n)
     free = sample_tokens(logits, seeds, positions, impl=impl)
@@ -222,7 +222,7 @@ def test_truncation_keeps_the_smallest_set(impl, logits, options, kept):
     out = sample_tokens(torch.tensor(logits).expand(n, -1), *rows(n), impl=impl, **options)
     drawn = set(out.tokens.tolist())
     assert drawn <= kept
-    assert drawn == kept or INTERPRETED  # which draws too few
+    assert drawn == kept or INTERPRETED  # the interpreter draws too few tokens to meet every one
     if len(set(torch.tensor(logits)[list(kept)].tolist())) == 1:
         expected = torch.full((n,), -math.log(len(kept)))
         torch.testing.assert_close(out.sampling_logprobs, expected, rtol=0, atol=1e-6)
@@ -231,8 +231,8 @@ def test_truncation_keeps_the_smallest_set(impl, logits, options, kept):
 @IMPLS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tied", [-3.0, 0.0, 3.0])
-def test_ties_at_the_edge_are_told_apart_whatever_their_bits(impl, dtype, tied):
-    """Below 0 the order of numbers is not that of their bits."""
+def test_ties_at_the_truncation_boundary_keep_the_smaller_ids(impl, dtype, tied):
+    """Negative floats compared as integers have the reverse order."""
     logits = torch.tensor([[tied - 1.5] * 3 + [tied] * 5 + [tied + 1.0]], dtype=dtype)
     for kept, options in ((3, {"top_k": 3}), (2, {"top_p": 0.4})):
         out = sample_tokens(logits, *rows(1), impl=impl, **options)
@@ -262,11 +262,11 @@ def test_impossible_tokens_are_never_drawn(impl):
         (3e38, (0, 4), r"logits: row 0 holds \+inf, before or after division"),
     ],
 )
-def test_a_row_without_a_distribution_is_named(impl, options, fill, where, message):
+def test_a_row_without_finite_logits_is_named_in_the_error(impl, options, fill, where, message):
     logits = torch.zeros(3, 5)
     logits[where] = fill
     options = {"temperature": 0.5, **options}
-    if logits.is_cuda:  # to look at it would wait for the device
+    if logits.is_cuda:  # checking the logits would wait for the device
         out = sample_tokens(logits, *rows(3), impl=impl, **options)
         named = int(message.split()[2])
         assert out.logprobs.isnan().tolist() == [row == named for row in range(3)]
@@ -296,7 +296,7 @@ def test_compiles_as_one_graph(impl, options):
 
 @IMPLS
 @pytest.mark.parametrize("options", [{}, {"top_k": 5, "top_p": 0.9}])
-def test_runs_where_there_are_no_values(impl, options):
+def test_runs_on_meta_and_fake_tensors(impl, options):
     if impl == "reference":
         index = torch.zeros(3, dtype=torch.int64, device="meta")
         out = sample_tokens(torch.zeros(3, 41, device="meta"), index, index, impl=impl, **options)

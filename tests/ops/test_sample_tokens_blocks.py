@@ -1,5 +1,5 @@
-"""What the kernels of sample_tokens do block by block, and the reference a row at a time: noise
-where bounds ask for it, and truncation without sorting."""
+"""Noise that bounds may skip, and truncation without sorting: the kernels of sample_tokens, which
+compute by blocks, against the reference."""
 
 from __future__ import annotations
 
@@ -45,8 +45,11 @@ def test_bounds_do_not_change_a_draw(impl, kind, t):
 
 
 def test_noise_of_every_token(impl):
-    """With logits -g, and a little more for one token: it is drawn where its noise is the
-    reference's. Tokens of extreme words stand for the conversion of a word to a float."""
+    """With logits -g, where g is the reference's noise, and a slightly larger logit for one token,
+    this token is drawn if the kernel's noise is the same.
+
+    The words with the largest and smallest noise test the conversion of a word to a float.
+    """
     v, extreme, ordinary = 4100, 4 if INTERPRETED else 100, 8 if INTERPRETED else 300
     many = reference.gumbel_noise(torch.arange(64), torch.full((64,), 5), v).flatten()
     found = torch.cat([many.topk(extreme).indices, many.topk(extreme, largest=False).indices])
@@ -60,7 +63,7 @@ def test_noise_of_every_token(impl):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "options", "dtype"), TRUNCATED)
-def test_truncation_is_the_references(impl, kind, options, dtype):
+def test_truncation_equals_the_references(impl, kind, options, dtype):
     b, v = 1 if INTERPRETED else 12, 5003
     logits, seeds, positions = logits_of(kind, b, v).to(dtype), torch.arange(b), torch.arange(b)
     options = {"temperature": 0.8, **options}
@@ -75,8 +78,8 @@ def test_truncation_is_the_references(impl, kind, options, dtype):
     ("options", "first", "count"),
     [({"top_k": 700}, 3700, 700), ({"top_k": 3}, 4094, 3), ({"top_p": 0.00242}, 4094, 3)],
 )
-def test_the_smaller_ids_of_equals_are_kept(impl, options, first, count):
-    """Ties that begin in one block and end in another."""
+def test_of_equal_logits_the_smaller_ids_are_kept(impl, options, first, count):
+    """Equal logits begin in one block and end in another."""
     b, v = 4 if INTERPRETED else 50, 5003
     logits = torch.full((b, v), -1.0)
     logits[:, first:] = 2.5
@@ -91,7 +94,7 @@ def test_the_smaller_ids_of_equals_are_kept(impl, options, first, count):
 @pytest.mark.parametrize("options", [{}, {"top_k": 30, "top_p": 0.6}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_layout_of_rows_does_not_matter(impl, options, dtype):
-    """Also to rows that start on 16 bytes (v a multiple of 8), and some that do not."""
+    """Test rows that start at multiples of 16 bytes (v a multiple of 8), and rows that do not."""
     b, v = 1 if INTERPRETED else 2, 2504
     logits, (seeds, positions) = logits_of("normal", b, v).to(dtype), rows(b)
     expected = sample_tokens(logits, seeds, positions, **options, impl=impl)

@@ -1,4 +1,4 @@
-"""What only the C++ kernel of sample_tokens does: skip noise by bounds, keep bits, read rows."""
+"""Guarantees of the C++ kernel of sample_tokens: noise skipped by bounds, bits, layouts."""
 
 from __future__ import annotations
 
@@ -64,8 +64,11 @@ def test_bounds_do_not_change_a_draw(instruction_set, kind, dtype):
 
 @pytest.mark.slow
 def test_noise_of_every_token(instruction_set):
-    """With logits -g, and a little more for one token: it is drawn where its noise is the
-    reference's. Tokens of extreme words stand for the conversion of a word to a float."""
+    """With logits -g, where g is the reference's noise, and a slightly larger logit for one token,
+    this token is drawn if the kernel's noise is the same.
+
+    The words with the largest and smallest noise test the conversion of a word to a float.
+    """
     v, extreme = 4100, 100
     many = reference.gumbel_noise(torch.arange(64), torch.full((64,), 5), v).flatten()
     found = torch.cat([many.topk(extreme).indices, many.topk(extreme, largest=False).indices])
@@ -80,7 +83,7 @@ def test_noise_of_every_token(instruction_set):
 @pytest.mark.slow
 @pytest.mark.parametrize("options", TRUNCATIONS)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_a_row_has_the_same_bits_wherever_it_stands(options, dtype):
+def test_a_row_has_the_same_bits_at_any_place_in_memory(options, dtype):
     b, v = 7, 5003
     logits = logits_of("normal", b, v).to(dtype)
     seeds, positions = torch.arange(b), torch.arange(b) + 3
@@ -107,7 +110,7 @@ def test_a_row_has_the_same_bits_wherever_it_stands(options, dtype):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("t", [1.0, 0.7])
 def test_logprobs_have_the_bits_of_the_log_prob_op(dtype, t):
-    """So that a ratio of the two is exactly 1."""
+    """The ratio of the two is then exactly 1."""
     logits, index = logits_of("normal", 9, 3001).to(dtype), torch.arange(9)
     out = sample_tokens(logits, index, index, temperature=t, impl="cpp")
     again = logprobs_from_logits(logits, out.tokens, temperature=t, entropy=False, impl="cpp")

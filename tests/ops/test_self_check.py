@@ -1,5 +1,5 @@
-"""The check of first use. In an ordinary process the C++ kernels stand where Triton's would, and
-the reference where there are none."""
+"""The check on first use. In an ordinary process the C++ kernels replace the Triton kernels, and
+the reference does where there is no C++ kernel."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ OUTPUTS = [
 
 @pytest.fixture(autouse=True)
 def gpu(impl, tmp_path, monkeypatch):
-    """The device, as first use takes it: a GPU on which nothing was checked yet."""
+    """Return the device, treated as a GPU on which nothing was checked yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(first_use, "_known", {})
     device = torch.get_default_device()
@@ -72,7 +72,7 @@ def gpu(impl, tmp_path, monkeypatch):
 
 @pytest.fixture
 def spoil(monkeypatch):
-    """spoil(raw op, change): its launcher's outputs, a tuple, go through ``change``."""
+    """Return spoil(raw op, change), which applies ``change`` to the launcher's outputs."""
 
     def patch(raw, change):
         launch = getattr(library, raw)["triton"]
@@ -102,7 +102,7 @@ def use_logprobs(device, **how):
 
 @contextmanager
 def old_interpreters_ignored():
-    """Within a block that records warnings: without those of Triton 3.4 and 3.6."""
+    """Within the block, ignore the warnings of Triton 3.4 and 3.6."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Conversion of an array", DeprecationWarning)
         yield
@@ -113,8 +113,8 @@ def next_process(monkeypatch):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_right_kernels_pass_without_another_choice(op, gpu, monkeypatch):
-    monkeypatch.setattr(dispatch, "_choose_by_device", never)  # within a check it would not end
+def test_correct_kernels_pass(op, gpu, monkeypatch):
+    monkeypatch.setattr(dispatch, "_choose_by_device", never)  # it would recurse
     result = check(op, gpu)
     assert result.ok
     assert 0 < result.error < 1e-2
@@ -122,7 +122,7 @@ def test_right_kernels_pass_without_another_choice(op, gpu, monkeypatch):
 
 
 @pytest.mark.parametrize(("op", "raw", "place"), OUTPUTS)
-def test_every_output_counts(op, raw, place, gpu, spoil):
+def test_an_error_in_any_output_fails_the_check(op, raw, place, gpu, spoil):
     def off(outputs):
         x = outputs[place]
         assert x.numel() > 0
@@ -133,7 +133,7 @@ def test_every_output_counts(op, raw, place, gpu, spoil):
     assert not check(op, gpu).ok
 
 
-def test_auto_falls_to_the_reference_with_one_warning(gpu, spoil, monkeypatch):
+def test_auto_falls_back_to_the_reference_with_one_warning(gpu, spoil, monkeypatch):
     spoil("logprobs_forward", logprobs_off)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -143,22 +143,22 @@ def test_auto_falls_to_the_reference_with_one_warning(gpu, spoil, monkeypatch):
             choice = choose("logprobs_from_logits", "auto", gpu)
     (warning,) = caught
     said = str(warning.message)
-    assert warning.filename == __file__  # who called the op
+    assert warning.filename == __file__  # the caller of the op
     assert "logprobs_from_logits" in said
     assert "logprobs (float32)" in said
-    assert "entropy" not in said  # is right
+    assert "entropy" not in said  # the entropy is correct
     assert "ppo-fast doctor" in said
     assert choice.impl == "reference"
     assert "logprobs (float32)" in choice.reason
     wanted = torch.log_softmax(logits, -1)[torch.arange(3), [1, 2, 3]]
     torch.testing.assert_close(out.logprobs, wanted)
-    # Other ops are judged by themselves.
+    # Other ops are checked separately.
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose("kl_estimate", "auto", gpu).impl == "triton"
 
 
-def test_an_explicit_impl_is_not_stopped(gpu, spoil, monkeypatch):
+def test_an_explicit_impl_is_used_without_a_check(gpu, spoil, monkeypatch):
     spoil("logprobs_forward", logprobs_off)
     monkeypatch.setattr(first_use, "check", never)
     logits, out = use_logprobs(gpu, impl="triton")
@@ -194,7 +194,7 @@ def test_a_kernel_that_raises_is_not_used_and_tried_again_later(gpu, monkeypatch
     assert choose("logprobs_from_logits", "auto", gpu).impl == "triton"
 
 
-def test_the_answer_is_remembered(gpu, monkeypatch):
+def test_the_result_is_remembered(gpu, monkeypatch):
     found = first_use.first_use("logprobs_from_logits", gpu)
     assert found.ok
     with monkeypatch.context() as later:
@@ -213,11 +213,11 @@ def test_the_answer_is_remembered(gpu, monkeypatch):
     assert len(json.loads(first_use.memory_path().read_text())) == 2
 
 
-def test_a_wrong_kernel_is_remembered_and_warned_of_in_each_process(gpu, spoil, monkeypatch):
+def test_a_wrong_kernel_is_remembered_and_each_process_warns(gpu, spoil, monkeypatch):
     spoil("logprobs_forward", logprobs_off)
     for _ in range(2):
         next_process(monkeypatch)
-        said = pytest.warns(RuntimeWarning, match="failed the check of their first use")
+        said = pytest.warns(RuntimeWarning, match="failed the check on first use")
         with said, old_interpreters_ignored():
             assert not first_use.first_use("logprobs_from_logits", gpu).ok
         monkeypatch.setattr(first_use, "check", never)
@@ -237,7 +237,7 @@ def test_a_wrong_kernel_is_remembered_and_warned_of_in_each_process(gpu, spoil, 
         b'{"a GPU": {"logprobs_from_logits": {"error": 0, "ok": "no", "detail": ""}}}',
     ],
 )
-def test_a_broken_memory_is_written_anew(gpu, text, monkeypatch):
+def test_a_damaged_file_of_results_is_rewritten(gpu, text, monkeypatch):
     path = first_use.memory_path()
     path.parent.mkdir()
     path.write_bytes(text)
@@ -247,7 +247,7 @@ def test_a_broken_memory_is_written_anew(gpu, text, monkeypatch):
     assert first_use.remembered("logprobs_from_logits", gpu) == found
 
 
-def test_a_folder_that_cannot_be_written_only_means_another_check(gpu, tmp_path, monkeypatch):
+def test_without_a_writable_folder_each_process_checks_again(gpu, tmp_path, monkeypatch):
     (tmp_path / "ppo_fast").write_text("is a file")
     calls = []
     monkeypatch.setattr(first_use, "check", lambda *_: calls.append(1) or Result(0.0, True, ""))
@@ -258,7 +258,7 @@ def test_a_folder_that_cannot_be_written_only_means_another_check(gpu, tmp_path,
     assert len(calls) == 2
 
 
-def test_writers_at_once_leave_a_whole_file(tmp_path):
+def test_concurrent_writers_leave_a_whole_file(tmp_path):
     result = Result(1e-7, True, "x" * 5000)
 
     def write(i):
@@ -270,7 +270,7 @@ def test_writers_at_once_leave_a_whole_file(tmp_path):
     assert [p.name for p in (tmp_path / "ppo_fast").iterdir()] == ["self_check.json"]
 
 
-def test_callers_at_once_check_once(gpu, monkeypatch):
+def test_concurrent_callers_check_once(gpu, monkeypatch):
     calls = []
 
     def slow(*_):
@@ -308,7 +308,7 @@ def test_compiled_callers_check_too(gpu, spoil):
     assert first_use.remembered("logprobs_from_logits", gpu).ok
 
 
-def test_a_compiled_caller_falls_to_the_reference(gpu, spoil):
+def test_a_compiled_caller_falls_back_to_the_reference(gpu, spoil):
     spoil("logprobs_forward", logprobs_off)
     logits, labels = torch.randn(3, 41, device=gpu), torch.tensor([1, 2, 3], device=gpu)
 
@@ -321,7 +321,7 @@ def test_a_compiled_caller_falls_to_the_reference(gpu, spoil):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stands for a machine without a GPU")
-def test_kernels_are_trusted_where_they_cannot_run_now(monkeypatch):
+def test_kernels_are_used_unchecked_while_they_cannot_run(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(first_use, "check", never)
     device = torch.device("cuda", 0)
@@ -337,7 +337,7 @@ def test_kernels_are_trusted_where_they_cannot_run_now(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stands for machines with other GPUs")
-def test_an_answer_holds_for_one_installation(monkeypatch):
+def test_a_result_holds_for_one_installation(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
     monkeypatch.setattr(first_use, "driver", lambda: "570.1")
@@ -364,8 +364,8 @@ def test_the_driver_where_it_is_hidden(monkeypatch):
     assert first_use.driver() == "of CUDA 12080"
 
 
-def test_no_draw_of_the_case_is_close(gpu):
-    """Kernels that round otherwise must draw the same tokens."""
+def test_no_draw_of_the_check_is_a_near_tie(gpu):
+    """Kernels with other rounding errors must draw the same tokens."""
     case = sample_tokens_check.case
     side = ("reference", torch.device("cpu"), torch.float32)
 

@@ -1,4 +1,4 @@
-"""Metrics merge like the tokens they came from, and are read with one host copy."""
+"""Merged metrics are those of all tokens together, and are read with one copy to the host."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_call_without_tokens_merges_neutrally():
         assert empty == {name: neutral[reduction] for name, reduction in layout.items()}
 
 
-def test_merge_refuses_what_does_not_fit():
+def test_merge_refuses_other_sizes():
     with pytest.raises(ValueError, match=r"got \[\]"):
         merge_stats(PPO_STATS, [])
     with pytest.raises(ValueError, match=rf"\[{len(PPO_STATS)}\], got \[\[{len(VALUE_STATS)}\]\]"):

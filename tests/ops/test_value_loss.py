@@ -64,7 +64,7 @@ def test_gradcheck_of_the_reference(clip):
 @each_impl
 @each_clip
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 1e38])
-def test_what_stands_under_the_mask_never_travels(impl, clip, poison):
+def test_masked_values_do_not_reach_loss_or_gradients(impl, clip, poison):
     clean, _ = batch(dtype=torch.float32)
     mask = clean["mask"]
     dirty = {k: x.detach().masked_fill(~mask, poison) for k, x in clean.items() if k != "mask"}
@@ -108,7 +108,7 @@ def test_splitting_a_step_changes_nothing(impl, clip, as_tensor):
 @each_impl
 @pytest.mark.parametrize("normalizer", [None, 9.0, torch.tensor(0)])
 @pytest.mark.parametrize("shape", [(3, 5), (0, 5), (3, 0)])
-def test_no_token_no_loss(impl, normalizer, shape):
+def test_without_valid_tokens_loss_and_gradient_are_zero(impl, normalizer, shape):
     values = torch.randn(shape, requires_grad=True)
     loss, metrics = value_loss(
         values,
@@ -127,7 +127,7 @@ def test_no_token_no_loss(impl, normalizer, shape):
 
 @each_impl
 def test_rounding_never_counts_as_clipping(impl):
-    """old + clamp(v - old) differs from v by rounding inside the range; v itself must be used."""
+    """In the clip range, old + clamp(v - old) differs from v by rounding: v itself must be used."""
     values = (1e-3 * torch.rand(40, 50)).requires_grad_()
     returns = 1e-3 * torch.rand(40, 50)
     loss, metrics = value_loss(
@@ -146,7 +146,7 @@ def test_rounding_never_counts_as_clipping(impl):
 
 @each_impl
 def test_equal_errors_keep_the_gradient(impl):
-    """v - R = 1 and v_c - R = -1, exact in binary: the unclipped error decides."""
+    """v - R = 1 and v_c - R = -1 are exact in binary: the unclipped error gives the gradient."""
     values = torch.tensor([[2.0]], requires_grad=True)
     loss, metrics = value_loss(
         values,
@@ -190,7 +190,7 @@ def test_error_budget(impl, clip):
 
 
 @each_impl
-def test_a_nan_at_a_valid_token_shows(impl):
+def test_a_nan_at_a_valid_token_gives_a_nan_loss(impl):
     tensors, _ = batch(B=3, T=40)
     with torch.no_grad():
         tensors["values"][1, 17] = math.nan
@@ -215,8 +215,8 @@ def test_a_normalizer_of_zero_counts_as_one(impl, zero):
 
 @each_impl
 @pytest.mark.parametrize("offset", [-9.0, 9.0])
-def test_masked_tokens_are_no_extrema(impl, offset):
-    """Longer than a vector, and every value on the same side of 0."""
+def test_masked_tokens_do_not_count_in_min_and_max(impl, offset):
+    """Rows are longer than a SIMD vector, and all values have the same sign."""
     tensors, _ = batch(B=3, T=40)
     tensors["values"] = tensors["values"].detach() + offset
     metrics = value_metrics(value_loss(**tensors, impl=impl).metrics)

@@ -139,7 +139,7 @@ def test_opcheck(changes, dtype, num_gradients):
     assert gradients.shape == (num_gradients, 3, 5)
 
 
-def test_raw_op_checks_what_it_hands_to_the_kernel():
+def test_raw_op_checks_the_arguments_of_the_kernel():
     tensors, _ = batch(dtype=torch.float32)
     for name in ("old_values", "returns"):
         for bad in (torch.ones(3, 4), torch.ones(3, 5).double()):

@@ -1,4 +1,4 @@
-"""whiten against exact rational statistics, and where others lose digits or divide by zero."""
+"""whiten against exact rational statistics, and on inputs that lose digits or have variance 0."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ppo_fast.ops.whiten import api, whiten
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-5} | ({} if TRITON else {torch.float64: 1e-12})
-ROUNDING = 1e-6 if TRITON else 1e-14  # of WIDE
+ROUNDING = 1e-6 if TRITON else 1e-14  # by the dtype WIDE
 DTYPES = [torch.float32] if TRITON else [torch.float32, torch.float64]
 
 each_impl = pytest.mark.parametrize("impl", implementations("whiten"))
@@ -29,7 +29,7 @@ each_kernel = pytest.mark.parametrize(
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Of the Triton kernels, so that few tokens are many blocks."""
+    """Make the Triton kernels' blocks small, so that a few tokens are many blocks."""
     if TRITON:
         kernels = importlib.import_module("ppo_fast.ops.whiten.triton")
         monkeypatch.setattr(kernels, "TOKENS", kernels.TOKENS._replace(block=32, num_warps=1))
@@ -74,7 +74,7 @@ def test_value(impl, seed, B, T, valid, scale, dtype):
 @each_impl
 @pytest.mark.parametrize("offset", [1e3, 1e5])
 def test_a_common_offset_costs_no_more_than_its_rounding(impl, offset):
-    """E[x^2] - E[x]^2 in float32 has no digit left of a variance of 1 here."""
+    """E[x^2] - E[x]^2 in float32 would lose all digits of the variance, which is 1 here."""
     values, mask = batch(B=7, T=63, dtype=torch.float32)
     values = values + offset
     torch.testing.assert_close(
@@ -83,8 +83,8 @@ def test_a_common_offset_costs_no_more_than_its_rounding(impl, offset):
 
 
 @each_impl
-def test_the_rounding_of_the_mean_is_taken_out(impl):
-    """The mean of such numbers, rounded, is off by a part in a thousand of their spread."""
+def test_the_rounding_error_of_the_mean_is_corrected(impl):
+    """Rounding the mean of such numbers gives an error of a thousandth of their spread."""
     values, mask = batch(B=7, T=63)
     values = values + (2e4 if TRITON else 1e13)
     out = whiten(values, mask=mask, impl=impl)
@@ -93,7 +93,7 @@ def test_the_rounding_of_the_mean_is_taken_out(impl):
 
 @each_impl
 def test_equal_values_whiten_to_zero(impl):
-    """The mean's rounding error must not be blown up to variance 1."""
+    """The mean's rounding error must not be scaled up to variance 1."""
     values = torch.full((5, 77), 123456.7)
     out = whiten(values, mask=torch.rand(5, 77) < 0.7, impl=impl)
     assert out.abs().max() < 1e-3
@@ -112,7 +112,7 @@ def test_nothing_to_whiten_gives_zeros(impl, tokens):
 
 @each_impl
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf, 1e38])
-def test_what_stands_under_the_mask_never_travels(impl, poison):
+def test_masked_values_do_not_reach_output_or_gradient(impl, poison):
     values, mask = batch(dtype=torch.float32)
     values.requires_grad_()
     dirty = values.detach().masked_fill(~mask, poison).requires_grad_()
@@ -209,7 +209,7 @@ def test_error_budget(impl, case, small_blocks):
 
 
 @each_kernel
-def test_a_gradient_under_the_mask_goes_nowhere(impl):
+def test_incoming_gradients_at_masked_tokens_are_ignored(impl):
     values, mask = batch()
     upstream = torch.randn(3, 5, dtype=WIDE)
     clean = run_all(values, mask, impl, upstream)
@@ -265,7 +265,7 @@ def test_opcheck(impl, dtype):
     torch.library.opcheck(backward, (values, whitened, mask, scale))
 
 
-def test_raw_ops_check_what_they_hand_to_the_kernels():
+def test_raw_ops_check_the_arguments_of_the_kernels():
     x = torch.ones(2, 3)
     whitened, scale = torch.ops.ppo_fast.whiten_cpp.default(x, x > 0)
     with pytest.raises(ValueError, match="mask: got"):

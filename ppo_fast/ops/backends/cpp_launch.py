@@ -31,6 +31,16 @@ def vouched_or_none(
     return None if tensor is None else vouched(name, tensor, shape, dtype)
 
 
+def written(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return ``tensor``, which a kernel writes to, as it is.
+
+    Raises ValueError where ``vouched`` does, and where a copy would be written in its place.
+    """
+    if vouched(name, tensor, shape, dtype) is tensor:
+        return tensor
+    raise ValueError(f"{name}: got strides {tensor.stride()}, expected a contiguous tensor")
+
+
 def address(tensor: Tensor | None) -> int:
     """Return the address of the first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

@@ -13,6 +13,7 @@ import os
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from ppo_fast.ops.backends import first_use
 from ppo_fast.ops.backends.impls import COMPILED, FASTEST, Impl, missing
@@ -29,8 +30,30 @@ def choose(op: str, impl: Impl, device: torch.device, dtype: torch.dtype = torch
     """Return the implementation that ``op`` uses for tensors of ``dtype`` on ``device``.
 
     Raises ValueError for an unknown ``impl``, NotImplementedError for one that ``op`` does not
-    have (or for Triton with float64), RuntimeError for one that cannot run here.
+    have (or for Triton with float64), RuntimeError for one that cannot run here, or where the op is
+    called under a transform of torch.func or forward-mode autograd, which only the reference knows.
     """
+    choice = _choose(op, impl, device, dtype)
+    if choice.impl != "reference" and (transform := _active_transform()):
+        raise RuntimeError(
+            f"{op}: its kernels cannot run under {transform}; use impl='reference', plain PyTorch"
+        )
+    return choice
+
+
+# Makes torch.compile call this function and use its result without tracing it. The attribute is
+# what torch.compiler.assume_constant_result sets; calling that would import torch._dynamo: slow.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _active_transform() -> str | None:
+    """Return the name of an active transform that kernels' addresses cannot see through, if any."""
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func (grad, vmap, jvp ...)"
+    return "forward-mode autograd" if forward_ad._current_level >= 0 else None
+
+
+def _choose(op: str, impl: Impl, device: torch.device, dtype: torch.dtype) -> Choice:
     named = os.environ.get("PPO_FAST_IMPL")
     if impl == "auto" and not named:
         return _choose_by_device(op, device, dtype)
@@ -54,11 +77,6 @@ def choose(op: str, impl: Impl, device: torch.device, dtype: torch.dtype = torch
     if device.type != wanted:
         raise RuntimeError(f"{source}: {op} got tensors on {device}, expected {wanted}")
     return Choice(impl, source)
-
-
-# Makes torch.compile call this function and use its result without tracing it. The attribute is
-# what torch.compiler.assume_constant_result sets; calling that would import torch._dynamo: slow.
-choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _triton_interpreted() -> bool:

@@ -80,9 +80,9 @@ def first_use(op: str, device: torch.device) -> Result:
         _known[op, device] = result
     if not result.ok:
         warnings.warn(
-            f"ppo_fast: {op} uses the slower reference on {device}, for its Triton kernels failed "
-            f"the check of their first use: {result.detail}. `ppo-fast doctor` checks again, "
-            "and what it finds is remembered.",
+            f"ppo_fast: {op} uses the slower reference on {device}, because its Triton kernels "
+            f"failed the check on first use: {result.detail}. `ppo-fast doctor` repeats the check "
+            "and stores the new result.",
             RuntimeWarning,
             stacklevel=5,  # the caller of the op
         )

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ppo_fast.ops.backends import library
 from ppo_fast.ops.backends.dispatch import choose
@@ -87,7 +86,6 @@ class _FewRowLinear(torch.autograd.Function):
         return library.few_row_linear["cpp"](x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         rows = grad.reshape(-1, weight.shape[0])

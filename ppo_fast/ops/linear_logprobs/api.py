@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import once_differentiable
 
 from ppo_fast.ops.backends import library
 from ppo_fast.ops.backends.dispatch import choose
 from ppo_fast.ops.backends.impls import Impl
+from ppo_fast.ops.gradient import differentiated_once
 from ppo_fast.ops.linear_logprobs import reference
 from ppo_fast.ops.logprobs import TokenLogprobs
 from ppo_fast.ops.validation import (
@@ -149,7 +149,7 @@ class _LinearLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once("linear_logprobs")
     def backward(
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:

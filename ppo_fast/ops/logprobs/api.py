@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ppo_fast.ops.backends import library
 from ppo_fast.ops.backends.dispatch import choose
 from ppo_fast.ops.backends.impls import Impl
+from ppo_fast.ops.gradient import differentiated_once
 from ppo_fast.ops.logprobs import reference
 from ppo_fast.ops.validation import (
     check_floating,
@@ -127,7 +127,7 @@ class _Logprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once("logprobs_from_logits")
     def backward(
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor | None, ...]:

@@ -168,7 +168,7 @@ def ppo_loss(
         num_gradients,
     )
     if num_gradients > 0:
-        loss = with_gradients(loss, gradients, logprobs, entropy)
+        loss = with_gradients(op, loss, gradients, logprobs, entropy)
     return PPOLoss(loss, metrics)
 
 
@@ -195,8 +195,8 @@ def _check_terms(
         raise ValueError(f"{op}: kl_coef is {kl_coef} but ref_logprobs is None; give it [B, T]")
     if kl_coef > 0 and kl_estimator == "k1":
         raise ValueError(
-            f"{op}: kl_estimator 'k1' as a loss term has an expected gradient of zero and would "
-            "hold nothing; use 'k1+k2', which has the same value"
+            f"{op}: kl_estimator 'k1' as a loss term has an expected gradient of zero, so "
+            "that it has no effect; use 'k1+k2', which has the same value"
         )
     check_number(op, "entropy_coef", entropy_coef)
     if entropy_coef != 0 and entropy is None:

@@ -93,5 +93,5 @@ def value_loss(
         num_gradients,
     )
     if num_gradients > 0:
-        loss = with_gradients(loss, gradients, values)
+        loss = with_gradients("value_loss", loss, gradients, values)
     return ValueLoss(loss, metrics)

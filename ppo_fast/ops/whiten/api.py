@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ppo_fast.ops.backends import library
 from ppo_fast.ops.backends.dispatch import choose
 from ppo_fast.ops.backends.impls import Impl
-from ppo_fast.ops.gradient import as_dtype, computed_in
+from ppo_fast.ops.gradient import as_dtype, computed_in, differentiated_once
 from ppo_fast.ops.validation import check_tokens
 from ppo_fast.ops.whiten import reference
 
@@ -63,6 +62,6 @@ class _Whiten(torch.autograd.Function):
         return whitened
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once("whiten")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return library.whiten_backward[ctx.impl](grad, *ctx.saved_tensors), None, None
