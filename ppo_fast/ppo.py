@@ -26,7 +26,7 @@ from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.step import Step
 from ppo_fast.diagnostics.memory_plan import MemoryPlan, plan_memory
 from ppo_fast.learning.learner import Learner
-from ppo_fast.learning.make_experience import check_first_ratio, make_experience, with_trunk
+from ppo_fast.learning.make_experience import check_agreement, make_experience, with_trunk
 from ppo_fast.models import setup
 from ppo_fast.models.attention import without_cudnn_attention
 from ppo_fast.models.checks import check_policy, check_tokenizer, context_limit, to_device
@@ -227,7 +227,7 @@ class PPO:
         times.append(time.perf_counter())
         metrics = self.update(experience, num_epochs)
         times.append(time.perf_counter())
-        check_first_ratio(self.policy, metrics["first_max_log_ratio"])
+        check_agreement(self.policy, self.config, metrics)
         parts = ("rollout", "experience", "update")
         for part, start, end in zip(parts, times, times[1:], strict=False):
             metrics[f"time/{part}"] = end - start

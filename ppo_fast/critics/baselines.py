@@ -23,7 +23,9 @@ class BatchBaseline:
     def values(
         self, tokens: Tokens, states: Tensor | None = None, trunk_states: Tensor | None = None
     ) -> Tensor:
-        raise NotImplementedError("a baseline's values come from scores: values_of_rollout")
+        raise NotImplementedError(
+            "critic='baseline' computes values from scores: call values_of_rollout"
+        )
 
     def values_of_rollout(
         self, rollout: Rollout, scores: Tensor, policy: LanguageModel, max_tokens: int
@@ -31,7 +33,7 @@ class BatchBaseline:
         if len(scores) == 1:
             warnings.warn(
                 "critic='baseline' with a batch of one: there is no other sequence to compare "
-                "with, so that nothing is learned from its score; use a larger batch or "
+                "with, and nothing is learned from its score; use a larger batch or "
                 "critic='head'",
                 stacklevel=4,
             )

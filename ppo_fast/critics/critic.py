@@ -92,7 +92,7 @@ class HeadCritic(_TrainedCritic):
         self, tokens: Tokens, states: Tensor | None = None, trunk_states: Tensor | None = None
     ) -> Tensor:
         if states is None:
-            raise ValueError("a value head needs the policy's states")
+            raise ValueError("states: got None; a value head needs the policy's states")
         masked = ~tokens.response_mask
         # before the head too: 0 * NaN would reach the gradient of its weight
         return self.module(states.masked_fill(masked[..., None], 0.0)).masked_fill(masked, 0.0)
@@ -163,9 +163,9 @@ class ModelCritic(_TrainedCritic):
         self.per_token = self._gives_a_value_a_token()
         if not self.per_token:
             warnings.warn(
-                f"value_model {type(module).__name__} gives one value a sequence: it is called on "
-                "the prompt alone and that value is the baseline of every token. A value a token "
-                "[B, L], as ppo_fast.ValueModel gives, learns faster.",
+                f"value_model {type(module).__name__} gives one value per sequence: it is called "
+                "on the prompt alone and that value is the baseline of every token. One value per "
+                "token [B, L], as ppo_fast.ValueModel gives, learns faster.",
                 stacklevel=3,
             )
 
@@ -189,7 +189,10 @@ class ModelCritic(_TrainedCritic):
             # for prompts of one token, [B, 1] is one value per sequence
             outputs = [out[0] if out.shape == (1,) else out for out in outputs]
         if any((out.dim() == 1) != self.per_token for out in outputs):
-            raise ValueError("value_model: returned a value a token on one call and not on another")
+            raise ValueError(
+                "value_model: returned one value per token in one call and one per sequence in "
+                "another"
+            )
         return outputs
 
     @torch.no_grad()

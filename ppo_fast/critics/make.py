@@ -10,9 +10,10 @@ from torch import nn
 from ppo_fast.config import PPOConfig
 from ppo_fast.critics.baselines import BatchBaseline
 from ppo_fast.critics.critic import Critic, HeadCritic, ModelCritic, TopCritic
+from ppo_fast.models.copies import copy_of_what_is_trained
 from ppo_fast.models.heads import TopValue, ValueHead
 from ppo_fast.models.language_model import LanguageModel
-from ppo_fast.models.setup import copy_of_what_is_trained, put_on_trunk
+from ppo_fast.models.setup import put_on_trunk
 
 
 def critic_name(config: PPOConfig, value_model: Any) -> str:
@@ -33,7 +34,7 @@ def which_critic(config: PPOConfig, value_model: Any) -> str:
             "torch.nn.Module; pass one, or config=PPOConfig(critic='head' or 'baseline')"
         )
     if value_model is not None and not any(p.requires_grad for p in value_model.parameters()):
-        raise ValueError("value_model: it has no weights to train; unfreeze some or pass None")
+        raise ValueError("value_model: has no weights to train; unfreeze some or pass None")
     if critic != "model" and value_model is not None:
         raise ValueError(
             f"value_model: got {type(value_model).__name__}, but critic={critic!r} uses none; "
@@ -66,12 +67,13 @@ def make_critic(
         )
     if policy.body is None:
         raise ValueError(
-            f"config.critic={critic!r}: the hidden states of {type(policy.model).__name__} cannot "
-            "be told from its logits; pass a value_model or use critic='baseline'"
+            f"config.critic={critic!r}: {type(policy.model).__name__} does not give access to its "
+            "hidden states; pass a value_model or use critic='baseline'"
         )
     hidden_size = policy.text_config.hidden_size
     if critic == "head":
         return HeadCritic(ValueHead(hidden_size).to(device))
     assert config.num_layers_unfrozen is not None
-    top = TopValue(copy_of_what_is_trained(policy.body), hidden_size).to(device)
+    body = copy_of_what_is_trained(policy.body, config.torch_dtype)
+    top = TopValue(body, hidden_size).to(device)
     return TopCritic(top, config.num_layers_unfrozen, compute_dtype=config.torch_dtype)

@@ -24,6 +24,8 @@ from ppo_fast.ops import gae, kl_estimate, whiten
 # (0.07 was seen on an H200).
 MOST_FIRST_LOG_RATIO = 1e-2
 MOST_FIRST_LOG_RATIO_HALF = 0.3
+# Bound of the mean difference between log-probs of decoding and of the update in half precision.
+MOST_MEAN_DIFFERENCE_HALF = 0.05
 
 
 @torch.no_grad()
@@ -79,6 +81,8 @@ def make_experience(
     lam = config.gae_lambda if critic.bootstraps else 1.0
     advantages, returns = gae(rewards, values.float(), mask=mask, gamma=config.gamma, lam=lam)
     metrics = experience_metrics(rollout, scores, old, ref, advantages)
+    if rollout.logprobs is not None and old is not rollout.logprobs:
+        metrics |= sampling_differences(rollout.logprobs, old, mask)
     if config.whiten_advantages:
         advantages = whiten(advantages, mask=mask)
     return Experience(
@@ -114,21 +118,44 @@ def computes_in_float32(policy: LanguageModel) -> bool:
     return (
         weight.dtype in (torch.float32, torch.float64)
         and policy.compute_dtype is None
+        and policy.own_autocast is None
         and not torch.is_autocast_enabled(weight.device.type)
         and not uses_tf32(weight.device)
     )
 
 
-def check_first_ratio(policy: LanguageModel, log_ratio: float) -> None:
-    """Warn if the largest log-ratio of a step's first minibatch is more than rounding explains."""
+def sampling_differences(sampled: Tensor, old: Tensor, mask: Tensor) -> dict[str, float]:
+    """Return the mean and max |difference| of the log-probs of decoding and of the update."""
+    differences = (sampled - old)[mask].abs()
+    return {
+        "sampling_logprob_difference": float(differences.mean()),
+        "sampling_logprob_difference_max": float(differences.max()),
+    }
+
+
+def check_agreement(policy: LanguageModel, config: PPOConfig, metrics: dict[str, float]) -> None:
+    """Warn where decoding and the update differ by more than rounding explains.
+
+    In a step's first minibatch all ratios are 1 but for rounding. Where the update does not take
+    the log-probs of decoding, this holds whatever decoding computed, which is compared apart.
+    """
     full = computes_in_float32(policy)
-    if log_ratio > (MOST_FIRST_LOG_RATIO if full else MOST_FIRST_LOG_RATIO_HALF):
-        warnings.warn(
-            f"the first minibatch's ratios are not 1: exp({log_ratio:.2g}) at most. Decoding and "
-            f"the update compute {type(policy.model).__name__} differently, and what is learned is "
-            "not to be trusted",
-            stacklevel=3,
-        )
+    ratio = metrics["first_max_log_ratio"]
+    mean = metrics.get("sampling_logprob_difference", 0.0)
+    largest = metrics.get("sampling_logprob_difference_max", 0.0)
+    if ratio > (MOST_FIRST_LOG_RATIO if full else MOST_FIRST_LOG_RATIO_HALF):
+        found = f"the first minibatch's ratios are not 1: exp({ratio:.2g}) at most"
+    elif full and config.trunk_dtype is None and largest > MOST_FIRST_LOG_RATIO:
+        found = f"log-probs of decoding and of the update differ by up to {largest:.2g}"
+    elif mean > MOST_MEAN_DIFFERENCE_HALF:
+        found = f"log-probs of decoding and of the update differ by {mean:.2g} in the mean"
+    else:
+        return
+    warnings.warn(
+        f"{found}. Decoding and the update compute {type(policy.model).__name__} differently, so "
+        "the training results are unreliable",
+        stacklevel=3,
+    )
 
 
 def experience_metrics(

@@ -48,9 +48,15 @@ def without_new_adapters(model: nn.Module) -> nn.Module:
 def merged_adapters(model: nn.Module) -> Iterator[None]:
     """Temporarily replace layers with adapters by plain layers, the adapters merged in.
 
-    The merged weights are copies. Quantised layers stay as they are.
+    The merged weights are copies. Quantised layers stay as they are, and so do layers with a
+    ``forward`` of the instance, which a copy would not bind to its own weights.
     """
-    adapted = [a for a in adapted_layers(model) if a.layer.base_layer.weight.is_floating_point()]
+    adapted = [
+        a
+        for a in adapted_layers(model)
+        if a.layer.base_layer.weight.is_floating_point()
+        and not any("forward" in vars(part) for part in a.layer.modules())
+    ]
     try:
         for parent, name, layer in adapted:
             merged = copy.deepcopy(layer)

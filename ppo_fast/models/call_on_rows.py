@@ -115,6 +115,6 @@ def _as_numbers(output: Tensor, rows: list[Tensor], what: str) -> Tensor:
     if output.shape not in ((n,), (n, width)):
         raise ValueError(
             f"{what} returned shape {list(output.shape)} for input_ids {[n, width]}; expected "
-            f"[{n}] or [{n}, 1] (a number a sequence) or [{n}, {width}] (a number a token)"
+            f"[{n}] or [{n}, 1] (one number per sequence) or [{n}, {width}] (one per token)"
         )
     return output.float() if output.dtype in (torch.float16, torch.bfloat16) else output

@@ -22,14 +22,14 @@ def check_policy(policy_model: Any) -> None:
     adapter: Any = getattr(policy_model, "active_peft_config", None)
     if getattr(adapter, "is_prompt_learning", False):
         raise TypeError(
-            f"policy_model: its adapter is a {type(adapter).__name__}, whose "
-            "virtual tokens stand before every prompt; use one that changes layers, as LoRA does"
+            f"policy_model: its adapter is a {type(adapter).__name__}, which puts virtual tokens "
+            "before every prompt; use an adapter that changes layers, as LoRA does"
         )
     head = getattr(policy_model, "get_output_embeddings", lambda: None)()
     if head is None or getattr(policy_model.config, "is_encoder_decoder", False):
         raise TypeError(
-            f"policy_model: {type(policy_model).__name__} is no causal language model; load it "
-            "with AutoModelForCausalLM.from_pretrained(...)"
+            f"policy_model: {type(policy_model).__name__} is not a causal language model; load "
+            "it with AutoModelForCausalLM.from_pretrained(...)"
         )
 
 

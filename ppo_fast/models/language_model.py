@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from ppo_fast.data.tokens import Tokens
 from ppo_fast.models.parts import body_of
+from ppo_fast.models.patching import uncompiled
 from ppo_fast.models.precision import HALF, computing_in, uses_tf32
+from ppo_fast.models.probe import Probed, probe, probe_tokens
 from ppo_fast.models.transformers_internals import (
     attention_of,
     cache_argument,
@@ -74,6 +76,8 @@ class LanguageModel:
         logits_budget_bytes: as linear_logprobs': logits kept for the backward pass.
 
     Attributes:
+        own_autocast: dtype of the autocast that the model's own forward enters, as that of a model
+            which accelerate has prepared does; None: it enters none.
         fused: whether log-probs are computed from hidden states and the LM head.
         reason: why (not).
         fused_differs: whether the fused path is not taken because its logits would differ.
@@ -103,7 +107,10 @@ class LanguageModel:
         k = num_layers_unfrozen
         self.split = None if k is None else Split(self.body, k)
         self.fused_differs = False
-        reason = self._fused_fails()
+        with computing_in(compute_dtype, self.device):
+            probed = probe(model)
+        self.own_autocast = probed.autocast
+        reason = self._fused_fails(probed)
         self.fused = reason is None
         self.reason = reason or "the body's states times the LM head equal the model's logits"
         if self.split is not None and (reason := self._split_fails()):
@@ -119,6 +126,11 @@ class LanguageModel:
     @property
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
+
+    @property
+    def tolerance(self) -> float:
+        """The largest relative difference between two of its passes that rounding explains."""
+        return tolerance(self.compute_dtype or self.own_autocast or self.dtype, self.device)
 
     def forward(self, tokens: Tokens, trunk_states: Tensor | None = None) -> Forward:
         """Run one pass over prompts and responses, from the tokens or from trunk states [B, L, D].
@@ -232,24 +244,12 @@ class LanguageModel:
                 return run(self.body, tokens, self.split, trunk_states).last_hidden_state, None
             if self.body is None:
                 return None, run(self.model, tokens).logits
-            with _output_of(self.body) as output:
+            with _output_of(self.body) as output, uncompiled(self.model, around=self.body):
                 logits = run(self.model, tokens, self.split, trunk_states).logits
             return output[0].last_hidden_state, logits
 
-    def _probe(self) -> Tokens:
-        """Return a few tokens, one row padded, to compare paths on."""
-        device = next(self.model.parameters()).device
-        vocabulary = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-        ids = (torch.arange(10, device=device).reshape(2, 5) * 7 + 1) % vocabulary
-        return Tokens(
-            ids[:, :3],
-            torch.tensor([3, 2], device="cpu"),
-            ids[:, 3:],
-            torch.tensor([2, 2], device="cpu"),
-        )
-
     @torch.no_grad()
-    def _fused_fails(self) -> str | None:
+    def _fused_fails(self, probed: Probed) -> str | None:
         """Return the reason why the fused path cannot be used; None if its logits are the
         model's."""
         if self.body is None:
@@ -259,25 +259,17 @@ class LanguageModel:
             return f"the LM head is a {type(self.head).__name__}, not a torch.nn.Linear"
         if self.head._forward_hooks or self.head._forward_pre_hooks:
             return "the LM head has hooks"
-        probe = self._probe()
         with computing_in(self.compute_dtype, self.device):
-            try:
-                expected = run(self.model, probe).logits.float()
-            except TypeError as cause:
-                raise ValueError(
-                    f"policy_model: {type(self.model).__name__} cannot be called with input_ids "
-                    f"and use_cache alone ({cause})"
-                ) from cause
-            states = getattr(run(self.body, probe), "last_hidden_state", None)
+            states = getattr(run(self.body, probed.tokens), "last_hidden_state", None)
             if states is None:
                 self.body = None  # a wrapper's base_model is the whole model
                 return f"the base_model of {type(self.model).__name__} returns no last_hidden_state"
             found = self._shape(nn.functional.linear(states, *self._head_weights()).float())
-        real = probe.attention_mask.bool()
+        real, expected = probed.tokens.attention_mask.bool(), probed.logits.float()
         if found[real].isnan().any() or expected[real].isnan().any():
             raise nan_error(self)
         difference = (found - expected)[real].abs().max() / expected[real].abs().max()
-        if not difference <= self._tolerance(self.head.weight.dtype):
+        if not difference <= tolerance(self.compute_dtype or self.head.weight.dtype, self.device):
             self.fused_differs = True
             return f"the body's states times the LM head differ from the logits by {difference:.1e}"
         return None
@@ -288,25 +280,21 @@ class LanguageModel:
 
         It can if its last states are then the same.
         """
-        probe = self._probe()
+        tokens = probe_tokens(self.model)
         try:
             whole, split = (
-                self._run(probe, None)[0],
-                self._run(probe, self.compute_trunk_states(probe))[0],
+                self._run(tokens, None)[0],
+                self._run(tokens, self.compute_trunk_states(tokens))[0],
             )
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             return f"{type(error).__name__}: {error}"
         assert whole is not None
         assert split is not None
-        real = probe.attention_mask.bool()
+        real = tokens.attention_mask.bool()
         if whole[real].isnan().any() or split[real].isnan().any():
             raise nan_error(self)
         difference = ((whole - split)[real].abs().max() / whole[real].abs().max()).item()
-        tolerance = self._tolerance(whole.dtype)
-        return None if difference <= tolerance else f"its states differ by {difference:.1e}"
-
-    def _tolerance(self, dtype: torch.dtype) -> float:
-        return tolerance(self.compute_dtype or dtype, self.device)
+        return None if difference <= self.tolerance else f"its states differ by {difference:.1e}"
 
 
 def tolerance(dtype: torch.dtype, device: torch.device) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import nn
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.models.adapters import without_new_adapters
+from ppo_fast.models.copies import copy_of_what_is_trained
 from ppo_fast.models.heads import RewardModel, ValueModel
 from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.models.parts import body_of
@@ -24,8 +24,8 @@ def make_models(
     """Prepare the models, and return the policy and its reference as LanguageModels."""
     prepare(policy_model, value_model, reward_model, config)
     hold_weights(policy_model, value_model, config)
-    reference = make_reference(policy_model, config)
-    return _language_model(policy_model, config), _language_model(reference, config)
+    policy = _language_model(policy_model, config)
+    return policy, _language_model(make_reference(policy_model, config), config)
 
 
 def _language_model(model: nn.Module, config: PPOConfig) -> LanguageModel:
@@ -53,7 +53,7 @@ def prepare(
             warnings.warn(
                 f"{name}: its half-precision weights become float32; at the learning rates of "
                 "RL most updates of a half-precision weight are lost to rounding. "
-                "compute_dtype='bfloat16' leaves those that are not trained as they are",
+                "compute_dtype='bfloat16' leaves frozen weights in half precision",
                 stacklevel=5,
             )
             model.float()
@@ -73,7 +73,7 @@ def make_reference(policy_model: nn.Module, config: PPOConfig) -> nn.Module:
     It is a copy of the policy that shares frozen weights, or the model without its adapters where
     these are new.
     """
-    reference = without_new_adapters(copy_of_what_is_trained(policy_model))
+    reference = without_new_adapters(copy_of_what_is_trained(policy_model, config.torch_dtype))
     if config.torch_dtype is not None:
         hold_products_in(config.torch_dtype, reference, without=policy_model)
     return reference.requires_grad_(False).eval()
@@ -113,7 +113,7 @@ def check_shared_weights(
     """Raise ValueError where training one model would change another, or nothing is trained."""
     trained = {id(p) for p in policy_model.parameters() if p.requires_grad}
     if not trained:
-        raise ValueError("policy_model: all its weights are frozen, there is nothing to train")
+        raise ValueError("policy_model: all its weights are frozen; unfreeze those to train")
     for name, model in (("value_model", value_model), ("reward_model", reward_model)):
         if isinstance(model, nn.Module) and any(id(p) in trained for p in model.parameters()):
             raise ValueError(
@@ -126,14 +126,9 @@ def check_shared_weights(
     valued = {id(p) for p in critic.parameters() if p.requires_grad}
     if any(id(p) in valued for p in reward_model.parameters()):
         raise ValueError(
-            "reward_model: shares trained weights with value_model, so that scores would move "
-            "as it trains; give one of them a copy (copy.deepcopy)"
+            "reward_model: shares trained weights with value_model, so training the value model "
+            "would change the scores; give one of them a copy (copy.deepcopy)"
         )
-
-
-def copy_of_what_is_trained(module: nn.Module) -> nn.Module:
-    """Return a copy of ``module`` that shares the weights that are not trained."""
-    return copy.deepcopy(module, {id(p): p for p in module.parameters() if not p.requires_grad})
 
 
 def disable_dropout(model: nn.Module) -> None:

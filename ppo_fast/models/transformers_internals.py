@@ -70,8 +70,8 @@ def layer_types(config: Any) -> list[str]:
         types = [FULL if window is None else SLIDING] * config.num_hidden_layers
     if others := sorted(set(types) - {FULL, SLIDING}):
         raise ValueError(
-            f"policy_model: its layers of type {', '.join(others)} have no keys and values "
-            "that the rollout could keep by sequence"
+            f"policy_model: its layers of type {', '.join(others)} have no keys and values per "
+            "sequence, which the rollout's cache needs"
         )
     return list(types)
 
@@ -215,8 +215,8 @@ def why_no_continuous_batching() -> str | None:
     if hasattr(ContinuousBatchingConfig(), "seed"):
         return None
     return (
-        "TransformersEngine needs transformers >= 5.9, which draws by a seed and by top_k: found "
-        f"{version('transformers')}; update it, or use the trainer's own engine"
+        "TransformersEngine needs transformers >= 5.9, whose generate_batch has a seed and top_k; "
+        f"found {version('transformers')}; update it, or use the trainer's own engine"
     )
 
 
@@ -252,6 +252,6 @@ def why_no_add_adapter() -> str | None:
     if Version(found) >= Version(MIN_PEFT_VERSION):
         return None
     return (
-        f"transformers {version('transformers')} puts adapters in (model.add_adapter) with peft "
-        f">= {MIN_PEFT_VERSION} only, found {found}; peft.get_peft_model(model, ...) works"
+        f"model.add_adapter of transformers {version('transformers')} needs peft >= "
+        f"{MIN_PEFT_VERSION}, found {found}; update it, or use peft.get_peft_model(model, ...)"
     )

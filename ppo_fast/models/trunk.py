@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ppo_fast.data.tokens import Tokens
 from ppo_fast.models.parts import body_of, layer_list
-from ppo_fast.models.patching import replaced_forwards
+from ppo_fast.models.patching import replaced_forwards, uncompiled
 from ppo_fast.models.transformers_internals import layer_input
 
 
@@ -39,7 +39,7 @@ class Split:
     @torch.no_grad()
     def compute_trunk_states(self, tokens: Tokens) -> Tensor:
         """Compute the trunk states [B, L, D], the input of the first top layer."""
-        with _stopping_before(self.first) as reached:
+        with _stopping_before(self.first) as reached, uncompiled(self.body, around=self.first):
             try:
                 run(self.body, tokens)
             except _Reached:
@@ -76,10 +76,10 @@ def run(
     if trunk_states is None:
         return module(input_ids=tokens.input_ids, use_cache=False)
     assert split is not None
-    trunk_states = trunk_states.to(
-        next(module.parameters()).dtype
-    )  # it may be kept in half precision
-    with replaced_forwards([(layer, lambda *_, **__: trunk_states) for layer in split.lower]):
+    # they may be kept in half precision
+    trunk_states = trunk_states.to(next(module.parameters()).dtype)
+    replaced = [(layer, lambda *_, **__: trunk_states) for layer in split.lower]
+    with replaced_forwards(replaced), uncompiled(module, around=split.first):
         return module(inputs_embeds=trunk_states, use_cache=False)
 
 

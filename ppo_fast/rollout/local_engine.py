@@ -13,6 +13,7 @@ from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.sampling import Sampling
 from ppo_fast.models.adapters import adapted_layers
 from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.models.patching import uncompiled
 from ppo_fast.rollout.buffers import KeptBuffers
 from ppo_fast.rollout.decode import decode
 from ppo_fast.rollout.engine import eos_ids
@@ -62,6 +63,12 @@ class LocalEngine:
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, *, seeds: Tensor
     ) -> Rollout:
+        with uncompiled(self.model.model):
+            return self._generate(prompt_ids, sampling, seeds)
+
+    def _generate(
+        self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, seeds: Tensor
+    ) -> Rollout:
         capture = capture_for(self.model) if self.cuda_graphs else None
         rollout = decode(
             self.model,
@@ -83,7 +90,9 @@ class LocalEngine:
 
     def sync_weights(self, model: nn.Module) -> None:
         if model is not self.model.model:
-            raise ValueError("model: a LocalEngine decodes with the model that it was made with")
+            raise ValueError(
+                "model: got another model than the one that this LocalEngine was made with"
+            )
 
     def close(self) -> None:
         """Free the kept buffers."""

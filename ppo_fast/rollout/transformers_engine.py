@@ -61,7 +61,9 @@ class TransformersEngine:
     ) -> Rollout:
         for name in ("min_new_tokens", "stop_strings"):
             if getattr(sampling, name):
-                raise ValueError(f"{name}: TransformersEngine has none; use the trainer's engine")
+                raise ValueError(
+                    f"{name}: TransformersEngine does not support it; use the trainer's own engine"
+                )
         ends = sorted({*self.eos_ids, *sampling.stop_token_ids})
         self.config.return_logprobs = True
         self.config.seed = int(seeds.sum()) % 2**31

@@ -1,4 +1,4 @@
-"""make_experience with models: what each reads, and what must not change an experience."""
+"""make_experience with models: the inputs of each, and what an experience does not depend on."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def critic_of(kind: str) -> object:
         torch.nn.init.normal_(head.linear.weight)
         return HeadCritic(head)
     if kind == "model":
-        return ModelCritic(ValueModel(tiny_model("gpt2", seed=3), 64).eval(), budget=10_000)
+        return ModelCritic(ValueModel(tiny_model("gpt2", seed=3), 64).eval(), max_tokens=10_000)
     return BatchBaseline(CONFIG.gamma)
 
 
@@ -57,7 +57,7 @@ def experience_of(
     scores: torch.Tensor = SCORES_OF_FOUR,
     **changes,
 ) -> Experience:
-    """``seed`` is the reference's: another model than the policy, unless they share a trunk."""
+    """Make an experience; ``seed`` gives the reference: the policy if they share a trunk."""
     seed = (7 if k is None else 0) if seed is None else seed
     return make_experience(
         rollout,
@@ -89,7 +89,7 @@ def assert_same(one: Experience, other: Experience) -> None:
 @each_critic
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_policy_reference_and_critic_read_what_they_should(critic, temperature):
-    """In float64, each row alone: one temperature for both models, each before the token."""
+    """Compare with float64, each row alone: both models read the state before the token."""
     policy, reference = tiny_model("llama", layers=3), tiny_model("llama", layers=3, seed=7)
     rollout = rollout_of(LanguageModel(policy), temperature)
     experience = experience_of(rollout, critic)
@@ -120,16 +120,16 @@ def test_policy_reference_and_critic_read_what_they_should(critic, temperature):
 
 
 @each_critic
-@pytest.mark.parametrize("budget", [1, 17, 10**6])
-def test_the_token_budget_changes_nothing_but_rounding(rollout, critic, budget):
+@pytest.mark.parametrize("max_tokens", [1, 17, 10**6])
+def test_max_tokens_changes_nothing_but_rounding(rollout, critic, max_tokens):
     assert_same(
-        experience_of(rollout, critic, forward_batch_tokens=budget),
+        experience_of(rollout, critic, forward_batch_tokens=max_tokens),
         experience_of(rollout, critic),
     )
 
 
 def with_padding(rollout: Rollout, left: int, right: int, pad_id: int) -> Rollout:
-    """More columns, and another id at every padded place."""
+    """Return the rollout with more padding, and another pad id."""
     tokens = rollout.tokens
     width = tokens.prompt_ids.shape[1]
     padded = torch.arange(width) < width - tokens.prompt_lengths[:, None]
@@ -189,17 +189,19 @@ def test_the_order_of_the_batch_changes_nothing(rollout, critic):
 @pytest.mark.parametrize("critic", ["head", "baseline"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("recorded", [True, False])
-def test_the_trunk_changes_nothing_but_time(critic, family, recorded):
-    """Recorded while decoding, or computed for tokens that came without one. With a truncated
-    sampler, so that old log-probs come from the trunk too."""
+def test_the_trunk_does_not_change_an_experience(critic, family, recorded):
+    """Trunk states are recorded while decoding, or computed later.
+
+    With a truncated sampler, the old log-probs are computed from the trunk states too.
+    """
     policy = LanguageModel(tiny_model(family, layers=3), num_layers_unfrozen=1)
     rollout = rollout_of(policy, top_k=200)
     bare = replace(rollout, trunk_states=None)
     ordinary = experience_of(bare, critic, family, seed=0)
     assert ordinary.trunk_states is None
-    for budget in (17, 10**6):
+    for max_tokens in (17, 10**6):
         split = experience_of(
-            rollout if recorded else bare, critic, family, k=1, forward_batch_tokens=budget
+            rollout if recorded else bare, critic, family, k=1, forward_batch_tokens=max_tokens
         )
         tokens = rollout.tokens
         assert split.trunk_states.states.shape == (int(tokens.lengths.sum()), 64)

@@ -1,4 +1,4 @@
-"""make_experience on a small case whose every number was made by hand."""
+"""make_experience on a small case with all numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PER_TOKEN = ("old_logprobs", "ref_logprobs", "values", "rewards", "advantages", 
 
 
 def assert_rows(found: torch.Tensor, expected: list[list[float]]) -> None:
-    """Rows of different lengths; 0 beyond each."""
+    """Compare with rows of different lengths, with 0 after the end of each."""
     width = found.shape[1]
     padded = [[*row, *[0.0] * (width - len(row))] for row in expected]
     torch.testing.assert_close(
@@ -44,7 +44,7 @@ HAND_CONFIG = PPOConfig(
 
 
 class TableModel:
-    """In a LanguageModel's place: log-probs from a table by token id."""
+    """Replaces a LanguageModel: log-probs from a table by token id."""
 
     split = None
     compute_dtype = None
@@ -184,7 +184,7 @@ def test_kl_metrics_are_a_token_mean_and_a_sequence_mean():
     assert metrics["kl_sequence"] == 2.0
 
 
-# Whose log-probs are the old ones
+# Which log-probs are the old ones
 
 
 def test_old_logprobs_are_those_of_the_sampling_pass():

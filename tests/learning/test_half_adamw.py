@@ -1,4 +1,4 @@
-"""HalfAdamW against torch's AdamW, and what its two roundings keep."""
+"""HalfAdamW against torch's AdamW, and the errors of its two ways of rounding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def generator(seed=0):
 
 
 def random_weights(dtype, seed=0):
-    """Of one, two and no dimensions, magnitudes from 1e-3 to 1e3."""
+    """Return weights of two, one and no dimensions, of magnitudes from 1e-3 to 1e3."""
     draw = generator(seed)
     shapes = ((5, 7), (33,), ())
     return [
@@ -30,7 +30,7 @@ def random_weights(dtype, seed=0):
 
 
 def take_steps(optimizer, parameters, steps):
-    """With gradients that depend on the step's number alone."""
+    """Take optimizer steps, with gradients that depend on the number of the step alone."""
     for step in steps:
         draw = generator(1000 + step)
         for p in parameters:
@@ -106,7 +106,7 @@ def test_what_a_bfloat16_holds_is_not_rounded():
 
 
 def test_tiny_steps_are_not_lost():
-    """Thirty steps of a thousandth of the distance to the next bfloat16."""
+    """Take 30 steps of a thousandth of the distance to the next bfloat16."""
     steps, apart = 30, 2.0**-7
     step = {"lr": 1e-3 * apart, "betas": (0.0, 0.0), "eps": 1e-12, "weight_decay": 0.0}
     expected = -steps * step["lr"]
@@ -134,7 +134,7 @@ def test_tiny_steps_are_not_lost():
 
 
 def test_kahans_weights_follow_float32_for_long():
-    """Over a hundred steps that would be lost each: to half of a bfloat16's last bit."""
+    """After 100 steps that plain rounding would lose, the error is at most half of the last bit."""
     paths = {}
     for name, dtype in (("kahan", torch.bfloat16), ("float32", torch.float32)):
         weight = nn.Parameter(torch.linspace(1.0, 1.9, 50).bfloat16().to(dtype))

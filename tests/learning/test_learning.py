@@ -1,4 +1,4 @@
-"""PPO learns: a tiny random model comes to write the token that its reward counts."""
+"""PPO learns: a tiny random model learns to write the token that its reward counts."""
 
 from dataclasses import replace
 
@@ -23,8 +23,8 @@ class CountTarget(nn.Module):
 
 
 def fraction_after_training(seed, *, shuffle=False):
-    """The share of TARGET among sampled tokens after training, on request with the advantages
-    shuffled."""
+    """Return the share of TARGET among sampled tokens after training; ``shuffle``: with shuffled
+    advantages."""
     config = PPOConfig(learning_rate=3e-3, critic="head", max_length=12, kl_penalty=0.01, seed=seed)
     model = tiny_model("llama", seed=seed)
     trainer = PPOTrainer(model, None, CountTarget(), tiny_tokenizer(), "cpu", config=config)
@@ -71,5 +71,5 @@ def test_a_trunk_learns_along_the_ordinary_curve(seed):
 
 
 def test_shuffled_advantages_do_not_learn():
-    # the control: what the test above measures comes from the credit that tokens get
+    # the control: learning in the test above is due to the advantages
     assert fraction_after_training(0, shuffle=True) < 0.1

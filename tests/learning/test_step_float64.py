@@ -22,7 +22,7 @@ def scores_of(prompts, completions):
 
 
 def sequence_logprobs(model, ids, prompt_length, temperature):
-    """Log-probs of the response tokens of one unpadded sequence, and the states before them."""
+    """Return log-probs of one unpadded sequence's response tokens, and the states before them."""
     output = model(torch.tensor([ids]), output_hidden_states=True)
     logits = output.logits[0, prompt_length - 1 : -1] / temperature
     labels = torch.tensor(ids[prompt_length:])
@@ -154,7 +154,7 @@ def test_a_step_equals_its_recomputation_in_float64(family, critic, kl_in):
         "cpu",
         config=config,
     )
-    # a reference and a value function that are not where training starts
+    # the reference and the value function differ from the policy's start
     trainer.reference_model.load_state_dict(tiny_model(family, seed=2).state_dict())
     torch.nn.init.normal_(list(trainer.critic.module.parameters())[-2], std=0.1)
     policy64 = copy.deepcopy(trainer.policy_model).double()
@@ -184,7 +184,7 @@ def test_a_step_equals_its_recomputation_in_float64(family, critic, kl_in):
 
 
 def check_moves(triples):
-    """Every weight moved as in float64, to a thousandth of the largest move."""
+    """Check that each weight changed as in float64, to a thousandth of the largest change."""
     largest = 0.0
     for found, expected, start in triples:
         move = (expected - start).abs().max().item()

@@ -42,7 +42,7 @@ def test_train_step_trains(critic, kl_in):
 
 
 def drifted_trainer(**options):
-    """One whose policy is no longer its reference."""
+    """Return a trainer whose policy differs from its reference."""
     trainer = tiny_trainer(**options)
     with torch.no_grad():
         for p in trainer.policy_model.parameters():
@@ -161,7 +161,7 @@ def test_minibatches_follow_the_seed_and_the_step():
 
 
 def plain_steps(trainer):
-    """Replace AdamW, which would turn the rounding of a tiny gradient into a whole step."""
+    """Replace AdamW by SGD: AdamW would turn rounding errors of tiny gradients into full steps."""
     trainer.policy_optimizer = SGD(trainer.policy_model.parameters(), lr=0.1)
     if trainer.critic.trained:
         trainer.value_optimizer = SGD(trainer.critic.module.parameters(), lr=0.1)

@@ -71,7 +71,7 @@ def test_reward_model_reads_its_head_at_the_last_real_token():
 
 @torch.no_grad()
 def test_reward_model_reads_a_last_token_that_is_the_pad_id():
-    """A response that ends with EOS, padded with EOS: the score is read at the first of them."""
+    """A response ends with EOS and is padded with EOS: the score is read at the first EOS."""
     model = scorer(RewardModel)
     ended, cut = torch.tensor([[5, 61, 7, 0]]), torch.tensor([[5, 61, 7]])
     expected = model(ended)
@@ -97,7 +97,7 @@ def test_architecture_and_names_are_the_specs(kind, head):
 
 @torch.no_grad()
 def test_value_model_equals_the_specs_computation():
-    """hidden_states[-1] of a forward with output_hidden_states, through the head."""
+    """The value is the head of hidden_states[-1]."""
     for family in FAMILIES:
         model = scorer(ValueModel, family)
         ids = torch.tensor([SEQUENCES[0]])
@@ -140,7 +140,7 @@ def test_a_wrong_hidden_size_is_refused_with_the_right_one(kind):
 
 
 def noisy_model(family: str) -> nn.Module:
-    """A model with a dropout of one half wherever its family has one."""
+    """Return a model with all dropout probabilities of its family set to one half."""
     config = tiny_config(family)
     names = [name for name in vars(config) if "drop" in name and "classifier" not in name]
     names += [name for name in vars(config) if name.endswith("pdrop")]
@@ -151,7 +151,7 @@ def noisy_model(family: str) -> nn.Module:
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt2 eager"])
 def test_disable_dropout_in_train_mode(family):
-    """GPT-2 has dropout modules; the others keep a probability as a plain float in attention."""
+    """GPT-2 has dropout modules; the attention of the others has the probability as a float."""
     model = noisy_model(family.split()[0])
     if family == "gpt2 eager":
         model.set_attn_implementation("eager")

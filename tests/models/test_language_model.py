@@ -20,7 +20,7 @@ each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def exact_logits(model: nn.Module) -> list[torch.Tensor]:
-    """The model's own logits [L, V] in float64, each row alone and without padding."""
+    """Return the model's own logits [L, V] in float64, each row alone and without padding."""
     double = copy.deepcopy(model).double()
     rows = [p + r for p, r in zip(PROMPTS, RESPONSES, strict=True)]
     with torch.no_grad():
@@ -28,7 +28,7 @@ def exact_logits(model: nn.Module) -> list[torch.Tensor]:
 
 
 def exact_logprobs(model: nn.Module, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log-probs, entropies) [B, T] in float64."""
+    """Return (log-probs, entropies) [B, T] in float64."""
     logprobs, entropy = torch.zeros(3, 5).double(), torch.zeros(3, 5).double()
     for b, logits in enumerate(exact_logits(model)):
         before, response = len(PROMPTS[b]) - 1, torch.tensor(RESPONSES[b])
@@ -83,7 +83,7 @@ def test_both_paths_have_the_same_gradients(family):
 
 @each_family
 @pytest.mark.parametrize("fused", [True, False])
-def test_what_stands_at_padded_places_is_never_looked_at(family, fused):
+def test_pad_ids_do_not_change_log_probs(family, fused):
     lm = LanguageModel(tiny_model(family))
     lm.fused = fused
     with torch.no_grad():
@@ -165,7 +165,7 @@ def scaled_by_its_forward(model: nn.Module, scale: float = 1.5) -> nn.Module:
 
 
 def scaled_by_its_family(model: nn.Module) -> nn.Module:
-    """Granite divides its logits by a field of its own."""
+    """Return a Granite model, which divides its logits by a field of its config."""
     config = AutoConfig.for_model(
         "granite",
         vocab_size=VOCAB_SIZE,
@@ -191,7 +191,7 @@ def scaled_by_its_family(model: nn.Module) -> nn.Module:
         (scaled_by_its_family, "differ from the logits"),
     ],
 )
-def test_an_unusual_head_is_found_and_the_models_own_logits_are_used(change, reason):
+def test_with_an_unusual_head_the_models_own_logits_are_used(change, reason):
     model = change(tiny_model("llama"))
     lm = LanguageModel(model)
     assert not lm.fused
@@ -208,7 +208,7 @@ def test_an_unusual_head_is_found_and_the_models_own_logits_are_used(change, rea
 
 
 class Wrapper(nn.Module):
-    """A causal LM in a wrapper that does not show what is inside, or shows it all as its body."""
+    """Wraps a causal LM without a base_model, or with the whole LM as its base_model."""
 
     def __init__(self, inner: nn.Module, *, shows_its_body: bool) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ class Wrapper(nn.Module):
 @pytest.mark.parametrize(
     ("shows_its_body", "reason"), [(False, "no base_model"), (True, "no last_hidden_state")]
 )
-def test_a_body_that_cannot_be_told_from_its_head_means_logits_without_states(
+def test_a_model_without_a_separate_body_gives_logits_without_states(
     shows_its_body, reason
 ):
     model = Wrapper(tiny_model("llama"), shows_its_body=shows_its_body)
@@ -239,7 +239,7 @@ def test_a_body_that_cannot_be_told_from_its_head_means_logits_without_states(
 
 @each_family
 def test_passes_are_causal_without_a_mask(family, monkeypatch):
-    """What flash attention and grouped queries without copies ask for."""
+    """Flash attention, and grouped queries without copies, need a causal pass without a mask."""
     masks = []
     attention = torch.nn.functional.scaled_dot_product_attention
 
@@ -258,7 +258,7 @@ def test_passes_are_causal_without_a_mask(family, monkeypatch):
 
 
 def assert_step_is_the_full_forward(lm: LanguageModel, prompt: int = 4) -> None:
-    """Left-padded prompts, then token by token with a growing cache; the last token has no step."""
+    """Compare steps with a cache, after left-padded prompts, with one pass over all tokens."""
     rows = torch.arange(1, 31).view(3, 10) * 7 % VOCAB_SIZE
     mask = (torch.arange(10) >= torch.tensor([[0], [3], [1]])).long()
     positions = position_ids(mask)
@@ -290,7 +290,7 @@ def test_step_with_a_cache_is_the_full_forward(family, fused):
 
 @pytest.mark.parametrize("prompt", [4, 7])
 def test_step_with_a_sliding_window(prompt):
-    """Layers of Gemma 2 that see the last few tokens only; the prompt is shorter or longer."""
+    """Layers of Gemma 2 see the last 5 tokens only; the prompt is shorter or longer than that."""
     config = tiny_config("gemma2")
     config.sliding_window = 5
     assert_step_is_the_full_forward(

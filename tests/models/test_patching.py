@@ -1,4 +1,4 @@
-"""A forward replaced for a while, and what stands there afterwards."""
+"""replaced_forwards replaces a module's forward within a block, and restores it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ppo_fast.models.patching import replaced_forwards
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt])
 def test_modules_get_their_own_forwards_back(error):
-    """The class's, or one that somebody had set, as accelerate does."""
+    """A forward may be the class's, or one set on the module, as accelerate does."""
     plain, changed = nn.Identity(), nn.Identity()
     own = changed.forward = lambda x: x + 1
     hooked = []

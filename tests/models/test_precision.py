@@ -1,4 +1,4 @@
-"""compute_dtype and trained_weights: what is held in what; the algorithm stays the same."""
+"""compute_dtype and trained_weights: the dtypes of weights, and an unchanged algorithm."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ storage = pytest.mark.parametrize("stored", [FLOAT, BF16], ids=["float32", "bflo
 
 
 def policy_of(stored=FLOAT, family="llama"):
-    """Weights that a bfloat16 holds, in either dtype; one token in twelve ends a response."""
+    """Return a policy with weights that bfloat16 holds exactly; one token in 12 ends a response."""
     policy = tiny_model(family, layers=3, hidden=32).to(BF16).to(stored)
     policy.generation_config.eos_token_id = list(range(0, VOCAB_SIZE, 12))
     return policy
@@ -62,7 +62,7 @@ def dtypes(module, *, trained):
     return {p.dtype for p in module.parameters() if p.requires_grad == trained}
 
 
-# What is held in what
+# Dtypes of weights
 
 
 @storage
@@ -81,7 +81,7 @@ def test_trained_weights_are_as_asked_and_frozen_ones_as_stored(stored, trained)
 
 
 @storage
-def test_the_reference_shares_the_trunk_and_holds_its_own_products_in_half(stored):
+def test_the_reference_shares_the_trunk_and_has_its_own_weights_in_half_precision(stored):
     trainer = trainer_of("head", 1, stored)
     policy, reference = trainer.policy_model, trainer.reference_model
     pairs = zip(policy.named_parameters(), reference.parameters(), strict=True)
@@ -153,7 +153,7 @@ def test_a_step_is_nearly_that_of_float32(critic, k, stored):
 
 
 def change(before, now):
-    """All changes in a row, float64."""
+    """Return the changes of all weights as one float64 vector."""
     return torch.cat([(now[name].double() - before[name].double()).flatten() for name in before])
 
 
@@ -181,8 +181,8 @@ def test_logprobs_are_as_near_the_truth_as_eager_ones(family):
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
-def test_half_precision_weights_go_where_float32_ones_go(rounding):
-    """At a learning rate of which plain rounding keeps a fifth."""
+def test_half_precision_weights_follow_float32_ones(rounding):
+    """At this learning rate, plain rounding would keep a fifth of the changes."""
     exact, half = (
         trainer_of(stored=BF16, trained_weights=trained, learning_rate=1e-4)
         for trained in ("float32", rounding)
@@ -204,7 +204,7 @@ def test_half_precision_weights_go_where_float32_ones_go(rounding):
 
 
 def three_times(trainer, rollout):
-    """The value losses of three steps on the same rollout."""
+    """Return the value losses of three steps on the same rollout."""
     return [trainer.update(trainer.make_experience(rollout))["value_loss"] for _ in range(3)]
 
 
@@ -233,7 +233,7 @@ def test_gradient_checkpointing_changes_nothing(critic, k):
 def test_rollouts_run_on_copies_in_half_precision(how, monkeypatch):
     trainer = trainer_of("head", 1, policy=policy_of() if how == "ends" else policy_of(BF16))
     policy = trainer.policy_model
-    trainer.train_step(PROMPTS)  # weights that no bfloat16 holds
+    trainer.train_step(PROMPTS)  # weights that bfloat16 would round
     before, lie = weights(policy), [p.data_ptr() for p in policy.parameters()]
     met = []
 
@@ -299,8 +299,8 @@ def test_a_copy_that_does_not_fit_is_made_anew():
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_products_held_in_half_precision_are_autocasts_own(family):
-    model = tiny_model(family, hidden=32)  # weights that no bfloat16 holds
+def test_weights_stored_in_half_precision_give_the_bits_of_autocast(family):
+    model = tiny_model(family, hidden=32)  # weights that bfloat16 would round
     held = copy.deepcopy(model)
     hold_products_in(BF16, held, without=model)
     arguments = {

@@ -1,5 +1,5 @@
-"""What models have in common is computed once: reward and value models on the policy's trunk, and
-one LM head for policy and reference."""
+"""Shared layers are computed once: the policy's trunk for reward and value models, and the LM head
+for policy and reference."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ LAYERS = 3
 
 
 class OwnReward(RewardModel):
-    """Of a user's class, hence run on its own."""
+    """A reward model of a user's class, which does not share the trunk."""
 
 
 class OwnValue(ValueModel):
-    """The same for values."""
+    """A value model of a user's class, which does not share the trunk."""
 
 
 def on_the_same_base(kind, family="llama", *, frozen=True):
-    """A model whose lower layers are the policy's, and whose top is not."""
+    """Return a model with the policy's lower layers and another top."""
     base = tiny_model(family, layers=LAYERS)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(5)

@@ -1,5 +1,5 @@
-"""What ppo_fast/models/transformers_internals.py says of transformers, a test an item: one that
-fails after a new release names what moved."""
+"""What ppo_fast/models/transformers_internals.py assumes about transformers, one test per
+assumption: a test that fails after a new release names what changed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ each_llama_like = pytest.mark.parametrize("family", LLAMA_LIKE)
 
 
 def llama_like(family):
-    """One layer, heads of width 8."""
+    """Return a model with one layer and heads of width 8."""
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     config = AutoConfig.for_model(
         family, num_hidden_layers=1, intermediate_size=48, vocab_size=50, pad_token_id=0, **sizes
@@ -52,7 +52,7 @@ def layers(model):
 
 
 def handed_to_layers(model, **arguments):
-    """What the body calls its first layer with, and what that returns."""
+    """Return the arguments with which the body calls its first layer, and the layer's output."""
     seen = []
     handle = layers(model)[0].register_forward_hook(
         lambda _, args, kwargs, output: seen.append((args, kwargs, output)), with_kwargs=True
@@ -67,7 +67,7 @@ def handed_to_layers(model, **arguments):
 
 
 def handed_to_attention(model):
-    """The options beside queries, keys, values, mask and scaling, under another attention."""
+    """Return the names of attention's options besides queries, keys, values, mask and scaling."""
     seen = []
 
     def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
@@ -160,7 +160,7 @@ def test_a_layer_is_called_with_position_embeddings():
 
 
 class Recorded(internals.DynamicLayer):
-    """Notes the calls that SlotCache's layers answer."""
+    """A cache layer that records the calls of the methods that SlotCache's layers override."""
 
     def __init__(self):
         super().__init__()
@@ -223,7 +223,7 @@ def test_layer_types(family, options, expected):
 def test_a_mask_of_four_dimensions_is_used_as_it_is(family):
     model = tiny_model(family)
     seen = torch.ones(4, 4).tril().bool()
-    seen[3, 1] = False  # which no mask of two dimensions could say
+    seen[3, 1] = False  # a mask of two dimensions cannot express this
     mask = torch.zeros(1, 1, 4, 4).masked_fill(~seen, torch.finfo(torch.float32).min)
     if internals.mask_is_by_type(model.config):
         mask = dict.fromkeys(internals.layer_types(model.config), mask)
@@ -279,7 +279,7 @@ def test_a_norm_has_variance_epsilon(family):
 
 @each_llama_like
 @pytest.mark.parametrize(("name", "value"), [("layer_idx", 0), ("head_dim", 8)])
-def test_attention_has(family, name, value):
+def test_attention_has_its_index_and_head_size(family, name, value):
     assert getattr(first_layer(family).self_attn, name) == value
 
 
@@ -289,7 +289,7 @@ def test_attention_has_its_scaling(family):
 
 
 @each_llama_like
-def test_nothing_else_keeps_it_from_being_read(family):
+def test_a_layer_of_these_families_is_llama_like(family):
     assert internals.why_not_llama_like(first_layer(family)) is None
 
 
@@ -353,11 +353,11 @@ def test_generate_batch_numbers_its_requests_and_says_what_it_did():
 
 
 def test_saving_asks_for_the_quantizer():
-    """Of a model that was read from a GGUF; test_smollm2.py converts one."""
+    """as_float_model removes it from a model read from a GGUF; test_smollm2.py converts one."""
     assert "hf_quantizer" in inspect.getsource(PreTrainedModel.save_pretrained)
 
 
-def test_the_version_of_peft_that_add_adapter_asks_for():
+def test_the_peft_version_that_add_adapter_needs():
     from transformers.integrations import peft
 
     assert peft.MIN_PEFT_VERSION[0].isdigit()
@@ -365,8 +365,8 @@ def test_the_version_of_peft_that_add_adapter_asks_for():
 
 
 @pytest.mark.parametrize("found", ["0.1.0", "99.0"])
-def test_an_older_peft_is_said(monkeypatch, found):
+def test_an_older_peft_is_reported(monkeypatch, found):
     monkeypatch.setattr(internals, "version", lambda _: found)
     reason = internals.why_no_add_adapter()
     assert (reason is None) == (found == "99.0")
-    assert reason is None or "only, found 0.1.0; peft.get_peft_model(model, ...) works" in reason
+    assert reason is None or "found 0.1.0; update it, or use peft.get_peft_model(" in reason

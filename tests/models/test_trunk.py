@@ -1,4 +1,4 @@
-"""The frozen trunk: its states are the ordinary ones, and the top starts from them."""
+"""The frozen trunk: its states are those of an ordinary pass, and the top starts from them."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_the_ordinary_path_starts_from_the_trunk_too():
     assert torch.equal(ordinary.logits[real], split.logits[real])
 
 
-def test_the_trunk_can_be_recorded_on_the_way():
+def test_the_trunk_can_be_recorded_during_a_pass():
     lm = LanguageModel(tiny_model("llama", layers=LAYERS), num_layers_unfrozen=2)
     with lm.recording_trunk() as pieces, torch.no_grad():
         lm.forward(batch())
@@ -161,7 +161,7 @@ def test_freeze_trunk_leaves_the_top_the_norm_and_an_untied_head(family, k):
     assert any(name.startswith(NORMS.get(family, "model.norm")) for name in expected)
 
 
-def test_tied_and_untied_heads_are_both_met():
+def test_the_families_have_tied_and_untied_heads():
     tied = {
         family: model.get_output_embeddings().weight is model.get_input_embeddings().weight
         for family in FAMILIES
@@ -189,7 +189,7 @@ def test_a_model_without_a_list_of_layers_is_refused():
 
 
 def test_a_model_that_does_not_start_from_its_trunk_is_refused():
-    """Its body adds something of the tokens to the states after the lower layers."""
+    """The body adds a function of the tokens to the states after the lower layers."""
     model = tiny_model("llama", layers=LAYERS)
     embed = model.model.embed_tokens
     last = {}

@@ -45,7 +45,7 @@ def fast_paths(model: LanguageModel, *, cuda_graphs: bool = True) -> list[FastPa
     head_fails = None if model.fused else model.reason
     no_trunk = "num_layers_unfrozen is None" if model.split is None else None
     paths = [
-        _path("fused LM head", head_fails, "all logits are held in memory", model.fused_differs),
+        _path("fused LM head", head_fails, "all logits are kept in memory", model.fused_differs),
         _path("frozen trunk", no_trunk, "every pass computes every layer"),
     ]
     if model.device.type == "cpu":

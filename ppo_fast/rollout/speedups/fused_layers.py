@@ -25,7 +25,13 @@ from ppo_fast.models.transformers_internals import (
     read_llama_layer,
     why_not_llama_like,
 )
-from ppo_fast.ops.backends.cpp_launch import DTYPE_CODES, address
+from ppo_fast.ops.backends.cpp_launch import (
+    DTYPE_CODES,
+    address,
+    vouched,
+    vouched_or_none,
+    written,
+)
 from ppo_fast.ops.backends.cpus import num_threads
 from ppo_fast.rollout.slots import SlotCache
 from ppo_fast.rollout.speedups.few_rows import why_no_few_row_products
@@ -85,7 +91,7 @@ def why_no_layer_is_fused(model: LanguageModel) -> str | None:
     if (reason := why_no_few_row_products(model.model)) is not None:
         return reason
     if model.body is None:
-        return "the model's body cannot be told from its head"
+        return "the model does not give access to its layers apart from the LM head"
     try:
         layer_list(model.body)
     except ValueError:  # a body of another shape decodes as it is
@@ -103,25 +109,32 @@ def _layers(model: LanguageModel) -> list[tuple[nn.Module, int]]:
 class StepForward:
     """Forward of a fused layer: the kernel for rows of a SlotCache, else the layer's own.
 
-    ``calls`` counts the kernel's calls.
+    Attributes:
+        calls: number of the kernel's calls.
+        why_not: reason why a step last took the layer's own forward; None: none did.
     """
 
     def __init__(self, layer: Any, window: int) -> None:
         from ppo_fast.ops import _C
 
-        self._layer, self._cache_argument, self.calls = layer, cache_argument(layer), 0
+        self._layer, self._cache_argument = layer, cache_argument(layer)
+        self.calls = 0
+        self.why_not: str | None = None
         read = read_llama_layer(layer)
-        self._index, size = read.cache_index, read.head_size
+        size = read.head_size
+        self._index, self._head_size = read.cache_index, size
+        self._dtype = read.weights["q_weight"].dtype
         self._q_size, self._kv_size, self._inner = (
             read.weights[name].shape[0] for name in ("q_weight", "k_weight", "gate_weight")
         )
-        self._head_size = size
+        self._hidden_size = read.weights["q_weight"].shape[1]
+        self._weights = self._vouched_weights(read.weights)  # they must outlive the kernel
         self._kernel = _C.DecodeLayer(
-            {name: address(weight) for name, weight in read.weights.items()}
+            {name: address(weight) for name, weight in self._weights.items()}
             | read.eps
             | {
-                "dtype": DTYPE_CODES[read.weights["q_weight"].dtype],
-                "hidden_size": read.weights["q_weight"].shape[1],
+                "dtype": DTYPE_CODES[self._dtype],
+                "hidden_size": self._hidden_size,
                 "num_heads": self._q_size // size,
                 "num_kv_heads": self._kv_size // size,
                 "head_size": size,
@@ -131,6 +144,19 @@ class StepForward:
             }
         )
 
+    def _vouched_weights(self, weights: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+        hidden, inner, q, kv = self._hidden_size, self._inner, self._q_size, self._kv_size
+        products = {"q": (q, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, q)}
+        products |= {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+        shapes: dict[str, tuple[int, ...]] = {f"{x}_weight": s for x, s in products.items()}
+        shapes |= {f"{x}_bias": s[:1] for x, s in products.items()}
+        shapes |= {"attention_norm": (hidden,), "mlp_norm": (hidden,)}
+        shapes |= {"q_norm": (self._head_size,), "k_norm": (self._head_size,)}
+        return {
+            name: vouched_or_none(name, weight, shapes[name], self._dtype)
+            for name, weight in weights.items()
+        }
+
     def __call__(
         self,
         hidden_states: Tensor,
@@ -139,35 +165,65 @@ class StepForward:
         **kwargs: Any,
     ) -> Tensor:
         cache = kwargs.get(self._cache_argument)
-        if not isinstance(cache, SlotCache) or cache.lengths is None:
+        if (
+            not isinstance(cache, SlotCache)
+            or cache.lengths is None
+            or not self._takes(hidden_states, cache)
+        ):
             own = type(self._layer).forward
             return own(
                 self._layer, hidden_states, *args, position_embeddings=position_embeddings, **kwargs
             )
         assert position_embeddings is not None
         self.calls += 1
-        lengths, x = cache.lengths, hidden_states.contiguous()
-        room = cache.layers[self._index]
-        rows, _, hidden_size = x.shape
+        return self._step(hidden_states, position_embeddings, cache, cache.lengths)
+
+    def _takes(self, hidden_states: Tensor, cache: SlotCache) -> bool:
+        """Return whether a step is in the kernel's dtype; the model's forward may convert it."""
+        room, dtype = cache.layers[self._index], self._dtype
+        if torch.is_autocast_enabled("cpu"):
+            self.why_not = "the model's forward enters autocast"
+        elif hidden_states.dtype != dtype:
+            self.why_not = f"its input is {hidden_states.dtype}, its weights are {dtype}"
+        elif room.is_initialized and not room.keys.dtype == room.values.dtype == dtype:
+            self.why_not = f"keys are {room.keys.dtype}, values {room.values.dtype}, not {dtype}"
+        else:
+            return True
+        return False
+
+    def _step(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        cache: SlotCache,
+        lengths: Tensor,
+    ) -> Tensor:
+        size, dtype, kv_heads = self._head_size, self._dtype, self._kv_size // self._head_size
+        rows, room = len(hidden_states), cache.layers[self._index]
+        x = vouched("hidden_states", hidden_states, (rows, 1, self._hidden_size), dtype)
         if not room.is_initialized:
-            like = x.view(rows, 1, 1, hidden_size)[..., : self._head_size]
-            like = like.expand(-1, self._kv_size // self._head_size, -1, -1)
+            like = x.view(rows, 1, 1, -1)[..., :size].expand(-1, kv_heads, -1, -1)
             room.lazy_initialization(like, like)
-        cos, sin = (t.expand(rows, 1, -1).contiguous() for t in position_embeddings)
+        cells = (cache.slots, cache.capacity, kv_heads, size)
+        cos, sin = (
+            vouched(name, table.expand(rows, 1, -1), (rows, 1, size), dtype)
+            for name, table in zip(("cos", "sin"), position_embeddings, strict=True)
+        )
+        slots = vouched("slots", cache.row_slots, (rows,), torch.int64)
+        lengths = vouched("lengths", lengths, (rows,), torch.int64)
         y = torch.empty_like(x)
+        count = rows * (self._hidden_size + 2 * (self._q_size + self._kv_size + self._inner))
         self._kernel(
             x=x.data_ptr(),
             cos=cos.data_ptr(),
             sin=sin.data_ptr(),
-            keys=room.keys.data_ptr(),
-            values=room.values.data_ptr(),
+            keys=written("keys", room.keys, cells, dtype).data_ptr(),
+            values=written("values", room.values, cells, dtype).data_ptr(),
             capacity=cache.capacity,
-            slots=cache.row_slots.data_ptr(),
+            slots=slots.data_ptr(),
             lengths=lengths.data_ptr(),
             y=y.data_ptr(),
-            scratch=cache.scratch(
-                rows * (hidden_size + 2 * (self._q_size + self._kv_size + self._inner)), x
-            ).data_ptr(),
+            scratch=cache.scratch(count, x).data_ptr(),
             num_rows=rows,
             num_threads=num_threads(),
         )

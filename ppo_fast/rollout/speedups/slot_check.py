@@ -8,7 +8,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ppo_fast.models.language_model import LanguageModel, nan_error, tolerance
+from ppo_fast.models.language_model import LanguageModel, nan_error
+from ppo_fast.models.patching import uncompiled
 from ppo_fast.rollout.prompts import Prompts
 from ppo_fast.rollout.slots import SlotCache, step_arguments
 from ppo_fast.rollout.speedups.fused_layers import fused_layers, why_not_all_are_fused
@@ -52,7 +53,8 @@ def check_layers(model: LanguageModel) -> FusedLayers:
             pass over all tokens, or either gives NaN.
     """
     if model not in _fusable:
-        _fusable[model] = _check(model)
+        with uncompiled(model.model):
+            _fusable[model] = _check(model)
     return _fusable[model]
 
 
@@ -65,7 +67,8 @@ def steps_can_attend(model: LanguageModel) -> bool:
 def check_attention(model: LanguageModel) -> str | None:
     """Return the reason why steps may not run within ``step_attention``, or None. Remembered."""
     if model not in _attending:
-        _attending[model] = _cannot_attend(model)
+        with uncompiled(model.model):
+            _attending[model] = _cannot_attend(model)
     return _attending[model]
 
 
@@ -78,9 +81,9 @@ def _cannot_attend(model: LanguageModel) -> str | None:
             return str(error)
     layers = model.text_config.num_hidden_layers
     if len(used) != layers:
-        return f"{len(used)} of {layers} layers take theirs from AttentionInterface"
+        return f"{len(used)} of {layers} layers call attention through AttentionInterface"
     difference = _difference(found, expected)
-    fits = difference <= tolerance(model.dtype, model.device)
+    fits = difference <= model.tolerance
     return None if fits else f"logits differ by {difference:.1e}"
 
 
@@ -97,25 +100,26 @@ def _check(model: LanguageModel) -> FusedLayers:
     if expected.isnan().any():
         raise nan_error(model)
     if not torch.isfinite(expected).all():
-        return FusedLayers(0, "its logits are infinite: nothing can be compared")
+        return FusedLayers(0, "some logits are infinite, so that they cannot be compared")
     found = _by_slots(model, rows, fused=False)
     if found.isnan().any():
         raise nan_error(model)
-    if not (difference := _difference(found, expected)) <= tolerance(model.dtype, model.device):
+    if not (difference := _difference(found, expected)) <= model.tolerance:
         raise ValueError(
-            f"policy_model: {type(model.model).__name__} gives other logits token by token with a "
-            f"cache than in one pass (they differ by {difference:.1e}), so that its responses "
-            "would not be samples of what is trained"
+            f"policy_model: the logits of {type(model.model).__name__} differ by {difference:.1e} "
+            "between decoding with a cache and one pass over all tokens, so its responses would "
+            "not be samples from the distribution that is trained"
         )
     why_not = why_not_all_are_fused(model)
     with fused_layers(model) as layers:
         if not layers:
             return FusedLayers(0, why_not)
         found = _by_slots(model, rows, fused=len(layers) == model.text_config.num_hidden_layers)
-    if unused := sum(layer.calls == 0 for layer in layers):
-        reason = f"a step does not reach the kernels of {unused} layers"
-        return FusedLayers(0, f"{reason}: transformers calls them in a way that is new", True)
-    if not (difference := _difference(found, expected)) <= tolerance(model.dtype, model.device):
+    if unused := [layer for layer in layers if layer.calls == 0]:
+        why = unused[0].why_not or "transformers calls them in a way that is new"
+        reason = f"a step does not reach the kernels of {len(unused)} layers: {why}"
+        return FusedLayers(0, reason, failed=True)
+    if not (difference := _difference(found, expected)) <= model.tolerance:
         return FusedLayers(0, f"with them, logits differ by {difference:.1e}", True)
     return FusedLayers(len(layers), why_not)
 

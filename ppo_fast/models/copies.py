@@ -1,0 +1,71 @@
+"""Copies of models that compute with weights of their own."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ppo_fast.models.precision import computing_in
+
+logger = logging.getLogger(__name__)
+
+
+def copy_of_what_is_trained(module: nn.Module, compute_dtype: torch.dtype | None) -> nn.Module:
+    """Return a copy of ``module`` that shares the weights that are not trained.
+
+    A ``forward`` that was set on a module (``layer.forward = torch.compile(layer.forward)``) is a
+    function that computes with that module, in the copy too. Compiled ones are replaced in the copy
+    by what was compiled, bound to the copy.
+
+    Args:
+        module: a causal LM or its body.
+        compute_dtype: autocast dtype that it computes in; None: that of its weights.
+
+    Raises:
+        ValueError: another such function remains, so that the copy would compute with the weights
+            that are trained.
+    """
+    frozen = {id(p): p for p in module.parameters() if not p.requires_grad}
+    copied = copy.deepcopy(module, frozen)
+    originals = dict(module.named_modules())
+    for name, part in copied.named_modules():
+        forward = vars(part).get("forward")
+        compiled: Any = getattr(forward, "_torchdynamo_orig_callable", None)
+        if getattr(compiled, "__self__", None) is originals[name]:
+            part.forward = MethodType(compiled.__func__, part)
+            logger.info("the copy of %s runs uncompiled", name or type(module).__name__)
+    with computing_in(compute_dtype, next(copied.parameters()).device):
+        _check_weights_are_its_own(copied, type(module).__name__)
+    return copied
+
+
+@torch.enable_grad()
+def _check_weights_are_its_own(copied: nn.Module, kind: str) -> None:
+    """Raise ValueError if ``copied`` computes with trained weights other than its own."""
+    own = [p for p in copied.parameters() if p.requires_grad]
+    for parameter in own:
+        parameter.requires_grad_(False)
+    try:
+        ids = torch.arange(2, 6, device=next(copied.parameters()).device)[None]
+        result = copied(input_ids=ids, use_cache=False)[0]
+    finally:
+        for parameter in own:
+            parameter.requires_grad_(True)
+    if not result.requires_grad:
+        return
+    replaced = [
+        name or "itself"
+        for name, part in copied.named_modules()
+        if "forward" in vars(part) and getattr(part.forward, "__self__", None) is not part
+    ]
+    where = f"forward of {', '.join(replaced[:3])} was replaced by" if replaced else "it holds"
+    raise ValueError(
+        f"policy_model: {kind} cannot be copied: {where} a function bound to the original, so that "
+        "its frozen copy would change as it trains; make the trainer first and replace forwards "
+        "after, or replace them by types.MethodType(function, module)"
+    )
