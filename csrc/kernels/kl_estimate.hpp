@@ -11,8 +11,8 @@
 
 namespace ppo_fast {
 
-// In the order of KLEstimator in ppo_fast/ops/kl_estimate/api.py.
-enum class KlEstimator : int { k1, abs, k2, k3, k1_plus_k2 };
+// In the order of ESTIMATORS in ppo_fast/ops/kl_estimate/api.py.
+enum class KlEstimator : int { k1, abs, k2, k3, k1_plus_k2, k3_clamped };
 
 // N tokens; Real is float or double, by `dtype`.
 struct KlEstimateArgs {
@@ -41,6 +41,7 @@ struct KlTerm {
 //   k2     d^2 / 2             d
 //   k3     exp(-d) - 1 + d     1 - exp(-d)
 //   k1+k2  d                   d
+//   k3 clamped: k3 of d within [-20, 20]; from 10 on it is 10, with derivative 0
 //
 // Schulman, "Approximating KL Divergence" (2020), http://joschu.net/blog/kl-approx.html.
 template <KlEstimator kEstimator, typename Real>
@@ -55,6 +56,12 @@ PPO_FAST_INLINE KlTerm<Real> kl_term(Real d) {
   } else if constexpr (kEstimator == KlEstimator::k3) {
     const Real e = expm1(-d);
     return {e + d, -e};
+  } else if constexpr (kEstimator == KlEstimator::k3_clamped) {
+    // k3 is above 10 from d = -2.6 down and from d = 11 up; NaN stays NaN
+    d = d < Real(-20) ? Real(-20) : (d > Real(20) ? Real(20) : d);
+    const Real e = expm1(-d);
+    const Real value = e + d;
+    return value > Real(10) ? KlTerm<Real>{Real(10), Real(0)} : KlTerm<Real>{value, -e};
   } else {
     return {d, d};
   }
@@ -75,6 +82,8 @@ void with_estimator(KlEstimator estimator, F f) {
       return f(std::integral_constant<E, E::k3>());
     case E::k1_plus_k2:
       return f(std::integral_constant<E, E::k1_plus_k2>());
+    case E::k3_clamped:
+      return f(std::integral_constant<E, E::k3_clamped>());
   }
 }
 

@@ -102,7 +102,11 @@ def token_rewards(
     rewards = torch.zeros_like(logprobs)
     if config.kl_in == "reward" and config.kl_penalty > 0:
         kl = kl_estimate(
-            logprobs, ref_logprobs, mask=tokens.response_mask, estimator=config.estimator()
+            logprobs,
+            ref_logprobs,
+            mask=tokens.response_mask,
+            estimator=config.estimator(),
+            clamp=True,
         )
         rewards = -config.kl_penalty * kl
     last = (tokens.response_lengths - 1).to(tokens.device)

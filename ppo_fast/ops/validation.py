@@ -79,11 +79,16 @@ def check_temperature(temperature: float) -> None:
 
 
 def check_tokens(
-    op: str, required: Mapping[str, object], optional: Mapping[str, object] | None = None
+    op: str,
+    required: Mapping[str, object],
+    optional: Mapping[str, object] | None = None,
+    *,
+    packed: bool = False,
 ) -> None:
     """Check that float tensors and a bool "mask", by name, share one shape [B, T] and one device.
 
-    An entry of ``optional`` may be None: an argument that was not given. Raises TypeError for an
+    With ``packed``, the shape may be [total] too. An entry of ``optional`` may be None: an argument
+    that was not given. Raises TypeError for an
     entry that is no tensor or has the wrong dtype, ValueError for differing shapes or devices
     (listing all of them).
     """
@@ -102,9 +107,11 @@ def check_tokens(
         given[name] = x
     first, *others = given.values()
     shape, device = first.shape, first.device
-    if len(shape) != 2 or any(x.shape != shape for x in others):
+    fits = len(shape) == 2 or (packed and len(shape) == 1)
+    if not fits or any(x.shape != shape for x in others):
         shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in given.items())
-        raise ValueError(f"{op}: expected one shape [B, T] for all, got {shapes}")
+        expected = "[B, T], or [total]," if packed else "[B, T]"
+        raise ValueError(f"{op}: expected one shape {expected} for all, got {shapes}")
     if any(x.device != device for x in others):
         devices = ", ".join(f"{name} on {x.device}" for name, x in given.items())
         raise ValueError(f"{op}: expected one device for all, got {devices}")

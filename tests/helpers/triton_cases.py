@@ -1,4 +1,4 @@
-"""Example calls of every op's Triton launchers: what the proofs and the report run.
+"""Example calls of every op's Triton launchers, for the tests and the report.
 
     CASES["logprobs_forward"].run(512, 49152, torch.bfloat16)
 
@@ -39,18 +39,18 @@ class Example:
         return wider.to(self.dtype)[:, 1 : self.columns + 1]
 
     def floats(self, *shape: int, scale: float = 1.0) -> Tensor:
-        """float32 [rows, columns], or what ``shape`` says."""
+        """Draw float32 numbers of shape [rows, columns], or ``shape``."""
         return self._placed(shape, lambda n: torch.randn(n, generator=self._random) * scale)
 
     def mask(self, *shape: int) -> Tensor:
-        """Seven in ten count."""
+        """Draw a mask that is True at seven elements in ten."""
         return self._placed(shape, lambda n: torch.rand(n, generator=self._random) < 0.7)
 
     def ints(self, end: int, *shape: int) -> Tensor:
         return self._placed(shape, lambda n: torch.randint(end, (n,), generator=self._random))
 
     def softmax(self, logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Entropies [N] and statistics [N, 2], as logprobs_forward returns them."""
+        """Return entropies [N] and statistics [N, 2], as logprobs_forward does."""
         if logits.shape[-1] == 0:
             return logits.new_zeros(len(logits)), logits.new_zeros(len(logits), 2)
         maximum = logits.float().amax(-1)
@@ -73,7 +73,7 @@ class Case(NamedTuple):
     """What an update or a rollout calls by default; the other cases are options of it."""
 
     def prepare(self, example: Example) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """The launcher and its arguments."""
+        """Return the launcher and its arguments."""
         folder, _, function = self.launcher.partition("/")
         module = importlib.import_module(f"ppo_fast.ops.{folder}.triton")
         return getattr(module, function), self.arguments(example)
@@ -81,7 +81,7 @@ class Case(NamedTuple):
     def run(
         self, rows: int, columns: int, dtype: torch.dtype = torch.float32, *, aligned: bool = True
     ) -> Any:
-        """What the launcher returns."""
+        """Call the launcher and return its outputs."""
         launcher, arguments = self.prepare(Example(rows, columns, dtype, aligned))
         return launcher(*arguments)
 
@@ -168,7 +168,7 @@ def _decode_attention(
     head_size: int,
     window: int | None = None,
 ) -> tuple[Any, ...]:
-    """The first rows and columns of a larger cache; not aligned, it starts an element later."""
+    """Return arguments with part of a larger cache; not aligned, it starts an element later."""
     later = 0 if e.aligned else 1
 
     def drawn(*shape: int) -> Tensor:
@@ -222,6 +222,9 @@ CASES: dict[str, Case] = {
     ),
     "kl_estimate k3": Case(
         "kl_estimate/kl_estimate", lambda e: _kl_estimate(e, "k3", masked=False)
+    ),
+    "kl_estimate k3 clamped": Case(
+        "kl_estimate/kl_estimate", lambda e: _kl_estimate(e, "k3 clamped"), common=False
     ),
     "ppo_loss": Case("ppo_loss/ppo_loss", lambda e: _ppo_loss(e, aggregation="token-mean")),
     "ppo_loss by sequences": Case(

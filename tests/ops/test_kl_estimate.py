@@ -164,6 +164,30 @@ def test_k3_of_any_difference(impl):
 
 
 @each_impl
+def test_clamped_k3(impl):
+    """As verl: d within [-20, 20], then k3 at most 10, and no gradient beyond."""
+    d = torch.tensor([[-math.inf, -200, -20.5, -2.7, -2.5, 0, 3, 10.9, 11.1, 90, math.inf]])
+    d = d.to(WIDE).requires_grad_()
+    out = kl_estimate(d, torch.zeros_like(d), estimator="k3", clamp=True, impl=impl)
+    upstream = torch.randn(d.shape, generator=generator(3), dtype=torch.float64).to(WIDE)
+    out.backward(upstream)
+    inside = (d > -2.6) & (d < 11)
+    near = torch.where(inside, d.detach(), 0).double()
+    expected = torch.where(inside, torch.expm1(-near) + near, 10.0)
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance(1e-13, 1e-6), atol=0)
+    slope = torch.where(inside, -torch.expm1(-near), 0.0)
+    torch.testing.assert_close(
+        d.grad.double(), slope * upstream, rtol=tolerance(1e-13, 1e-6), atol=0
+    )
+    bad = torch.full((1, 1), math.nan, dtype=WIDE)
+    assert kl_estimate(bad, 0 * bad, estimator="k3", clamp=True, impl=impl).isnan().all()
+    for name in ("k1", "abs", "k2", "k1+k2"):
+        plain = kl_estimate(d[:, 1:-1], d[:, 1:-1] * 0, estimator=name, impl=impl)
+        same = kl_estimate(d[:, 1:-1], d[:, 1:-1] * 0, estimator=name, clamp=True, impl=impl)
+        assert torch.equal(plain, same)
+
+
+@each_impl
 @each_estimator
 def test_strided_inputs(impl, estimator):
     logprobs, ref, mask, _ = (x.detach() for x in batch(B=4, T=6))

@@ -153,7 +153,7 @@ def test_what_is_only_a_metric_stays_out_of_the_loss(impl):
     with torch.no_grad():
         tensors["entropy"][0, 0] = math.inf
         tensors["ref_logprobs"][0, 0] = 800.0
-    loss, metrics = ppo_loss(**tensors, kl_estimator="k3", impl=impl)
+    loss, metrics = ppo_loss(**tensors, kl_estimator="k3", kl_clamp=False, impl=impl)
     loss.backward()
     assert torch.equal(loss, plain)
     assert tensors["logprobs"].grad.isfinite().all()
@@ -187,3 +187,20 @@ def test_a_token_on_a_bound_is_not_clipped(impl, side, dual_clip):
         assert (logprobs.grad != 0).tolist() == [[True, True, False]]
         counts = dict(zip(PPO_STATS, out.metrics.tolist(), strict=True))
         assert counts["clipped_high"] + counts["clipped_low"] + counts["dual_clipped"] == 1
+
+
+@each_impl
+def test_k3_is_clamped_unless_told_otherwise(impl):
+    tensors = batch(valid=2.0)
+    with torch.no_grad():
+        tensors["ref_logprobs"] += 100
+    options = {"kl_coef": 0.5, "kl_estimator": "k3"}
+    plain = ppo_loss(**{**tensors, "ref_logprobs": None}, impl=impl).loss
+    loss, metrics = ppo_loss(**tensors, **options, impl=impl)
+    torch.testing.assert_close(loss, plain + 5)
+    gradients = [torch.autograd.grad(x, tensors["logprobs"])[0] for x in (loss, plain)]
+    assert torch.equal(*gradients)
+    metrics = dict(zip(PPO_STATS, metrics.tolist(), strict=True))
+    assert metrics["kl_loss"] == 10 * metrics["tokens"]
+    unclamped = ppo_loss(**tensors, **options, kl_clamp=False, impl=impl).loss
+    assert unclamped > 1e38

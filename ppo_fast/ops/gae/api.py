@@ -12,11 +12,12 @@ from ppo_fast.ops.backends.dispatch import choose
 from ppo_fast.ops.backends.impls import Impl
 from ppo_fast.ops.gae import reference
 from ppo_fast.ops.gradient import computed_in, constant
+from ppo_fast.ops.packed import Packing
 from ppo_fast.ops.validation import check_tokens
 
 
 class GAE(NamedTuple):
-    """Advantages and returns: both [B, T], 0 at masked steps, without gradient."""
+    """Advantages and returns: both of the shape of rewards, 0 at masked steps, without gradient."""
 
     advantages: Tensor
     returns: Tensor
@@ -31,6 +32,7 @@ def gae(
     bootstrap_value: Tensor | None = None,
     gamma: float,
     lam: float | Tensor,
+    cu_seqlens: Tensor | None = None,
     impl: Impl = "auto",
 ) -> GAE:
     """Estimate generalised advantages: Schulman et al. 2016 (arXiv 1506.02438), eq. 11-16.
@@ -55,18 +57,33 @@ def gae(
         gamma: discount, in [0, 1].
         lam: a number in [0, 1], or one for each row as a [B] tensor, whose range is not checked
             (on an accelerator that would wait for the device).
+        cu_seqlens: [B + 1] int32 or int64 on the CPU, for packed sequences: rewards, values, mask
+            and dones are [total], and sequence i is [cu_seqlens[i], cu_seqlens[i + 1]).
         impl: see ppo_fast.ops.backends.dispatch.
 
     Returns:
-        GAE(advantages, returns): [B, T] each, float64 if rewards or values are and float32
-        otherwise, exactly 0 at masked steps. Advantages are constants in PPO: neither carries a
-        gradient, whatever ``impl``.
+        GAE(advantages, returns): of the shape of rewards, float64 if rewards or values are and
+        float32 otherwise, exactly 0 at masked steps. Advantages are constants in PPO: neither
+        carries a gradient, whatever ``impl``.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape, tensors on several devices, gamma or lam outside [0, 1].
         RuntimeError, NotImplementedError: ``impl`` cannot run here; see ops/backends/dispatch.py.
     """
+    if cu_seqlens is not None:
+        packing = Packing("gae", cu_seqlens, rewards)
+        found = gae(
+            packing.pad(rewards),
+            packing.pad(values),
+            mask=packing.mask() if mask is None else packing.pad(mask),
+            dones=packing.pad(dones),
+            bootstrap_value=bootstrap_value,
+            gamma=gamma,
+            lam=lam,
+            impl=impl,
+        )
+        return GAE(*map(packing.unpad, found))
     check_tokens("gae", {"rewards": rewards, "values": values}, {"mask": mask})
     num_rows, device = rewards.shape[0], rewards.device
     if dones is not None:

@@ -16,6 +16,14 @@ from ppo_fast.ops.validation import check_choice, check_tokens
 
 KLEstimator = Literal["k1", "abs", "k2", "k3", "k1+k2"]
 
+# Names in the kernels: that of a KLEstimator, and of k3 with its clamps.
+ESTIMATORS = (*get_args(KLEstimator), "k3 clamped")
+
+
+def clamped(estimator: str, clamp: bool) -> str:
+    """Return the kernels' name of an estimator with or without its clamps, which only k3 has."""
+    return "k3 clamped" if clamp and estimator == "k3" else estimator
+
 
 def kl_estimate(
     logprobs: Tensor,
@@ -23,6 +31,7 @@ def kl_estimate(
     *,
     mask: Tensor | None = None,
     estimator: KLEstimator = "k1",
+    clamp: bool = False,
     impl: Impl = "auto",
 ) -> Tensor:
     """Estimate KL(policy || reference) at every token from the log-probs of the sampled tokens.
@@ -37,34 +46,39 @@ def kl_estimate(
 
     Source: Schulman, "Approximating KL Divergence" (2020), http://joschu.net/blog/kl-approx.html.
     Differentiable in both log-probs, under "k1+k2" in ``logprobs`` alone (``ref_logprobs`` is a
-    constant there); the gradient of |d| at 0 is 0. exp(-d) is not clamped: k3 is inf beyond 88 nats
-    in float32.
+    constant there); the gradient of |d| at 0 is 0. Without ``clamp``, k3 is inf from 88 nats on in
+    float32.
 
     Args:
-        logprobs: [B, T] (B sequences, T response tokens), any float dtype: of the policy.
+        logprobs: [B, T] (B sequences, T response tokens), or packed [total] like all others here,
+            any float dtype: of the policy.
         ref_logprobs: [B, T]: of the reference policy.
         mask: bool [B, T], True at valid tokens; elsewhere the estimate and both gradients are
             exactly 0, whatever the values there. Default: all valid.
         estimator: one of the names above. Default: "k1".
+        clamp: for k3: clamp d to [-20, 20], then k3 to at most 10 (reached at d = -2.6 and at
+            d = 11), with gradient 0 beyond, as verl does. Default: False.
         impl: see ppo_fast.ops.backends.dispatch.
 
-    Returns [B, T], float64 where ``logprobs`` is float64, else float32.
+    Returns the shape of ``logprobs``, float64 where ``logprobs`` is float64, else float32.
     Raises TypeError for a wrong dtype; ValueError for differing shapes or devices and an unknown
     estimator; and what ``dispatch.choose`` raises.
     """
     op = "kl_estimate"
-    check_tokens(op, {"logprobs": logprobs, "ref_logprobs": ref_logprobs}, {"mask": mask})
+    required = {"logprobs": logprobs, "ref_logprobs": ref_logprobs}
+    check_tokens(op, required, {"mask": mask}, packed=True)
     check_choice(op, "estimator", estimator, get_args(KLEstimator))
+    name = clamped(estimator, clamp)
     chosen = choose(op, impl, logprobs.device, logprobs.dtype).impl
     if chosen == "reference":
-        return reference.kl_estimate(logprobs, ref_logprobs, mask=mask, estimator=estimator)
+        return reference.kl_estimate(logprobs, ref_logprobs, mask=mask, estimator=name)
     dtype = computed_in(logprobs.dtype)
     logprobs, ref_logprobs = as_dtype(logprobs, dtype), as_dtype(ref_logprobs, dtype)
     if estimator == "k1+k2":
         ref_logprobs = ref_logprobs.detach()
     if torch.is_grad_enabled() and (logprobs.requires_grad or ref_logprobs.requires_grad):
-        return _KLEstimate.apply(logprobs, ref_logprobs, mask, estimator, chosen)
-    return library.kl_estimate[chosen](logprobs, ref_logprobs, mask, estimator, False)[0]
+        return _KLEstimate.apply(logprobs, ref_logprobs, mask, name, chosen)
+    return library.kl_estimate[chosen](logprobs, ref_logprobs, mask, name, False)[0]
 
 
 class _KLEstimate(torch.autograd.Function):

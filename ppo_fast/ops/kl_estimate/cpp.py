@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import torch
 from torch import Tensor
 
 from ppo_fast.ops.backends.cpp_launch import DTYPE_CODES, address, vouched, vouched_or_none
 from ppo_fast.ops.backends.cpus import num_threads
-from ppo_fast.ops.kl_estimate.api import KLEstimator
+from ppo_fast.ops.kl_estimate.api import ESTIMATORS
 
 # enum class KlEstimator in csrc/kernels/kl_estimate.hpp has the same order.
-ESTIMATOR_CODES = {name: code for code, name in enumerate(get_args(KLEstimator))}
+ESTIMATOR_CODES = {name: code for code, name in enumerate(ESTIMATORS)}
 
 
 def kl_estimate(

@@ -23,5 +23,9 @@ def kl_estimate(
         return d.abs()
     if estimator == "k3":
         return torch.expm1(-d) + d
+    if estimator == "k3 clamped":
+        d = torch.where(d.abs() > 20, d.detach().clamp(-20, 20), d)
+        kl = torch.expm1(-d) + d
+        return torch.where(kl > 10, 10, kl)
     k2 = 0.5 * d.square()
     return k2 if estimator == "k2" else d.detach() + (k2 - k2.detach())

@@ -67,6 +67,11 @@ def kl_term(d, ESTIMATOR: tl.constexpr):
     elif ESTIMATOR == "k3":
         _, e = exp_and_expm1(-d)
         return e + d, -e
+    elif ESTIMATOR == "k3 clamped":
+        d = tl.where(d < -20.0, -20.0, tl.where(d > 20.0, 20.0, d))
+        _, e = exp_and_expm1(-d)
+        kl = e + d
+        return tl.where(kl > 10.0, 10.0, kl), tl.where(kl > 10.0, 0.0, -e)
     else:  # k1+k2
         return d, d
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from ppo_fast.ops.gradient import (
     constant_or_none,
     with_gradients,
 )
-from ppo_fast.ops.kl_estimate import KLEstimator
+from ppo_fast.ops.kl_estimate.api import KLEstimator, clamped
+from ppo_fast.ops.packed import Packing
 from ppo_fast.ops.ppo_loss import reference
 from ppo_fast.ops.validation import check_choice, check_normalizer, check_number, check_tokens
 
@@ -45,9 +47,11 @@ def ppo_loss(
     dual_clip: float | None = None,
     kl_coef: float = 0.0,
     kl_estimator: KLEstimator = "k1+k2",
+    kl_clamp: bool = True,
     entropy_coef: float = 0.0,
     aggregation: Aggregation = "token-mean",
     normalizer: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     impl: Impl = "auto",
 ) -> PPOLoss:
     """Compute the loss of a policy update on sampled tokens, to be minimised.
@@ -79,8 +83,9 @@ def ppo_loss(
     sequences each) add up to the loss of the step, and merge_stats of their metrics to its metrics.
 
     Args:
-        logprobs: [B, T] (B sequences, T response tokens), any float dtype: of the sampled tokens
-            under the policy being trained; the gradient flows here.
+        logprobs: [B, T] (B sequences, T response tokens), or packed [total] like all others here,
+            any float dtype: of the sampled tokens under the policy being trained; the gradient
+            flows here.
         old_logprobs: [B, T]: the same under the policy before the update; a constant.
         advantages: [B, T]; a constant.
         mask: bool [B, T], True at valid tokens; the others contribute exactly 0 to loss, gradient
@@ -94,11 +99,15 @@ def ppo_loss(
         kl_coef: weight of the KL term, at least 0. Default: 0.
         kl_estimator: see kl_estimate. "k1" is refused with a ``kl_coef``: its expected gradient is
             zero. Default: "k1+k2".
+        kl_clamp: as kl_estimate's ``clamp``: k3 is at most 10, with gradient 0 beyond; the other
+            estimators have no clamp. Default: True.
         entropy_coef: weight of the entropy bonus. Default: 0.
         aggregation: one of the names above. Default: "token-mean".
         normalizer: a number above 0 or a 0-dim tensor (a constant, not read on the host; 0 counts
             as 1, since a step without tokens has loss 0). Default: the count in this call, at
             least 1; required with "seq-mean-token-sum".
+        cu_seqlens: [B + 1] int32 or int64 on the CPU: packed sequence i is [cu_seqlens[i],
+            cu_seqlens[i + 1]). Needed for packed tensors with "seq-mean-token-mean".
         impl: see ppo_fast.ops.backends.dispatch.
 
     The maths is float32 (float64 where ``logprobs`` is float64). No sync.
@@ -113,7 +122,8 @@ def ppo_loss(
         "advantages": advantages,
         "mask": mask,
     }
-    check_tokens(op, required, {"entropy": entropy, "ref_logprobs": ref_logprobs})
+    optional = {"entropy": entropy, "ref_logprobs": ref_logprobs}
+    check_tokens(op, required, optional, packed=True)
     _check_clip(op, clip, dual_clip)
     _check_terms(op, kl_coef, kl_estimator, ref_logprobs, entropy_coef, entropy)
     check_choice(op, "aggregation", aggregation, get_args(Aggregation))
@@ -123,6 +133,15 @@ def ppo_loss(
             f"{op}: aggregation 'seq-mean-token-sum' needs a normalizer: the number of sequences "
             "of the step times a constant length"
         )
+    if logprobs.ndim == 1:
+        rows = _rows_of_packed(op, cu_seqlens, logprobs, aggregation)
+        logprobs, old_logprobs, advantages = map(rows, (logprobs, old_logprobs, advantages))
+        mask, entropy, ref_logprobs = map(rows, (mask, entropy, ref_logprobs))
+    elif cu_seqlens is not None:
+        raise ValueError(
+            f"{op}: cu_seqlens is for packed tensors [total], got logprobs {list(logprobs.shape)}"
+        )
+    estimator = clamped(kl_estimator, kl_clamp)
     chosen = choose(op, impl, logprobs.device, logprobs.dtype).impl
     if chosen == "reference":
         return PPOLoss(
@@ -136,7 +155,7 @@ def ppo_loss(
                 clip=clip,
                 dual_clip=dual_clip,
                 kl_coef=kl_coef,
-                kl_estimator=kl_estimator,
+                kl_estimator=estimator,
                 entropy_coef=entropy_coef,
                 aggregation=aggregation,
                 normalizer=normalizer,
@@ -161,7 +180,7 @@ def ppo_loss(
         *clip,
         dual_clip,
         float(kl_coef),
-        kl_estimator,
+        estimator,
         float(entropy_coef),
         aggregation,
         float(normalizer) if isinstance(normalizer, int) else normalizer,
@@ -170,6 +189,21 @@ def ppo_loss(
     if num_gradients > 0:
         loss = with_gradients(op, loss, gradients, logprobs, entropy)
     return PPOLoss(loss, metrics)
+
+
+def _rows_of_packed(
+    op: str, cu_seqlens: Tensor | None, logprobs: Tensor, aggregation: str
+) -> Callable[[Tensor | None], Any]:
+    """Return the function that makes rows [B, T] of a packed tensor [total]; None stays None."""
+    packing = None if cu_seqlens is None else Packing(op, cu_seqlens, logprobs)
+    if aggregation != "seq-mean-token-mean":  # no number depends on the rows
+        return lambda x: None if x is None else x[None]
+    if packing is None:
+        raise ValueError(
+            f"{op}: aggregation 'seq-mean-token-mean' of packed tensors {list(logprobs.shape)} "
+            "needs cu_seqlens, the borders of the sequences"
+        )
+    return packing.pad
 
 
 def _check_clip(op: str, clip: tuple[float, float], dual_clip: float | None) -> None:

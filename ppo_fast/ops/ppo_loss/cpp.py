@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ppo_fast.ops.backends.cpp_launch import DTYPE_CODES, address, vouched, vouched_or_none
 from ppo_fast.ops.backends.cpus import num_threads
-from ppo_fast.ops.kl_estimate.api import KLEstimator
+from ppo_fast.ops.kl_estimate.api import ESTIMATORS
 from ppo_fast.ops.ppo_loss.api import Aggregation
 from ppo_fast.ops.stats import PPO_STATS
 
 # The enum classes in csrc/kernels/kl_estimate.hpp and csrc/kernels/ppo_loss.hpp have the same
 # orders.
-ESTIMATOR_CODES = {name: code for code, name in enumerate(get_args(KLEstimator))}
+ESTIMATOR_CODES = {name: code for code, name in enumerate(ESTIMATORS)}
 AGGREGATION_CODES = {name: code for code, name in enumerate(get_args(Aggregation))}
 
 

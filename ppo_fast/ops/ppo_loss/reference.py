@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ppo_fast.ops.kl_estimate import KLEstimator, kl_estimate
+from ppo_fast.ops.kl_estimate.reference import kl_estimate
 from ppo_fast.ops.stats import PPO_STATS, pack_stats
 
 
@@ -23,7 +23,7 @@ def ppo_loss(
     clip: tuple[float, float],
     dual_clip: float | None,
     kl_coef: float,
-    kl_estimator: KLEstimator,
+    kl_estimator: str,
     entropy_coef: float,
     aggregation: str,
     normalizer: float | Tensor | None,
@@ -45,7 +45,7 @@ def ppo_loss(
     stats["kl_loss"] = stats["ref_kl"] = stats["entropy"] = zero
     if ref_logprobs is not None:
         ref = valid(ref_logprobs.detach())
-        kl = kl_estimate(new, ref, mask=mask, estimator=kl_estimator, impl="reference")
+        kl = kl_estimate(new, ref, mask=mask, estimator=kl_estimator)
         stats["kl_loss"], stats["ref_kl"] = kl.sum(), (new - ref).sum()
         if kl_coef > 0:
             per_token = per_token + kl_coef * kl

@@ -43,7 +43,8 @@ def value_loss(
     Where both errors are equal the gradient is that of the unclipped one.
 
     Args:
-        values: [B, T] (B sequences, T response tokens), any float dtype; the gradient flows here.
+        values: [B, T] (B sequences, T response tokens), or packed [total] like all others here,
+            any float dtype; the gradient flows here.
         old_values: [B, T], the values of the rollout, a constant; None is allowed without ``clip``.
         returns: [B, T], the targets R, a constant.
         mask: bool [B, T], True at valid tokens; the others contribute exactly 0 to loss, gradient
@@ -62,7 +63,10 @@ def value_loss(
     """
     op = "value_loss"
     required = {"values": values, "returns": returns, "mask": mask}
-    check_tokens(op, required, {"old_values": old_values})
+    check_tokens(op, required, {"old_values": old_values}, packed=True)
+    if values.ndim == 1:  # no number depends on the rows
+        values, returns, mask = values[None], returns[None], mask[None]
+        old_values = None if old_values is None else old_values[None]
     check_normalizer(op, normalizer)
     if clip is not None:
         check_number(op, "clip", clip, above=0)

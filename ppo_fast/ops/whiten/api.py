@@ -27,16 +27,18 @@ def whiten(values: Tensor, *, mask: Tensor, impl: Impl = "auto") -> Tensor:
     over all tokens; the n - 1 is the unbiased variance.
 
     Args:
-        values: [B, T] (B sequences, T response tokens), any float dtype.
-        mask: bool [B, T], True at valid tokens; elsewhere output and gradient are exactly 0,
-            whatever the values there.
+        values: [B, T] (B sequences, T response tokens), or packed [total], any float dtype.
+        mask: bool of the same shape, True at valid tokens; elsewhere output and gradient are
+            exactly 0, whatever the values there.
         impl: see ppo_fast.ops.backends.dispatch.
 
-    Returns [B, T], float64 where ``values`` is float64, else float32.
+    Returns the shape of ``values``, float64 where ``values`` is float64, else float32.
     Raises TypeError for a wrong dtype, ValueError for differing shapes or devices, and what
     ``dispatch.choose`` raises.
     """
-    check_tokens("whiten", {"values": values, "mask": mask})
+    check_tokens("whiten", {"values": values, "mask": mask}, packed=True)
+    if values.ndim == 1:
+        return whiten(values[None], mask=mask[None], impl=impl)[0]
     dtype = computed_in(values.dtype)
     chosen = choose("whiten", impl, values.device, dtype).impl
     if chosen == "reference":
