@@ -21,7 +21,7 @@ from ppo_fast.config import PPOConfig
 from ppo_fast.critics.critic import Critic, ModelCritic
 from ppo_fast.critics.make import make_critic, which_critic
 from ppo_fast.data.experience import Experience
-from ppo_fast.data.prompts import check_prompt_ids, check_prompts
+from ppo_fast.data.prompts import Limit, check_lengths, check_prompt_ids, check_prompts
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.step import Step
 from ppo_fast.diagnostics.memory_plan import MemoryPlan, plan_memory
@@ -159,7 +159,11 @@ class PPO:
         Args:
             rollout: from ``rollout``, before the policy is updated.
             scores: one per sequence [B]; None: the reward's.
+
+        Raises:
+            ValueError: a sequence is longer than the context of a model that reads it.
         """
+        check_lengths(rollout.tokens.lengths.tolist(), self._context_limit())
         if scores is None:
             if self.scorer.reads_trunk:
                 max_tokens = self.config.forward_batch_tokens
@@ -341,7 +345,7 @@ class PPO:
         length = self.config.max_length if max_length is None else max_length
         prompts = check_prompts(prompts)
         check_counts(max_length=length)
-        self._prompt_ids(prompts, length)
+        self._prompt_ids(prompts, length, self._context_limit())
         return prompts
 
     def memory_plan(self, batch_size: int, prompt_length: int) -> MemoryPlan:
@@ -360,10 +364,19 @@ class PPO:
             device=self.device.type,
         )
 
-    def _prompt_ids(self, prompts: list[str], max_length: int) -> list[list[int]]:
+    def _prompt_ids(
+        self, prompts: list[str], max_length: int, limit: Limit | None = None
+    ) -> list[list[int]]:
         prompt_ids = self.tokenizer(prompts)["input_ids"]
-        check_prompt_ids(prompts, prompt_ids, max_length, context_limit(self.policy.model))
+        check_prompt_ids(prompts, prompt_ids, max_length, limit or self._policy_limit())
         return prompt_ids
+
+    def _policy_limit(self) -> Limit | None:
+        return context_limit({"policy_model": self.policy.model})
+
+    def _context_limit(self) -> Limit | None:
+        others = {"value_model": self.critic.module, "reward_model": self.scorer.reward}
+        return context_limit({"policy_model": self.policy.model, **others})
 
     def _epochs(self, num_epochs: int | None) -> int:
         epochs = self.config.num_epochs if num_epochs is None else num_epochs

@@ -16,11 +16,10 @@ from ppo_fast.checks import check_counts
 from ppo_fast.config import PPOConfig
 from ppo_fast.data.batches import in_batches
 from ppo_fast.data.experience import Experience
-from ppo_fast.data.prompts import check_prompt_ids, check_prompts
+from ppo_fast.data.prompts import check_lengths, check_prompt_ids, check_prompts
 from ppo_fast.data.rollout import Rollout, sampled_ids
 from ppo_fast.data.tokens import Tokens, make_tokens
 from ppo_fast.models.attention import without_cudnn_attention
-from ppo_fast.models.checks import context_limit
 from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.ops import gae, ppo_loss
 from ppo_fast.ppo import PPO
@@ -377,12 +376,7 @@ class PPOTrainer(PPO):
                 )
             prompt_ids.append(pair[0])
             response_ids.append(pair[1])
-        limit = context_limit(self.policy_model)
-        longest = max(len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True))
-        if limit is not None and longest > limit:
-            raise ValueError(
-                f"prompts and responses: the longest pair has {longest} tokens, more than the "
-                f"model's context of {limit}"
-            )
-        check_prompt_ids(prompts, prompt_ids, 0, limit)
-        return make_tokens(prompt_ids, response_ids, self.tokenizer.pad_token_id, self.device)
+        check_prompt_ids(prompts, prompt_ids, 0, None)
+        tokens = make_tokens(prompt_ids, response_ids, self.tokenizer.pad_token_id, self.device)
+        check_lengths(tokens.lengths.tolist(), self._context_limit())
+        return tokens

@@ -216,8 +216,8 @@ BAD_PROMPTS = {
     "too long": (
         [*PROMPTS, LONG],
         ValueError,
-        r"prompts\[5\]: 'z{57}\.\.\.' has 125 tokens; with max_length=6 that exceeds the model's "
-        r"context of 128; .*lower max_length to 3",
+        r"prompts\[5\]: 'z{57}\.\.\.' has 125 tokens; with max_length=6 that exceeds "
+        r"policy_model's context of 128; .*lower max_length to 3",
     ),
 }
 

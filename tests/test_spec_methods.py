@@ -154,7 +154,7 @@ def sampled_ids(trainer):
     return [row[:n] for row, n in rows]
 
 
-def test_sampled_pairs_stand_for_the_sampled_ids():
+def test_sampled_texts_are_read_as_the_sampled_ids():
     trainer = tiny_trainer()
     responses, logprobs = trainer.generate_responses(PROMPTS, max_length=9)
     ids, again = sampled_ids(trainer), retokenised(trainer, responses)
@@ -178,7 +178,7 @@ def test_the_same_texts_sampled_from_different_tokens():
     first = {}
     for text, ids in zip(responses, sampled_ids(trainer), strict=True):
         first.setdefault(text, []).append(ids)
-    # bytes that are no text of their own all read as the replacement character
+    # bytes that are not valid UTF-8 alone all decode to the replacement character
     assert any(len(set(map(tuple, ids))) > 1 for ids in first.values())
     for _ in range(2):
         torch.testing.assert_close(
@@ -207,7 +207,7 @@ def test_a_response_of_eos_alone_is_remembered():
 
 
 class WithSpecialTokens:
-    """The tokenizer of a model that begins every text with EOS and ends it so."""
+    """A tokenizer that adds EOS at the start and the end of every text."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -335,7 +335,7 @@ def test_pairs_that_do_not_fit(method):
         call(PAIRS[0], [" over.", ""])
     with pytest.raises(ValueError, match=r"prompts\[0\]: '' is empty after tokenisation"):
         call(["", "She"], PAIRS[1])
-    with pytest.raises(ValueError, match=r"the model's context of 128"):
+    with pytest.raises(ValueError, match=r"policy_model's context of 128"):
         call(["The", "She"], [" over.", "z" * 130])
 
 

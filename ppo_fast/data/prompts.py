@@ -7,7 +7,14 @@ import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Limit(NamedTuple):
+    """Max number of tokens of a sequence, and whose limit it is."""
+
+    tokens: int
+    of: str
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -74,7 +81,7 @@ def check_prompt_ids(
     prompts: Sequence[str],
     prompt_ids: Sequence[Sequence[int]],
     max_length: int,
-    limit: int | None,
+    limit: Limit | None,
 ) -> None:
     """Check that no prompt is empty, and that each leaves room for ``max_length`` response tokens.
 
@@ -87,10 +94,17 @@ def check_prompt_ids(
                 f"prompts[{i}]: {prompt!r} is empty after tokenisation; remove it, or give the "
                 "model something to start from"
             )
-        if limit is not None and len(ids) + max_length > limit:
+        if limit is not None and len(ids) + max_length > limit.tokens:
             short = prompt if len(prompt) <= 60 else prompt[:57] + "..."
             raise ValueError(
                 f"prompts[{i}]: {short!r} has {len(ids)} tokens; with max_length={max_length} "
-                f"that exceeds the model's context of {limit}; shorten the prompt or lower "
-                f"max_length to {max(limit - len(ids), 0)}"
+                f"that exceeds {limit.of}; shorten the prompt or lower max_length to "
+                f"{max(limit.tokens - len(ids), 0)}"
             )
+
+
+def check_lengths(lengths: Sequence[int], limit: Limit | None) -> None:
+    """Raise ValueError if one of the sequences' ``lengths`` exceeds the limit."""
+    longest = max(lengths, default=0)
+    if limit is not None and longest > limit.tokens:
+        raise ValueError(f"the longest sequence has {longest} tokens, which exceeds {limit.of}")

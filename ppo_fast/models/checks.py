@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+from ppo_fast.data.prompts import Limit
+from ppo_fast.models.transformers_internals import context_limit_of
 
 
 def check_policy(policy_model: Any) -> None:
@@ -85,9 +89,17 @@ def to_device(model: Any, name: str, device: torch.device) -> None:
     model.to(device)
 
 
-def context_limit(model: nn.Module) -> int | None:
-    """Return the max number of positions that the model's config allows, or None."""
-    config = getattr(model, "config", None)
-    return None if config is None else getattr(
-        config.get_text_config(), "max_position_embeddings", None
-    )  # fmt: skip
+def context_limit(models: Mapping[str, Any]) -> Limit | None:
+    """Return the least number of positions that the models, by name, can take; None: no limit."""
+    limits = []
+    for name, model in models.items():
+        config: Any = getattr(model, "config", None)
+        if config is None:
+            config = getattr(getattr(model, "base_model", None), "config", None)
+        found = None
+        if hasattr(config, "get_text_config"):
+            found = context_limit_of(config.get_text_config())
+        if found is not None:
+            whose = f"{name}'s context of {found.tokens}"
+            limits.append(Limit(found.tokens, f"{whose} ({found.why})" if found.why else whose))
+    return min(limits, key=lambda limit: limit.tokens, default=None)

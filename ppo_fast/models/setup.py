@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from torch import nn
 
 from ppo_fast.config import PPOConfig
@@ -13,7 +14,13 @@ from ppo_fast.models.copies import copy_of_what_is_trained
 from ppo_fast.models.heads import RewardModel, ValueModel
 from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.models.parts import body_of
-from ppo_fast.models.precision import HALF, hold_products_in, hold_trained_weights
+from ppo_fast.models.precision import (
+    HALF,
+    computing_in,
+    hold_products_in,
+    hold_trained_weights,
+)
+from ppo_fast.models.probe import probe
 from ppo_fast.models.trunk import Split, freeze_trunk, share_trunk
 from ppo_fast.ops.linear_logprobs.api import LOGITS_BUDGET_BYTES
 
@@ -25,6 +32,7 @@ def make_models(
     prepare(policy_model, value_model, reward_model, config)
     hold_weights(policy_model, value_model, config)
     policy = _language_model(policy_model, config)
+    check_train_mode(policy, config)
     return policy, _language_model(make_reference(policy_model, config), config)
 
 
@@ -132,17 +140,50 @@ def check_shared_weights(
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability of ``model`` to 0, whatever its train/eval mode.
+    """Set every dropout probability and router jitter of ``model`` to 0, in train mode too.
 
     A log-prob under dropout is a random number; the ratio of two of them says nothing.
     """
     for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
+        if "Dropout" in type(module).__name__ and isinstance(getattr(module, "p", None), float):
+            module.p = 0.0  # type: ignore[assignment]
         for name, value in list(vars(module).items()):
-            # transformers' attention modules keep probabilities as plain floats
-            if "drop" in name and isinstance(value, float):
+            if not any(word in name for word in ("drop", "jitter")):
+                continue
+            # attention modules keep a probability as a float, adapters of peft one by their names
+            if isinstance(value, float):
                 setattr(module, name, 0.0)
+            elif isinstance(value, dict):
+                value.update({key: 0.0 for key, p in value.items() if isinstance(p, float)})
+
+
+@torch.no_grad()
+def check_train_mode(policy: LanguageModel, config: PPOConfig) -> None:
+    """Check that the update's passes, if they are in train mode, compute what eval mode does.
+
+    Raises:
+        ValueError: they do not, because something other than dropout draws random numbers.
+    """
+    model = policy.model
+    if not (config.gradient_checkpointing or any(part.training for part in model.modules())):
+        return
+    modes = [(part, part.training) for part in model.modules()]
+    with computing_in(policy.compute_dtype, policy.device):
+        try:
+            in_train_mode = [probe(model.train(training)).logits for training in (True, True)]
+            in_eval_mode = probe(model.eval()).logits
+        finally:
+            for part, training in modes:
+                part.training = training
+    size = in_eval_mode.abs().max()
+    largest = max(float((x - in_eval_mode).abs().max() / size) for x in in_train_mode)
+    if largest > policy.tolerance:
+        raise ValueError(
+            f"policy_model: in train mode, logits of {type(model).__name__} differ from those in "
+            f"eval mode by {largest:.1e}, though dropout is off: the update would not train what "
+            "was sampled; set what is random there to 0, or use policy.eval() and "
+            "gradient_checkpointing=False"
+        )
 
 
 def enable_gradient_checkpointing(model: nn.Module, name: str) -> None:

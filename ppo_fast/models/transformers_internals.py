@@ -84,6 +84,40 @@ def mask_is_by_type(config: Any) -> bool:
     return getattr(config, "layer_types", None) is not None and len(set(layer_types(config))) > 1
 
 
+class ContextLimit(NamedTuple):
+    """Max number of positions of a sequence, and the reason where it is not the model's own."""
+
+    tokens: int
+    why: str = ""
+
+
+def context_limit_of(config: Any) -> ContextLimit | None:
+    """Return the max number of positions at which a row does not depend on the rows beside it.
+
+    Rotary embeddings of the types longrope and dynamic take other frequencies for a whole batch
+    once its longest row passes their original length, and keys in a cache keep the former ones.
+    GPT-Neo's local layers count their window in columns of the cache, not in a row's own tokens.
+    """
+    limits = [
+        ContextLimit(limit)
+        for limit in (getattr(config, "max_position_embeddings", None),)
+        if limit is not None
+    ]
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for settings in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        kind = settings.get("rope_type", settings.get("type"))
+        original = settings.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        )
+        if kind in ("longrope", "dynamic") and original is not None:
+            why = f"its {kind} rotary embeddings depend on the other rows of a batch beyond it"
+            limits.append(ContextLimit(original, why))
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        why = "beyond it, its local attention depends on the other rows of a batch"
+        limits.append(ContextLimit(config.window_size, why))
+    return min(limits, default=None)
+
+
 def logit_scale(config: Any) -> float:
     """Return the factor that a model multiplies its logits with, as Cohere's do; 1 for others."""
     return float(getattr(config, "logit_scale", None) or 1.0)
@@ -109,6 +143,24 @@ LAYER_OPTIONAL = {
     **{f"{x}_norm": f"self_attn.{x}_norm.weight" for x in "qk"},
 }
 SILU = ("SiLU", "SiLUActivation")
+
+# Every name that the forward of a layer of Llama's kind, of its attention, MLP and norms uses. One
+# that uses another name computes something that the kernel does not know, as Ministral 3's
+# attention does, whose scale depends on the position.
+LAYER_NAMES = {
+    "ALL_ATTENTION_FUNCTIONS", "_attn_implementation", "act_fn", "apply_rotary_pos_emb",
+    "attention_dropout", "config", "contiguous", "down_proj", "dropout", "dtype",
+    "eager_attention_forward", "float32", "functional", "gate_proj", "get_interface", "getattr",
+    "head_dim", "input_layernorm", "is_sliding", "k_norm", "k_proj", "layer_idx", "mean", "mlp",
+    "nn", "num_heads", "num_key_value_heads", "o_proj", "post_attention_layernorm", "pow",
+    "q_norm", "q_proj", "residual_dropout", "residual_multiplier", "reshape", "rsqrt",
+    "scaling", "self_attn", "shape", "size", "sliding_window", "to", "torch", "training",
+    "transpose", "up_proj", "update", "use_qk_norm", "use_rope", "v_proj", "variance_epsilon",
+    "view", "weight",
+}  # fmt: skip
+# Of these, attributes that stand for something that the kernel does not compute, unless they have
+# this value.
+NEUTRAL = {"residual_multiplier": 1.0, "use_rope": 1}
 
 
 class LlamaLayer(NamedTuple):
@@ -153,6 +205,16 @@ def why_not_llama_like(layer: nn.Module) -> str | None:
     for name in ("head_dim", "scaling", "layer_idx"):
         if not hasattr(modules["self_attn"], name):
             return f"its self_attn has no {name}"
+    for name, module in {"forward": layer, **modules}.items():
+        if list(module.children()) or type(module).__name__.endswith("RMSNorm"):
+            code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+            if code is None:
+                return f"the code of its {name} cannot be read"
+            if more := sorted(set(code.co_names) - LAYER_NAMES):
+                return f"its {name} uses {', '.join(more)}"
+        for attribute, neutral in NEUTRAL.items():
+            if getattr(module, attribute, neutral) != neutral:
+                return f"its {name} has {attribute} {getattr(module, attribute)}"
     return None
 
 

@@ -153,7 +153,7 @@ def test_newest_checkpoint_is_that_of_the_highest_step(tmp_path):
         ({"reward": "my_reward:number"}, "--reward: module my_reward has no function 'number'"),
         ({"num_steps": 0}, "--num-steps: got 0, expected more than the 0 done"),
         ({"batch_size": 0}, "batch_size: got 0, expected a whole number of at least 1"),
-        ({"max_length": 126}, "that exceeds the model's context of 128"),
+        ({"max_length": 126}, "that exceeds policy_model's context of 128"),
         ({"value_model": "model", "critic": "head"}, "value_model: got ValueModel"),
     ],
 )

@@ -225,9 +225,7 @@ class Wrapper(nn.Module):
 @pytest.mark.parametrize(
     ("shows_its_body", "reason"), [(False, "no base_model"), (True, "no last_hidden_state")]
 )
-def test_a_model_without_a_separate_body_gives_logits_without_states(
-    shows_its_body, reason
-):
+def test_a_model_without_a_separate_body_gives_logits_without_states(shows_its_body, reason):
     model = Wrapper(tiny_model("llama"), shows_its_body=shows_its_body)
     lm = LanguageModel(model)
     assert not lm.fused

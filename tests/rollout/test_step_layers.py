@@ -40,10 +40,10 @@ def test_which_layers_are_fused(family):
 
 
 def test_a_layer_with_the_structure_but_other_numbers_is_not_fused():
-    """Granite scales its residuals, which the names and classes of its modules do not show."""
+    """Helium rotates other pairs of numbers, which the names in its layers do not show."""
     sizes = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "intermediate_size": 131, "vocab_size": 307}
-    config = AutoConfig.for_model("granite", residual_multiplier=0.5, **sizes)
+    sizes |= {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 131, "vocab_size": 307}
+    config = AutoConfig.for_model("helium", **sizes)
     model = LanguageModel(AutoModelForCausalLM.from_config(config).eval())
     with fused_layers(model) as layers:
         assert len(layers) == 2, "by its structure it could be"
