@@ -104,20 +104,33 @@ def check_fields(settings: Any) -> None:
     """Check a dataclass's values against what its fields allow.
 
     A field of a Literal type, or of bool, allows the values that its type names. Lists become
-    tuples where a tuple is expected.
+    tuples where a tuple is expected, and numbers of numpy become Python's.
 
     Raises:
         ValueError: a value is not allowed; it names the field, the value and what is allowed.
     """
     hints = get_type_hints(type(settings))
     for item in fields(settings):
-        value = getattr(settings, item.name)
+        given = getattr(settings, item.name)
+        value = _plain(given)
         if isinstance(value, list) and isinstance(item.default, tuple):
             value = tuple(value)
+        if value is not given:
             object.__setattr__(settings, item.name, value)
         found = item.metadata.get("allowed") or _choices(hints[item.name])
         if found is not None and not found.test(value):
             raise ValueError(f"{item.name}: got {value!r}, expected {found.words}")
+
+
+def _plain(value: Any) -> Any:
+    """Return ``value`` with numpy's numbers as Python's, in lists and tuples too."""
+    if isinstance(value, (list, tuple)):
+        items = [_plain(x) for x in value]
+        unchanged = all(x is y for x, y in zip(items, value, strict=True))
+        return value if unchanged else type(value)(items)
+    if type(value).__module__ == "numpy" and hasattr(value, "item"):
+        return value.item()
+    return value
 
 
 def _choices(hint: Any) -> Allowed | None:

@@ -40,38 +40,38 @@ class PPOConfig:
     clip_epsilon_high: float | None = number(None, above=0, or_none=True)
     """Upper clip range where it differs from the lower one ("clip-higher"); None: the same."""
     dual_clip: float | None = number(None, above=1, or_none=True)
-    """For negative advantages, the bound c > 1 on how much a token can cost (Ye et al. 2020)."""
+    """For negative advantages, ratios above this count as this (Ye et al. 2020); None: no bound."""
     value_clip: float | None = number(0.2, above=0, or_none=True)
-    """New values stay within this of the old ones; None: not clipped."""
+    """In the value loss, new values are clipped to the old ones ± this; None: not clipped."""
     kl_penalty: float = number(0.05, at_least=0)
-    """Coefficient of the KL to the reference. The same number holds the policy far more firmly in
-    the reward than in the loss, since advantages are whitened: in one toy run the KL was 0.4 nats
-    against 41."""
+    """Coefficient of the KL to the reference. The same number limits the KL far more in the reward
+    than in the loss, since advantages are whitened: in one toy run the KL was 0.4 nats with
+    kl_in="reward" and 41 with kl_in="loss"."""
     kl_in: Literal["reward", "loss"] = "reward"
     """"reward": subtracted from each token's reward (InstructGPT; unbiased). "loss": a term of the
-    loss (biased low in practice, never delays the score)."""
+    loss (biased low in practice; the returns are of the score alone)."""
     kl_estimator: Literal["k1", "abs", "k2", "k3", "k1+k2"] | None = None
     """KL estimate per token; None: k1 in the reward, k1+k2 (k1's value, k2's gradient) in the
     loss."""
     gamma: float = number(1.0, at_least=0, at_most=1)
     """Discount per token. 1: a response's score counts in full for its first token."""
     gae_lambda: float = number(0.95, at_least=0, at_most=1)
-    """GAE's lambda: 1 has no bias, lower trusts the value function more. critic="baseline" has no
-    value of later states to trust and uses 1."""
+    """GAE's lambda: 1 has no bias, lower trusts the value function more. critic="baseline" does
+    not estimate values of later states, and uses 1."""
     value_loss_coef: float = number(0.5, at_least=0)
     """Weight of the value loss."""
     entropy_coef: float = number(0.0)
-    """Weight of the entropy bonus. Language models start with ample entropy: 0."""
+    """Weight of the entropy bonus. 0, since language models start with enough entropy."""
     max_grad_norm: float = number(1.0, above=0, or_inf="no clipping")
     """Gradients of the policy and of the value function are each clipped to this norm."""
     num_epochs: int = whole(4)
     """Passes over each batch of experience."""
     num_minibatches: int = whole(1)
-    """Optimizer steps per epoch. One was found best by the TL;DR reproduction studies."""
+    """Optimizer steps per epoch. The TL;DR reproduction studies found one to be best."""
     microbatch_tokens: int = whole(16384)
-    """Max tokens (padding included) in one forward-backward pass. Bounds memory: per response
-    token, logits take a few times 4 bytes times the vocabulary. The result does not depend on
-    it."""
+    """Max tokens (padding included) in one forward-backward pass. Bounds memory: the logits
+    of one response token take a few times 4 bytes times the vocabulary size. The result does not
+    depend on it."""
     forward_batch_tokens: int = whole(32768)
     """Max tokens (padding included) in one pass without gradients."""
     whiten_advantages: bool = True
@@ -96,49 +96,53 @@ class PPOConfig:
     responses are drawn with copies in bfloat16) unless trained_weights says otherwise, and frozen
     ones stay as they are stored. None: float32 throughout."""
     trained_weights: Literal["float32", "stochastic", "kahan"] = "float32"
-    """How trained weights are stored: "float32"; or, with compute_dtype, in bfloat16. Each step's
-    sum is then rounded up or down by chance ("stochastic"), or its rounding error is kept for the
-    next step ("kahan"): plain rounding would lose most steps of RL's size."""
+    """How trained weights are stored: in float32 ("float32"), or in bfloat16, which needs
+    compute_dtype. In bfloat16 each updated weight is rounded up or down at random ("stochastic"),
+    or its rounding error is added at the next step ("kahan"): plain rounding would lose most
+    updates at the learning rates of RL."""
     gradient_checkpointing: bool = False
-    """Keep only each layer's input, and no logits; the backward pass computes the rest again."""
+    """Store only each layer's input, and no logits; the backward pass recomputes the rest."""
     adamw: Literal["fused", "foreach"] = "fused"
     """torch's implementation of AdamW. "fused" reads and writes everything once, and needs no
-    temporaries; "foreach" is for devices that it does not know."""
+    temporary tensors; "foreach" is for devices that "fused" does not support."""
     adam_betas: tuple[float, float] = allowed((0.9, 0.999), _are_betas, "two numbers in [0, 1)")
-    """AdamW's decay rates of the means of gradients and of their squares; its usual numbers."""
+    """AdamW's decay rates for the running means of gradients and of their squares; the usual
+    numbers."""
     adam_eps: float = number(1e-5, above=0)
-    """1e-5, as in the original PPO code, keeps rarely touched weights from large steps."""
+    """AdamW's epsilon. 1e-5, as in the original PPO code, prevents large steps of weights that
+    rarely have a gradient."""
     weight_decay: float = number(0.0, at_least=0)
-    """AdamW's weight decay. 0: the KL to the reference holds the policy, not a pull to zero."""
+    """AdamW's weight decay. 0: the KL term keeps the policy near the reference; nothing has to
+    pull weights to zero."""
     max_length: int = 150
     """Max tokens of a response."""
     temperature: float = 1.0
-    """Divides logits when sampling and in every log-prob."""
+    """The logits are divided by it, when sampling and in every log-prob."""
     top_k: int = 0
     """Sample from the k likeliest tokens; 0: from all. Truncation biases the update: see
     sampling_logprobs."""
     top_p: float = 1.0
     """Sample from the likeliest tokens that hold this much probability; 1: from all."""
     min_new_tokens: int = 0
-    """This many first tokens of a response are drawn among tokens that do not end it."""
+    """Min tokens of a response: until then, tokens that would end it are not drawn."""
     stop_token_ids: tuple[int, ...] = ()
-    """Ids that end a response, beside the tokenizer's EOS and the model's."""
+    """Ids that end a response, in addition to the EOS of the tokenizer and of the model."""
     stop_strings: tuple[str, ...] = ()
-    """Texts that end a response; the token that completes one belongs to it."""
+    """Texts that end a response; the token that completes one is the response's last token."""
     rollout_slots: int | None = whole(None, or_none=True)
-    """Sequences decoded at a time: when one ends, the next prompt takes its slot. Bounds the KV
-    cache; None: the whole batch."""
+    """Number of sequences decoded at a time: when one ends, the next prompt takes its slot. Bounds
+    the KV cache; None: the whole batch."""
     cuda_graphs: bool = True
     """On a GPU, capture decoding steps and replay them: a small model's kernels take less time than
     launching them one by one. Switched off, with a warning, where replaying changes a token."""
     kept_rollout_bytes: int = whole(2**32, at_least=0)
     """With cuda_graphs on a GPU: a rollout's buffers (KV cache) and its copies of weights in
-    compute_dtype are each kept for the next rollout if they take at most this many bytes. Then its
-    graphs need not be captured again for each batch size. 0: both are
-    freed before the update."""
+    compute_dtype are each kept for the next rollout if they take at most this many bytes. Kept
+    buffers save capturing the graphs again for each batch size. 0: both are freed before the
+    update."""
     seed: int = whole(0, at_least=0, below=2**31)
-    """Seed of everything random: prompt order, minibatches, and, with a sequence's number and a
-    token's position, each draw."""
+    """Seed of the prompt order, of the minibatches and, together with the sequence's number and the
+    token's position, of each sampled token."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -150,7 +154,7 @@ class PPOConfig:
             )
         if self.trained_weights != "float32" and self.compute_dtype is None:
             raise ValueError(
-                f"trained_weights={self.trained_weights!r} holds them in bfloat16: set "
+                f"trained_weights={self.trained_weights!r} stores weights in bfloat16: set "
                 "compute_dtype='bfloat16', or use trained_weights='float32'"
             )
         if self.kl_in == "loss" and self.kl_estimator == "k1":

@@ -61,8 +61,8 @@ def _seeds():
 
 @pytest.fixture(autouse=True)
 def _threads(request):
-    """Kernels on several threads; models on one, since tiny ones gain nothing from more and, beside
-    other processes, wait for threads that are not running."""
+    """Run kernels on several threads, and models on one: tiny models gain nothing from more threads
+    and, beside other processes, wait for threads that are not running."""
     torch.set_num_threads(THREADS if "ops" in request.path.parts else 1)
 
 

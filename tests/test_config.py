@@ -1,4 +1,4 @@
-"""PPOConfig: ranges, presets, and what None stands for."""
+"""PPOConfig: ranges, presets, and the meaning of None."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_every_field_with_a_range_is_tested():
     }
 
 
-def test_k1_in_the_loss_is_refused_with_the_way_out():
+def test_k1_in_the_loss_is_refused_with_alternatives():
     with pytest.raises(ValueError, match=r'kl_estimator="k1".*k1\+k2.*kl_in="reward"'):
         PPOConfig(kl_in="loss", kl_estimator="k1")
     PPOConfig(kl_in="reward", kl_estimator="k1")
@@ -145,7 +145,7 @@ def test_spec_differs_in_nothing_else():
 
 
 @pytest.mark.parametrize("name", ["clip_epsilon", "gamma", "gae_lambda", "top_p", "max_grad_norm"])
-def test_what_is_no_number_is_named(name):
+def test_a_setting_that_is_not_a_number_is_refused_by_name(name):
     with pytest.raises(ValueError, match=f"{name}: got '0.5', expected a number"):
         PPOConfig(**{name: "0.5"})
 

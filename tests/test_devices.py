@@ -1,4 +1,4 @@
-"""What the trainer takes from torch's global settings, and what it leaves of them."""
+"""torch's global settings (default device, TF32, cuDNN attention) and the trainer."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ CUDA = torch.device("cuda", 0)
 )
 @pytest.mark.parametrize("reward", ["function", "model", "classifier"])
 def test_a_step_does_not_depend_on_the_default_device(options, reward):
-    """``torch.set_default_device("cuda")`` in a user's program. Here the default is "meta", whose
-    tensors hold nothing: whatever is made there by mistake cannot be computed with."""
+    """A user's program may call ``torch.set_default_device("cuda")``. Here the default is "meta",
+    whose tensors have no values, so that a tensor made there by mistake raises an error."""
     rewards = {"model": tiny_reward_model, "classifier": tiny_classifier}
     arguments = [rewards[reward]()] if reward in rewards else []
     metrics = []
@@ -112,7 +112,7 @@ def matmul():
 
 def test_tf32_is_seen_by_either_interface(matmul):
     assert not uses_tf32(CUDA)
-    matmul.fp32_precision = "tf32"  # after which torch refuses to be asked for allow_tf32
+    matmul.fp32_precision = "tf32"  # after this torch refuses to read allow_tf32
     assert uses_tf32(CUDA)
     assert not uses_tf32(torch.device("cpu"))
     assert tolerance(torch.float32, CUDA) == TF32_TOLERANCE

@@ -1,4 +1,4 @@
-"""The package's imports: none runs up to a higher floor, and none runs in a circle."""
+"""The package's imports: none goes to a higher layer, and there are no import cycles."""
 
 from __future__ import annotations
 
@@ -6,35 +6,35 @@ import subprocess
 import sys
 
 import pytest
-from imports import BEGIN, DOCUMENT, END, FLOOR, INSIDE, imports, picture, room, rooms
+from imports import BEGIN, DOCUMENT, END, INSIDE, LAYER, diagram, folder, folders, imports
 
 
-def test_every_room_has_a_floor():
-    assert {room(module) for module in INSIDE} == FLOOR.keys()
+def test_every_folder_has_a_layer():
+    assert {folder(module) for module in INSIDE} == LAYER.keys()
 
 
 @pytest.mark.parametrize("module", INSIDE)
-def test_no_import_runs_up(module):
+def test_no_import_goes_to_a_higher_layer(module):
     for other in imports(module):
-        assert FLOOR[room(other)] <= FLOOR[room(module)], f"{module} imports {other}"
+        assert LAYER[folder(other)] <= LAYER[folder(module)], f"{module} imports {other}"
 
 
-def test_no_circle_between_rooms():
-    assert circle(rooms()) is None
+def test_no_import_cycle_between_folders():
+    assert cycle(folders()) is None
 
 
-def test_no_circle_between_modules():
+def test_no_import_cycle_between_modules():
     edges = {module: imports(module, at_import=True) for module in INSIDE}
-    assert circle(edges) is None
+    assert cycle(edges) is None
 
 
-def test_the_picture_is_of_these_imports():
-    """`python tests/helpers/imports.py` draws it anew."""
-    assert BEGIN + picture() + END in DOCUMENT.read_text("utf-8")
+def test_the_diagram_shows_the_current_imports():
+    """`python tests/helpers/imports.py` updates the diagram."""
+    assert BEGIN + diagram() + END in DOCUMENT.read_text("utf-8")
 
 
-def circle(edges):
-    """A circle in a graph, or None."""
+def cycle(edges):
+    """Return a cycle of a graph, or None."""
     done, path = set(), []
 
     def visit(node):
@@ -53,24 +53,24 @@ def circle(edges):
     return next((found for node in sorted(edges) if (found := visit(node))), None)
 
 
-def test_circles_are_found():
-    assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) is None
-    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+def test_cycles_are_found():
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": set()}) is None
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
 
 
 def loaded(statement):
-    """The modules that a fresh process has loaded after ``statement``."""
+    """Return the modules that a new process has loaded after ``statement``."""
     code = f"import sys; {statement}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(done.stdout.split())
 
 
-def test_the_operations_stand_alone():
+def test_the_operations_import_only_torch():
     found = loaded("from ppo_fast.ops import gae, ppo_loss, linear_logprobs, sample_tokens")
     assert "torch" in found
     assert not found & {"transformers", "rich", "tyro", "torch._dynamo"}
     inside = {name for name in found if name.startswith("ppo_fast.")}
-    assert {room(name) for name in inside} == {"ops"}
+    assert {folder(name) for name in inside} == {"ops"}
 
 
 def test_settings_need_no_torch():
@@ -83,7 +83,7 @@ def test_the_command_line_needs_no_torch_for_its_help():
     assert not found & {"torch", "transformers"}
 
 
-def test_the_packages_face():
+def test_public_names_are_importable():
     import ppo_fast
 
     assert set(ppo_fast.__all__) <= set(dir(ppo_fast))

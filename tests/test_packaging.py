@@ -1,4 +1,4 @@
-"""The package away from its checkout: as a wheel, and without the compiled extension."""
+"""The package outside its checkout: as a wheel, and without the compiled extension."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in others)
 
 
-def test_wheel_runs_away_from_the_checkout(wheel, tmp_path):
+def test_wheel_runs_outside_the_checkout(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
     code = """

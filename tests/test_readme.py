@@ -47,14 +47,14 @@ def test_the_open_loop_runs():
     assert names["metrics"]["mean_reward"] > 0
 
 
-def test_limits():
+def test_readme_is_short_and_starts_with_code():
     lines = README.splitlines()
     assert len(lines) <= 200
     assert next(i for i, line in enumerate(lines) if line.startswith("```")) < 50
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", *DOCS])
-def test_links_lead_somewhere(page):
+def test_the_targets_of_links_exist(page):
     path = ROOT / page
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text("utf-8")):
         assert (path.parent / target).exists(), target

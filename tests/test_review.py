@@ -1,4 +1,4 @@
-"""Ways to go wrong without a word, each seen once in review."""
+"""Errors that had no message, each found once in review."""
 
 import warnings
 from dataclasses import replace
@@ -33,7 +33,7 @@ def test_gradient_checkpointing_in_train_mode_decodes_with_its_cache(family):
     assert policy.training, "the mode comes back"
 
 
-def test_ratios_that_do_not_start_at_one_are_said(monkeypatch):
+def test_ratios_that_do_not_start_at_one_are_a_warning(monkeypatch):
     trainer = tiny_trainer(critic="head")
     generate = trainer.engine.generate
 
@@ -46,7 +46,7 @@ def test_ratios_that_do_not_start_at_one_are_said(monkeypatch):
         trainer.train_step(PROMPTS)
 
 
-def test_gradients_that_are_there_before_a_step_do_not_count():
+def test_gradients_from_before_a_step_are_ignored():
     clean, stained = tiny_trainer(critic="head"), tiny_trainer(critic="head")
     for parameter in stained.policy_model.parameters():
         parameter.grad = torch.full_like(parameter, 7.0)
@@ -71,7 +71,7 @@ def test_a_resumed_run_takes_its_learning_rate_from_the_config(tmp_path):
     assert resumed.policy_optimizer.state, "the moments are loaded"
 
 
-def test_an_error_amid_an_update_writes_no_checkpoint(tmp_path, monkeypatch, caplog):
+def test_an_error_during_an_update_writes_no_checkpoint(tmp_path, monkeypatch, caplog):
     trainer = tiny_trainer()
     arguments = {"batch_size": 2, "checkpoint_dir": tmp_path, "checkpoint_freq": 2}
     trainer.train(PROMPTS, num_steps=3, progress=False, **arguments)
@@ -92,7 +92,7 @@ def test_nan_at_a_masked_state_reaches_no_gradient_of_the_head():
 
 
 class LastPosition(PreTrainedModel):
-    """A user's own class: position -1, whatever the mask says."""
+    """A user's class that reads position -1 and ignores the mask."""
 
     config_class = None
     _supports_sdpa = True
@@ -113,36 +113,36 @@ class SpecRewardModel(RewardModel):
 
 
 @pytest.mark.parametrize("make", [LastPosition, lambda base: SpecRewardModel(base, 64)])
-def test_what_users_derive_from_padded_classes_gets_no_padding(make):
+def test_user_subclasses_of_padded_classes_get_no_padding(make):
     module = make(tiny_model()).eval()
     rows = [torch.tensor([5, 6, 7, 8]), torch.tensor([9, 4])]
     with torch.no_grad():
-        together = call_on_rows(module, rows, budget=100, what="m")
-        alone = [call_on_rows(module, [row], budget=100, what="m")[0] for row in rows]
+        together = call_on_rows(module, rows, max_tokens=100, what="m")
+        alone = [call_on_rows(module, [row], max_tokens=100, what="m")[0] for row in rows]
     torch.testing.assert_close(together, alone)
 
 
 @pytest.mark.parametrize("per_token", [False, True])
-def test_modules_that_squeeze_a_row_alone(per_token):
+def test_modules_that_squeeze_a_single_row(per_token):
     class Squeezing(nn.Module):
         def forward(self, ids, mask):
             out = ids.float()[..., None]
             return (out if per_token else out[:, -1]).squeeze()
 
     rows = [torch.tensor([5, 6, 7]), torch.tensor([9, 4])]
-    found = call_on_rows(Squeezing(), rows, budget=100, what="m")
+    found = call_on_rows(Squeezing(), rows, max_tokens=100, what="m")
     expected = [[5.0, 6.0, 7.0], [9.0, 4.0]] if per_token else [7.0, 4.0]
     assert [out.tolist() for out in found] == expected
 
 
-def test_a_constant_reward_says_nothing_at_any_discount():
+def test_a_constant_reward_gives_no_advantage_at_any_discount():
     options = {"critic": "baseline", "gamma": 0.9, "kl_penalty": 0.0, "whiten_advantages": False}
     trainer = tiny_trainer(lambda prompts, completions: [1.0] * len(prompts), **options)
     experience = trainer.make_experience(trainer.rollout(PROMPTS))
     assert experience.advantages.abs().max() < 1e-6
 
 
-def test_a_baseline_of_one_sequence_is_said():
+def test_a_baseline_of_one_sequence_is_a_warning():
     with pytest.warns(UserWarning, match="batch of one"):
         tiny_trainer(critic="baseline").train_step(PROMPTS[:1])
 
@@ -164,7 +164,7 @@ def test_a_checkpoint_without_a_part_changes_nothing(tmp_path):
     torch.save(payload, path)
     other = tiny_trainer()
     before = weights(other.policy_model)
-    with pytest.raises(ValueError, match=r"damaged: it holds no \['random_states'\]"):
+    with pytest.raises(ValueError, match=r"damaged: it lacks \['random_states'\]"):
         other.load_checkpoint(path)
     assert not changed(other.policy_model, before)
 
@@ -183,16 +183,16 @@ def test_numpy_numbers_are_numbers():
     assert len(result["training_history"]["mean_rewards"]) == 1
 
 
-def test_what_is_no_causal_language_model_is_refused():
+def test_a_model_without_an_lm_head_is_refused_as_policy():
     body = tiny_model().base_model
-    with pytest.raises(TypeError, match="policy_model: LlamaModel is no causal language model"):
+    with pytest.raises(TypeError, match="policy_model: LlamaModel is not a causal language model"):
         PPOTrainer(body, None, count_letters, tiny_tokenizer(), "cpu")
 
 
-def test_a_folder_that_cannot_be_is_found_before_the_first_step(tmp_path):
+def test_an_impossible_checkpoint_folder_is_refused_before_the_first_step(tmp_path):
     (tmp_path / "file").write_text("")
     trainer = tiny_trainer()
-    with pytest.raises(ValueError, match=r"checkpoint_dir: .* cannot be a folder"):
+    with pytest.raises(ValueError, match=r"checkpoint_dir: .* cannot be made a folder"):
         trainer.train(PROMPTS, num_steps=1, checkpoint_dir=tmp_path / "file", progress=False)
     assert trainer.stats["total_steps"] == 0
 
@@ -206,7 +206,7 @@ def test_values_that_are_not_finite_are_refused():
     assert not changed(trainer.policy_model, before)
 
 
-def test_the_numbers_by_the_names_of_the_classic_interface():
+def test_settings_are_attributes_by_the_names_of_the_classic_interface():
     trainer = tiny_trainer(gamma=0.7)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -15,7 +15,7 @@ EXAMPLE = Path(__file__).parent / "data" / "spec_usage.py"
 
 @pytest.fixture
 def gpt2(tmp_path, monkeypatch):
-    """A folder where 'gpt2' is a random model of one thin layer, its states as wide as GPT-2's."""
+    """Make 'gpt2' a random model of one thin layer, with the hidden size of GPT-2."""
     sizes = {"vocab_size": VOCAB_SIZE, "n_layer": 1, "n_inner": 64}
     config = AutoConfig.for_model("gpt2", **sizes, bos_token_id=0, eos_token_id=0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
@@ -56,8 +56,8 @@ def test_spec_usage(gpt2, capsys):
     assert "'total_steps': 2" in out
 
 
-def test_the_example_is_the_specs():
-    """What it calls, and with what: the guide's own numbers."""
+def test_the_example_is_that_of_the_guide():
+    """The example has the calls and arguments of the classic trainer's guide."""
     text = EXAMPLE.read_text("utf-8")
     for part in (
         'from_pretrained("gpt2")',

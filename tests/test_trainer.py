@@ -1,4 +1,4 @@
-"""PPOTrainer: its arguments, its attributes, its critics and what of its models is trained."""
+"""PPOTrainer: its arguments, its attributes, its critics and its trained weights."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_bare_constructor_has_the_numbers_of_the_spec():
     assert config.value_clip is None
 
 
-def test_config_has_the_numbers_of_the_field():
+def test_default_config_has_the_numbers_of_published_work():
     trainer = PPOTrainer(*models(), config=PPOConfig())
     config = trainer.config
     assert (config.gamma, config.gae_lambda) == (1.0, 0.95)
@@ -83,7 +83,7 @@ def test_config_has_the_numbers_of_the_field():
         assert optimizer.param_groups[0]["eps"] == 1e-5
 
 
-def test_arguments_beat_the_config():
+def test_arguments_override_the_config():
     config = PPOConfig(gamma=0.7, kl_penalty=0.3, value_learning_rate=3e-4)
     trainer = PPOTrainer(*models(), learning_rate=5e-6, gamma=0.8, config=config)
     assert (trainer.config.learning_rate, trainer.config.gamma) == (5e-6, 0.8)
@@ -93,12 +93,12 @@ def test_arguments_beat_the_config():
     assert config.gamma == 0.7, "the user's config is left alone"
 
 
-def test_an_argument_equal_to_its_documented_default_still_beats_the_config():
+def test_an_argument_equal_to_its_documented_default_overrides_the_config():
     trainer = PPOTrainer(*models(), gamma=0.99, config=PPOConfig())
     assert trainer.config.gamma == 0.99
 
 
-def test_every_field_of_the_config_says_what_its_default_rests_on():
+def test_every_field_of_the_config_has_a_docstring():
     body = ast.parse(inspect.getsource(config_module)).body
     (cls,) = [node for node in body if isinstance(node, ast.ClassDef)]
     documented = {
@@ -174,7 +174,7 @@ def test_reward_model_is_not_trained():
     assert all(p.grad is None for p in reward_model.parameters())
 
 
-# Who is the critic
+# Choice of the critic
 
 
 def test_critic_follows_the_value_model():

@@ -1,4 +1,4 @@
-"""torchrl's generalised advantage estimation, and ours, in one process."""
+"""torchrl's generalised advantage estimation against gae, in one process."""
 
 import pytest
 import torch

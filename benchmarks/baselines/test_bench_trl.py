@@ -1,4 +1,4 @@
-"""TRL's torch paths on the CPU, and ours, in one process."""
+"""TRL's PyTorch code on the CPU against ppo_fast, in one process."""
 
 import heads
 import pytest

@@ -1,4 +1,4 @@
-"""TRL's log-probs of hidden states and an LM head, and ours, to measure time and memory."""
+"""Log-probs from hidden states and an LM head, by TRL and by ppo_fast."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class Step(NamedTuple):
 
     @property
     def turns(self) -> int:
-        """Turns of the loop over a program's elements."""
+        """Number of turns of the loop over a program's elements."""
         return max(1, triton.cdiv(self.elements // self.programs, self.block))
 
     @property
@@ -86,7 +86,7 @@ class Step(NamedTuple):
         return max(self.executed.loops, default=self.executed.program)
 
     def figures(self) -> dict[str, Any]:
-        """Return the figures of the code; counts are an element's share."""
+        """Return the figures of the code; counts are per element."""
         of_a_thread = self.block / (self.code.num_warps * WARP)
         return {
             "registers": self.code.registers,
@@ -100,7 +100,7 @@ class Step(NamedTuple):
         }
 
     def bounds(self, gpu: Gpu) -> dict[str, float]:
-        """Return the milliseconds that it takes at least, by what bounds it."""
+        """Return the least milliseconds of the launch by each bound."""
         all_turns = self.executed.in_all(self.turns)
         programs = triton.cdiv(self.programs, gpu.sms)  # of the busiest multiprocessor
         warps = programs * self.code.num_warps

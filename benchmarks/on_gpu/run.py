@@ -1,4 +1,4 @@
-"""Run all checks and measurements that need a GPU, in stages; the first thing to run on one.
+"""Run all checks and measurements that need a GPU, in stages.
 
 python benchmarks/on_gpu/run.py [--seconds=420] [--stages=facts,doctor,...] [--out=DIR] [--cpu]
 

@@ -1,4 +1,4 @@
-"""The peak rates of this machine, copying and float32 products, to compare the others with."""
+"""Peak rates of this machine, in copying and in float32 products, to compare the kernels with."""
 
 import pytest
 import torch

@@ -10,13 +10,14 @@ from rich.console import Console
 
 @dataclass(frozen=True)
 class Demo:
-    """Teach SmolLM2-135M to continue reviews kindly, on this machine, in some minutes."""
+    """Train SmolLM2-135M to continue reviews positively, on this machine, in some minutes."""
 
     output_dir: Path = Path("runs/demo")
     """Folder for the metrics, samples, plot and the trained policy."""
     num_steps: int | None = None
-    """Steps of PPO; None: the demo's own number."""
+    """Steps of PPO; None: the demo's default."""
     seed: int = 0
+    """Seed of the run."""
 
     def run(self, console: Console) -> None:
         """Run the command."""

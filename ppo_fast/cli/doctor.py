@@ -10,10 +10,10 @@ from rich.console import Console
 
 @dataclass(frozen=True)
 class Doctor:
-    """Check every kernel on this machine; on a GPU measure them too. Status 1 if one is wrong."""
+    """Check every kernel on this machine, and on a GPU time it. Exit status 1 if one is wrong."""
 
     json: Path | None = None
-    """Where to write the findings, for a bug report; None: they are printed."""
+    """File to write the findings to, for a bug report; None: print them."""
     interpret: bool = False
     """Check the values of the Triton kernels in Triton's interpreter, on the CPU (a minute)."""
 

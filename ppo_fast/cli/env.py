@@ -12,7 +12,7 @@ class Env:
     """Print versions, the device, and which implementation each op gets and why."""
 
     policy: str | None = None
-    """A model directory or name; says which fast paths it takes."""
+    """A model directory or hub name; also print which fast paths this model takes."""
 
     def run(self, console: Console) -> None:
         """Run the command."""

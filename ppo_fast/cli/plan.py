@@ -15,19 +15,20 @@ from ppo_fast.config import PPOConfig
 
 @dataclass(frozen=True)
 class Plan:
-    """Print the memory that training a policy takes, from its config alone, in several ways."""
+    """Print the memory that several ways of training a policy take, from its config alone."""
 
     policy: str
     """The policy: a model directory or a hub name; only its config is read."""
     batch_size: int = 16
+    """Prompts per step."""
     prompt_length: int = 128
-    """Tokens of the longest prompt."""
+    """Max tokens of a prompt."""
     memory: float | None = None
-    """Available memory in GB; the table then says which ways fit."""
+    """Available memory in GB; the table then says which plans fit."""
     lora_rank: int = 16
-    """Rank of the ways with LoRA, which are shown where peft is installed."""
+    """LoRA rank of the plans with LoRA, which are shown if peft is installed."""
     device: Literal["cuda", "cpu"] = "cuda"
-    """cuda or cpu; on the CPU, a rollout copies weights that have adapters."""
+    """Device to plan for: on the CPU, a rollout also copies the weights that have LoRA adapters."""
     ppo: tyro.conf.OmitArgPrefixes[PPOConfig] = field(default_factory=PPOConfig)
 
     def run(self, console: Console) -> None:

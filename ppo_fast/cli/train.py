@@ -24,7 +24,7 @@ class Train:
     policy: str = ""
     """The policy: a model directory or a hub name. Required."""
     prompts: Path = Path()
-    """Prompts: .txt (one a line), .jsonl or .csv (their "prompt" field). Required."""
+    """Prompts: .txt (one per line), .jsonl or .csv (their "prompt" field). Required."""
     reward: str = ""
     """module:function, f(prompts, completions) -> list[float], or the directory or name of a
     sequence classifier with one label. Required."""
@@ -32,17 +32,19 @@ class Train:
     """A causal LM whose body becomes the value model; None: see critic."""
     lora_rank: int | None = None
     """Train LoRA adapters of this rank on all layers, or on those of num_layers_unfrozen, with
-    alpha twice the rank; None: the weights themselves."""
+    alpha twice the rank; None: train the weights themselves."""
     output_dir: Path = Path("runs/train")
     """Folder for metrics.jsonl, samples.jsonl, config.yaml, checkpoints/ and the final policy/."""
     num_steps: int = 100
-    """Steps of the whole run, those before a resume included."""
+    """Steps of the whole run, including those before a resume."""
     batch_size: int = 16
+    """Prompts per step."""
     checkpoint_freq: int = 10
+    """Steps between checkpoints."""
     resume: bool = False
-    """Go on from the newest checkpoint in output_dir."""
+    """Continue from the newest checkpoint in output_dir."""
     device: str = "auto"
-    """auto: cuda where there is one, else cpu."""
+    """Device to train on; auto: cuda if there is a GPU, else cpu."""
     config: Path | None = None
     """A YAML file of any of these flags (names with underscores); a flag overrides the file."""
     ppo: tyro.conf.OmitArgPrefixes[PPOConfig] = field(default_factory=PPOConfig)
@@ -63,7 +65,7 @@ class Train:
         newest = newest_checkpoint(checkpoints)
         if newest is not None and not self.resume:
             raise ValueError(
-                f"--output-dir: {self.output_dir} holds a run ({newest.name}); go on with "
+                f"--output-dir: {self.output_dir} holds a run ({newest.name}); continue it with "
                 "--resume, or name another folder"
             )
         ppo = self._make_ppo(reward, device)
@@ -113,12 +115,13 @@ class Train:
     def _make_ppo(self, reward: Any, device: str) -> PPO:
         """Make PPO, with models from their folders or the hub."""
         import torch
-        from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, set_seed
 
         from ppo_fast.models.heads import ValueModel
         from ppo_fast.models.lora import with_lora
         from ppo_fast.ppo import PPO
 
+        set_seed(self.ppo.seed)  # new adapters and value heads are drawn from it
         tokenizer = AutoTokenizer.from_pretrained(self.policy)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token

@@ -27,7 +27,7 @@ def print_environment(console: Console, policy: str | None = None) -> None:
 
     device = main_device()
     choices: dict[str, tuple[str, str]] = {}
-    with console.status("checking kernels that were not used here yet"):
+    with console.status("checking kernels that were not used on this machine yet"):
         for op in COMPILED:
             try:
                 choices[op] = choose(op, "auto", device)
@@ -70,7 +70,7 @@ def _triton_kernels(device: torch.device) -> str:
     if reason := missing("triton"):
         return reason
     if device.type != "cuda":
-        return "can be imported; no GPU here to run them on"
+        return "can be imported; there is no GPU to run them on"
     results = {
         op: first_use.first_use(op, device) for op, impls in COMPILED.items() if "triton" in impls
     }
@@ -90,7 +90,7 @@ def _fast_paths(policy: str, device: torch.device) -> Table:
         model, no_trunk = LanguageModel(raw, num_layers_unfrozen=1), None
     except ValueError as error:
         model, no_trunk = LanguageModel(raw), str(error)
-    table = Table("fast path", "can be taken", "why not", "what that costs", title=policy)
+    table = Table("fast path", "can be taken", "why not", "cost of not taking it", title=policy)
     for path in fast_paths(model):
         why_not = no_trunk if path.name == "frozen trunk" else path.why_not
         cost = "" if path.in_force else path.cost

@@ -163,7 +163,7 @@ def plans(
     }
     if k > 0:
         ways |= {
-            f"{k} top layers, values from a top": {"critic": "top", "num_layers_unfrozen": k},
+            f"{k} top layers, a top critic": {"critic": "top", "num_layers_unfrozen": k},
             f"{k} top layers, a value head": {"critic": "head", "num_layers_unfrozen": k},
         }
     adapters: dict[str, Any] = {}
@@ -192,7 +192,7 @@ def plans(
 
 def show_plans(console: Console, found: dict[str, MemoryPlan], memory_gb: float | None) -> None:
     """Print a table with one column per plan, in GB (10^9 bytes)."""
-    table = Table(title="memory of a run in GB, computed")
+    table = Table(title="memory of a run in GB, computed from the config")
     table.add_column("", no_wrap=True)
     for name in found:
         table.add_column(name, justify="right")

@@ -112,12 +112,12 @@ def check_reward_model(reward_model: Any) -> None:
     if labels != 1:
         raise ValueError(
             f"reward_model: {type(reward_model).__name__} has num_labels={labels}, expected 1 "
-            "(one score a sequence); wrap it in a function that says which label counts"
+            "(one score per sequence); wrap it in a function that says which label counts"
         )
     if reward_model.config.pad_token_id is None:
         raise ValueError(
-            f"reward_model: {type(reward_model).__name__} has no pad token, by which it finds a "
-            "sequence's end; set reward_model.config.pad_token_id = tokenizer.pad_token_id"
+            f"reward_model: {type(reward_model).__name__} has no pad token, which it needs to find "
+            "the end of a sequence; set reward_model.config.pad_token_id = tokenizer.pad_token_id"
         )
 
 

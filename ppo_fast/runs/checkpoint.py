@@ -91,7 +91,7 @@ def read_checkpoint(
     if payload["models"].keys() != modules.keys():
         raise ValueError(
             f"checkpoint: {path} holds {sorted(payload['models'])}, the trainer has "
-            f"{sorted(modules)}; construct it with the same critic"
+            f"{sorted(modules)}; construct the trainer with the same critic"
         )
     for name, module in modules.items():
         check_identity(name, payload["identity"][name], module, path)
@@ -102,13 +102,13 @@ def read_checkpoint(
     if payload["reference"] != fingerprint(reference):
         warnings.warn(
             f"{path} was trained against another reference model; construct the trainer with the "
-            "policy that training started from, else the KL is measured to the wrong model",
+            "policy that training started from, or the KL is measured to the wrong model",
             stacklevel=3,
         )
     if payload["seed"] != seed:
         warnings.warn(
             f"{path} was trained with seed {payload['seed']}, the trainer's is {seed}: prompts and "
-            "draws will not be those of a run without a stop",
+            "sampled tokens will differ from those of an uninterrupted run",
             stacklevel=3,
         )
     for name, module in modules.items():
@@ -128,13 +128,22 @@ def save(payload: dict[str, Any], path: Path) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
     try:
         with os.fdopen(handle, "wb") as file:
-            torch.save({"format": FORMAT, "version": VERSION, **payload}, file)
+            torch.save({"format": FORMAT, "version": VERSION, **_plain(payload)}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _plain(value: Any) -> Any:
+    """Return ``value`` with numpy's numbers as Python's: ``load`` reads no others."""
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(item) for item in value)
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def make_folder(folder: str | Path) -> None:
@@ -146,7 +155,7 @@ def make_folder(folder: str | Path) -> None:
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except (OSError, TypeError) as error:
-        raise ValueError(f"checkpoint_dir: {folder!r} cannot be a folder ({error})") from error
+        raise ValueError(f"checkpoint_dir: {folder!r} cannot be made a folder ({error})") from error
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -169,7 +178,7 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise ValueError(f"checkpoint: {path} was not written by ppo_fast")
     if missing := CONTENTS - payload.keys():
-        raise ValueError(f"checkpoint: {path} is damaged: it holds no {sorted(missing)}")
+        raise ValueError(f"checkpoint: {path} is damaged: it lacks {sorted(missing)}")
     if payload["version"] > VERSION:
         raise ValueError(
             f"checkpoint: {path} has format version {payload['version']}, this ppo_fast reads up "
@@ -196,8 +205,8 @@ def check_identity(name: str, saved: dict[str, Any], model: nn.Module, path: Pat
         theirs, ours = saved["shapes"].get(weight), own["shapes"].get(weight)
         if theirs != ours:
             raise ValueError(
-                f"checkpoint: {path} is of another {name}: {weight} has shape {theirs} there and "
-                f"{ours} in the trainer's"
+                f"checkpoint: {path} is of another {name}: {weight} has shape {theirs} in the file "
+                f"and {ours} in the trainer"
             )
 
 
@@ -210,7 +219,7 @@ def check_optimizer(
     if theirs != ours:
         raise ValueError(
             f"checkpoint: {path} has {sum(theirs)} tensors in the optimizer of the {name}, the "
-            f"trainer's has {sum(ours)}; construct it with the same num_layers_unfrozen"
+            f"trainer's has {sum(ours)}; construct the trainer with the same num_layers_unfrozen"
         )
 
 
@@ -218,12 +227,14 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
     """Load an optimizer's moments.
 
     Learning rate and other settings stay those of the trainer's config, which may have been changed
-    for the rest of the run.
+    for the rest of the run. A rate that a scheduler had set (which leaves its mark, "initial_lr")
+    is that of the checkpoint: the scheduler goes on from it.
     """
     own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     for group, settings in zip(optimizer.param_groups, own, strict=True):
-        group.update(settings)
+        scheduled = {k: group[k] for k in ("lr", "initial_lr") if "initial_lr" in group}
+        group.update(settings | scheduled)
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -242,9 +253,9 @@ def check_frozen(name: str, saved: str, model: nn.Module, path: Path) -> None:
     """Raise ValueError where a model's frozen weights are not those of a checkpoint's model."""
     if saved != frozen_fingerprint(model):
         raise ValueError(
-            f"checkpoint: {path} holds the trained weights of the {name} alone; its frozen ones "
-            "were others than the trainer's; construct it with the model that training started "
-            "from, and the same num_layers_unfrozen"
+            f"checkpoint: {path} holds only the trained weights of the {name}, and was saved with "
+            "other frozen weights than the trainer's; construct the trainer with the model that "
+            "training started from, and the same num_layers_unfrozen"
         )
 
 

@@ -29,7 +29,9 @@ def finish_step_on_interrupt() -> Iterator[Callable[[], bool]]:
         count += 1
         if count > 1:
             raise KeyboardInterrupt
-        logger.warning("Ctrl-C: finishing this step; again to stop at once (it is then lost)")
+        logger.warning(
+            "Ctrl-C: finishing this step; press it again to stop at once and lose the step"
+        )
 
     before = signal.signal(signal.SIGINT, note)
     try:

@@ -147,7 +147,9 @@ def _keep(ppo: Trainable, checkpoint_dir: str | Path | None, why: str) -> None:
         where = f"checkpoint {path}"
         if ppo.amid_update:
             # these weights are of no step: a run resumed from them would not be the same
-            where = f"amid its update; the newest checkpoint is {ppo.newest_checkpoint}"
+            where = (
+                f"during the update of the next step; newest checkpoint: {ppo.newest_checkpoint}"
+            )
         elif path.resolve() != ppo.newest_checkpoint:
             ppo.save_checkpoint(checkpoint_dir, step)
     logger.warning("stopped by %s after step %d: %s", why, step, where)

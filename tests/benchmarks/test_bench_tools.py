@@ -1,4 +1,4 @@
-"""What the figures of benchmarks/README.md go through: turns, ratios, tables, parts of a step."""
+"""Tools behind the figures of benchmarks/README.md: turns, ratios, tables, parts of a step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _path(monkeypatch):
 
 
 class FakeBenchmark:
-    """As much of pytest-benchmark's fixture as take_turns uses."""
+    """The part of pytest-benchmark's fixture that take_turns uses."""
 
     def __init__(self):
         self.extra_info = {}
@@ -119,7 +119,7 @@ def test_a_part_within_another_is_counted_once(monkeypatch):
     ("critic", "options"),
     [("model", {}), ("head", {"num_layers_unfrozen": 1}), ("top", {"num_layers_unfrozen": 1})],
 )
-def test_parts_of_a_step_are_all_of_it(critic, options):
+def test_the_parts_of_a_step_add_up_to_the_step(critic, options):
     from step_parts import seconds_of_parts, work_of_parts
 
     trainer = tiny_trainer(critic=critic, **options)
@@ -138,7 +138,7 @@ def is_ours(owner):
 
 
 def test_work_of_parts():
-    """Operations beside those that PyTorch counts, in rows of one length."""
+    """Compare with the operations that PyTorch counts, for rows of one length."""
     from step_parts import work_of_parts
 
     trainer = tiny_trainer(critic="model", num_epochs=3, max_length=6)
@@ -162,8 +162,8 @@ def test_work_of_parts():
     assert work["optimizer"].bytes == 3 * 10 * 4 * sum(p.numel() for p in trained)
 
 
-def test_what_benchmarks_take_from_the_package_is_there():
-    """Most of them are never run by the tests; a name that moved shows here."""
+def test_names_that_benchmarks_import_from_the_package_exist():
+    """The tests run few of the benchmarks, so a name that moved would go unnoticed."""
     missing = []
     for path in BENCHMARKS.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):

@@ -1,4 +1,4 @@
-"""The computed report of the Triton kernels; benchmarks on a GPU, as far as they need none."""
+"""The computed report of the Triton kernels, and the parts of GPU benchmarks that need no GPU."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ LDG.E.128 R4, [R2.64] ;
 """.strip().splitlines()
 
 
-def test_a_loop_is_found_and_its_longest_way_counted():
+def test_a_loop_is_found_and_its_longest_path_counted():
     loop = Counts(wide=1, bytes=17, instructions=6, special=1)
     assert executed(LOOP) == Executed(
         Counts(wide=1, bytes=17 + 12, instructions=2 + 6 + 3, special=1), (loop,)
     )
 
 
-def test_of_two_ways_the_one_with_wide_accesses_counts():
+def test_of_two_paths_the_one_with_wide_accesses_is_counted():
     sass = """
 @P0 BRA `(.L_x_1) ;
 LDG.E.128 R4, [R2.64] ;
@@ -76,7 +76,7 @@ EXIT ;""".strip().splitlines()
 
 
 def test_a_call_of_a_label_leaves_the_loop():
-    """So sm_80 ends some loops."""
+    """Code for sm_80 ends some loops like this."""
     sass = """
 .L_x_1:
 LDG.E.S16 R4, [R2.64] ;
@@ -100,7 +100,7 @@ EXIT ;""".strip().splitlines()
     assert executed(sass).loops == (Counts(bytes=4, instructions=2),)
 
 
-def test_turns():
+def test_counts_of_several_turns_of_a_loop():
     found = Executed(Counts(1, 20, 50, 3), (Counts(1, 16, 10, 2),))
     assert found.in_all(1) == found.program
     assert found.in_all(4) == Counts(4, 68, 80, 9)
@@ -113,7 +113,8 @@ def a_step(**changes) -> Step:
 
 
 def test_bounds():
-    """50 programs of 8 warps a multiprocessor, 4 instructions and half a special one a clock."""
+    """A multiprocessor has 50 programs of 8 warps, and issues 4 instructions and half a special one
+    per clock."""
     bounds = a_step().bounds(GPUS["H100"])
     assert bounds == pytest.approx(
         {
@@ -125,7 +126,7 @@ def test_bounds():
 
 
 def test_bounds_of_a_grid_smaller_than_the_gpu():
-    """A multiprocessor with one warp issues one instruction a clock."""
+    """A multiprocessor with one warp issues one instruction per clock."""
     step = a_step(programs=3, code=SimpleNamespace(arch=90, num_warps=1))
     assert step.bounds(GPUS["H100"])["issue"] == pytest.approx(100 / 1.98e6)
     one_more = a_step(programs=133)
@@ -139,7 +140,7 @@ def test_times_add_up_over_launches():
     issue = 50 * 8 * 100 / 4 / 1.98e6
     assert times["least"] == pytest.approx(1.0 + issue, rel=1e-3)
     assert times["bound"] == "bandwidth"
-    # One launch is ruled by issue for longer than either of the others is by bandwidth.
+    # The launch bound by issue takes longer than either of those bound by bandwidth.
     slow = a_step(executed=Executed(Counts(0, 0, 30000, 0), ()), bytes=1.0)
     assert slow.bounds(GPUS["H100"])["issue"] == pytest.approx(1.5, rel=0.1)
     assert gpu_report.times(work, [slow, a_step()], GPUS["H100"])["bound"] == "issue"
@@ -154,7 +155,7 @@ SOME = (80, 89, 90, 120)  # those of GPUS, and of README.md
 
 @pytest.fixture(scope="module")
 def small():
-    """As the report would be of two works."""
+    """Compute the report of two works."""
     works = {
         "both": gpu_works.bf16_logits(gpu_works.BOTH, 512, 16384, H100="0.1 (someone)"),
         "head": gpu_works.of_head(1024, 64, 8192, products=3),
@@ -166,8 +167,8 @@ def small():
 
 
 @pytest.mark.slow
-def test_bytes_are_those_of_the_floor(small):
-    """Logits read once forward; read once and written once backward."""
+def test_bytes_are_those_that_must_be_moved(small):
+    """Logits are read once in the forward pass, and read and written once in the backward pass."""
     forward, backward, *_ = small["kernels"]
     assert (forward["kernel"], forward["dtype"]) == ("logprobs_forward_kernel", "bfloat16")
     assert set(forward["arch"]) == {str(arch) for arch in SOME}
@@ -183,7 +184,7 @@ def test_bytes_are_those_of_the_floor(small):
 
 @pytest.mark.slow
 def test_instructions_of_the_streaming_loop(small):
-    """An exponential an element, and a few more."""
+    """An element takes one exponential, and a few other instructions."""
     for it in small["kernels"][0]["arch"].values():
         assert it["wide"] >= 1
         assert 1 <= it["special"] < 2
@@ -235,7 +236,7 @@ def test_every_common_case_is_reported():
             assert (f"ppo_fast.ops.{folder}.triton", function) in reported, name
 
 
-def test_the_kept_report_has_every_kernel():
+def test_the_stored_report_has_every_kernel():
     names = {
         name
         for file in (ROOT / "ppo_fast" / "ops").rglob("*.py")
@@ -244,13 +245,13 @@ def test_the_kept_report_has_every_kernel():
     assert names == {line["kernel"] for line in RESULT["kernels"]}
 
 
-def test_the_kept_report_is_of_these_works():
+def test_the_stored_report_has_the_current_works():
     assert [line["work"] for line in RESULT["works"]] == list(gpu_works.WORKS)
     assert RESULT["gpus"] == {name: gpu._asdict() for name, gpu in GPUS.items()}
 
 
-def test_a_step_is_counted_and_weighed():
-    """Of Llama's layers, a kernel a line of transformers' code, each way of counting apart."""
+def test_launches_and_bytes_of_a_decoding_step():
+    """The launches of a Llama layer are about those counted by hand in transformers' code."""
     one, three = (gpu_steps.launches(THIN | {"num_hidden_layers": n}) for n in (1, 3))
     per_layer = (three - one) / 2
     # 7 products, 2 norms of 6, rotation of 2 tensors in 5 each, 2 writes to the cache, attention,
@@ -295,7 +296,7 @@ def _nothing_is_compiled(monkeypatch):
 
 @pytest.fixture
 def _others(monkeypatch):
-    """Modules with the names and signatures of what is compared with."""
+    """Install modules with the names and signatures of the libraries compared with."""
 
     def install(name, **contents):
         module = ModuleType(name)
@@ -342,7 +343,7 @@ def test_what_is_not_installed_is_named(monkeypatch):
 
 @pytest.mark.usefixtures("_nothing_is_compiled")
 def test_figures_of_a_gpu(monkeypatch, tmp_path):
-    """All but the timing: entries, lines, the file, its section in README.md."""
+    """Test all but the timing: entries, lines, the file, its section in README.md."""
 
     def timed(side):
         side()

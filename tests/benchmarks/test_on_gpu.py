@@ -1,4 +1,4 @@
-"""benchmarks/on_gpu: a dry run without a GPU, so that it runs where there is one for once."""
+"""benchmarks/on_gpu: a dry run without a GPU, so that it does not fail on a borrowed one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def findings(out: Path) -> list[dict]:
 
 
 def dry_run(out: Path, *options: str) -> tuple[str, list[dict]]:
-    """What was printed, and the findings."""
+    """Return the output and the findings of a dry run."""
     command = [sys.executable, str(RUN), "--cpu", f"--out={out}", "--seconds=500", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stderr
@@ -58,7 +58,7 @@ def test_every_stage_runs(tmp_path):
 
 
 def test_every_checked_op_has_a_process_of_its_own(monkeypatch):
-    """run.py, which imports no torch, has their names once more."""
+    """run.py does not import torch and has a copy of the list of checked ops."""
     monkeypatch.syspath_prepend(str(RUN.parent))
     import run as on_gpu
 
@@ -70,7 +70,7 @@ def test_the_report_reads_what_the_stages_write():
     read = re.findall(r'of\(now, "([^"]+)"', scripts.pop("write_report.py"))
     assert len(read) > 10
     written = "\n".join(scripts.values())
-    # the sanitizers' stages are named by a loop over their tools
+    # a loop over tools names the stages of the sanitizers
     assert [name for name in read if f'"{name}"' not in written] == []
 
 
@@ -115,7 +115,7 @@ def test_the_summary_names_what_failed(tmp_path, monkeypatch):
     assert summary.lines(results, None) == ["facts: gb_s 4175"]
 
 
-def test_the_report_is_that_of_the_results(monkeypatch):
+def test_the_report_is_made_from_the_stored_results(monkeypatch):
     monkeypatch.syspath_prepend(str(RUN.parent))
     import write_report
 

@@ -35,7 +35,7 @@ def test_few_lines_never_ran():
     assert number < 150
 
 
-def test_every_line_elsewhere_that_speaks_of_cuda_is_listed():
+def test_every_line_elsewhere_that_mentions_cuda_is_listed():
     for path in (ROOT / "ppo_fast").rglob("*.py"):
         name = path.relative_to(ROOT).as_posix()
         if not untested_lines.is_for_gpus(name):
@@ -52,7 +52,7 @@ def test_every_triton_function_ran_in_the_interpreter():
         assert ran.get(path.relative_to(ROOT).as_posix(), set()) == kernels
 
 
-def test_what_is_unproven_is_said():
+def test_the_document_lists_what_is_unproven():
     assert untested_lines.UNPROVEN in DOCUMENT
 
 

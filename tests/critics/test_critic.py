@@ -1,4 +1,4 @@
-"""Critics: users' modules, the value head, the baseline, and what a value may have read."""
+"""Critics: users' modules, the value head, the baseline, and which tokens a value depends on."""
 
 from __future__ import annotations
 
@@ -41,8 +41,11 @@ def tokens(responses: list[list[int]] = RESPONSES) -> Tokens:
 
 
 class Module(nn.Module):
-    """A user's value module that knows nothing of padding: it adds up weights of tokens, so far
-    (a value a token) or of all (a value a sequence), and writes down what it was given."""
+    """A user's value module without support for padding.
+
+    It returns cumulative sums of token weights (one value per token) or the sum over the sequence
+    (one value per sequence), and records its inputs.
+    """
 
     def __init__(self, wrap=lambda x: x, *, per_token: bool) -> None:
         super().__init__()
@@ -56,24 +59,24 @@ class Module(nn.Module):
         return self.wrap(sums if self.per_token else sums[:, -1])
 
 
-def critic_of(module: nn.Module, budget: int = 1000) -> ModelCritic:
+def critic_of(module: nn.Module, max_tokens: int = 1000) -> ModelCritic:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        critic = ModelCritic(module, budget=budget)
+        critic = ModelCritic(module, max_tokens=max_tokens)
     if isinstance(module, Module):
-        module.calls.clear()  # those of the probe
+        module.calls.clear()  # the calls at construction
     return critic
 
 
 @each_wrapping
-def test_a_value_a_token_is_read_before_each_response_token(wrap):
+def test_a_value_per_token_is_read_before_each_response_token(wrap):
     values = critic_of(Module(wrap, per_token=True)).values(tokens())
     # sums of 5 + 6 + 7, then + 2; of 4, then + 1, + 2, + 3; of 3 + 2; of 8 + 9 + 1, then + 6, + 6
     assert values.tolist() == [[18, 20, 0, 0], [4, 5, 7, 10], [5, 0, 0, 0], [18, 24, 30, 0]]
 
 
 @each_wrapping
-def test_a_value_a_sequence_is_that_of_the_prompt_for_every_token(wrap):
+def test_a_value_per_sequence_is_that_of_the_prompt_for_every_token(wrap):
     values = critic_of(Module(wrap, per_token=False)).values(tokens())
     assert values.tolist() == [[18, 18, 0, 0], [4, 4, 4, 4], [5, 0, 0, 0], [18, 18, 18, 0]]
 
@@ -82,35 +85,35 @@ def rows_of(module: Module) -> list[list[int]]:
     return sorted(row for rows, _ in module.calls for row in rows)
 
 
-def test_a_value_a_sequence_has_read_the_prompt_only():
+def test_a_value_per_sequence_depends_on_the_prompt_only():
     module = Module(per_token=False)
     critic_of(module).values(tokens())
     assert rows_of(module) == sorted(PROMPTS)
 
 
-def test_a_value_a_sequence_warns_once():
-    with pytest.warns(UserWarning, match="one value a sequence: it is called on the prompt alone"):
-        critic = ModelCritic(Module(per_token=False), budget=1000)
+def test_a_value_per_sequence_warns_once():
+    with pytest.warns(UserWarning, match="one value per sequence: it is called on the prompt"):
+        critic = ModelCritic(Module(per_token=False), max_tokens=1000)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(2):
             critic.values(tokens())
-        ModelCritic(Module(per_token=True), budget=1000)
+        ModelCritic(Module(per_token=True), max_tokens=1000)
 
 
 @pytest.mark.parametrize("per_token", [True, False])
-@pytest.mark.parametrize("budget", [1, 10, 1000])
-def test_a_users_module_gets_rows_of_equal_length_without_padding(per_token, budget):
+@pytest.mark.parametrize("max_tokens", [1, 10, 1000])
+def test_a_users_module_gets_rows_of_equal_length_without_padding(per_token, max_tokens):
     module = Module(per_token=per_token)
-    critic_of(module, budget).values(tokens())
+    critic_of(module, max_tokens).values(tokens())
     whole = [p + r for p, r in zip(PROMPTS, RESPONSES, strict=True)]
     assert rows_of(module) == sorted(whole if per_token else PROMPTS)
     for rows, mask in module.calls:
         assert mask.shape == (len(rows), len(rows[0]))
         assert (mask == 1).all()
         assert mask.dtype == torch.int64
-        assert len(rows) == 1 or len(rows) * len(rows[0]) <= budget
-    if budget == 1000:
+        assert len(rows) == 1 or len(rows) * len(rows[0]) <= max_tokens
+    if max_tokens == 1000:
         lengths = [len(rows[0]) for rows, _ in module.calls]
         assert sorted(lengths) == sorted(set(LENGTHS if per_token else PROMPT_LENGTHS))
 
@@ -121,9 +124,9 @@ class Changing(Module):
         return super().forward(input_ids, attention_mask)
 
 
-def test_a_module_that_changes_its_mind_is_refused():
+def test_a_module_that_mixes_values_per_token_and_per_sequence_is_refused():
     critic = critic_of(Changing(per_token=True))
-    with pytest.raises(ValueError, match="value_model: returned a value a token on one call"):
+    with pytest.raises(ValueError, match="value_model: returned one value per token in one call"):
         critic.values(tokens())
 
 
@@ -138,7 +141,7 @@ def test_a_module_that_changes_its_mind_is_refused():
 )
 def test_another_output_is_refused(wrap, error, message):
     with pytest.raises(error, match=f"value_model.*{message}"):
-        ModelCritic(Module(wrap, per_token=True), budget=1000)
+        ModelCritic(Module(wrap, per_token=True), max_tokens=1000)
 
 
 def test_an_error_of_the_module_is_chained():
@@ -148,7 +151,7 @@ def test_an_error_of_the_module_is_chained():
         raise original
 
     with pytest.raises(RuntimeError, match="value_model raised KeyError: 'inside'") as caught:
-        ModelCritic(Module(fail, per_token=True), budget=1000)
+        ModelCritic(Module(fail, per_token=True), max_tokens=1000)
     assert caught.value.__cause__ is original
 
 
@@ -223,7 +226,7 @@ KINDS = ["value model", "user, per token", "user, per sequence", "classifier", "
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_a_value_has_not_read_the_token_it_judges_or_later_ones(kind):
+def test_a_value_does_not_depend_on_its_token_or_later_ones(kind):
     values = values_by(kind, tokens())
     for t in range(4):
         changed = [[*r[:t], *(9 - token for token in r[t:])] for r in RESPONSES]
@@ -283,7 +286,7 @@ def test_a_value_head_without_states_is_an_error():
         HeadCritic(ValueHead(3)).values(tokens())
 
 
-def test_who_reads_states():
+def test_which_critics_read_states():
     assert HeadCritic(ValueHead(3)).reads_states
     assert not critic_of(Module(per_token=True)).reads_states
 

@@ -1,4 +1,4 @@
-"""What is trained above the frozen trunk: the critic's own top, and what checkpoints hold of it."""
+"""Training above the frozen trunk: the critic's own top layers, and their checkpoints."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_values_from_the_trunk_are_those_of_the_whole_body(family):
 
 
 class WholeValue(nn.Module):
-    """The same value function as a user would write it: every layer runs, the lower are frozen."""
+    """The value function of TopCritic as a user would write it, with frozen lower layers."""
 
     def __init__(self, policy: nn.Module, k: int) -> None:
         super().__init__()
@@ -194,6 +194,6 @@ def test_a_checkpoint_holds_what_is_trained_and_knows_its_base(tmp_path):
     with torch.no_grad():
         other.policy_model.model.layers[0].mlp.up_proj.weight += 1.0
     before = weights(other.policy_model)
-    with pytest.raises(ValueError, match="its frozen ones were others than the trainer's"):
+    with pytest.raises(ValueError, match="other frozen weights than the trainer's"):
         other.load_checkpoint(path)
     assert all(torch.equal(before[n], w) for n, w in weights(other.policy_model).items())

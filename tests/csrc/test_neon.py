@@ -1,4 +1,4 @@
-"""The kernels compiled for a processor that this machine need not have: 64-bit ARM with NEON."""
+"""The C++ kernels cross-compiled for 64-bit ARM with NEON."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ COMPILERS = [["aarch64-linux-gnu-g++"], ["clang++", "--target=aarch64-linux-gnu"
 # As in csrc/CMakeLists.txt.
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-fopenmp-simd"]
-# Their loops over the vocabulary are where the time goes.
+# Functions whose loops over the vocabulary take most of the time.
 HOT = ["logprobs_row", "logprobs_backward_row", "fold_row", "tile_gradient_row"]
 
 
 @pytest.fixture(scope="module")
 def assembly(tmp_path_factory):
-    """Instructions of each function, by its mangled name."""
+    """Return the instructions of each function, by its mangled name."""
     compiler = _cross_compiler(tmp_path_factory.mktemp("probe"))
     out = tmp_path_factory.mktemp("neon") / "kernels.s"
     options = [*FLAGS, "-Wall", "-Wextra", "-DPPO_FAST_ISA=baseline", "-S"]

@@ -1,4 +1,4 @@
-"""The threads that kernels share their work with, in programs of their own."""
+"""The thread pool of the C++ kernels, in separate C++ programs."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ int main() {
 }
 """
 
-# What two kernels compute, by row, whatever the threads.
+# The results of two kernels do not depend on the number of threads.
 TWO_KERNELS = r"""
 #include "kernels.hpp"
 
@@ -150,7 +150,7 @@ int main() {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """run(program, *options): compiles and runs it; whatever it prints is an error."""
+    """Return run(program, *options), which compiles and runs a program; any output is an error."""
     compiler = shutil.which("c++") or pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("threads")
 
@@ -178,7 +178,7 @@ def test_a_loop_begins_when_the_one_before_it_has_ended(run):
 
 
 @pytest.mark.slow
-def test_nobody_waits_for_a_thread_that_does_not_come(run):
+def test_a_loop_does_not_wait_for_a_thread_that_is_busy_elsewhere(run):
     run(A_STUCK_THREAD)
 
 
@@ -193,7 +193,7 @@ def test_kernels_give_the_same_bits_on_any_number_of_threads(run):
 
 
 def libraries():
-    """What this process, which has loaded torch, has mapped; nothing outside of Linux."""
+    """Return the memory map of this process, which has loaded torch; "" outside of Linux."""
     maps = Path("/proc/self/maps")
     return maps.read_text() if maps.exists() else ""
 
@@ -203,6 +203,6 @@ def libraries():
 def test_openmp_spins_briefly_where_the_package_is_imported_before_torch():
     environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
     command = [sys.executable, "-c", "import ppo_fast, torch"]
-    environment |= {"OMP_DISPLAY_ENV": "verbose"}  # it says what it has read when it is loaded
+    environment |= {"OMP_DISPLAY_ENV": "verbose"}  # libgomp prints its settings when it is loaded
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert set(re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)) == {"4000"}

@@ -1,4 +1,4 @@
-"""Where responses end, and from which distribution their tokens come."""
+"""Sampling settings: the ends of responses, and the distribution of their tokens."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def responses(rollout):
 
 def test_a_stop_string_ends_a_response_with_the_token_that_completes_it(model):
     free = responses(sample(model, Sampling(24)))
-    # over a border of tokens, and inside one
+    # across two tokens, and inside one
     texts = [TOKENIZER.decode(response) for response in free]
     stops = (texts[0][9:12], texts[5][4])
     rollout = sample(model, Sampling(24, stop_strings=stops))
@@ -102,7 +102,7 @@ def test_stop_strings_need_a_tokenizer():
 
 
 @pytest.mark.parametrize("wrong", [307, -1])
-def test_stop_tokens_are_of_the_vocabulary(model, wrong):
+def test_stop_tokens_outside_the_vocabulary_are_refused(model, wrong):
     with pytest.raises(ValueError, match=rf"stop_token_ids: got {wrong}, expected 0 to 306"):
         sample(model, Sampling(8, stop_token_ids=(wrong,)))
 
@@ -142,7 +142,7 @@ def test_min_new_tokens_keeps_stops_away_at_first(model, slots):
     [({}, 23), ({"temperature": 0.6}, 23), ({"top_k": 5}, 5), ({"top_p": 0.7}, None)],
 )
 def test_draws_follow_the_distribution(options, allowed):
-    """Chi-square over the second token, given the first, of a vocabulary of 23."""
+    """Chi-square test of the second token, given the first, with a vocabulary of 23."""
     model = LanguageModel(tiny_model("llama", vocab_size=23, seed=2))
     count = 4000
     sampling = Sampling(2, **options)

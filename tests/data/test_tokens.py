@@ -1,4 +1,4 @@
-"""Tokens: padding, masks and positions that follow from lengths; batches within a token budget."""
+"""Tokens: padding, masks and positions follow from lengths; batches are within max_tokens."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_select_is_the_rows_alone(pairs, data):
     assert part.prompt_ids.shape[1] == max(len(pairs[i][0]) for i in rows)
     assert part.response_ids.shape[1] == max(len(pairs[i][1]) for i in rows)
     width = max(len(pairs[i][0] + pairs[i][1]) for i in rows)
-    mask = part.attention_mask  # where it is 0, anything may stand
+    mask = part.attention_mask  # at padding, any position id is allowed
     assert torch.equal(batch.input_ids[index, :width] * mask, part.input_ids * mask)
     assert torch.equal(batch.attention_mask[index, :width], mask)
 
@@ -84,7 +84,7 @@ def test_sequences_are_the_real_tokens():
 
 
 def test_at_response_is_the_state_before_each_token():
-    """Numbered from 10 for the first sequence and from 20 for the second, token by token."""
+    """States are numbered from 10 in the first sequence and from 20 in the second."""
     per_token = [torch.arange(10.0, 15.0), torch.arange(20.0, 25.0)]
     # the first response token of row 0 follows token 2; of row 1, token 0
     expected = [[12.0, 13.0, 0.0, 0.0], [20.0, 21.0, 22.0, 23.0]]

@@ -21,7 +21,7 @@ PASSAGE = (
 
 
 def missing_for_the_real_model():
-    """What is missing to load the real model, or None."""
+    """Return what is missing to load the real model, or None."""
     try:
         smollm2.find_gguf()
     except (ModuleNotFoundError, FileNotFoundError) as error:
@@ -34,7 +34,7 @@ def missing_for_the_real_model():
 
 @pytest.fixture
 def fake_wheel(monkeypatch, tmp_path):
-    """A wheel whose GGUF "converts" into a tiny model; yields the list of conversions."""
+    """Replace the wheel by one whose GGUF converts to a tiny model; return its conversions."""
     conversions = []
 
     def convert(gguf, directory):

@@ -1,4 +1,4 @@
-"""``ppo-fast doctor`` through the command line, and its measuring with another clock."""
+"""``ppo-fast doctor`` from the command line, and its measurements with a fake clock."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _screen(monkeypatch, tmp_path):
 
 
 def run(capsys, *flags):
-    """Status and what it printed."""
+    """Return the exit status and the output of the command."""
     try:
         main(["doctor", *flags])
     except SystemExit as end:
@@ -52,7 +52,7 @@ def run(capsys, *flags):
 
 @pytest.fixture
 def stand_ins(monkeypatch):
-    """C++ kernels where Triton's would be, and the reference where there are none."""
+    """Replace the Triton kernels by the C++ kernels, or by the reference where there are none."""
     of_attention = dict.fromkeys(("cpp", "triton"), reference.decode_attention)
     monkeypatch.setattr(library, "decode_attention", of_attention)
     monkeypatch.setitem(COMPILED, "decode_attention", ("cpp", "triton"))
@@ -63,7 +63,7 @@ def stand_ins(monkeypatch):
 
 @pytest.fixture
 def pretended_gpu(monkeypatch, stand_ins):
-    """A GPU, with a clock that says 2 ms."""
+    """Pretend that there is a GPU on which every call takes 2 ms."""
     cpu = torch.device("cpu")
     monkeypatch.setattr(doctor, "main_device", lambda: torch.device("cuda", 0))
     monkeypatch.setattr(env, "main_device", lambda: torch.device("cuda", 0))
@@ -129,7 +129,7 @@ def test_interpreted(capfd, tmp_path):
 
 def test_in_a_process_that_interprets(capsys, monkeypatch, stand_ins):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    status, out = run(capsys, "--interpret")  # starts no other
+    status, out = run(capsys, "--interpret")  # a process of its own starts no other
     assert status == 0
     assert out.count("cpu, interpreted") == 2 * len(CHECKED)  # in the table and in the JSON
     assert "No GPU here" not in out
@@ -159,7 +159,7 @@ def test_on_a_gpu(capsys, pretended_gpu):
     assert {c["on"] for c in report["checks"] if c["impl"] == "cpp"} == {"cpu"}
     assert "speed; copying" in out
     assert len(report["speeds"]["works"]) == 13
-    # It asked anew and told the next processes.
+    # It checked again and stored the result for the next processes.
     assert set(json.loads(first_use.memory_path().read_text())["a GPU"]) == on_gpu
 
 
@@ -186,7 +186,7 @@ def test_too_little_memory_is_no_failure(capsys, monkeypatch, pretended_gpu):
 
 @pytest.mark.usefixtures("stand_ins")
 def test_floors():
-    """At 1 ms for everything: what must move or be multiplied, against what was."""
+    """With 1 ms per call, the floors follow from the bytes and products of each work."""
     speeds = measure(torch.device("cpu"), "cpp", TINY, lambda work: (work(), 1.0)[1])
     works = {work["work"]: work for work in speeds["works"]}
     assert all("error" not in work for work in works.values())
@@ -224,7 +224,7 @@ def test_env_says_what_was_checked_on_the_gpu(capsys, monkeypatch, pretended_gpu
 
 def test_env_without_a_gpu(capsys):
     main(["env"])
-    assert "no GPU here to run them on" in capsys.readouterr().out
+    assert "there is no GPU to run them on" in capsys.readouterr().out
 
 
 def test_env_without_what_is_asked_for(capsys, monkeypatch):
@@ -241,7 +241,7 @@ def test_env_without_what_is_asked_for(capsys, monkeypatch):
 def test_after_an_error_that_ends_the_use_of_a_gpu_each_op_is_checked_in_a_process_of_its_own(
     pretended_gpu, monkeypatch, capsys
 ):
-    """What such an error leaves: every launch of this process fails with it."""
+    """After such an error, every launch of this process fails."""
     lost, alone = [], []
 
     def check(op, device, *_):

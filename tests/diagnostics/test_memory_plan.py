@@ -22,7 +22,7 @@ NEW = 24
 
 
 def num_bytes(tensors, without=()):
-    """Of their storages, each once, those of ``without`` not counted."""
+    """Return the bytes of the tensors' storages, each once, without those of ``without``."""
     ours = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     for tensor in without:
         ours.pop(tensor.untyped_storage().data_ptr(), None)
@@ -30,7 +30,7 @@ def num_bytes(tensors, without=()):
 
 
 def measured(trainer, monkeypatch):
-    """The same parts, of a step's own tensors."""
+    """Return the bytes of each part of a MemoryPlan, measured on the tensors of a step."""
     found = {}
     policy = list(trainer.policy_model.parameters())
     found["policy"] = num_bytes(policy)
@@ -155,13 +155,13 @@ def test_a_plan_is_what_a_step_takes(form, critic, k, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_planned(family):
-    """Each of less memory than what it stands beside."""
+    """Each plan takes less memory than the one before it."""
     found = plans(tiny_config(family, layers=5), PPOConfig(), batch_size=4, prompt_length=8)
     sizes = {name.replace(" of rank 16", ""): plan.peak for name, plan in found.items()}
     assert list(sizes) == [
         "all layers, a value model",
         "all layers, a value head",
-        "4 top layers, values from a top",
+        "4 top layers, a top critic",
         "4 top layers, a value head",
         "LoRA, a value head",
         "LoRA on 4 top layers, a value head",
@@ -171,14 +171,14 @@ def test_every_family_is_planned(family):
     assert head > lora > top_lora
 
 
-def test_without_peft_there_are_no_ways_with_lora(monkeypatch):
+def test_without_peft_there_are_no_plans_with_lora(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     found = plans(tiny_config("llama"), PPOConfig(), batch_size=4, prompt_length=8)
     assert len(found) == 4
     assert not any("LoRA" in name for name in found)
 
 
-def test_seventy_billion_weights_need_no_memory():
+def test_planning_70_billion_weights_takes_no_memory():
     config = AutoConfig.for_model(
         "llama",
         num_hidden_layers=80,
@@ -204,7 +204,7 @@ def test_seventy_billion_weights_need_no_memory():
     assert checkpointed.activations < plan.activations / 2
 
 
-def test_the_most_at_one_time():
+def test_the_peak_is_the_larger_of_rollout_and_update():
     plan = MemoryPlan(1, 2, 4, 8, 16, 32, 64, 128, 50, 256, 512)
     assert plan.peak == 1 + 2 + 4 + 16 + 32 + 8 + 50 + 256 + 512
     larger = MemoryPlan(1, 2, 4, 8, 16, 32, 1000, 128, 50, 256, 512)

@@ -1,5 +1,5 @@
-"""The package's rooms, their floors and imports; run as a script, it draws them anew in
-docs/architecture.md."""
+"""The package's folders, their layers and imports; run as a script, this module updates the diagram
+in docs/architecture.md."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PACKAGE = ROOT / "ppo_fast"
 DOCUMENT = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- drawn by tests/helpers/imports.py -->\n", "<!-- end -->\n"
 
-FLOORS = (
+LAYERS = (
     ("checks",),
     ("ops", "data"),
     ("config",),
@@ -22,7 +22,7 @@ FLOORS = (
     ("trainer",),
     ("demo", "cli"),
 )
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+LAYER = {folder: number for number, folders in enumerate(LAYERS) for folder in folders}
 
 
 def _modules() -> set[str]:
@@ -35,7 +35,7 @@ INSIDE = sorted(EVERY - {"ppo_fast"})
 
 
 def imports(module: str, *, at_import: bool = False) -> set[str]:
-    """The modules of this package that a module imports; ``at_import``: when it is loaded."""
+    """Return the package's modules that a module imports; ``at_import``: only when it is loaded."""
     path = ROOT / Path(*module.split("."))
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     tree = ast.parse(path.read_text("utf-8"))
@@ -49,29 +49,29 @@ def imports(module: str, *, at_import: bool = False) -> set[str]:
     return found - {"ppo_fast", module}  # type: ignore[return-value]
 
 
-def room(module: str) -> str:
+def folder(module: str) -> str:
     return module.split(".")[1]
 
 
-def rooms() -> dict[str, set[str]]:
-    """The rooms that each room imports."""
-    edges: dict[str, set[str]] = {name: set() for name in FLOOR}
+def folders() -> dict[str, set[str]]:
+    """Return the folders that each folder imports."""
+    edges: dict[str, set[str]] = {name: set() for name in LAYER}
     for module in INSIDE:
-        edges[room(module)] |= {room(other) for other in imports(module)} - {room(module)}
+        edges[folder(module)] |= {folder(other) for other in imports(module)} - {folder(module)}
     return edges
 
 
-def picture() -> str:
-    """A diagram in which an arrow means "imports"; those that others imply are left out."""
-    edges = rooms()
+def diagram() -> str:
+    """Return a diagram in which an arrow means "imports"; implied arrows are left out."""
+    edges = folders()
 
     def reached(start: str) -> set[str]:
         return set().union(*({other} | reached(other) for other in edges[start]))
 
     lines = ["```mermaid", "flowchart TD"]
-    for names in reversed(FLOORS):
+    for names in reversed(LAYERS):
         lines.append("  " + " & ".join(names) if len(names) == 1 else "  " + "; ".join(names))
-    for name in reversed(FLOOR):
+    for name in reversed(LAYER):
         implied = set().union(*(reached(other) for other in edges[name]))
         lines += [f"  {name} --> {other}" for other in sorted(edges[name] - implied)]
     return "\n".join([*lines, "```", ""])
@@ -79,7 +79,7 @@ def picture() -> str:
 
 def main() -> None:
     before, _, rest = DOCUMENT.read_text("utf-8").partition(BEGIN)
-    DOCUMENT.write_text(before + BEGIN + picture() + END + rest.partition(END)[2], "utf-8")
+    DOCUMENT.write_text(before + BEGIN + diagram() + END + rest.partition(END)[2], "utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Triton's interpreter, led off its usual path."""
+"""Settings of Triton's interpreter for tests: small blocks, other orders, overflow checks."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from ppo_fast.ops.linear_logprobs import triton_tiles
 
 needs_interpreter = pytest.mark.skipif(
     not triton_launch.interpreted(),
-    reason="a GPU runs the kernels: memory and programs are not ours to lay",
+    reason="needs CPU tensors: a GPU allows no choice of addresses or of the order of programs",
 )
 
-# Rows and columns: several blocks and a part of one.
+# Rows and columns: several blocks, the last one not full.
 _SIZES = {
     "logprobs": (3, 5003),
     "linear_logprobs": (3, 2507),
@@ -36,8 +36,11 @@ _SIZES = {
 
 @contextmanager
 def small_parts() -> Iterator[None]:
-    """Where parts are too large to take several of them here: a scan costs 0.3 ms a lane, and a
-    tile of the vocabulary is as large as memory allows."""
+    """Within the block, make blocks and tiles small, so that small inputs have several.
+
+    In the interpreter a scan costs 0.3 ms per lane, and a tile of the vocabulary is as large as
+    memory allows.
+    """
     with (
         patch.multiple(
             decode_attention, CHUNK=32, COMBINE=decode_attention.COMBINE._replace(block=2)
@@ -49,7 +52,7 @@ def small_parts() -> Iterator[None]:
 
 
 def variants() -> list[tuple[str, torch.dtype]]:
-    """Names of the cases, and dtypes: float32 alone where they are not common."""
+    """Return names of cases with dtypes; cases that are not common have float32 only."""
     return [
         (name, dtype)
         for name, case in CASES.items()
@@ -65,7 +68,7 @@ def example_of(case: Case, dtype: torch.dtype, *, aligned: bool = False) -> Exam
 
 
 def outputs(launcher: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Tensor]:
-    """Without the tiles that linear_logprobs keeps: they are not filled to their end."""
+    """Return the outputs without linear_logprobs' kept tiles, whose ends are not filled."""
     with small_parts():
         returned = launcher(*arguments)
     returned = [returned] if isinstance(returned, Tensor) else list(returned)
@@ -79,7 +82,7 @@ def assert_same_bits(got: list[Tensor], expected: list[Tensor]) -> None:
 
 @contextmanager
 def backwards() -> Iterator[None]:
-    """The last program of a grid runs first."""
+    """Within the block, run the programs of a grid in reverse order."""
     builder = interpreter.interpreter_builder
     set_index = builder.set_grid_idx
     with patch.object(
@@ -90,7 +93,7 @@ def backwards() -> Iterator[None]:
 
 @contextmanager
 def overflow_checked() -> Iterator[None]:
-    """int32 arithmetic that wraps raises; memory is not copied to a device and back."""
+    """Within the block, int32 overflow raises; memory is not copied to a device and back."""
     options = interpreter.InterpreterOptions(debug=True)
     with (
         patch.object(interpreter.interpreter_builder, "options", options),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def distribution(x: Tensor) -> tuple[Tensor, Tensor]:
-    """p and log p of rows of float64 logits, by the definition with the maximum taken out."""
+    """Return p and log p of float64 logits, by the definition with the maximum subtracted."""
     shifted = x - x.amax(-1, keepdim=True)
     total = shifted.exp().sum(-1, keepdim=True)
     return shifted.exp() / total, shifted - total.log()
@@ -47,9 +47,9 @@ def _clean(logits: Tensor, labels: Tensor, mask: Tensor, t: float) -> tuple[Tens
 def assert_within_budget(
     got: Tensor, eager: Tensor, truth: Tensor, allowance: Tensor | float = 0.0
 ) -> None:
-    """err(got) <= 2 * err(eager) + a few eps; half an ulp more where ``got`` is stored in less.
+    """Assert err(got) <= 2 * err(eager) + a few eps, and half an ulp more for half precision.
 
-    ``allowance``: of each element, what else it may err by.
+    ``allowance``: additional error allowed, per element.
     """
     assert got.shape == truth.shape
     if truth.numel() == 0:
@@ -57,7 +57,7 @@ def assert_within_budget(
     got64, eager64 = got.detach().double(), eager.detach().double()
     work = torch.float64 if eager.dtype == torch.float64 else torch.float32
     scale = truth.abs().amax().clamp(min=1.0)
-    few = 8 if work == torch.float64 else 4  # the truth in float64 rounds as well
+    few = 8 if work == torch.float64 else 4  # the truth in float64 has rounding errors too
     budget = 2 * (eager64 - truth).abs().amax() + few * torch.finfo(work).eps * scale
     stored = rounding(truth, got.dtype) + allowance
     error = (got64 - truth).abs()
@@ -65,7 +65,7 @@ def assert_within_budget(
 
 
 def rounding(truth: Tensor, dtype: torch.dtype) -> Tensor:
-    """The most that elements move by where they are stored in half precision; 0 otherwise."""
+    """Return the max rounding error of each element in half precision; 0 for other dtypes."""
     if dtype not in (torch.bfloat16, torch.float16):
         return torch.zeros_like(truth)
     info = torch.finfo(dtype)

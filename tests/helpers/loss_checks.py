@@ -1,4 +1,4 @@
-"""What the tests of kl_estimate, ppo_loss, value_loss and whiten share."""
+"""Helpers of the tests of kl_estimate, ppo_loss, value_loss and whiten."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from torch import Tensor
 
 
 def compiled(op: str) -> list:
-    """Parameters for ``impl``: those that can be compared with the reference."""
+    """Return the parameters of ``impl`` other than the reference."""
     return [impl for impl in implementations(op) if impl.values != ("reference",)]
 
 
 def tolerance(double: float, single: float) -> float:
-    """For tensors of WIDE."""
+    """Return the tolerance for the dtype WIDE."""
     return {torch.float64: double, torch.float32: single}[WIDE]
 
 
 def programs_take_several_blocks(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a Triton kernel: what large batches do, with few tokens."""
+    """Limit the programs of a Triton kernel, so that one takes several blocks of a small batch."""
     if impl == "triton":
         monkeypatch.setattr("ppo_fast.ops.backends.triton_reduce.MAX_PROGRAMS", 4)
 
 
 def padded_mask(num_rows: int, num_steps: int) -> Tensor:
-    """Rows of every kind: whole, empty, one token, gaps, and padding from anywhere on."""
+    """Return a mask with full rows, empty rows, rows of one token, gaps, and padding at the end."""
     g = generator(3)
     mask = torch.rand(num_rows, num_steps, generator=g) < 0.8
     ends = torch.randint(num_steps + 1, (num_rows, 1), generator=g)

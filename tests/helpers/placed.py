@@ -1,5 +1,5 @@
-"""Tensors in memory of our choosing: next to pages that nobody may touch, or far apart; and what
-``torch.empty`` is to find there."""
+"""Tensors at chosen memory addresses (next to protected pages, or with large strides), and chosen
+contents of newly allocated tensors."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ _EMPTY = {
 
 
 def guarded(tensor: Tensor, *, at_end: bool) -> Tensor:
-    """A copy with the same strides that ends where a protected page starts, or starts where one
-    ends: touching a byte after it, or before it, ends the process."""
+    """Return a copy with the same strides that ends at a protected page, or starts after one.
+
+    An access to the byte after it, or before it, ends the process.
+    """
     if tensor.numel() == 0:
         return tensor
     span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
@@ -46,12 +48,12 @@ def guarded(tensor: Tensor, *, at_end: bool) -> Tensor:
 
 
 def far_apart(tensor: Tensor, row_stride: int) -> Tensor:
-    """A copy of [N, V] with rows so many elements apart, in more memory than there is."""
+    """Return a copy of [N, V] with this row stride, in more virtual memory than the machine has."""
     return spread(tensor, (row_stride, 1))
 
 
 def spread(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """A copy with these strides, in more memory than there is."""
+    """Return a copy with these strides, in more virtual memory than the machine has."""
     span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, strides, strict=True))
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
     memory = mmap.mmap(-1, span * tensor.element_size(), flags=flags)
@@ -60,7 +62,7 @@ def spread(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 
 def filled(tensor: Tensor, number: float) -> Tensor:
-    """With ``number`` where it is of floats, else with one of two others: one for NaN."""
+    """Fill a float tensor with ``number``, others with a value that tells NaN from a number."""
     if tensor.is_floating_point():
         return tensor.fill_(number)
     is_nan = math.isnan(number)
@@ -70,8 +72,7 @@ def filled(tensor: Tensor, number: float) -> Tensor:
 
 
 class Allocations(TorchDispatchMode):
-    """Within, ``place`` is given every tensor that is allocated without values, and returns the one
-    to use in its place."""
+    """Within the block, ``place`` replaces every tensor that is allocated without values."""
 
     def __init__(self, place: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

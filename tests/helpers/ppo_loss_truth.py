@@ -59,7 +59,7 @@ def default_normalizer(mask, aggregation):
 def truth(
     tensors, *, clip, dual_clip, kl_coef, kl_estimator, entropy_coef, aggregation, normalizer
 ):
-    """Written as the papers do: (loss, dlogprobs, dentropy, stats, size of what was summed)."""
+    """Compute (loss, dlogprobs, dentropy, stats, size of the summed terms) as in the papers."""
     low, high = clip
     mask = tensors["mask"]
     normalizer = normalizer or default_normalizer(mask, aggregation)
@@ -105,7 +105,7 @@ def truth(
 
 
 def run_all(tensors, **options):
-    """Loss, metrics and both gradients of one call."""
+    """Return loss, metrics and both gradients of one call."""
     leaves = [tensors[k].detach().requires_grad_() for k in ("logprobs", "entropy")]
     tensors = {**tensors, "logprobs": leaves[0], "entropy": leaves[1]}
     out = ppo_loss(**tensors, **options)

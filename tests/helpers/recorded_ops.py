@@ -1,4 +1,4 @@
-"""A capture for the CPU that holds as little as a CUDA graph does."""
+"""Recording and replay of tensor operations on the CPU, in place of a CUDA graph."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ ALLOCATING = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty}
 
 
 class RecordedOps(TorchDispatchMode):
-    """The tensor operations within, as they come: addresses, sizes and numbers stay what they were,
-    and no Python runs again. ``replay`` repeats them into the same memory."""
+    """Within the block, record the tensor operations, with their addresses, sizes and numbers.
+
+    ``replay`` repeats them into the same memory, without running Python code again.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +49,7 @@ class RecordedOps(TorchDispatchMode):
 
     @property
     def launches(self) -> int:
-        """Kernels that a GPU would launch, at least: one for each call that computes something."""
+        """Least number of kernels that a GPU would launch: one per call that computes something."""
         return sum(1 for func, *_ in self.calls if _computes(func))
 
     def replay(self) -> None:
@@ -60,7 +62,7 @@ class RecordedOps(TorchDispatchMode):
 
 
 def recorded_ops(device: torch.device) -> Callable[[Callable[[], None]], Callable[[], None]]:
-    """As ``cuda_graphs``."""
+    """Return the function that captures a step, as ``cuda_graphs`` does for a GPU."""
 
     def capture(step: Callable[[], None]) -> Callable[[], None]:
         with RecordedOps() as ops:
@@ -79,8 +81,10 @@ def _computes(func: Any) -> bool:
 
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """The rollout's steps as tensor operations alone: no layers in C++, which a recording would
-    miss, and no look at the numbers."""
+    """Within the block, run a rollout's steps as tensor operations only.
+
+    Layers in C++, which a recording would miss, and checks that read values are switched off.
+    """
     modules = {
         name: importlib.import_module(f"ppo_fast.{name}")
         for name in (

@@ -1,4 +1,4 @@
-"""What a test process runs: which implementations, on which device, in which precision.
+"""The implementations, the device and the precision that a test process runs.
 
 An ordinary process runs the reference and the C++ kernels on the CPU. With ``pytest --triton`` a
 process runs the Triton kernels alone: on the GPU where there is one, else in Triton's interpreter.
@@ -20,7 +20,7 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16] + ([] if TRITON else [to
 
 
 def implementations(op: str) -> list:
-    """Parameters for ``impl``."""
+    """Return the parameters of ``impl`` that this process runs."""
     if TRITON:
         impls = [impl for impl in COMPILED[op] if impl == "triton"]
     else:
@@ -32,10 +32,10 @@ def implementations(op: str) -> list:
 
 
 def examples(count: int) -> int:
-    """Of a property test: fewer in the interpreter, where a row takes milliseconds."""
+    """Return the number of examples of a property test: fewer in the interpreter, which is slow."""
     return min(count, 15) if TRITON and not torch.cuda.is_available() else count
 
 
 def generator(seed: int) -> torch.Generator:
-    """For numbers on the device of the process."""
+    """Return a random generator on the default device."""
     return torch.Generator(device=torch.get_default_device()).manual_seed(seed)

@@ -16,12 +16,12 @@ many_draws = pytest.mark.skipif(INTERPRETED, reason="the interpreter takes 20 ms
 
 
 def draws(count: int) -> int:
-    """How many rows to draw from: fewer in the interpreter."""
+    """Return the number of rows to draw from: fewer in the interpreter."""
     return min(count, 6) if INTERPRETED else count
 
 
 def python_philox(counter, key):
-    """The generator in Python's integers, round by round as the paper writes it."""
+    """Compute Philox 4x32-10 in Python's integers, round by round as in the paper."""
     (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(10):
         high_0, low_0 = divmod(0xD2511F53 * c0, 2**32)
@@ -32,7 +32,7 @@ def python_philox(counter, key):
 
 
 def python_noise(seed: int, position: int, token: int) -> float:
-    """g in float64, from the float32 v that the docstring defines."""
+    """Compute the noise g in float64, from the float32 v that the docstring of the op defines."""
     key = seed % 2**32, seed // 2**32 % 2**32
     r = python_philox((token // 4, position % 2**32, 0, 0), key)[token % 4]
     v = min(torch.tensor(max(r, 1)).float().item() * 2.0**-32, 1 - 2.0**-24)
@@ -40,7 +40,7 @@ def python_noise(seed: int, position: int, token: int) -> float:
 
 
 def python_kept(scaled: list[float], top_k: int, top_p: float) -> list[int]:
-    """Which tokens truncation keeps, by the definition."""
+    """Return the tokens that truncation keeps, by the definition."""
     ranked = sorted(range(len(scaled)), key=lambda j: (-scaled[j], j))
     ranked = ranked[: top_k or None]
     weights = [math.exp(scaled[j] - scaled[ranked[0]]) for j in ranked]
@@ -53,7 +53,7 @@ def python_kept(scaled: list[float], top_k: int, top_p: float) -> list[int]:
 
 
 def rows(count: int, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Seeds and positions of ``count`` rows."""
+    """Return seeds and positions of ``count`` rows."""
     return torch.arange(start, start + count), torch.full((count,), 7)
 
 
@@ -72,7 +72,7 @@ TRUNCATIONS = [
 
 
 def logits_of(kind: str, b: int, v: int) -> Tensor:
-    """Rows on which bounds rule out nothing, something, or nearly everything."""
+    """Return logits on which the bounds exclude no tokens, some, or nearly all."""
     x = torch.randn(b, v)
     if kind == "flat":
         return torch.zeros(b, v)
@@ -97,7 +97,7 @@ KINDS = ["normal", "flat", "peaked", "peak in reach", "rising", "falling", "far 
 
 
 def noisy(logits: Tensor, seeds: Tensor, positions: Tensor, temperature: float) -> Tensor:
-    """x / t + g of every token, without any bound."""
+    """Compute x / t + g of every token, without bounds."""
     work = torch.float64 if logits.dtype == torch.float64 else torch.float32
     noise = reference.gumbel_noise(seeds, positions, logits.shape[1])
     return logits.to(work) / temperature + noise

@@ -15,7 +15,7 @@ BUDGETS = [0, 4096, 2**28]  # everything recomputed, some tiles kept, all kept
 
 @pytest.fixture(autouse=True, scope="module")
 def small_tiles():
-    """Of a few dozen columns, so that small vocabularies have several, the last one narrower."""
+    """Make tiles a few dozen columns wide: small vocabularies have several, the last narrower."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TILED, "_TILE_BYTES", 1 if TRITON else 1000)
         patch.setattr(TILED, "_MIN_COLUMNS", 17)

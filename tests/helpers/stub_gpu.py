@@ -1,4 +1,4 @@
-"""Triton's real launcher on a GPU that is not there: what it would compile, and launch how.
+"""Triton's real launcher on a stub of a GPU: the code it compiles, and the launches.
 
 Within ``stub_gpu(arch)`` a launcher of ppo_fast, called on CPU tensors, compiles its kernels for
 that architecture as the launcher on a GPU would (the same specialisations), and then records the
@@ -56,7 +56,7 @@ class Code:
 
     @cached_property
     def _resources(self) -> dict[str, int]:
-        """Registers and stack a thread."""
+        """Return registers and stack per thread."""
         usage = self._inspect("cuobjdump", "--dump-resource-usage")
         return {name: int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK")}
 
@@ -66,12 +66,12 @@ class Code:
 
     @property
     def stack(self) -> int:
-        """Bytes a thread: what did not fit the registers."""
+        """Bytes of stack per thread, which spilled registers take."""
         return self._resources["STACK"]
 
     @property
     def resident_warps(self) -> int:
-        """A multiprocessor, as far as registers, shared memory and its own limits let them in."""
+        """Warps that fit a multiprocessor, by registers, shared memory and its other limits."""
         registers_a_warp = -(-self.registers * 32 // 256) * 256
         programs = min(
             SM_WARPS[self.arch] // self.num_warps,
@@ -83,7 +83,7 @@ class Code:
 
     @property
     def occupancy(self) -> float:
-        """The share of a multiprocessor's warps that can be there at once."""
+        """The share of a multiprocessor's warps that can be resident at once."""
         return self.resident_warps / SM_WARPS[self.arch]
 
     @cached_property
@@ -161,7 +161,7 @@ class _StubDriver(DriverBase):
 
 
 def _table_entry() -> triton_launch.Launch:
-    """What ``gpu.launch``, somewhere up the stack, was called with."""
+    """Return the Launch that ``triton_launch.launch``, further up the stack, was called with."""
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not triton_launch.launch.__code__:
         frame = frame.f_back
@@ -171,9 +171,9 @@ def _table_entry() -> triton_launch.Launch:
 
 @contextmanager
 def stub_gpu(arch: int) -> Iterator[list[Launched]]:
-    """The launches within, in order, as they would be on an NVIDIA GPU of this architecture."""
+    """Within the block, record the launches, compiled for an NVIDIA GPU of this architecture."""
     driver, config = _StubDriver(arch), triton.runtime.driver
-    # Asking for what is active where nothing was asked for yet would look for a GPU.
+    # Reading the active driver before one was set would search for a GPU.
     place = "_active" if hasattr(config, "_active") else "active"  # as Triton 3.4 has it
     active = getattr(config, place)
     config.set_active(driver)

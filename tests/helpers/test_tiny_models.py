@@ -1,4 +1,4 @@
-"""The tiny models behave as transformers models of their families do."""
+"""The tiny models behave as the transformers models of their families."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_model_is_reproducible_and_saves(family, tmp_path):
         with torch.no_grad():
             return of(input_ids=ids, attention_mask=mask, position_ids=positions).logits
 
-    # Close, not equal: a product's last bits depend on where its weights lie in memory.
+    # Close, not equal: a product's last bits depend on the alignment of its weights.
     torch.testing.assert_close(logits(model), logits(loaded))
     torch.testing.assert_close(logits(model), logits(tiny_model(family)))
     assert not torch.allclose(logits(model), logits(tiny_model(family, seed=1)), atol=0.1)

@@ -1,4 +1,4 @@
-"""A few tokens, padded on both sides."""
+"""A small batch of Tokens, with padding on both sides."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ RESPONSES = [[12, 0], [9, 250, 17, 33, 0], [306, 1, 8]]
 
 
 def batch(pad_id: int = 0) -> Tokens:
-    """Prompts and responses of lengths of their own."""
+    """Return prompts and responses of different lengths."""
     return make_tokens(PROMPTS, RESPONSES, pad_id, torch.device("cpu"))

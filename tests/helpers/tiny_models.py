@@ -69,7 +69,7 @@ def tiny_config(
     hidden: int = 64,
     pad_token_id: int | None = None,
 ) -> PreTrainedConfig:
-    """The family's own config (dropout, tied or untied embeddings, softcaps) with tiny sizes.
+    """Return the family's config (dropout, tied or untied embeddings, softcaps) with tiny sizes.
 
     No ``pad_token_id`` unless asked for: it makes that row of the embedding zero, which would hide
     leaks from the padding.
@@ -85,7 +85,7 @@ def tiny_config(
             "intermediate_size": 2 * hidden + 3,
             "max_position_embeddings": MAX_POSITIONS,
         }
-    # Grouped queries; one key-value head for Qwen2, so that both counts are met in the tests.
+    # Grouped queries; Qwen2 has one key-value head, so that the tests have both counts.
     key_value_heads = {"llama": 2, "qwen2": 1, "gemma2": 2, "cohere": 4}
     if family in key_value_heads:
         sizes["num_key_value_heads"] = key_value_heads[family]
@@ -113,7 +113,7 @@ def tiny_model(
     hidden: int = 64,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """A random causal language model in float32, in eval mode; equal arguments, equal weights.
+    """Return a random causal language model in float32 and eval mode; ``seed`` gives its weights.
 
     ``hidden`` is a multiple of 8 (4 heads of even width). The global random state is left alone.
     """
@@ -132,9 +132,9 @@ def tiny_classifier(
     pad_token_id: int = PAD_ID,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """A random sequence classifier with one label, as reward models are, in float32 and eval mode.
+    """Return a random sequence classifier with one label, as reward models are, in eval mode.
 
-    Every family but Cohere, which has none in transformers.
+    Cohere has no sequence classifier in transformers.
     """
     config = tiny_config(
         family, vocab_size=vocab_size, layers=layers, hidden=hidden, pad_token_id=pad_token_id

@@ -30,7 +30,7 @@ def batch(seed=0, B=3, T=5, dtype=WIDE, valid=0.7):
 
 
 def truth(values, old_values, returns, mask, clip, normalizer):
-    """The formula as it is written, with its gradient: (loss, gradient, stats)."""
+    """Compute (loss, gradient, stats) by the formula, token by token."""
     gradient = torch.zeros(values.shape, dtype=torch.float64)
     stats = {"sum": 0.0, "min": math.inf, "max": -math.inf}
     stats = {name: stats[reduction] for name, reduction in VALUE_STATS.items()}
@@ -57,7 +57,7 @@ def truth(values, old_values, returns, mask, clip, normalizer):
 
 
 def run_all(tensors, **options):
-    """Loss, metrics and gradient of one call."""
+    """Return loss, metrics and gradient of one call."""
     values = tensors["values"].detach().requires_grad_()
     out = value_loss(**{**tensors, "values": values}, **options)
     return out.loss.detach(), out.metrics, torch.autograd.grad(-1.7 * out.loss, values)[0]

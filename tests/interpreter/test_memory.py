@@ -1,4 +1,4 @@
-"""What kernels touch: nothing outside their tensors, and all of their outputs."""
+"""Kernels access no memory outside their tensors, and write all of their outputs."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ pytestmark = needs_interpreter
 
 @pytest.fixture(scope="module")
 def exit_code():
-    """exit_code(function, *arguments): of a process that runs it, minus the signal that ended it.
+    """Return exit_code(function, *arguments): the exit code of a process that runs the function.
 
-    It is forked from one that has no threads.
+    It is minus the number of the signal that ended the process, if one did. The process is forked
+    from one that has no threads.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield lambda *task: pool.submit(exit_code_of_fork, *task).result()
@@ -53,19 +54,19 @@ def read_a_byte_too_far(at_end: bool) -> None:
 
 
 @pytest.mark.parametrize("at_end", [True, False])
-def test_guards_guard(exit_code, at_end):
+def test_access_to_a_protected_page_ends_the_process(exit_code, at_end):
     assert exit_code(read_a_byte_too_far, at_end) == -signal.SIGSEGV
 
 
 @pytest.mark.parametrize("aligned", [False, True], ids=["unaligned", "aligned"])
 @pytest.mark.parametrize("at_end", [True, False], ids=["end", "start"])
 @pytest.mark.parametrize(("name", "dtype"), variants())
-def test_nothing_outside_a_tensor_is_touched(exit_code, name, dtype, at_end, aligned):
+def test_kernels_access_no_memory_outside_their_tensors(exit_code, name, dtype, at_end, aligned):
     assert exit_code(run_between_guards, name, dtype, at_end, aligned) == 0
 
 
 @pytest.mark.parametrize(("name", "dtype"), variants())
-def test_outputs_are_written_whatever_stood_there(name, dtype):
+def test_outputs_do_not_depend_on_the_previous_contents(name, dtype):
     launcher, arguments = CASES[name].prepare(example_of(CASES[name], dtype))
     found = []
     for before in (math.nan, 7.0):

@@ -1,4 +1,4 @@
-"""Programs of a grid, in any order, and the arithmetic of their addresses."""
+"""Programs of a grid run in any order, and their addresses do not overflow."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_programs_may_run_in_any_order(name, dtype):
 
 
 def columns_far_apart(cache: Tensor) -> Tensor:
-    """A copy of [n, L, K, d] with columns, and rows, that start beyond what int32 counts."""
+    """Return a copy of [n, L, K, d] whose columns and rows have offsets beyond int32."""
     columns, size = cache.shape[1], cache.shape[3]
     return spread(cache, (columns * 2**28, 2**28, size, 1))
 

@@ -123,7 +123,7 @@ class Unseen(TorchDispatchMode):
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_no_value_is_read_on_the_host(impl, budget):
     if impl != "triton":
-        pytest.skip("on the CPU looking costs nothing")
+        pytest.skip("on the CPU, reading values costs nothing")
     head = (torch.randn(5, 8), torch.randn(41, 8), torch.randn(41), torch.randint(41, (5,)))
     numbers, mask, upstream = (0.7, 0.5, 20.0), torch.rand(5) < 0.5, torch.randn(2, 5)
     launchers = importlib.import_module("ppo_fast.ops.linear_logprobs.triton")

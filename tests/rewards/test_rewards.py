@@ -218,7 +218,9 @@ def test_a_classifier_scores_a_padded_batch_as_rows_alone(family, pad_id):
     assert calls == [(3, 7)], "one batch of all lengths"
     torch.testing.assert_close(scores, alone, rtol=1e-4, atol=1e-4)
     assert scores.std() > 1e-2
-    torch.testing.assert_close(scores_of(model, pad_id=pad_id, max_tokens=1), alone, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        scores_of(model, pad_id=pad_id, max_tokens=1), alone, rtol=0, atol=1e-4
+    )
 
 
 def test_a_classifier_is_padded_with_its_own_pad_id():

@@ -164,7 +164,7 @@ def by_trl(
 def by_ours(
     models: Models, prompts: Ids, responses: Ids, epochs: int, minibatches: int, late: bool = False
 ) -> Run:
-    """Train with ours. ``late``: advantages are from a score a token after EOS, as in TRL."""
+    """Train with ppo_fast. ``late``: the score sits one token after EOS, as in TRL."""
     models = copy.deepcopy(models)
     config = PPOConfig(
         learning_rate=RATE, adam_eps=EPSILON, temperature=TEMPERATURE, kl_penalty=KL,
@@ -205,7 +205,7 @@ def by_ours(
 
 @torch.no_grad()
 def with_late_score(experience: Experience, value_model: nn.Module) -> Experience:
-    """Return ``experience`` with advantages from a score after EOS, and from the value there."""
+    """Return ``experience`` with advantages of a score, and with a value, one token after EOS."""
     tokens = experience.tokens
     rewards, values = experience.rewards.clone(), experience.values.clone()
     ends = tokens.response_lengths.clamp_max(NEW - 1)
