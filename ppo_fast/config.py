@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
@@ -129,6 +130,9 @@ class PPOConfig:
     """Ids that end a response, in addition to the EOS of the tokenizer and of the model."""
     stop_strings: tuple[str, ...] = ()
     """Texts that end a response; the token that completes one is the response's last token."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the completions that rewards and logs get. False keeps those such
+    as <think>, and leaves out only the EOS token at the end."""
     rollout_slots: int | None = whole(None, or_none=True)
     """Number of sequences decoded at a time: when one ends, the next prompt takes its slot. Bounds
     the KV cache; None: the whole batch."""
@@ -205,3 +209,16 @@ class PPOConfig:
     def estimator(self) -> Literal["k1", "abs", "k2", "k3", "k1+k2"]:
         """Return the KL estimator; where it is None, the one that ``kl_in`` implies."""
         return self.kl_estimator or ("k1" if self.kl_in == "reward" else "k1+k2")
+
+
+def warn_of_discount(gamma: float, max_length: int) -> bool:
+    """Warn if the score of a long response hardly counts for its first token; say if it warned."""
+    weight = gamma**max_length
+    if weight >= 0.5:
+        return False
+    warnings.warn(
+        f"gamma: {gamma} over {max_length} tokens leaves {weight:.2f} of the score at a "
+        "response's first token; gamma=1 counts it in full",
+        stacklevel=4,
+    )
+    return True

@@ -6,7 +6,6 @@ prompts --rollout--> Rollout --make_experience--> Experience --update--> metrics
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,24 +16,38 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ppo_fast.checks import check_counts
-from ppo_fast.config import PPOConfig
+from ppo_fast.config import PPOConfig, warn_of_discount
 from ppo_fast.critics.critic import Critic, ModelCritic
 from ppo_fast.critics.make import make_critic, which_critic
 from ppo_fast.data.experience import Experience
-from ppo_fast.data.prompts import Limit, check_lengths, check_prompt_ids, check_prompts
+from ppo_fast.data.prompts import (
+    Prompt,
+    check_lengths,
+    check_prompts,
+)
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.step import Step
+from ppo_fast.data.tokens import check_seeds
 from ppo_fast.diagnostics.memory_plan import MemoryPlan, plan_memory
 from ppo_fast.learning.learner import Learner
 from ppo_fast.learning.make_experience import check_agreement, make_experience, with_trunk
 from ppo_fast.models import setup
 from ppo_fast.models.attention import without_cudnn_attention
-from ppo_fast.models.checks import check_policy, check_tokenizer, context_limit, to_device
+from ppo_fast.models.checks import (
+    check_policy,
+    check_tokenizer,
+    check_vocabulary,
+    context_limit,
+    resolve_device,
+    to_device,
+)
 from ppo_fast.models.precision import WeightCopies
+from ppo_fast.rewards.classifier import ClassifierReward
 from ppo_fast.rewards.score import RewardFunction, check_reward_model, check_scores
 from ppo_fast.rewards.scorer import Scorer
 from ppo_fast.rollout import Engine
 from ppo_fast.rollout.local_engine import kept_bytes, make_local_engine
+from ppo_fast.rollout.texts import Texts
 from ppo_fast.runs import loop
 from ppo_fast.runs.checkpoint import checkpoint_path, read_checkpoint, write_checkpoint
 from ppo_fast.runs.progress import Progress
@@ -52,16 +65,20 @@ class PPO:
             your own).
         value_model: for ``critic="model"``: a module ``forward(input_ids, attention_mask)`` that
             gives one value per token [B, L] (``ppo_fast.ValueModel``) or per sequence [B].
-        device: where everything runs; models on the CPU are moved there. None: where the policy is.
+        reference_model: the model that the KL is measured to, of the policy's vocabulary; it is
+            frozen. None: the policy as it is now.
+        device: where everything runs; models on the CPU are moved there. None: where the policy is;
+            "auto": a GPU if there is one.
         config: every setting; None: ``PPOConfig()``.
         engine: samples responses (``ppo_fast.rollout``); None: the policy does, in this process.
 
     Attributes:
         policy, reference: LanguageModels, with the transformers model in ``model``. The reference
-            is the frozen model that the KL is measured to: the policy as it was at construction,
-            sharing its frozen weights.
+            is the frozen model that the KL is measured to; a copy of the policy shares its frozen
+            weights.
         critic: estimates values.
         engine: samples responses.
+        texts: turns prompts into ids, and sampled ids into texts.
         scorer: calls the reward.
         learner: updates policy and critic; owns their optimizers.
         progress: counts steps, prompts and samples.
@@ -69,8 +86,7 @@ class PPO:
         newest_checkpoint: the file that was written or loaded last, or None.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message says which, what it got, what
-            was expected and how to mend it.
+        TypeError, ValueError: an argument does not fit; the message says which and how to mend it.
     """
 
     @without_cudnn_attention()
@@ -81,26 +97,32 @@ class PPO:
         reward: nn.Module | RewardFunction,
         *,
         value_model: nn.Module | None = None,
+        reference_model: nn.Module | None = None,
         device: torch.device | str | None = None,
         config: PPOConfig | None = None,
         engine: Engine | None = None,
     ) -> None:
         if config is not None and not isinstance(config, PPOConfig):
             raise TypeError(f"config: got {type(config).__name__}, expected a PPOConfig(...)")
-        self.config = config = config or PPOConfig()
-        self.tokenizer = tokenizer
+        self._config = config = config or PPOConfig()
         check_policy(policy)
-        check_tokenizer(tokenizer, policy)
+        check_tokenizer(tokenizer)
         check_reward_model(reward)
         critic = which_critic(config, value_model)
-        self.device = torch.device(device or next(policy.parameters()).device)
+        self.device = resolve_device(device, policy)
+        classifier = reward.model if isinstance(reward, ClassifierReward) else None
         models = {"policy_model": policy, "value_model": value_model, "reward_model": reward}
         for name, model in models.items():
+            check_vocabulary(model, name, tokenizer)
+        models |= {"reference_model": reference_model, "the classifier": classifier}
+        for name, model in models.items():
             to_device(model, name, self.device)
-        self.policy, self.reference = setup.make_models(policy, value_model, reward, config)
+        self.policy = setup.make_policy(policy, value_model, reward, config)
+        self.reference = setup.make_reference(self.policy, reference_model, config)
         self.critic: Critic = make_critic(critic, self.policy, value_model, config, self.device)
         self.scorer = Scorer(reward, self.policy, config.forward_batch_tokens)
         setup.check_shared_weights(policy, value_model, reward, self.critic.module)
+        self.texts = Texts(policy, tokenizer, skip_special_tokens=config.skip_special_tokens)
         self.engine = engine or make_local_engine(
             self.policy,
             tokenizer,
@@ -112,14 +134,19 @@ class PPO:
         self.learner = Learner(self.policy, self.critic, config)
         self.progress = Progress(config.seed)
         self.newest_checkpoint: Path | None = None
-        self._warned_of_discount = False
+        self._warned = False
+
+    config = property(lambda self: self._config)
+    tokenizer = property(
+        lambda self: self.texts.tokenizer, lambda self, new: setattr(self.texts, "tokenizer", new)
+    )
 
     # The algorithm
 
     @without_cudnn_attention()
     def rollout(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         max_length: int | None = None,
         temperature: float | None = None,
         *,
@@ -128,27 +155,24 @@ class PPO:
         """Sample a response for every prompt from the current policy.
 
         Args:
-            prompts: B texts; tokenised as the tokenizer does by default.
+            prompts: B texts, tokenised as the tokenizer does by default, or lists of token ids.
             max_length: max response tokens; None: the config's.
             temperature: None: the config's.
             seeds: [B] int64; each draw depends on its sequence's seed and the token's position.
                 None: new seeds, which change no draw of later steps.
         """
         sampling = self.config.sampling(max_length, temperature)
-        self._warn_of_discount(sampling.max_length)
+        self._warned = self._warned or warn_of_discount(self.config.gamma, sampling.max_length)
         prompts = check_prompts(prompts)
-        prompt_ids = self._prompt_ids(prompts, sampling.max_length)
-        seeds = self.progress.seeds_outside(len(prompts)) if seeds is None else seeds
+        prompt_ids = self.texts.encode(prompts, sampling.max_length)
+        if seeds is None:
+            seeds = self.progress.seeds_outside(len(prompts))
+        check_seeds(seeds, len(prompts))
         policy_model = self.policy.model
         with self._weight_copies.in_use(policy_model):
             self.engine.sync_weights(policy_model)
             rollout = self.engine.generate(prompt_ids, sampling, seeds=seeds)
-        lengths = rollout.tokens.response_lengths.tolist()
-        rows = zip(rollout.tokens.response_ids.tolist(), lengths, strict=True)
-        completions = self.tokenizer.batch_decode(
-            [ids[:length] for ids, length in rows], skip_special_tokens=True
-        )
-        return replace(rollout, prompts=prompts, completions=completions)
+        return self.texts.decode(rollout, prompts)
 
     @without_cudnn_attention()
     def make_experience(
@@ -163,7 +187,9 @@ class PPO:
         Raises:
             ValueError: a sequence is longer than the context of a model that reads it.
         """
-        check_lengths(rollout.tokens.lengths.tolist(), self._context_limit())
+        check_lengths(rollout.tokens.lengths.tolist(), context_limit(self._readers()))
+        if not rollout.prompts:  # made from tokens
+            rollout = self.texts.decode(rollout)
         if scores is None:
             if self.scorer.reads_trunk:
                 max_tokens = self.config.forward_batch_tokens
@@ -204,7 +230,7 @@ class PPO:
 
     def step(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         *,
         num_epochs: int | None = None,
         max_length: int | None = None,
@@ -240,7 +266,7 @@ class PPO:
 
     def train(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         num_steps: int = 100,
         batch_size: int = 16,
         *,
@@ -259,7 +285,7 @@ class PPO:
         writes one too before it is raised.
 
         Args:
-            prompts: the texts to draw from.
+            prompts: the texts, or lists of token ids, to draw from.
             num_steps: steps to run, after those already done.
             batch_size: prompts per step; more than there are means all of them.
             num_epochs, max_length, temperature: as in ``step``.
@@ -340,19 +366,20 @@ class PPO:
 
     # Checks and construction
 
-    def check_prompts(self, prompts: Sequence[str], max_length: int | None = None) -> list[str]:
+    def check_prompts(
+        self, prompts: Sequence[Prompt], max_length: int | None = None
+    ) -> list[Prompt]:
         """Check all prompts before the first step, and return them as a list."""
         length = self.config.max_length if max_length is None else max_length
         prompts = check_prompts(prompts)
         check_counts(max_length=length)
-        self._prompt_ids(prompts, length, self._context_limit())
+        self.texts.encode(prompts, length, self._readers())
         return prompts
 
     def memory_plan(self, batch_size: int, prompt_length: int) -> MemoryPlan:
         """Plan the memory of steps of ``batch_size`` prompts of at most ``prompt_length``
         tokens."""
         policy_model = self.policy.model
-        adapters: Any = getattr(policy_model, "peft_config", None) or {}
         return plan_memory(
             policy_model.config,
             self.config,
@@ -360,36 +387,14 @@ class PPO:
             prompt_length=prompt_length,
             value_model=self.critic.module if isinstance(self.critic, ModelCritic) else None,
             policy_model=policy_model,
-            adapter=next(iter(adapters.values()), None),
             device=self.device.type,
         )
 
-    def _prompt_ids(
-        self, prompts: list[str], max_length: int, limit: Limit | None = None
-    ) -> list[list[int]]:
-        prompt_ids = self.tokenizer(prompts)["input_ids"]
-        check_prompt_ids(prompts, prompt_ids, max_length, limit or self._policy_limit())
-        return prompt_ids
-
-    def _policy_limit(self) -> Limit | None:
-        return context_limit({"policy_model": self.policy.model})
-
-    def _context_limit(self) -> Limit | None:
-        others = {"value_model": self.critic.module, "reward_model": self.scorer.reward}
-        return context_limit({"policy_model": self.policy.model, **others})
+    def _readers(self) -> dict[str, Any]:
+        """Return the models besides the policy that read its sequences."""
+        return {"value_model": self.critic.module, "reward_model": self.scorer.reward}
 
     def _epochs(self, num_epochs: int | None) -> int:
         epochs = self.config.num_epochs if num_epochs is None else num_epochs
         check_counts(num_epochs=epochs)
         return epochs
-
-    def _warn_of_discount(self, max_length: int) -> None:
-        """Warn once if the score of a long response hardly counts for its first token."""
-        gamma, weight = self.config.gamma, self.config.gamma**max_length
-        if weight < 0.5 and not self._warned_of_discount:
-            self._warned_of_discount = True
-            warnings.warn(
-                f"gamma: {gamma} over {max_length} tokens leaves {weight:.2f} of the score at a "
-                "response's first token; gamma=1 counts it in full",
-                stacklevel=4,
-            )

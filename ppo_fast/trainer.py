@@ -16,11 +16,13 @@ from ppo_fast.checks import check_counts
 from ppo_fast.config import PPOConfig
 from ppo_fast.data.batches import in_batches
 from ppo_fast.data.experience import Experience
-from ppo_fast.data.prompts import check_lengths, check_prompt_ids, check_prompts
+from ppo_fast.data.prompts import Prompt, check_lengths, check_prompts
 from ppo_fast.data.rollout import Rollout, sampled_ids
 from ppo_fast.data.tokens import Tokens, make_tokens
 from ppo_fast.models.attention import without_cudnn_attention
+from ppo_fast.models.checks import context_limit, to_device
 from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.models.setup import make_reference
 from ppo_fast.ops import gae, ppo_loss
 from ppo_fast.ppo import PPO
 from ppo_fast.rewards.score import RewardFunction, check_reward_model
@@ -58,18 +60,19 @@ class PPOTrainer(PPO):
             arguments above, where given, override it; without a config, the defaults above hold
             (``PPOConfig.spec()``).
         engine: samples responses (``ppo_fast.rollout``); None: the policy does, in this process.
+        reference_model: the model that the KL is measured to, of the policy's vocabulary; None: the
+            policy as it is at construction.
 
     Attributes:
         policy_model, value_model, reward_model, tokenizer, device: as given.
-        reference_model: the policy as it was at construction, frozen, sharing its frozen weights.
+        reference_model: the frozen model that the KL is measured to; may be set to another one.
         policy_optimizer, value_optimizer: the learner's optimizers; value_optimizer is None where
             no value function is trained.
         stats: running totals: total_steps, and sums over steps of the rewards, KLs and losses.
         last_rollout: the last rollout, without states and trunk states, or None.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message says which, what it got, what
-            was expected and how to mend it.
+        TypeError, ValueError: an argument does not fit; the message says which and how to mend it.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class PPOTrainer(PPO):
         *,
         config: PPOConfig | None = None,
         engine: Engine | None = None,
+        reference_model: nn.Module | None = None,
     ) -> None:
         if config is not None and not isinstance(config, PPOConfig):
             raise TypeError(f"config: got {type(config).__name__}, expected a PPOConfig(...)")
@@ -110,10 +114,13 @@ class PPOTrainer(PPO):
             device=device,
             config=replace(config or PPOConfig.spec(), **given),  # type: ignore[arg-type]
             engine=engine,
+            reference_model=reference_model,
         )
-        self.policy_model, self.value_model = policy_model, value_model
-        self.reference_model = self.reference.model
+        self._value_model = value_model
         self.last_rollout: Rollout | None = None
+
+    policy_model = property(lambda self: self.policy.model)
+    value_model = property(lambda self: self._value_model)
 
     @property
     def reward_model(self) -> Any:
@@ -123,6 +130,15 @@ class PPOTrainer(PPO):
     def reward_model(self, reward_model: nn.Module | RewardFunction) -> None:
         check_reward_model(reward_model)
         self.scorer = Scorer(reward_model, self.policy, self.config.forward_batch_tokens)
+
+    @property
+    def reference_model(self) -> nn.Module:
+        return self.reference.model
+
+    @reference_model.setter
+    def reference_model(self, reference_model: nn.Module) -> None:
+        to_device(reference_model, "reference_model", self.device)
+        self.reference = make_reference(self.policy, reference_model, self.config)
 
     @property
     def policy_optimizer(self) -> Optimizer:
@@ -153,7 +169,7 @@ class PPOTrainer(PPO):
 
     def train(  # type: ignore[override]
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         num_steps: int = 100,
         batch_size: int = 4,
         num_epochs_per_batch: int | None = None,
@@ -186,7 +202,7 @@ class PPOTrainer(PPO):
 
     def train_step(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         num_epochs_per_batch: int | None = None,
         max_length: int | None = None,
         temperature: float | None = None,
@@ -214,7 +230,7 @@ class PPOTrainer(PPO):
 
     def rollout(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         max_length: int | None = None,
         temperature: float | None = None,
         *,
@@ -271,7 +287,7 @@ class PPOTrainer(PPO):
 
     def generate_responses(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         max_length: int | None = None,
         temperature: float | None = None,
     ) -> tuple[list[str], Tensor]:
@@ -355,7 +371,7 @@ class PPOTrainer(PPO):
 
     def _pairs(self, prompts: Sequence[str], responses: Sequence[str]) -> Tokens:
         """Return the tokens of pairs of texts: as they were sampled last, else encoded."""
-        prompts = check_prompts(prompts)
+        check_prompts(prompts)
         if len(prompts) != len(responses):
             raise ValueError(
                 f"responses: got {len(responses)}, expected {len(prompts)}, one a prompt"
@@ -368,7 +384,7 @@ class PPOTrainer(PPO):
                 pair = rows.pop(0) if len(rows) > 1 else rows[0]
             else:
                 encoded = self.tokenizer(response, add_special_tokens=False)["input_ids"]
-                pair = (self.tokenizer(prompt)["input_ids"], encoded)
+                pair = (self.texts.encode([prompt], 0)[0], encoded)
             if not pair[1]:
                 raise ValueError(
                     f"responses[{i}]: {response!r} is empty after tokenisation; a response has at "
@@ -376,7 +392,7 @@ class PPOTrainer(PPO):
                 )
             prompt_ids.append(pair[0])
             response_ids.append(pair[1])
-        check_prompt_ids(prompts, prompt_ids, 0, None)
         tokens = make_tokens(prompt_ids, response_ids, self.tokenizer.pad_token_id, self.device)
-        check_lengths(tokens.lengths.tolist(), self._context_limit())
+        limit = context_limit({"policy_model": self.policy_model, **self._readers()})
+        check_lengths(tokens.lengths.tolist(), limit)
         return tokens

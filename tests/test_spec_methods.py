@@ -242,7 +242,7 @@ def test_other_text_is_encoded_without_special_tokens_and_gets_no_eos():
     for row, prompt, response in zip(order.tolist(), *PAIRS, strict=True):
         ids = tokens.sequences()[row].tolist()
         n = int(tokens.prompt_lengths[row])
-        assert ids[:n] == [0, *plain(prompt)["input_ids"], 0], "a prompt as the tokenizer has it"
+        assert ids[:n] == [0, *plain(prompt)["input_ids"]], "no EOS before the response"
         assert ids[n:] == plain(response)["input_ids"]
     lengths = [len(plain(response)["input_ids"]) for response in PAIRS[1]]
     assert found.shape == (2, max(lengths))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ppo_fast.data.sampling import Sampling
-from ppo_fast.data.tokens import Tokens
+from ppo_fast.data.tokens import Tokens, make_tokens
 from ppo_fast.data.trunk_states import TrunkStates
 
 
@@ -39,6 +41,57 @@ class Rollout:
     states: Tensor | None = None
     prompts: list[str] = field(default_factory=list)
     completions: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_tokens(
+        cls,
+        prompt_ids: Sequence[Sequence[int]],
+        response_ids: Sequence[Sequence[int]],
+        *,
+        pad_id: int = 0,
+        device: torch.device | str = "cpu",
+        temperature: float = 1.0,
+        logprobs: Sequence[Sequence[float]] | None = None,
+        finished: Sequence[bool] | None = None,
+    ) -> Rollout:
+        """Make a rollout of tokens that were sampled elsewhere, for ``PPO.make_experience``.
+
+        Args:
+            prompt_ids, response_ids: B lists of ids, without padding; none is empty.
+            pad_id: id at padded positions; any will do.
+            device: that of the trainer.
+            temperature: by which logits were divided in sampling.
+            logprobs: B lists, one number a response token: log-probs under softmax(logits /
+                temperature) of the policy that sampled. None: the trainer computes them.
+            finished: B times, whether a response ended by itself. None: all did.
+
+        Raises:
+            ValueError: counts or lengths differ, or a list is empty.
+        """
+        pairs = {"prompt_ids": prompt_ids, "response_ids": response_ids}
+        for name, rows in pairs.items():
+            if len(rows) != len(prompt_ids) or not all(map(len, rows)):
+                raise ValueError(
+                    f"{name}: got {len(rows)} lists of lengths {[len(row) for row in rows][:8]}, "
+                    f"expected {len(prompt_ids)} lists, none of them empty"
+                )
+        tokens = make_tokens(prompt_ids, response_ids, pad_id, torch.device(device))
+        known = torch.zeros(tokens.response_ids.shape, device="cpu")
+        for i, row in enumerate(logprobs or ()):
+            if len(row) != len(response_ids[i]):
+                raise ValueError(
+                    f"logprobs[{i}]: got {len(row)} numbers for {len(response_ids[i])} tokens"
+                )
+            known[i, : len(row)] = torch.tensor(row, device="cpu")
+        ended = torch.tensor(finished or [True] * len(tokens), device="cpu")
+        length = max(len(row) for row in response_ids)
+        return cls(
+            tokens,
+            None if logprobs is None else known.to(device),
+            known.to(device),
+            ended,
+            Sampling(length, temperature=temperature),
+        )
 
 
 def sampled_ids(

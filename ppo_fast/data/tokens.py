@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,3 +155,18 @@ def make_tokens(
         pad_right(responses, pad_id, device),
         torch.tensor([len(r) for r in responses], device="cpu"),
     )
+
+
+def check_seeds(seeds: Any, count: int) -> None:
+    """Check that ``seeds`` are [count] int64.
+
+    Raises:
+        TypeError, ValueError: they are not.
+    """
+    if not isinstance(seeds, Tensor) or seeds.dtype != torch.int64:
+        got = seeds.dtype if isinstance(seeds, Tensor) else type(seeds).__name__
+        raise TypeError(f"seeds: got {got}, expected an int64 tensor [{count}]")
+    if seeds.shape != (count,):
+        raise ValueError(
+            f"seeds: got shape {list(seeds.shape)}, expected [{count}], one per prompt"
+        )

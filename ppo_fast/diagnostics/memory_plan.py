@@ -27,7 +27,7 @@ from ppo_fast.models.lora import lora_config
 from ppo_fast.models.parts import base_of, body_of
 from ppo_fast.models.patching import replaced_forwards
 from ppo_fast.models.precision import computing_in, hold_trained_weights
-from ppo_fast.models.setup import enable_gradient_checkpointing, logits_budget_bytes, make_reference
+from ppo_fast.models.setup import enable_gradient_checkpointing, frozen_copy, logits_budget_bytes
 from ppo_fast.models.transformers_internals import layer_types
 from ppo_fast.models.trunk import Split, freeze_trunk
 
@@ -94,13 +94,15 @@ def plan_memory(
         prompt_length: max tokens of a prompt.
         value_model: for ``critic="model"``; None: a ``ValueModel`` over a copy of the policy.
         policy_model: the policy, whose trunk ``value_model`` may share; None: it shares nothing.
-        adapter: peft's config of a new adapter of the policy; None: the policy has none.
+        adapter: peft's config of a new adapter of the policy; None: that of ``policy_model``.
         device: type of the device to train on.
 
     Raises:
         ValueError: the model cannot be split, or its layers cannot be cached.
     """
     text: Any = model_config.get_text_config()
+    adapters: Any = getattr(policy_model, "peft_config", None) or {}
+    adapter = adapter or next(iter(adapters.values()), None)
     length, k = prompt_length + config.max_length, config.num_layers_unfrozen
     rows = min(batch_size, max(1, config.microbatch_tokens // length))
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -110,7 +112,7 @@ def plan_memory(
         # torch's own copying of a parameter warns of it, without need
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         # new adapters are left out, others copied: they are small
-        reference = None if adapter is not None else make_reference(policy, config)
+        reference = None if adapter is not None else frozen_copy(policy, config)
         activations = _kept(policy, k, rows, length, config)
         copies = _bytes(_copied(policy, config, device))
     trained = [*_trained(policy.parameters()), *valued]

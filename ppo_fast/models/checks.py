@@ -12,37 +12,37 @@ from ppo_fast.data.prompts import Limit
 from ppo_fast.models.transformers_internals import context_limit_of
 
 
-def check_policy(policy_model: Any) -> None:
-    """Check that the policy is a transformers causal language model.
+def check_policy(policy_model: Any, name: str = "policy_model") -> None:
+    """Check that a policy, or its reference, is a transformers causal language model.
 
     Raises:
         TypeError: it is something else, or its adapter adds virtual tokens.
     """
     if not isinstance(policy_model, nn.Module) or not hasattr(policy_model, "config"):
         raise TypeError(
-            f"policy_model: got {type(policy_model).__name__}, expected a transformers causal "
+            f"{name}: got {type(policy_model).__name__}, expected a transformers causal "
             "language model, as AutoModelForCausalLM.from_pretrained(...) gives"
         )
     adapter: Any = getattr(policy_model, "active_peft_config", None)
     if getattr(adapter, "is_prompt_learning", False):
         raise TypeError(
-            f"policy_model: its adapter is a {type(adapter).__name__}, which puts virtual tokens "
+            f"{name}: its adapter is a {type(adapter).__name__}, which puts virtual tokens "
             "before every prompt; use an adapter that changes layers, as LoRA does"
         )
     head = getattr(policy_model, "get_output_embeddings", lambda: None)()
     if head is None or getattr(policy_model.config, "is_encoder_decoder", False):
         raise TypeError(
-            f"policy_model: {type(policy_model).__name__} is not a causal language model; load "
+            f"{name}: {type(policy_model).__name__} is not a causal language model; load "
             "it with AutoModelForCausalLM.from_pretrained(...)"
         )
 
 
-def check_tokenizer(tokenizer: Any, policy_model: nn.Module) -> None:
-    """Check that the tokenizer has a pad token, and the policy an embedding for each of its ids.
+def check_tokenizer(tokenizer: Any) -> None:
+    """Check that the tokenizer is one, and has a pad token.
 
     Raises:
         TypeError: it is no tokenizer.
-        ValueError: it has no pad token, or ids beyond the policy's vocabulary.
+        ValueError: it has no pad token.
     """
     if not hasattr(tokenizer, "get_vocab"):
         raise TypeError(
@@ -54,13 +54,56 @@ def check_tokenizer(tokenizer: Any, policy_model: nn.Module) -> None:
             "tokenizer: has no pad token; set one, for example "
             "tokenizer.pad_token = tokenizer.eos_token"
         )
+
+
+def check_vocabulary(model: Any, name: str, tokenizer: Any) -> None:
+    """Check that a model which reads the policy's tokens has an embedding for each of them.
+
+    Raises:
+        ValueError: it has fewer.
+    """
+    if not isinstance(model, nn.Module):
+        return
     largest = max(tokenizer.get_vocab().values(), default=0)
-    rows = policy_model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    if largest >= rows:
+    parts: list[Any] = [model, getattr(model, "base_model", None)]
+    reading = [part for part in parts if hasattr(part, "get_input_embeddings")]
+    if not reading:
+        return
+    rows = getattr(reading[0].get_input_embeddings(), "num_embeddings", None)
+    if rows is None or largest < rows:
+        return
+    mend = {
+        "policy_model": "use the model's own tokenizer, or "
+        "policy_model.resize_token_embeddings(len(tokenizer))",
+        "reward_model": "if it has a tokenizer of its own, pass ClassifierReward(reward_model, "
+        "its_tokenizer)",
+    }
+    raise ValueError(
+        f"tokenizer: its largest id is {largest}, but {name} has {rows} embeddings; "
+        f"{mend.get(name, 'use a model of the same vocabulary')}"
+    )
+
+
+def resolve_device(device: torch.device | str | None, policy_model: nn.Module) -> torch.device:
+    """Return the device asked for; None: that of the policy; "auto": a GPU if there is one.
+
+    Raises:
+        ValueError: torch knows no such device, or has none of that kind.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(next(policy_model.parameters()).device if device is None else device)
+    except (RuntimeError, TypeError) as error:
         raise ValueError(
-            f"tokenizer: its largest id is {largest}, but policy_model has {rows} embeddings; use "
-            "the model's own tokenizer, or policy_model.resize_token_embeddings(len(tokenizer))"
+            f"device: got {device!r}, expected 'cpu', 'cuda', 'cuda:1', ... or 'auto'"
+        ) from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device: got {str(found)!r}, but torch {torch.__version__} finds no CUDA GPU; use "
+            "device='cpu', or install a CUDA build of torch"
         )
+    return found
 
 
 def to_device(model: Any, name: str, device: torch.device) -> None:

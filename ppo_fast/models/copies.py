@@ -40,24 +40,28 @@ def copy_of_what_is_trained(module: nn.Module, compute_dtype: torch.dtype | None
             part.forward = MethodType(compiled.__func__, part)
             logger.info("the copy of %s runs uncompiled", name or type(module).__name__)
     with computing_in(compute_dtype, next(copied.parameters()).device):
-        _check_weights_are_its_own(copied, type(module).__name__)
+        _check_weights_are_its_own(copied, module)
     return copied
 
 
 @torch.enable_grad()
-def _check_weights_are_its_own(copied: nn.Module, kind: str) -> None:
-    """Raise ValueError if ``copied`` computes with trained weights other than its own."""
+def _check_weights_are_its_own(copied: nn.Module, original: nn.Module) -> None:
+    """Raise ValueError if ``copied`` computes with trained weights of the original."""
+    trained = [p for p in original.parameters() if p.requires_grad]
     own = [p for p in copied.parameters() if p.requires_grad]
     for parameter in own:
         parameter.requires_grad_(False)
     try:
         ids = torch.arange(2, 6, device=next(copied.parameters()).device)[None]
         result = copied(input_ids=ids, use_cache=False)[0]
+        if not trained or not result.requires_grad:
+            return
+        used = torch.autograd.grad(result.float().sum(), trained, allow_unused=True)
     finally:
         for parameter in own:
             parameter.requires_grad_(True)
-    if not result.requires_grad:
-        return
+    if all(gradient is None for gradient in used):
+        return  # gradient checkpointing lets the embeddings' output require grad
     replaced = [
         name or "itself"
         for name, part in copied.named_modules()
@@ -65,7 +69,7 @@ def _check_weights_are_its_own(copied: nn.Module, kind: str) -> None:
     ]
     where = f"forward of {', '.join(replaced[:3])} was replaced by" if replaced else "it holds"
     raise ValueError(
-        f"policy_model: {kind} cannot be copied: {where} a function bound to the original, so that "
-        "its frozen copy would change as it trains; make the trainer first and replace forwards "
-        "after, or replace them by types.MethodType(function, module)"
+        f"policy_model: {type(original).__name__} cannot be copied: {where} a function bound to "
+        "the original, so that its frozen copy would change as it trains; make the trainer first "
+        "and replace forwards after, or replace them by types.MethodType(function, module)"
     )

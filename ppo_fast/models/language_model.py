@@ -135,9 +135,9 @@ class LanguageModel:
     def forward(self, tokens: Tokens, trunk_states: Tensor | None = None) -> Forward:
         """Run one pass over prompts and responses, from the tokens or from trunk states [B, L, D].
 
-        Gradients flow where the caller enabled them.
+        A model without a trunk ignores trunk states. Gradients flow where the caller enabled them.
         """
-        states, logits = self._run(tokens, trunk_states)
+        states, logits = self._run(tokens, None if self.split is None else trunk_states)
         return Forward(
             None if states is None else tokens.before_response(states),
             None if logits is None else tokens.before_response(logits),

@@ -10,6 +10,7 @@ from torch import nn
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.models.adapters import without_new_adapters
+from ppo_fast.models.checks import check_policy
 from ppo_fast.models.copies import copy_of_what_is_trained
 from ppo_fast.models.heads import RewardModel, ValueModel
 from ppo_fast.models.language_model import LanguageModel
@@ -25,15 +26,45 @@ from ppo_fast.models.trunk import Split, freeze_trunk, share_trunk
 from ppo_fast.ops.linear_logprobs.api import LOGITS_BUDGET_BYTES
 
 
-def make_models(
+def make_policy(
     policy_model: nn.Module, value_model: nn.Module | None, reward_model: Any, config: PPOConfig
-) -> tuple[LanguageModel, LanguageModel]:
-    """Prepare the models, and return the policy and its reference as LanguageModels."""
+) -> LanguageModel:
+    """Prepare the models that are trained or give rewards, and return the policy."""
     prepare(policy_model, value_model, reward_model, config)
     hold_weights(policy_model, value_model, config)
     policy = _language_model(policy_model, config)
     check_train_mode(policy, config)
-    return policy, _language_model(make_reference(policy_model, config), config)
+    return policy
+
+
+def make_reference(
+    policy: LanguageModel, reference_model: nn.Module | None, config: PPOConfig
+) -> LanguageModel:
+    """Return the frozen model that the KL is measured to: the one given, or a copy of the policy.
+
+    Raises:
+        TypeError: ``reference_model`` is no causal language model.
+        ValueError: it has another vocabulary, or shares weights that are trained.
+    """
+    if reference_model is None:
+        return _language_model(frozen_copy(policy.model, config), config)
+    check_policy(reference_model, "reference_model")
+    ours, theirs = (model.get_output_embeddings() for model in (policy.model, reference_model))  # type: ignore[operator]
+    if ours.weight.shape[0] != theirs.weight.shape[0]:
+        raise ValueError(
+            f"reference_model: its vocabulary has {theirs.weight.shape[0]} tokens, the policy's "
+            f"{ours.weight.shape[0]}; the KL compares probabilities of the same tokens"
+        )
+    trained = {id(p) for p in policy.model.parameters() if p.requires_grad}
+    if any(id(p) in trained for p in reference_model.parameters()):
+        raise ValueError(
+            "reference_model: shares trained weights with policy_model, so that it would change as "
+            "it trains; give it a copy (copy.deepcopy), or None, for which a copy is made"
+        )
+    disable_dropout(reference_model)
+    return LanguageModel(
+        reference_model.requires_grad_(False).eval(), compute_dtype=config.torch_dtype
+    )
 
 
 def _language_model(model: nn.Module, config: PPOConfig) -> LanguageModel:
@@ -75,8 +106,8 @@ def prepare(
         freeze_trunk(policy_model, config.num_layers_unfrozen)
 
 
-def make_reference(policy_model: nn.Module, config: PPOConfig) -> nn.Module:
-    """Return the frozen reference that the KL is measured to.
+def frozen_copy(policy_model: nn.Module, config: PPOConfig) -> nn.Module:
+    """Return a frozen copy of the policy.
 
     It is a copy of the policy that shares frozen weights, or the model without its adapters where
     these are new.

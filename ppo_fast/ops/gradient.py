@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
@@ -15,6 +16,13 @@ Backward = Callable[..., tuple[Tensor | None, ...]]
 def computed_in(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of arithmetic on ``dtype`` operands: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(device: torch.device) -> torch.autocast | nullcontext[None]:
+    """Within the block, autocast is off: it would compute products in half precision."""
+    if device.type == "meta":  # no autocast; asking torch for it does not compile in PyTorch 2.8
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:

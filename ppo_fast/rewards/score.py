@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Complex, Real
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from ppo_fast.data.trunk_states import TrunkStates
 from ppo_fast.models.call_on_rows import call_on_rows, takes_padding
 from ppo_fast.models.heads import RewardModel
 from ppo_fast.models.trunk import Split
+
+LARGEST_SCORE = 1e15
 
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
 
@@ -71,11 +75,14 @@ def check_scores(scores: Any, prompts: Sequence[str], what: str = "scores") -> T
     if isinstance(scores, Mapping):
         raise TypeError(f"{what}: got a mapping, expected a list of numbers, one a prompt")
     if isinstance(scores, Tensor):
+        if scores.is_complex() or scores.is_meta:
+            raise TypeError(f"{what}: got {scores.dtype} on {scores.device}, expected real numbers")
         scores = scores.detach().to("cpu", torch.float32)
     else:
         try:
-            scores = torch.tensor([float(s) for s in scores], dtype=torch.float32, device="cpu")
-        except (TypeError, ValueError) as error:
+            numbers = [_number(s) for s in scores]
+            scores = torch.tensor(numbers, dtype=torch.float32, device="cpu")
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise TypeError(
                 f"{what}: expected a list of numbers, one a prompt ({error})"
             ) from error
@@ -86,11 +93,25 @@ def check_scores(scores: Any, prompts: Sequence[str], what: str = "scores") -> T
     for prompt, value in zip(prompts, scores.tolist(), strict=True):
         if not math.isfinite(value):
             raise ValueError(f"{what}: got {value} for the prompt {prompt!r}; scores are finite")
+        if abs(value) > LARGEST_SCORE:
+            raise ValueError(
+                f"{what}: got {value} for the prompt {prompt!r}, expected at most "
+                f"{LARGEST_SCORE:g} in size: the square of a larger one overflows in the losses"
+            )
     return scores
 
 
-def check_reward_model(reward_model: Any) -> None:
+def _number(score: Any) -> float:
+    is_complex = isinstance(score, Complex) and not isinstance(score, Real)
+    if is_complex or isinstance(score, (str, bytes)):
+        raise TypeError(f"got {score!r}")
+    return float(score)
+
+
+def check_reward_model(reward_model: Any, labels: int = 1) -> None:
     """Check, before any model runs, that ``reward_model`` can give one score per sequence.
+
+    ``labels`` is how many labels a classifier may have.
 
     Raises:
         TypeError: it is neither a module nor a function.
@@ -108,15 +129,16 @@ def check_reward_model(reward_model: Any) -> None:
         )
     if not isinstance(reward_model, PreTrainedModel) or not takes_padding(reward_model):
         return
-    labels = reward_model.config.num_labels
-    if labels != 1:
+    kind, config = type(reward_model).__name__, reward_model.config
+    if config.num_labels != labels:
         raise ValueError(
-            f"reward_model: {type(reward_model).__name__} has num_labels={labels}, expected 1 "
-            "(one score per sequence); wrap it in a function that says which label counts"
+            f"reward_model: {kind} has num_labels={config.num_labels}, expected 1 (one score per "
+            "sequence); pass ClassifierReward(reward_model, its_tokenizer, label=...), which "
+            "scores by one of the labels"
         )
-    if reward_model.config.pad_token_id is None:
+    if config.pad_token_id is None or config.pad_token_id < 0:
         raise ValueError(
-            f"reward_model: {type(reward_model).__name__} has no pad token, which it needs to find "
+            f"reward_model: {kind} has pad_token_id={config.pad_token_id}, and needs one to find "
             "the end of a sequence; set reward_model.config.pad_token_id = tokenizer.pad_token_id"
         )
 
@@ -152,5 +174,13 @@ def _function_scores(
     try:
         scores = function(list(prompts), list(completions))
         return list(scores) if isinstance(scores, Iterator) else scores  # it may raise here
-    except Exception as error:
-        raise RuntimeError(f"{what} raised {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raised = f"{what} raised {type(error).__name__}: {error}"
+        raise RuntimeError(f"{raised}{_place(error)}") from error
+
+
+def _place(error: BaseException) -> str:
+    """Return the file and line of the user's code in which an error arose, to be appended."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is ours
+    own = [frame for frame in frames if "site-packages" not in frame.filename]
+    return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""

@@ -42,6 +42,14 @@ class Stops:
         assert self._to_text is not None
         tail = response[-self._tail :]
         text = self._to_text(tail)
-        found = [string for string in self._strings if string in text]
-        # completed by this token, not before it
-        return bool(found) and any(s not in self._to_text(tail[:-1]) for s in found)
+        if not any(string in text for string in self._strings):
+            return False
+        # completed by this token, not before it; the last character may have been incomplete
+        before = _common_prefix(text, self._to_text(tail[:-1]))
+        return any(text.find(s, max(before - len(s) + 1, 0)) >= 0 for s in self._strings)
+
+
+def _common_prefix(one: str, other: str) -> int:
+    """Return the length of the longest text that both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(one), len(other)))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ppo_fast.checks import check_counts
+from ppo_fast.data.prompts import Prompt
 from ppo_fast.data.sampling import Sampling
 from ppo_fast.data.step import Step
 from ppo_fast.runs.checkpoint import checkpoint_path, make_folder
@@ -38,11 +39,13 @@ class Trainable(Protocol):
         """Whether an update was broken off, so that the weights are those of no whole step."""
         ...
 
-    def check_prompts(self, prompts: Sequence[str], max_length: int | None = None) -> list[str]: ...
+    def check_prompts(
+        self, prompts: Sequence[Prompt], max_length: int | None = None
+    ) -> list[Prompt]: ...
 
     def step(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         *,
         num_epochs: int | None = None,
         max_length: int | None = None,
@@ -54,7 +57,7 @@ class Trainable(Protocol):
 
 def train(
     ppo: Trainable,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     num_steps: int,
     batch_size: int,
@@ -122,7 +125,7 @@ def _note(history: dict[str, list[float]], step: Step) -> None:
 
 def _step(
     ppo: Trainable,
-    prompts: list[str],
+    prompts: list[Prompt],
     batch_size: int,
     checkpoint_dir: str | Path | None,
     **options: Any,

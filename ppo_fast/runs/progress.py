@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppo_fast.data.prompts import Prompt
+
 # Running totals, and the metric that each adds up.
 TOTALS = {
     "total_reward": "mean_reward",
@@ -61,10 +63,10 @@ class Progress:
             name.replace("total_", "avg_"): value for name, value in means.items()
         }
 
-    def next_prompts(self, prompts: list[str], batch_size: int) -> list[str]:
+    def next_prompts(self, prompts: list[Prompt], batch_size: int) -> list[Prompt]:
         """Return the next batch of an endless sequence of random permutations of ``prompts``."""
         size = min(batch_size, len(prompts))
-        batch: list[str] = []
+        batch: list[Prompt] = []
         while len(batch) < size:
             round_, first = divmod(self.prompts_drawn + len(batch), len(prompts))
             generator = torch.Generator().manual_seed(self.seed_of("prompts", round_))

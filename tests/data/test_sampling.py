@@ -89,6 +89,26 @@ def test_stop_strings(text, least, ends):
     assert Stops(sampling, [], letters).ends([ord(c) for c in text]) == ends
 
 
+def ends_of(text, least, *strings):
+    """Return the lengths at which a response of this text, a token a letter, may end."""
+    stops = Stops(Sampling(200, min_new_tokens=least, stop_strings=strings), [], letters)
+    return [n for n in range(1, len(text) + 1) if stops.ends([ord(c) for c in text[:n]])]
+
+
+def test_a_stop_string_before_min_new_tokens_hides_no_later_one():
+    assert ends_of("a\nb\nc\nd", 3, "\n") == [4, 6]
+    assert ends_of("END END END END", 4, "END") == [7, 11, 15]
+    assert ends_of("aaaa", 0, "aa") == [2, 3, 4], "occurrences may overlap"
+    assert ends_of("STOP, END", 5, "STOP", "END") == [9]
+    words = ["END", " END", " E", "ND", " END"]
+    stops = Stops(
+        Sampling(9, min_new_tokens=3, stop_strings=("END",)),
+        [],
+        lambda ids: "".join(words[i] for i in ids),
+    )
+    assert [n for n in range(1, 6) if stops.ends(list(range(n)))] == [4, 5]
+
+
 def test_a_character_of_several_tokens_completes_a_stop_string():
     ids = TOKENIZER("a é€ b")["input_ids"]
     stops = Stops(Sampling(9, stop_strings=("é€",)), [], TOKENIZER.decode)

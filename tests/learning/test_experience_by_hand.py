@@ -47,7 +47,7 @@ class TableModel:
     """Replaces a LanguageModel: log-probs from a table by token id."""
 
     split = None
-    compute_dtype = None
+    compute_dtype = own_autocast = None
     dtype = torch.float32
     model = torch.nn.Linear(1, 1)
 

@@ -306,9 +306,9 @@ def test_auto_is_cpp_on_the_cpu(monkeypatch):
             r"values \[3, 5\], mask \[3, 1\]",
         ),
         (
-            {"values": torch.ones(5), "mask": torch.ones(5, dtype=torch.bool)},
+            {"values": torch.ones(1, 2, 5), "mask": torch.ones(1, 2, 5, dtype=torch.bool)},
             ValueError,
-            r"expected one shape \[B, T\].*values \[5\], mask \[5\]",
+            r"expected one shape \[B, T\], or \[total\],.*values \[1, 2, 5\]",
         ),
         ({"values": torch.ones(3, 5, dtype=torch.long)}, TypeError, r"values.float\(\)"),
         ({"impl": "numpy"}, ValueError, "numpy"),

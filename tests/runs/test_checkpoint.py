@@ -336,3 +336,63 @@ def test_another_reference_warns(file):
 def test_another_seed_warns(file):
     with pytest.warns(UserWarning, match="trained with seed 0, the trainer's is 7"):
         tiny_trainer(seed=7).load_checkpoint(file)
+
+
+def test_numbers_of_numpy_are_read_back(tmp_path):
+    """torch's safe loader reads Python's numbers alone."""
+    numbers = {
+        "learning_rate": np.float64(1e-3),
+        "weight_decay": np.float32(0.25),
+        "adam_betas": [np.float64(0.8), np.float32(0.5)],
+        "seed": np.int64(3),
+        "num_epochs": np.int32(1),
+        "whiten_advantages": np.bool_(True),
+    }
+    trainer = tiny_trainer(**numbers)
+    assert trainer.config == tiny_trainer(**{k: _plain(v) for k, v in numbers.items()}).config
+    assert type(trainer.config.weight_decay) is float
+    assert type(trainer.config.seed) is int
+    trainer.train_step(PROMPTS, max_length=np.int64(4), temperature=np.float32(1))
+    path = trainer.save_checkpoint(tmp_path, np.int64(1))
+    again = tiny_trainer(**numbers)
+    assert again.load_checkpoint(path) == 1
+    assert not changed(again.policy_model, weights(trainer.policy_model))
+
+
+def _plain(value):
+    return tuple(x.item() for x in value) if isinstance(value, list) else value.item()
+
+
+@pytest.mark.parametrize("schedule", ["ExponentialLR", "CosineAnnealingLR"])
+def test_a_schedule_goes_on_where_it_was(tmp_path, schedule):
+    def made():
+        trainer = tiny_trainer(critic="head", learning_rate=1e-3)
+        scheduler = {
+            "ExponentialLR": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5),
+            "CosineAnnealingLR": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 10),
+        }[schedule](trainer.policy_optimizer)
+        return trainer, scheduler
+
+    trainer, scheduler = made()
+    rates = []
+    for step in range(5):
+        trainer.train_step(PROMPTS)
+        scheduler.step()
+        rates.append(trainer.policy_optimizer.param_groups[0]["lr"])
+        if step == 2:
+            path, state = trainer.save_checkpoint(tmp_path, 3), scheduler.state_dict()
+    again, scheduler = made()
+    again.load_checkpoint(path)
+    scheduler.load_state_dict(state)
+    for rate in rates[3:]:
+        again.train_step(PROMPTS)
+        scheduler.step()
+        assert again.policy_optimizer.param_groups[0]["lr"] == rate
+    assert not changed(again.policy_model, weights(trainer.policy_model))
+
+
+def test_without_a_schedule_the_rate_is_that_of_the_config(tmp_path):
+    path = tiny_trainer(learning_rate=1e-3).save_checkpoint(tmp_path, 1)
+    again = tiny_trainer(learning_rate=5e-4)
+    again.load_checkpoint(path)
+    assert again.policy_optimizer.param_groups[0]["lr"] == 5e-4

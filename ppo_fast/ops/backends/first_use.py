@@ -84,7 +84,7 @@ def first_use(op: str, device: torch.device) -> Result:
             f"failed the check on first use: {result.detail}. `ppo-fast doctor` repeats the check "
             "and stores the new result.",
             RuntimeWarning,
-            stacklevel=5,  # the caller of the op
+            stacklevel=6,  # the caller of the op
         )
     return result
 

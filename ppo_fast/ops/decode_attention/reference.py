@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ppo_fast.ops.gradient import computed_in
+from ppo_fast.ops.gradient import computed_in, without_autocast
 
 
 def decode_attention(
@@ -40,6 +40,7 @@ def decode_attention(
     k, v = (x.to(dtype).transpose(1, 2) for x in (keys, values))
     v = v.masked_fill(hidden.squeeze(2)[..., None], 0.0)
     q = query.to(dtype).view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_size)
-    scores = (q @ k.transpose(2, 3) * scaling).masked_fill(hidden, -math.inf)
-    weights = scores.softmax(dim=-1).masked_fill(hidden, 0.0)
-    return (weights @ v).view(query.shape).to(query.dtype)
+    with without_autocast(query.device):
+        scores = (q @ k.transpose(2, 3) * scaling).masked_fill(hidden, -math.inf)
+        weights = scores.softmax(dim=-1).masked_fill(hidden, 0.0)
+        return (weights @ v).view(query.shape).to(query.dtype)

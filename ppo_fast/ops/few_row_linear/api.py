@@ -12,6 +12,7 @@ from ppo_fast.ops.backends import library
 from ppo_fast.ops.backends.dispatch import choose
 from ppo_fast.ops.backends.impls import Impl
 from ppo_fast.ops.few_row_linear import reference
+from ppo_fast.ops.gradient import without_autocast
 from ppo_fast.ops.validation import check_floating, check_same_device
 
 # Up to this many rows the C++ kernel is the faster one in the table of few_row_linear; where the
@@ -46,7 +47,7 @@ def few_row_linear(
         impl: "auto", "reference", or a compiled implementation (ppo_fast.ops.backends.dispatch).
 
     Returns:
-        [..., V], contiguous, of the dtype of x.
+        [..., V], contiguous, of the dtype of x, also under autocast.
 
     Raises:
         TypeError: operands that are not floating point, or of different dtypes.
@@ -70,7 +71,8 @@ def few_row_linear(
             raise TypeError(f"{name}: got {operand.dtype}, expected {x.dtype}, the dtype of x")
     chosen = choose("few_row_linear", impl, x.device).impl
     if impl == "auto" and chosen == "cpp" and x.numel() > MOST_ROWS * x.shape[-1]:
-        return F.linear(x, weight, bias)
+        with without_autocast(x.device):
+            return F.linear(x, weight, bias)
     if chosen == "reference":
         return reference.few_row_linear(x, weight, bias)
     operands = [x, weight] if bias is None else [x, weight, bias]
@@ -90,8 +92,9 @@ class _FewRowLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows = grad.reshape(-1, weight.shape[0])
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        return (
-            (rows @ weight).view(x.shape) if needs_x else None,
-            rows.T @ x.reshape(-1, weight.shape[1]) if needs_weight else None,
-            rows.sum(dim=0) if needs_bias else None,
-        )
+        with without_autocast(x.device):
+            return (
+                (rows @ weight).view(x.shape) if needs_x else None,
+                rows.T @ x.reshape(-1, weight.shape[1]) if needs_weight else None,
+                rows.sum(dim=0) if needs_bias else None,
+            )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ppo_fast.ops.gradient import without_autocast
 from ppo_fast.ops.logprobs import TokenLogprobs, logprobs_from_logits
 
 
@@ -41,7 +40,7 @@ def _head_logits(
     softcap: float | None,
 ) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-    with _without_autocast(hidden.device):
+    with without_autocast(hidden.device):
         bias = bias.to(dtype) if bias is not None else None
         logits = F.linear(hidden.to(dtype), weight.to(dtype), bias)
         if logit_scale != 1.0:
@@ -49,10 +48,3 @@ def _head_logits(
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
     return logits
-
-
-def _without_autocast(device: torch.device) -> torch.autocast | nullcontext[None]:
-    """Within the block, autocast is off: it would compute the product in half precision."""
-    if device.type == "meta":  # no autocast; asking torch for it does not compile in PyTorch 2.8
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)

@@ -1,0 +1,110 @@
+"""Texts: prompts become token ids that the models can take, and sampled ids become texts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ppo_fast.data.prompts import Prompt, check_prompt_ids, encode_prompts
+from ppo_fast.data.rollout import Rollout
+from ppo_fast.data.tokens import Tokens
+from ppo_fast.models.checks import context_limit
+from ppo_fast.rollout.engine import eos_ids
+
+
+class Texts:
+    """Turns prompts into ids, and sampled ids into texts for reward functions and for reading.
+
+    Args:
+        policy_model: the model that samples.
+        tokenizer: its tokenizer.
+        skip_special_tokens: whether to leave all special tokens out of texts. If not, only the EOS
+            token at a response's end is left out.
+    """
+
+    def __init__(
+        self,
+        policy_model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        skip_special_tokens: bool,
+    ) -> None:
+        self.policy_model, self.tokenizer = policy_model, tokenizer
+        self.skip_special_tokens = skip_special_tokens
+
+    def encode(
+        self, prompts: Sequence[Prompt], max_length: int, others: Mapping[str, Any] | None = None
+    ) -> list[list[int]]:
+        """Return the ids of prompts, checked to leave room for ``max_length`` response tokens.
+
+        Args:
+            prompts: texts, or lists of ids, which stay as they are.
+            max_length: max response tokens.
+            others: other models, by name, that will read the sequences.
+
+        Raises:
+            ValueError: a prompt is empty, too long, or holds an id outside the vocabulary.
+        """
+        ids = encode_prompts(self.tokenizer, prompts)
+        get_embeddings: Any = self.policy_model.get_input_embeddings
+        limit = context_limit({"policy_model": self.policy_model, **(others or {})})
+        vocab_size = get_embeddings().num_embeddings
+        check_prompt_ids(prompts, ids, max_length, limit, vocab_size=vocab_size)
+        return ids
+
+    def decode(self, rollout: Rollout, prompts: Sequence[Prompt] = ()) -> Rollout:
+        """Return ``rollout`` with the texts of its prompts and responses.
+
+        ``prompts`` are its prompts as they were given: a text stays as it is. Empty: all are
+        decoded.
+        """
+        tokens, skip = rollout.tokens, self.skip_special_tokens
+        texts = self.tokenizer.batch_decode(_rows(tokens)[0], skip_special_tokens=skip)
+        given = [p if isinstance(p, str) else t for p, t in zip(prompts, texts, strict=False)]
+        completions = decode_responses(
+            self.tokenizer,
+            tokens,
+            ends=eos_ids(self.policy_model, self.tokenizer),
+            skip_special_tokens=skip,
+        )
+        return replace(rollout, prompts=given or texts, completions=completions)
+
+
+def decode_responses(
+    tokenizer: Any, tokens: Tokens, *, ends: Collection[int], skip_special_tokens: bool
+) -> list[str]:
+    """Return the text of each response, as it continues its prompt.
+
+    It is what prompt and response give when decoded together, after what the prompt gives alone:
+    decoded alone, the first word of a response lacks the space before it with many tokenizers. If
+    that text does not begin with the prompt's, the response is decoded alone.
+
+    Args:
+        tokenizer: the policy's.
+        tokens: prompts and responses.
+        ends: ids that end a response; such a last token is not in the text.
+        skip_special_tokens: whether to leave out all special tokens.
+    """
+    prompts, responses = _rows(tokens)
+    responses = [ids[:-1] if ids and ids[-1] in ends else ids for ids in responses]
+
+    def decode(rows: list[list[int]]) -> list[str]:
+        return tokenizer.batch_decode(rows, skip_special_tokens=skip_special_tokens)
+
+    whole = decode([p + r for p, r in zip(prompts, responses, strict=True)])
+    texts = zip(decode(prompts), whole, decode(responses), strict=True)
+    return [
+        both[len(prompt) :] if both.startswith(prompt) else alone for prompt, both, alone in texts
+    ]
+
+
+def _rows(tokens: Tokens) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the ids of each prompt and of each response."""
+    lengths = tokens.prompt_lengths.tolist()
+    rows = [ids.tolist() for ids in tokens.sequences()]
+    pairs = list(zip(rows, lengths, strict=True))
+    return [ids[:n] for ids, n in pairs], [ids[n:] for ids, n in pairs]
