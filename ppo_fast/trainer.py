@@ -68,7 +68,8 @@ class PPOTrainer(PPO):
         reference_model: the frozen model that the KL is measured to; may be set to another one.
         policy_optimizer, value_optimizer: the learner's optimizers; value_optimizer is None where
             no value function is trained.
-        stats: running totals: total_steps, and sums over steps of the rewards, KLs and losses.
+        stats: total_steps, and policy_losses, value_losses, kl_divergences, mean_rewards and
+            mean_advantages, lists with a number for each step.
         last_rollout: the last rollout, without states and trunk states, or None.
 
     Raises:
@@ -157,15 +158,12 @@ class PPOTrainer(PPO):
         self.learner.optimizers["value"] = optimizer
 
     @property
-    def stats(self) -> dict[str, float]:
+    def stats(self) -> dict[str, Any]:
         return self.progress.stats
 
-    def get_statistics(self) -> dict[str, float]:
-        """Return the number of steps and means over all steps so far.
-
-        These are total_steps, avg_reward, avg_kl_divergence, avg_policy_loss and avg_value_loss.
-        """
-        return self.progress.averages()
+    def get_statistics(self) -> dict[str, Any]:
+        """Return ``stats``, and avg_reward, avg_kl_divergence, avg_policy_loss, avg_value_loss."""
+        return self.progress.statistics()
 
     def train(  # type: ignore[override]
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 from tiny_models import tiny_classifier, tiny_model, tiny_tokenizer
 from tiny_trainer import (
@@ -224,7 +226,7 @@ BAD_PROMPTS = {
 
 def untouched(trainer, call, error, message):
     """``call`` fails so, before any model runs, and leaves the trainer as it was."""
-    policy, stats = weights(trainer.policy_model), dict(trainer.stats)
+    policy, stats = weights(trainer.policy_model), copy.deepcopy(trainer.stats)
     counters = trainer.progress.prompts_drawn, trainer.progress.sequences_sampled
     with no_model_runs(), pytest.raises(error, match=message) as caught:
         call()

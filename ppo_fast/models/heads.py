@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from ppo_fast.data.tokens import position_ids
 from ppo_fast.models.parts import body_of
@@ -37,7 +40,7 @@ class ValueModel(nn.Module):
     def __init__(self, base_model: nn.Module, hidden_size: int = 768) -> None:
         super().__init__()
         _check_hidden_size(base_model, hidden_size)
-        self.base_model = base_model
+        self.base_model, self.hidden_size = base_model, hidden_size
         self.value_head = _head(hidden_size)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -60,7 +63,7 @@ class RewardModel(nn.Module):
     def __init__(self, base_model: nn.Module, hidden_size: int = 768) -> None:
         super().__init__()
         _check_hidden_size(base_model, hidden_size)
-        self.base_model = base_model
+        self.base_model, self.hidden_size = base_model, hidden_size
         self.reward_head = _head(hidden_size)
 
     def forward(
@@ -80,6 +83,29 @@ class RewardModel(nn.Module):
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             last = (mask.bool() * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
         return self.read(states, last)
+
+    @torch.no_grad()
+    def get_rewards(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device | str,
+        max_length: int = 512,
+    ) -> Tensor:
+        """Compute scores [B] of texts, prompt and response joined, in eval mode.
+
+        Of a text of more than ``max_length`` tokens, the beginning is cut.
+        """
+        texts = [p + r for p, r in zip(prompts, responses, strict=True)]
+        rows = [torch.tensor(ids[-max_length:]) for ids in tokenizer(texts)["input_ids"]]
+        input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+        last = torch.tensor([len(row) - 1 for row in rows], device=device)
+        training = self.training
+        try:
+            return self.eval()(input_ids, last=last)
+        finally:
+            self.train(training)
 
     def read(self, states: Tensor, last: Tensor) -> Tensor:
         """Compute scores [B] from the body's last states [B, L, D] at the indices ``last`` [B]."""

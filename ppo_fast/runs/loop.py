@@ -14,18 +14,13 @@ from ppo_fast.data.step import Step
 from ppo_fast.runs.checkpoint import checkpoint_path, make_folder
 from ppo_fast.runs.display import ProgressBar
 from ppo_fast.runs.interrupt import finish_step_on_interrupt
-from ppo_fast.runs.progress import Progress
+from ppo_fast.runs.progress import LISTS, Progress
 
 logger = logging.getLogger(__name__)
 
 OnStep = Callable[[Step], None]
 
-HISTORY = {
-    "policy_losses": "policy_loss",
-    "value_losses": "value_loss",
-    "kl_divergences": "kl_divergence",
-    "mean_rewards": "mean_reward",
-}
+HISTORY = ("policy_losses", "value_losses", "kl_divergences", "mean_rewards")
 
 
 class Trainable(Protocol):
@@ -106,19 +101,19 @@ def train(
             if stopped := interrupted():
                 _keep(ppo, checkpoint_dir, "Ctrl-C")
                 break
-    averages = ppo.progress.averages()
+    statistics = ppo.progress.statistics()
     return {
         "training_history": history,
-        "final_stats": ppo.progress.stats | averages,
-        "final_avg_reward": averages["avg_reward"],
+        "final_stats": statistics,
+        "final_avg_reward": statistics["avg_reward"],
         "final_kl_divergence": history["kl_divergences"][-1],
         "interrupted": stopped,
     }
 
 
 def _note(history: dict[str, list[float]], step: Step) -> None:
-    for name, metric in HISTORY.items():
-        history[name].append(step.metrics[metric])
+    for name in HISTORY:
+        history[name].append(step.metrics[LISTS[name]])
     rewards = history["mean_rewards"]
     history["step_avg_rewards"].append(sum(rewards) / len(rewards))
 

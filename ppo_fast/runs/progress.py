@@ -10,12 +10,20 @@ from torch import Tensor
 
 from ppo_fast.data.prompts import Prompt
 
-# Running totals, and the metric that each adds up.
-TOTALS = {
-    "total_reward": "mean_reward",
-    "total_kl_divergence": "kl_divergence",
-    "total_policy_loss": "policy_loss",
-    "total_value_loss": "value_loss",
+# Lists of the classic interface, with a number for each step, and the metric that is listed.
+LISTS = {
+    "policy_losses": "policy_loss",
+    "value_losses": "value_loss",
+    "kl_divergences": "kl_divergence",
+    "mean_rewards": "mean_reward",
+    "mean_advantages": "mean_advantage",
+}
+# Averages over all steps, and the list that each is the mean of.
+AVERAGES = {
+    "avg_policy_loss": "policy_losses",
+    "avg_value_loss": "value_losses",
+    "avg_kl_divergence": "kl_divergences",
+    "avg_reward": "mean_rewards",
 }
 OUTSIDE_STEPS = 1 << 31  # number of the first sequence sampled outside of steps
 
@@ -30,7 +38,7 @@ class Progress:
         seed: in [0, 2**31).
 
     Attributes:
-        stats: total_steps, and sums over steps of the metrics in TOTALS.
+        stats: total_steps, and the lists of LISTS.
         prompts_drawn: number of prompts that steps took from the training set.
         sequences_sampled: number of responses that steps sampled.
         sequences_outside: number of responses sampled outside of steps. These have seeds of their
@@ -39,29 +47,24 @@ class Progress:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.stats: dict[str, float] = {"total_steps": 0} | dict.fromkeys(TOTALS, 0.0)
+        self.stats: dict[str, Any] = {"total_steps": 0} | {name: [] for name in LISTS}
         self.prompts_drawn = self.sequences_sampled = self.sequences_outside = 0
 
     @property
     def steps(self) -> int:
         """Number of steps done."""
-        return int(self.stats["total_steps"])
+        return self.stats["total_steps"]
 
     def count_step(self, metrics: dict[str, float]) -> None:
-        """Count one more step, and add its metrics to the totals."""
+        """Count one more step, and append its metrics to the lists."""
         self.stats["total_steps"] += 1
-        for name, metric in TOTALS.items():
-            self.stats[name] += metrics[metric]
+        for name, metric in LISTS.items():
+            self.stats[name].append(metrics[metric])
 
-    def averages(self) -> dict[str, float]:
-        """Return the number of steps and means over all steps so far.
-
-        These are total_steps, avg_reward, avg_kl_divergence, avg_policy_loss and avg_value_loss.
-        """
-        means = {name: self.stats[name] / max(self.steps, 1) for name in TOTALS}
-        return {"total_steps": self.stats["total_steps"]} | {
-            name.replace("total_", "avg_"): value for name, value in means.items()
-        }
+    def statistics(self) -> dict[str, Any]:
+        """Return a copy of ``stats``, and the AVERAGES, 0.0 before the first step."""
+        means = {name: _mean(self.stats[numbers]) for name, numbers in AVERAGES.items()}
+        return _copied(self.stats) | means
 
     def next_prompts(self, prompts: list[Prompt], batch_size: int) -> list[Prompt]:
         """Return the next batch of an endless sequence of random permutations of ``prompts``."""
@@ -99,11 +102,24 @@ class Progress:
     def state_dict(self) -> dict[str, Any]:
         """Return the counters and the seed, for a checkpoint."""
         names = ("seed", "prompts_drawn", "sequences_sampled", "sequences_outside")
-        return {"stats": dict(self.stats)} | {name: getattr(self, name) for name in names}
+        return {"stats": _copied(self.stats)} | {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Set the counters to those of ``state``; the seed stays."""
-        self.stats = dict(state["stats"])
+        self.stats = _copied(state["stats"])
+        if "total_reward" in self.stats:  # older files have sums over the steps
+            steps = self.stats["total_steps"] = int(self.stats["total_steps"])
+            for name, metric in LISTS.items():
+                total = self.stats.pop(f"total_{metric.removeprefix('mean_')}", 0.0)
+                self.stats[name] = [total / max(steps, 1)] * steps
         self.prompts_drawn = state["prompts_drawn"]
         self.sequences_sampled = state["sequences_sampled"]
         self.sequences_outside = state.get("sequences_outside", 0)  # older files have none
+
+
+def _mean(numbers: list[float]) -> float:
+    return sum(numbers) / len(numbers) if numbers else 0.0
+
+
+def _copied(stats: dict[str, Any]) -> dict[str, Any]:
+    return {name: list(x) if isinstance(x, list) else x for name, x in stats.items()}

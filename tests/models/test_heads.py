@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import FAMILIES, MAX_POSITIONS, VOCAB_SIZE, tiny_config, tiny_model
+from tiny_models import FAMILIES, MAX_POSITIONS, VOCAB_SIZE, tiny_config, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -176,3 +176,17 @@ def test_disable_dropout_leaves_other_numbers_alone():
     assert model.value_head[2].p == 0.0
     assert model.base_model.model.norm.variance_epsilon == eps
     assert model.base_model.config.max_position_embeddings == MAX_POSITIONS
+
+
+@torch.no_grad()
+def test_get_rewards_scores_texts():
+    model, tokenizer = scorer(RewardModel).train(), tiny_tokenizer()
+    assert model.hidden_size == HIDDEN
+    prompts, responses = ["The film", "She thought", "x" * 90], [" was over", " so", " of it"]
+    found = model.get_rewards(prompts, responses, tokenizer, "cpu", max_length=40)
+    assert model.training, "the mode comes back"
+    model.eval()
+    for prompt, response, score in zip(prompts, responses, found, strict=True):
+        ids = torch.tensor(tokenizer(prompt + response)["input_ids"])[None, -40:]
+        torch.testing.assert_close(score, model(ids)[0], rtol=1e-5, atol=1e-5)
+    assert not found.requires_grad

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tiny_trainer import PROMPTS, changed, count_letters, one_line, tiny_trainer, weights
@@ -75,7 +77,7 @@ BAD_REWARDS = {
 def test_rewards(case):
     reward, error, message = BAD_REWARDS[case]
     trainer = tiny_trainer(reward)
-    policy, stats = weights(trainer.policy_model), dict(trainer.stats)
+    policy, stats = weights(trainer.policy_model), copy.deepcopy(trainer.stats)
     with pytest.raises(error, match=message) as caught:
         trainer.train_step(PROMPTS)
     assert one_line(caught)

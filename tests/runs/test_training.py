@@ -59,6 +59,44 @@ def test_result():
     assert result["interrupted"] is False
 
 
+def test_statistics_are_lists_and_their_means(tmp_path):
+    trainer = tiny_trainer()
+    assert trainer.get_statistics() == trainer.stats | dict.fromkeys(
+        ("avg_policy_loss", "avg_value_loss", "avg_kl_divergence", "avg_reward"), 0.0
+    )
+    steps = [trainer.train_step(PROMPTS) for _ in range(3)]
+    lists = {
+        "policy_losses": "policy_loss",
+        "value_losses": "value_loss",
+        "kl_divergences": "kl_divergence",
+        "mean_rewards": "mean_reward",
+        "mean_advantages": "mean_advantage",
+    }
+    expected = {name: [step[metric] for step in steps] for name, metric in lists.items()}
+    assert trainer.stats == {"total_steps": 3} | expected
+    found = trainer.get_statistics()
+    assert found["avg_reward"] == pytest.approx(sum(expected["mean_rewards"]) / 3)
+    found["mean_rewards"].append(7.0)
+    assert trainer.stats == {"total_steps": 3} | expected, "a copy"
+    again = tiny_trainer()
+    again.load_checkpoint(trainer.save_checkpoint(tmp_path, 3))
+    assert again.stats == trainer.stats
+
+
+def test_statistics_of_older_checkpoints():
+    """They held sums over the steps: the means stay."""
+    trainer = tiny_trainer()
+    state = trainer.progress.state_dict()
+    state["stats"] = {"total_steps": 4.0, "total_reward": 2.0, "total_kl_divergence": 1.0}
+    state["stats"] |= {"total_policy_loss": -0.4, "total_value_loss": 8.0}
+    trainer.progress.load_state_dict(state)
+    found = trainer.get_statistics()
+    means = (found["avg_reward"], found["avg_kl_divergence"], found["avg_value_loss"])
+    assert means == (0.5, 0.25, 2.0)
+    trainer.train_step(PROMPTS)
+    assert trainer.stats["total_steps"] == len(trainer.stats["mean_rewards"]) == 5
+
+
 def test_statistics_run_on_over_calls():
     trainer = tiny_trainer()
     rewards = []
