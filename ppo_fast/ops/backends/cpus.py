@@ -4,15 +4,39 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import torch
 
+_process = {"used": False, "forked": False}
+
 
 def num_threads() -> int:
+    """Return how many threads a kernel may use; warn once in a forked process."""
+    _process["used"] = True
+    if _process["forked"]:
+        _process["forked"] = False
+        warnings.warn(
+            "this process was forked from one that had used torch's threads, which a fork does not "
+            "copy: torch would wait for them forever. It computes with one thread; start processes "
+            "with multiprocessing.get_context('spawn') to use more",
+            stacklevel=2,
+        )
     return min(torch.get_num_threads(), usable_cpus())
+
+
+def _in_forked_process() -> None:
+    """Keep torch from waiting for OpenMP threads that only the parent has."""
+    if _process["used"]:
+        _process["forked"] = True
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_in_forked_process)
 
 
 @cache
