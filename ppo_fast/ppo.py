@@ -30,7 +30,7 @@ from ppo_fast.data.step import Step
 from ppo_fast.data.tokens import check_seeds
 from ppo_fast.diagnostics.memory_plan import MemoryPlan, plan_memory
 from ppo_fast.learning.learner import Learner
-from ppo_fast.learning.make_experience import check_agreement, make_experience, with_trunk
+from ppo_fast.learning.make_experience import make_experience, warn_of_disagreement, with_trunk
 from ppo_fast.models import setup
 from ppo_fast.models.attention import without_cudnn_attention
 from ppo_fast.models.checks import (
@@ -46,6 +46,7 @@ from ppo_fast.rewards.classifier import ClassifierReward
 from ppo_fast.rewards.score import RewardFunction, check_reward_model, check_scores
 from ppo_fast.rewards.scorer import Scorer
 from ppo_fast.rollout import Engine
+from ppo_fast.rollout.agreement import check_agreement
 from ppo_fast.rollout.local_engine import kept_bytes, make_local_engine
 from ppo_fast.rollout.texts import Texts
 from ppo_fast.runs import loop
@@ -130,6 +131,8 @@ class PPO:
             keep_states=self.critic.reads_states,
             whole_trunk=self.scorer.reads_trunk,
         )
+        if engine is None:
+            check_agreement(self.policy, tokenizer.pad_token_id)
         self._weight_copies = WeightCopies(config.torch_dtype, kept_bytes(self.policy, config))
         self.learner = Learner(self.policy, self.critic, config)
         self.progress = Progress(config.seed)
@@ -257,7 +260,7 @@ class PPO:
         times.append(time.perf_counter())
         metrics = self.update(experience, num_epochs)
         times.append(time.perf_counter())
-        check_agreement(self.policy, self.config, metrics)
+        warn_of_disagreement(self.policy, self.config, metrics)
         parts = ("rollout", "experience", "update")
         for part, start, end in zip(parts, times, times[1:], strict=False):
             metrics[f"time/{part}"] = end - start
@@ -355,10 +358,7 @@ class PPO:
         self.newest_checkpoint = path.resolve()
         return contents["step"]
 
-    @property
-    def amid_update(self) -> bool:
-        """Whether an update was broken off, so that the weights are those of no whole step."""
-        return self.learner.amid_update
+    amid_update = property(lambda self: self.learner.amid_update)
 
     def _trained_modules(self) -> dict[str, nn.Module]:
         modules = {"policy": self.policy.model, "value": self.critic.module}
@@ -377,16 +377,14 @@ class PPO:
         return prompts
 
     def memory_plan(self, batch_size: int, prompt_length: int) -> MemoryPlan:
-        """Plan the memory of steps of ``batch_size`` prompts of at most ``prompt_length``
-        tokens."""
-        policy_model = self.policy.model
+        """Plan the memory of steps of ``batch_size`` prompts of ``prompt_length`` tokens."""
         return plan_memory(
-            policy_model.config,
+            self.policy.model.config,
             self.config,
             batch_size=batch_size,
             prompt_length=prompt_length,
             value_model=self.critic.module if isinstance(self.critic, ModelCritic) else None,
-            policy_model=policy_model,
+            policy_model=self.policy.model,
             device=self.device.type,
         )
 

@@ -137,7 +137,9 @@ def sampling_differences(sampled: Tensor, old: Tensor, mask: Tensor) -> dict[str
     }
 
 
-def check_agreement(policy: LanguageModel, config: PPOConfig, metrics: dict[str, float]) -> None:
+def warn_of_disagreement(
+    policy: LanguageModel, config: PPOConfig, metrics: dict[str, float]
+) -> None:
     """Warn where decoding and the update differ by more than rounding explains.
 
     In a step's first minibatch all ratios are 1 but for rounding. Where the update does not take

@@ -19,7 +19,7 @@ from ppo_fast.data.tokens import Tokens
 from ppo_fast.models.parts import body_of
 from ppo_fast.models.patching import uncompiled
 from ppo_fast.models.precision import HALF, computing_in, uses_tf32
-from ppo_fast.models.probe import Probed, probe, probe_tokens
+from ppo_fast.models.probe import Probed, probe, probe_tokens, relative_difference
 from ppo_fast.models.transformers_internals import (
     attention_of,
     cache_argument,
@@ -38,6 +38,9 @@ from ppo_fast.ops.linear_logprobs.api import LOGITS_BUDGET_BYTES
 
 # Largest difference between the two paths, relative to the largest logit, that rounding explains.
 HEAD_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
+# The same between decoding and one pass: models held in float64 compute some parts, such as rotary
+# tables, in float32.
+DECODING_TOLERANCE_FLOAT64 = 1e-6
 TF32_TOLERANCE = 5e-3
 HALF_TOLERANCE = 3e-2
 
@@ -131,6 +134,11 @@ class LanguageModel:
     def tolerance(self) -> float:
         """The largest relative difference between two of its passes that rounding explains."""
         return tolerance(self.compute_dtype or self.own_autocast or self.dtype, self.device)
+
+    @property
+    def decoding_tolerance(self) -> float:
+        """``tolerance`` between decoding with a cache and one pass over all tokens."""
+        return max(self.tolerance, DECODING_TOLERANCE_FLOAT64)
 
     def forward(self, tokens: Tokens, trunk_states: Tensor | None = None) -> Forward:
         """Run one pass over prompts and responses, from the tokens or from trunk states [B, L, D].
@@ -268,7 +276,7 @@ class LanguageModel:
         real, expected = probed.tokens.attention_mask.bool(), probed.logits.float()
         if found[real].isnan().any() or expected[real].isnan().any():
             raise nan_error(self)
-        difference = (found - expected)[real].abs().max() / expected[real].abs().max()
+        difference = relative_difference(found[real], expected[real])
         if not difference <= tolerance(self.compute_dtype or self.head.weight.dtype, self.device):
             self.fused_differs = True
             return f"the body's states times the LM head differ from the logits by {difference:.1e}"
@@ -293,7 +301,7 @@ class LanguageModel:
         real = tokens.attention_mask.bool()
         if whole[real].isnan().any() or split[real].isnan().any():
             raise nan_error(self)
-        difference = ((whole - split)[real].abs().max() / whole[real].abs().max()).item()
+        difference = relative_difference(split[real], whole[real])
         return None if difference <= self.tolerance else f"its states differ by {difference:.1e}"
 
 

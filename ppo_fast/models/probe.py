@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from ppo_fast.data.tokens import Tokens
 from ppo_fast.models.patching import uncompiled
+from ppo_fast.models.precision import HALF
 from ppo_fast.models.trunk import run
 
 
 class Probed(NamedTuple):
     """Result of ``probe``.
 
-    tokens: the tokens, one row padded.
+    tokens: those of ``probe_tokens``.
     logits: the model's logits for them.
     autocast: dtype of the autocast that the model's own forward enters, as that of a model which
         accelerate has prepared does; None: it enters none.
@@ -27,13 +28,22 @@ class Probed(NamedTuple):
 
 
 def probe_tokens(model: Any) -> Tokens:
-    """Return a few tokens of the model's vocabulary, one row padded."""
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    rows = getattr(embedding, "num_embeddings", model.config.get_text_config().vocab_size)
+    """Return a few tokens of the model's vocabulary, [3, 5].
+
+    The second row is padded; the third differs from the first in its last token alone.
+    """
     device = next(model.parameters()).device
-    ids = (torch.arange(10, device=device).reshape(2, 5) * 7 + 1) % rows
-    lengths = torch.tensor([[3, 2], [2, 2]], device="cpu")
+    ids = torch.arange(10, device=device).reshape(2, 5) * 7 + 1
+    ids = torch.cat([ids, ids[:1]])
+    ids[2, 4] += 1
+    ids %= _num_embeddings(model)
+    lengths = torch.tensor([[3, 2, 3], [2, 2, 2]], device="cpu")
     return Tokens(ids[:, :3], lengths[0], ids[:, 3:], lengths[1])
+
+
+def _num_embeddings(model: Any) -> int:
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    return getattr(embedding, "num_embeddings", model.config.get_text_config().vocab_size)
 
 
 @torch.no_grad()
@@ -41,7 +51,9 @@ def probe(model: nn.Module) -> Probed:
     """Run a model over a few tokens.
 
     Raises:
-        ValueError: the model cannot be called with ``input_ids`` and ``use_cache`` alone.
+        ValueError: the model cannot be called with ``input_ids`` and ``use_cache`` alone, or gives
+            logits for tokens that it has no embeddings of.
+        TypeError: it is not causal: a token's logits change with later tokens.
     """
     tokens = probe_tokens(model)
     device = tokens.device.type
@@ -62,7 +74,31 @@ def probe(model: nn.Module) -> Probed:
     finally:
         for handle in handles:
             handle.remove()
+    _check_logits(model, logits)
     return Probed(tokens, logits, next(iter(inside - {None, outside}), None))
+
+
+def _check_logits(model: nn.Module, logits: Tensor) -> None:
+    kind, rows = type(model).__name__, _num_embeddings(model)
+    if logits.shape[-1] > rows:
+        raise ValueError(
+            f"policy_model: {kind} gives {logits.shape[-1]} logits but has {rows} embeddings, so "
+            "that it could not read a token that it samples; use "
+            "policy_model.resize_token_embeddings"
+        )
+    first, last = logits[0, :4].float(), logits[2, :4].float()
+    difference = relative_difference(last, first)
+    if difference > (3e-3 if logits.dtype in HALF else 1e-5):
+        raise TypeError(
+            f"policy_model: {kind} is not causal: a token's logits change with later tokens (by "
+            f"{difference:.1e}); use a decoder, or load this model with is_decoder=True"
+        )
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """Return the largest |difference| relative to the largest |expected|; 0 where all are 0."""
+    difference, size = (found - expected).abs().max(), expected.abs().max()
+    return float(difference / size) if size > 0 else float(difference)
 
 
 def _autocast(device: str) -> torch.dtype | None:

@@ -21,7 +21,7 @@ from ppo_fast.models.precision import (
     hold_products_in,
     hold_trained_weights,
 )
-from ppo_fast.models.probe import probe
+from ppo_fast.models.probe import probe, relative_difference
 from ppo_fast.models.trunk import Split, freeze_trunk, share_trunk
 from ppo_fast.ops.linear_logprobs.api import LOGITS_BUDGET_BYTES
 
@@ -206,8 +206,7 @@ def check_train_mode(policy: LanguageModel, config: PPOConfig) -> None:
         finally:
             for part, training in modes:
                 part.training = training
-    size = in_eval_mode.abs().max()
-    largest = max(float((x - in_eval_mode).abs().max() / size) for x in in_train_mode)
+    largest = max(relative_difference(logits, in_eval_mode) for logits in in_train_mode)
     if largest > policy.tolerance:
         raise ValueError(
             f"policy_model: in train mode, logits of {type(model).__name__} differ from those in "

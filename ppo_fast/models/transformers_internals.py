@@ -76,6 +76,13 @@ def layer_types(config: Any) -> list[str]:
     return list(types)
 
 
+def windows(config: Any) -> list[int]:
+    """Return the sizes of the windows that a model's attention may have."""
+    found = [getattr(config, name, None) for name in ("sliding_window", "window_size")]
+    chunk = getattr(config, "attention_chunk_size", None)
+    return [size for size in (*found, chunk) if isinstance(size, int) and size > 0]
+
+
 def mask_is_by_type(config: Any) -> bool:
     """Return whether a body takes a dict of masks, one per type of attention, in place of a mask.
 

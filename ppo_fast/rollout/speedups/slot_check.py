@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ppo_fast.models.language_model import LanguageModel, nan_error
 from ppo_fast.models.patching import uncompiled
+from ppo_fast.models.probe import relative_difference
 from ppo_fast.rollout.prompts import Prompts
 from ppo_fast.rollout.slots import SlotCache, step_arguments
 from ppo_fast.rollout.speedups.fused_layers import fused_layers, why_not_all_are_fused
@@ -82,7 +83,7 @@ def _cannot_attend(model: LanguageModel) -> str | None:
     layers = model.text_config.num_hidden_layers
     if len(used) != layers:
         return f"{len(used)} of {layers} layers call attention through AttentionInterface"
-    difference = _difference(found, expected)
+    difference = relative_difference(found, expected)
     fits = difference <= model.tolerance
     return None if fits else f"logits differ by {difference:.1e}"
 
@@ -104,7 +105,7 @@ def _check(model: LanguageModel) -> FusedLayers:
     found = _by_slots(model, rows, fused=False)
     if found.isnan().any():
         raise nan_error(model)
-    if not (difference := _difference(found, expected)) <= model.tolerance:
+    if not (difference := relative_difference(found, expected)) <= model.decoding_tolerance:
         raise ValueError(
             f"policy_model: the logits of {type(model.model).__name__} differ by {difference:.1e} "
             "between decoding with a cache and one pass over all tokens, so its responses would "
@@ -119,7 +120,7 @@ def _check(model: LanguageModel) -> FusedLayers:
         why = unused[0].why_not or "transformers calls them in a way that is new"
         reason = f"a step does not reach the kernels of {len(unused)} layers: {why}"
         return FusedLayers(0, reason, failed=True)
-    if not (difference := _difference(found, expected)) <= model.tolerance:
+    if not (difference := relative_difference(found, expected)) <= model.tolerance:
         return FusedLayers(0, f"with them, logits differ by {difference:.1e}", True)
     return FusedLayers(len(layers), why_not)
 
@@ -143,7 +144,3 @@ def _by_slots(
     lengths = torch.tensor([len(head) for head in heads], device=model.device)
     last = torch.tensor([row[-1] for row in rows], device=model.device)
     return model.next(**step_arguments(model, cache, last, lengths, int(lengths.max()) + 1)).logits
-
-
-def _difference(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).abs().max() / expected.abs().max()).item()

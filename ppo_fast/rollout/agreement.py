@@ -1,0 +1,75 @@
+"""Check, before any training, that decoding and the update compute the same log-probs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ppo_fast.data.rollout import Rollout
+from ppo_fast.data.sampling import Sampling
+from ppo_fast.models.checks import context_limit
+from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.models.precision import WeightCopies
+from ppo_fast.models.transformers_internals import windows
+from ppo_fast.rollout.local_engine import LocalEngine
+
+# Lengths differ, so that rows end at different places; one is decoded after others have ended.
+PROMPTS = ((1, 5, 2, 7, 3), (4,), (2, 8, 5))
+NEW_TOKENS = 3
+LONGEST = 64  # tokens; a wider window is not crossed
+
+
+@torch.no_grad()
+def check_agreement(policy: LanguageModel, pad_id: int) -> None:
+    """Compare log-probs of a tiny rollout with those of passes as in the update.
+
+    Rows are compared beside others, padded, and alone. They are longer than the windows of the
+    model's attention where these are small.
+
+    Raises:
+        ValueError: they differ by more than rounding explains.
+    """
+    prompts = _prompts(policy)
+    if not prompts:
+        return
+    engine = LocalEngine(policy, eos_ids=list, pad_id=pad_id, slots=2, cuda_graphs=False)
+    with WeightCopies(policy.compute_dtype).in_use(policy.model):
+        rollout = engine.generate(
+            prompts, Sampling(NEW_TOKENS), seeds=torch.arange(len(prompts), device="cpu")
+        )
+    sampled, batch = rollout.logprobs, _logprobs(policy, rollout)
+    assert sampled is not None
+    rows = [torch.tensor([i], device="cpu") for i in range(len(prompts))]
+    alone = torch.cat([_logprobs(policy, rollout, row) for row in rows])
+    mask = rollout.tokens.response_mask
+    scale = alone[mask].abs().max().clamp(min=1.0)
+    for found, words in (
+        (batch, "in one pass over a row alone, and over it in a padded batch"),
+        (sampled, "in decoding, and in one pass over all tokens"),
+    ):
+        difference = float((found - alone)[mask].abs().max() / scale)
+        if not difference <= 2 * policy.decoding_tolerance:
+            raise ValueError(
+                f"policy_model: {type(policy.model).__name__} computes other log-probs {words}: "
+                f"they differ by {difference:.1e} of their size, so that what is sampled would not "
+                "be what is trained"
+            )
+
+
+def _prompts(policy: LanguageModel) -> list[list[int]]:
+    limit = context_limit({"policy_model": policy.model})
+    most = (limit.tokens if limit else LONGEST) - NEW_TOKENS
+    rows = [list(row) for row in PROMPTS if len(row) <= most]
+    lengths = [window + 2 for window in windows(policy.text_config) if window + 2 <= LONGEST]
+    if lengths and max(lengths) <= most:
+        rows.append([3 + i % 7 for i in range(max(lengths))])
+    vocab_size = policy.text_config.vocab_size
+    return [[token % vocab_size for token in row] for row in rows]
+
+
+def _logprobs(policy: LanguageModel, rollout: Rollout, rows: Tensor | None = None) -> Tensor:
+    """Return log-probs [n, T] of all rows, or of one, as the update computes them."""
+    tokens = rollout.tokens if rows is None else rollout.tokens.select(rows)
+    states = None if policy.split is None else policy.compute_trunk_states(tokens)
+    found = policy.logprobs(policy.forward(tokens, states), tokens, temperature=1.0).logprobs
+    return torch.nn.functional.pad(found, (0, NEW_TOKENS - found.shape[1]))
