@@ -7,12 +7,59 @@ A dataclass states beside each field what it allows, and ``check_fields`` checks
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import field, fields
+from functools import wraps
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+LARGEST_WHOLE = 2**62  # of torch's sizes
+
+# Arguments of TRL's PPOTrainer and PPOConfig, and what stands for them here.
+TRL_NAMES = {
+    "args": "config=PPOConfig(...)",
+    "model": "policy_model",
+    "ref_model": "reference_model",
+    "processing_class": "tokenizer",
+    "train_dataset": "the prompts of train()",
+    "num_ppo_epochs": "num_epochs",
+    "num_mini_batches": "num_minibatches",
+    "kl_coef": "kl_penalty",
+    "cliprange": "clip_epsilon",
+    "cliprange_value": "value_clip",
+    "vf_coef": "value_loss_coef",
+    "lam": "gae_lambda",
+    "response_length": "max_length",
+    "stop_token_id": "stop_token_ids",
+    "per_device_train_batch_size": "microbatch_tokens, and batch_size of train()",
+    "gradient_accumulation_steps": "microbatch_tokens",
+    "max_steps": "num_steps of train()",
+    "total_episodes": "num_steps of train()",
+    "output_dir": "checkpoint_dir of train()",
+    "local_rollout_forward_batch_size": "forward_batch_tokens",
+    "whiten_rewards": "whiten_advantages",
+    "bf16": "compute_dtype='bfloat16'",
+}
+
+
+def with_names_checked(init: Callable[..., None]) -> Callable[..., None]:
+    """Let an ``__init__`` raise TypeError for an unknown argument with the name that was meant."""
+    known = [*inspect.signature(init).parameters][1:]
+
+    @wraps(init)
+    def checked(self: Any, *arguments: Any, **named: Any) -> None:
+        for name in named.keys() - known:
+            near = difflib.get_close_matches(name, known, 1)
+            meant = TRL_NAMES.get(name) or (near[0] if near else None)
+            hint = f"did you mean {meant}?" if meant else f"it takes {', '.join(known)}"
+            raise TypeError(f"{type(self).__name__}: got an unknown argument {name!r}; {hint}")
+        init(self, *arguments, **named)
+
+    return checked
 
 
 class Allowed(NamedTuple):
@@ -44,7 +91,10 @@ def number(
     def test(value: Any) -> bool:
         if not isinstance(value, Real):
             return False
-        x = float(value)
+        try:
+            x = float(value)
+        except OverflowError:
+            return False
         if not math.isfinite(x):
             return bool(or_inf) and x == math.inf
         return above < x and at_least <= x < below and x <= at_most
@@ -60,7 +110,7 @@ def whole(
     """Make a dataclass field for a whole number in a range; ``or_none``: or None."""
 
     def test(value: Any) -> bool:
-        return is_whole(value) and at_least <= value < below
+        return is_whole(value) and at_least <= value < min(below, LARGEST_WHOLE)
 
     limit = f"2**{int(math.log2(below))}" if below < math.inf else ""
     words = f"in [{at_least}, {limit})" if limit else f">= {at_least}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     import torch
 
-from ppo_fast.checks import allowed, check_fields, number, whole
+from ppo_fast.checks import allowed, check_fields, number, whole, with_names_checked
 from ppo_fast.data.sampling import Sampling
 
 
@@ -209,6 +209,9 @@ class PPOConfig:
     def estimator(self) -> Literal["k1", "abs", "k2", "k3", "k1+k2"]:
         """Return the KL estimator; where it is None, the one that ``kl_in`` implies."""
         return self.kl_estimator or ("k1" if self.kl_in == "reward" else "k1+k2")
+
+
+PPOConfig.__init__ = with_names_checked(PPOConfig.__init__)  # type: ignore[method-assign]
 
 
 def warn_of_discount(gamma: float, max_length: int) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ppo_fast.checks import check_counts
+from ppo_fast.checks import check_counts, with_names_checked
 from ppo_fast.config import PPOConfig, warn_of_discount
 from ppo_fast.critics.critic import Critic, ModelCritic
 from ppo_fast.critics.make import make_critic, which_critic
@@ -90,6 +90,7 @@ class PPO:
         TypeError, ValueError: an argument does not fit; the message says which and how to mend it.
     """
 
+    @with_names_checked
     @without_cudnn_attention()
     def __init__(
         self,

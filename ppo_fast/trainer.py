@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
-from ppo_fast.checks import check_counts
+from ppo_fast.checks import check_counts, with_names_checked
 from ppo_fast.config import PPOConfig
 from ppo_fast.data.batches import in_batches
 from ppo_fast.data.experience import Experience
@@ -76,6 +76,7 @@ class PPOTrainer(PPO):
         TypeError, ValueError: an argument does not fit; the message says which and how to mend it.
     """
 
+    @with_names_checked
     def __init__(
         self,
         policy_model: nn.Module,
@@ -303,7 +304,7 @@ class PPOTrainer(PPO):
         tokens = self._pairs(prompts, responses)
         scores = self.scorer.of_tokens(tokens, list(prompts), list(responses))
         last = (tokens.response_lengths - 1).to(self.device)
-        rewards = torch.zeros(tokens.response_ids.shape, device=self.device)
+        rewards = torch.zeros(tokens.response_ids.shape, dtype=torch.float32, device=self.device)
         return rewards.scatter(1, last[:, None], scores[:, None])
 
     @without_cudnn_attention()

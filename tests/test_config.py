@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
+import pickle
 from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 
+from ppo_fast import PPOTrainer
 from ppo_fast.config import PPOConfig
 
 NAN, INF = math.nan, math.inf
@@ -153,3 +157,48 @@ def test_a_setting_that_is_not_a_number_is_refused_by_name(name):
 def test_config_does_not_change_after_its_checks():
     with pytest.raises(FrozenInstanceError):
         PPOConfig().gamma = 2.0
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("learing_rate", "PPOConfig: got an unknown argument 'learing_rate'; .* learning_rate"),
+        ("num_ppo_epochs", "did you mean num_epochs?"),
+        ("cliprange", "did you mean clip_epsilon?"),
+        ("banana", "'banana'; it takes learning_rate, value_learning_rate, "),
+    ],
+)
+def test_an_unknown_argument_names_what_was_meant(name, match):
+    with pytest.raises(TypeError, match=match):
+        PPOConfig(**{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("args", r"PPOTrainer: got an unknown argument 'args'; did you mean config=PPOConfig\("),
+        ("ref_model", "did you mean reference_model?"),
+        ("processing_class", "did you mean tokenizer?"),
+    ],
+)
+def test_trainer_arguments_of_trl(name, match):
+    with pytest.raises(TypeError, match=match):
+        PPOTrainer(None, None, None, None, "cpu", **{name: 1})
+
+
+def test_signatures_are_those_of_the_classes():
+    names = [f.name for f in fields(PPOConfig)]
+    assert list(inspect.signature(PPOConfig).parameters) == names
+    trainer = inspect.signature(PPOTrainer).parameters
+    assert list(trainer)[:5] == [
+        "policy_model", "value_model", "reward_model", "tokenizer", "device"
+    ]  # fmt: skip
+    config = PPOConfig(gamma=0.5)
+    assert copy.deepcopy(config) == config == pickle.loads(pickle.dumps(config))
+
+
+@pytest.mark.parametrize("setting", [{"learning_rate": 10**400}, {"max_length": 10**30}])
+def test_numbers_too_large_for_torch(setting):
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"{name}: got 1000000"):
+        PPOConfig(**setting)

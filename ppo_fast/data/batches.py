@@ -36,7 +36,7 @@ def in_batches(
 
     Each result is [..., b, t]; joined they are [..., B, T] float32.
     """
-    out = torch.empty(0, device="cpu")
+    out = torch.empty(0, dtype=torch.float32, device="cpu")
     for rows in batches_by_tokens(tokens.lengths, max_tokens):
         part = compute(tokens.select(rows), select_trunk(trunk_states, tokens, rows)).float()
         if not out.numel():

@@ -76,7 +76,7 @@ class Rollout:
                     f"expected {len(prompt_ids)} lists, none of them empty"
                 )
         tokens = make_tokens(prompt_ids, response_ids, pad_id, torch.device(device))
-        known = torch.zeros(tokens.response_ids.shape, device="cpu")
+        known = torch.zeros(tokens.response_ids.shape, dtype=torch.float32, device="cpu")
         for i, row in enumerate(logprobs or ()):
             if len(row) != len(response_ids[i]):
                 raise ValueError(

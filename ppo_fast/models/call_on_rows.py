@@ -64,7 +64,7 @@ def call_on_rows(
         RuntimeError: the module raised (chained).
     """
     lengths = torch.tensor([len(row) for row in rows], device="cpu")
-    outputs: list[Tensor] = [torch.empty(0, device="cpu")] * len(rows)
+    outputs: list[Tensor] = [torch.empty(0, dtype=torch.float32, device="cpu")] * len(rows)
     for batch in _batches(lengths, max_tokens, equal_lengths=not takes_padding(module)):
         members = [rows[i] for i in batch.tolist()]
         try:

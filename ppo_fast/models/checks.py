@@ -18,6 +18,11 @@ def check_policy(policy_model: Any, name: str = "policy_model") -> None:
     Raises:
         TypeError: it is something else, or its adapter adds virtual tokens.
     """
+    if hasattr(policy_model, "pretrained_model") and hasattr(policy_model, "v_head"):
+        raise TypeError(
+            f"{name}: got a {type(policy_model).__name__}, expected the causal language model in "
+            "it; pass model.pretrained_model, and config=PPOConfig(critic='head') for a value head"
+        )
     if not isinstance(policy_model, nn.Module) or not hasattr(policy_model, "config"):
         raise TypeError(
             f"{name}: got {type(policy_model).__name__}, expected a transformers causal "

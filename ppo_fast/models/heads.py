@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_fast.data.tokens import position_ids
 from ppo_fast.models.parts import body_of
+from ppo_fast.models.transformers_internals import output_of
 
 
 def _head(hidden_size: int) -> nn.Sequential:
@@ -118,8 +119,9 @@ def _states(base_model: nn.Module, input_ids: Tensor, attention_mask: Tensor | N
     # ``output_hidden_states=True`` gives the same last state, but keeps all others and the logits
     body = body_of(base_model)
     if attention_mask is None:
-        return body(input_ids=input_ids, use_cache=False).last_hidden_state
-    return body(
+        return output_of(body, input_ids=input_ids, use_cache=False).last_hidden_state
+    return output_of(
+        body,
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=position_ids(attention_mask),
@@ -135,7 +137,7 @@ class ValueHead(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(hidden_size, 1)
+        self.linear = nn.Linear(hidden_size, 1, dtype=torch.float32)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 

@@ -19,11 +19,12 @@ from ppo_fast.data.tokens import Tokens
 from ppo_fast.models.parts import body_of
 from ppo_fast.models.patching import uncompiled
 from ppo_fast.models.precision import HALF, computing_in, uses_tf32
-from ppo_fast.models.probe import Probed, probe, probe_tokens, relative_difference
+from ppo_fast.models.probe import Probed, autocast_dtype, probe, probe_tokens, relative_difference
 from ppo_fast.models.transformers_internals import (
     attention_of,
     cache_argument,
     logit_scale,
+    output_of,
     softcap,
 )
 from ppo_fast.models.trunk import Split, run
@@ -133,7 +134,8 @@ class LanguageModel:
     @property
     def tolerance(self) -> float:
         """The largest relative difference between two of its passes that rounding explains."""
-        return tolerance(self.compute_dtype or self.own_autocast or self.dtype, self.device)
+        half = self.compute_dtype or self.own_autocast or autocast_dtype(self.device.type)
+        return tolerance(half or self.dtype, self.device)
 
     @property
     def decoding_tolerance(self) -> float:
@@ -211,10 +213,12 @@ class LanguageModel:
         """
         arguments[self._cache_argument] = cache
         if not self.fused:
-            logits = self.model(**arguments, use_cache=True, logits_to_keep=1).logits[:, -1]
+            logits = output_of(self.model, **arguments, use_cache=True, logits_to_keep=1).logits[
+                :, -1
+            ]
             return Next(logits.to(computed_in(logits.dtype)), None)
         assert self.body is not None
-        states = self.body(**arguments, use_cache=True).last_hidden_state
+        states = output_of(self.body, **arguments, use_cache=True).last_hidden_state
         states = states[:, -1] if at is None else states[at]
         return Next(self._shape(self._products(states)), states)
 

@@ -57,11 +57,12 @@ def probe(model: nn.Module) -> Probed:
     """
     tokens = probe_tokens(model)
     device = tokens.device.type
-    outside = _autocast(device)
+    outside = autocast_dtype(device)
     inside: set[torch.dtype | None] = set()
     leaves = [module for module in model.modules() if not list(module.children())]
     handles = [
-        leaf.register_forward_pre_hook(lambda *_: inside.add(_autocast(device))) for leaf in leaves
+        leaf.register_forward_pre_hook(lambda *_: inside.add(autocast_dtype(device)))
+        for leaf in leaves
     ]
     try:
         with uncompiled(model):
@@ -101,5 +102,6 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
     return float(difference / size) if size > 0 else float(difference)
 
 
-def _autocast(device: str) -> torch.dtype | None:
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """Return the dtype of the autocast that is in force, or None."""
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

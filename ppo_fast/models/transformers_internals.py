@@ -44,6 +44,23 @@ def cache_argument(module: nn.Module) -> str:
     return "cache"
 
 
+def output_of(module: Any, **arguments: Any) -> Any:
+    """Call a model or a body, and return its output with names.
+
+    With ``config.return_dict=False`` it would be a tuple, which some models cannot read from their
+    own body.
+    """
+    config = getattr(module, "config", None)
+    if getattr(config, "return_dict", True):
+        return module(**arguments)
+    assert config is not None
+    config.return_dict = True
+    try:
+        return module(**arguments)
+    finally:
+        config.return_dict = False
+
+
 def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return the states [B, L, D] that a body calls a layer with, where trunk states are read.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ppo_fast.data.tokens import Tokens
 from ppo_fast.models.parts import body_of, layer_list
 from ppo_fast.models.patching import replaced_forwards, uncompiled
-from ppo_fast.models.transformers_internals import layer_input
+from ppo_fast.models.transformers_internals import layer_input, output_of
 
 
 class Split:
@@ -74,13 +74,13 @@ def run(
     row's tokens, and causal attention never reaches it.
     """
     if trunk_states is None:
-        return module(input_ids=tokens.input_ids, use_cache=False)
+        return output_of(module, input_ids=tokens.input_ids, use_cache=False)
     assert split is not None
     # they may be kept in half precision
     trunk_states = trunk_states.to(next(module.parameters()).dtype)
     replaced = [(layer, lambda *_, **__: trunk_states) for layer in split.lower]
     with replaced_forwards(replaced), uncompiled(module, around=split.first):
-        return module(inputs_embeds=trunk_states, use_cache=False)
+        return output_of(module, inputs_embeds=trunk_states, use_cache=False)
 
 
 def lower_layers(body: nn.Module | None, num_layers_unfrozen: int) -> list[nn.Module]:

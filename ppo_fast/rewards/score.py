@@ -151,7 +151,7 @@ def _scores_from_trunk(
     trunk_states: TrunkStates,
     max_tokens: int,
 ) -> Tensor:
-    scores = torch.empty(len(tokens), device=tokens.device)
+    scores = torch.empty(len(tokens), dtype=torch.float32, device=tokens.device)
     for rows in batches_by_tokens(tokens.lengths, max_tokens):
         part = tokens.select(rows)
         states = split.states(part, trunk_states.select(tokens, rows))

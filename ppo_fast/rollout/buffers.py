@@ -60,7 +60,9 @@ class Buffers:
         )
         self.slots = torch.arange(slots, device=device)
         self.seeds = torch.zeros(sequences + 1, dtype=torch.int64, device=device)
-        self.logprobs, self.sampling_logprobs = torch.zeros(2, sequences + 1, draws, device=device)
+        self.logprobs, self.sampling_logprobs = torch.zeros(
+            2, sequences + 1, draws, dtype=torch.float32, device=device
+        )
         self.ends = torch.zeros(model.text_config.vocab_size, dtype=torch.bool, device=device)
         self.states: Tensor | None = None
         self.trunk_states: Tensor | None = None

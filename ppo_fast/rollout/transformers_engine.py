@@ -90,7 +90,7 @@ class TransformersEngine:
         responses = [output.generated_tokens for output in done]
         device = next(self.model.parameters()).device
         tokens = make_tokens(prompt_ids, responses, self.pad_id, device)
-        logprobs = torch.zeros(tokens.response_ids.shape, device="cpu")
+        logprobs = torch.zeros(tokens.response_ids.shape, dtype=torch.float32, device="cpu")
         for row, output in zip(logprobs, done, strict=True):
             row[: len(output.logprobs)] = torch.tensor(output.logprobs, device="cpu")
         finished = torch.tensor([response[-1] in ends for response in responses], device="cpu")

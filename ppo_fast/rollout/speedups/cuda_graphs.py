@@ -61,7 +61,7 @@ class _Room:
         self.device, self.stream = device, torch.cuda.Stream(device)
         self.pool: Any = torch.cuda.graph_pool_handle()
         # torch drops a pool with its last graph and cannot use it again: this graph keeps it
-        self._first = self.record(lambda: torch.zeros(1, device=device))
+        self._first = self.record(lambda: torch.zeros(1, dtype=torch.float32, device=device))
 
     def record(self, step: Callable[[], object]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()

@@ -11,6 +11,7 @@ from torch import Tensor
 from ppo_fast.models.language_model import LanguageModel, nan_error
 from ppo_fast.models.patching import uncompiled
 from ppo_fast.models.probe import relative_difference
+from ppo_fast.models.transformers_internals import output_of
 from ppo_fast.rollout.prompts import Prompts
 from ppo_fast.rollout.slots import SlotCache, step_arguments
 from ppo_fast.rollout.speedups.fused_layers import fused_layers, why_not_all_are_fused
@@ -127,7 +128,7 @@ def _check(model: LanguageModel) -> FusedLayers:
 
 def _whole_pass(model: LanguageModel, row: tuple[int, ...]) -> Tensor:
     ids = torch.tensor([row], device=model.device)
-    return model.model(input_ids=ids, use_cache=False).logits[:, -1]
+    return output_of(model.model, input_ids=ids, use_cache=False).logits[:, -1]
 
 
 def _by_slots(
