@@ -99,6 +99,7 @@ def test_every_field_with_a_range_is_tested():
     assert {f.name for f in fields(PPOConfig)} - set(OUT_OF_RANGE) == {
         "whiten_advantages",
         "cuda_graphs",
+        "skip_special_tokens",
     }
 
 

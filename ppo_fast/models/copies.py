@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ppo_fast.models.precision import computing_in
+from ppo_fast.models.transformers_internals import output_of
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def _check_weights_are_its_own(copied: nn.Module, original: nn.Module) -> None:
         parameter.requires_grad_(False)
     try:
         ids = torch.arange(2, 6, device=next(copied.parameters()).device)[None]
-        result = copied(input_ids=ids, use_cache=False)[0]
+        result = output_of(copied, input_ids=ids, use_cache=False)[0]
         if not trained or not result.requires_grad:
             return
         used = torch.autograd.grad(result.float().sum(), trained, allow_unused=True)

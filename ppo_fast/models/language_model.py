@@ -213,9 +213,8 @@ class LanguageModel:
         """
         arguments[self._cache_argument] = cache
         if not self.fused:
-            logits = output_of(self.model, **arguments, use_cache=True, logits_to_keep=1).logits[
-                :, -1
-            ]
+            output = output_of(self.model, **arguments, use_cache=True, logits_to_keep=1)
+            logits = output.logits[:, -1]
             return Next(logits.to(computed_in(logits.dtype)), None)
         assert self.body is not None
         states = output_of(self.body, **arguments, use_cache=True).last_hidden_state

@@ -59,10 +59,10 @@ def probe(model: nn.Module) -> Probed:
     device = tokens.device.type
     outside = autocast_dtype(device)
     inside: set[torch.dtype | None] = set()
-    leaves = [module for module in model.modules() if not list(module.children())]
     handles = [
-        leaf.register_forward_pre_hook(lambda *_: inside.add(autocast_dtype(device)))
-        for leaf in leaves
+        module.register_forward_pre_hook(lambda *_: inside.add(autocast_dtype(device)))
+        for module in model.modules()
+        if not list(module.children())
     ]
     try:
         with uncompiled(model):
