@@ -11,6 +11,7 @@ from ppo_fast.ops.linear_logprobs import linear_logprobs
 from ppo_fast.ops.logprobs import TokenLogprobs, logprobs_from_logits
 from ppo_fast.ops.ppo_loss import PPOLoss, ppo_loss
 from ppo_fast.ops.sample_tokens import Sampled, sample_tokens
+from ppo_fast.ops.stats import ppo_metrics, value_metrics
 from ppo_fast.ops.value_loss import ValueLoss, value_loss
 from ppo_fast.ops.whiten import whiten
 
@@ -27,7 +28,9 @@ __all__ = [
     "linear_logprobs",
     "logprobs_from_logits",
     "ppo_loss",
+    "ppo_metrics",
     "sample_tokens",
     "value_loss",
+    "value_metrics",
     "whiten",
 ]

@@ -16,6 +16,8 @@ from torch import Tensor
 
 Reduction = Literal["sum", "min", "max"]
 
+LARGEST = torch.finfo(torch.float32).max
+
 # Sums and extrema over the valid tokens of one ppo_loss call; r = exp(logprobs - old_logprobs).
 PPO_STATS: dict[str, Reduction] = {
     "tokens": "sum",
@@ -145,5 +147,7 @@ def _explained_variance(total: dict[str, float], n: float) -> float:
 def _read(reader: str, layout: Mapping[str, Reduction], stats: Tensor) -> dict[str, float]:
     if list(stats.shape) != [len(layout)]:
         raise ValueError(f"{reader}: got shape {list(stats.shape)}, expected [{len(layout)}]")
-    total = dict(zip(layout, stats.tolist(), strict=True))
+    # an infinite sum (of ratios that overflowed) is a number in the log: JSON has no infinity
+    numbers = [min(max(x, -LARGEST), LARGEST) if x == x else x for x in stats.tolist()]
+    total = dict(zip(layout, numbers, strict=True))
     return total if total["tokens"] else dict.fromkeys(layout, 0.0)
