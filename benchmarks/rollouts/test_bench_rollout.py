@@ -105,8 +105,9 @@ def test_where_a_step_goes(benchmark, smollm2, batch, capsys, monkeypatch):
     monkeypatch.setattr(
         language_model, "few_row_linear", timed("head", language_model.few_row_linear)
     )
-    decoding = importlib.import_module("ppo_fast.rollout.decode")
-    monkeypatch.setattr(decoding, "sample_tokens", timed("drawing", decoding.sample_tokens))
+    drawing = importlib.import_module("ppo_fast.rollout.draw")
+    monkeypatch.setattr(drawing, "sample_tokens", timed("drawing", drawing.sample_tokens))
+    decoding = importlib.import_module("ppo_fast.rollout.by_slots")
     step = decoding._Decoding.step
     steps = []
 

@@ -80,6 +80,7 @@ class LanguageModel:
         logits_budget_bytes: as linear_logprobs': logits kept for the backward pass.
 
     Attributes:
+        vocab_size: number of its logits.
         own_autocast: dtype of the autocast that the model's own forward enters, as that of a model
             which accelerate has prepared does; None: it enters none.
         fused: whether log-probs are computed from hidden states and the LM head.
@@ -113,7 +114,7 @@ class LanguageModel:
         self.fused_differs = False
         with computing_in(compute_dtype, self.device):
             probed = probe(model)
-        self.own_autocast = probed.autocast
+        self.own_autocast, self.vocab_size = probed.autocast, probed.logits.shape[-1]
         reason = self._fused_fails(probed)
         self.fused = reason is None
         self.reason = reason or "the body's states times the LM head equal the model's logits"
@@ -297,7 +298,7 @@ class LanguageModel:
                 self._run(tokens, None)[0],
                 self._run(tokens, self.compute_trunk_states(tokens))[0],
             )
-        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
             return f"{type(error).__name__}: {error}"
         assert whole is not None
         assert split is not None
@@ -318,15 +319,19 @@ def tolerance(dtype: torch.dtype, device: torch.device) -> float:
     return HEAD_TOLERANCE.get(dtype, HALF_TOLERANCE)
 
 
-def nan_error(model: LanguageModel) -> ValueError:
+class NotFiniteError(ValueError):
+    """A model gives NaN."""
+
+
+def nan_error(model: LanguageModel) -> NotFiniteError:
     """Return the error to raise where a few tokens gave NaN."""
     for name, weight in model.model.named_parameters():
         if not torch.isfinite(weight).all():
-            return ValueError(f"policy_model: its weight {name} holds NaN or infinite numbers")
+            return NotFiniteError(f"policy_model: its weight {name} holds NaN or infinite numbers")
     own = attention_of(model.text_config)
     other = "sdpa" if own == "eager" else "eager"
     float16 = ", or float16 overflowed" if model.dtype == torch.float16 else ""
-    return ValueError(
+    return NotFiniteError(
         f"policy_model: attention gave NaN for a few tokens of {type(model.model).__name__}, whose "
         f"weights are finite{float16} (attn_implementation={own!r}, {model.dtype} on "
         f"{model.device}); load it with attn_implementation={other!r}"

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
+import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
@@ -61,6 +62,47 @@ def output_of(module: Any, **arguments: Any) -> Any:
         config.return_dict = False
 
 
+# Names of the cache among a model's outputs and arguments: of attention, of state-space models and
+# of RWKV.
+CACHES = ("cache", "past_key_values", "cache_params", "state")
+
+
+def next_with_own_cache(
+    model: Any, input_ids: Tensor, cache: Any, *, use_cache: bool = True
+) -> tuple[Tensor, Any]:
+    """Run one pass over ids [n, L] that follow those in ``cache``; None: the model makes one.
+
+    Returns the logits [n, V] of the last column, in float32 (float64 for float64), and the cache,
+    None without ``use_cache``.
+    """
+    names = inspect.signature(type(model).forward).parameters
+    arguments: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
+    length = 0
+    if cache is not None:
+        name, kept, length = cache
+        arguments[name] = kept
+    if "position_ids" in names:  # some models begin at 0 at every step
+        columns = torch.arange(length, length + input_ids.shape[1], device=input_ids.device)
+        arguments["position_ids"] = columns.expand_as(input_ids)
+    output = output_of(model, input_ids=input_ids, use_cache=use_cache, **arguments)
+    logits = output.logits[:, -1]
+    logits = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    if not use_cache:
+        return logits, None
+    for name in CACHES:
+        if getattr(output, name, None) is not None and name in names:
+            return logits, (name, getattr(output, name), length + input_ids.shape[1])
+    raise ValueError("it returns no cache")
+
+
+def layer_output(states: Tensor, like: Any) -> Any:
+    """Return ``states`` as a layer returns them: alone, or first in a tuple as long as ``like``.
+
+    What else such a layer returns, as weights of attention, is None: a body does not read it.
+    """
+    return (states, *[None] * (len(like) - 1)) if isinstance(like, tuple) else states
+
+
 def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return the states [B, L, D] that a body calls a layer with, where trunk states are read.
 
@@ -81,6 +123,11 @@ def layer_types(config: Any) -> list[str]:
     Raises:
         ValueError: a layer is neither ordinary attention nor one over a sliding window.
     """
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        raise ValueError(
+            "policy_model: its local attention counts its window in columns of the cache, not in a "
+            "row's own tokens"
+        )
     types = getattr(config, "layer_types", None)
     if types is None:
         window = getattr(config, "sliding_window", None)
@@ -120,7 +167,6 @@ def context_limit_of(config: Any) -> ContextLimit | None:
 
     Rotary embeddings of the types longrope and dynamic take other frequencies for a whole batch
     once its longest row passes their original length, and keys in a cache keep the former ones.
-    GPT-Neo's local layers count their window in columns of the cache, not in a row's own tokens.
     """
     limits = [
         ContextLimit(limit)
@@ -136,9 +182,6 @@ def context_limit_of(config: Any) -> ContextLimit | None:
         if kind in ("longrope", "dynamic") and original is not None:
             why = f"its {kind} rotary embeddings depend on the other rows of a batch beyond it"
             limits.append(ContextLimit(original, why))
-    if "local" in (getattr(config, "attention_layers", None) or ()):
-        why = "beyond it, its local attention depends on the other rows of a batch"
-        limits.append(ContextLimit(config.window_size, why))
     return min(limits, default=None)
 
 

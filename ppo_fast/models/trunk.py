@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ppo_fast.data.tokens import Tokens
 from ppo_fast.models.parts import body_of, layer_list
 from ppo_fast.models.patching import replaced_forwards, uncompiled
-from ppo_fast.models.transformers_internals import layer_input, output_of
+from ppo_fast.models.transformers_internals import layer_input, layer_output, output_of
 
 
 class Split:
@@ -35,16 +35,23 @@ class Split:
         self.lower = lower_layers(body, num_layers_unfrozen)
         self.first = layer_list(body)[len(self.lower)]
         self.body: Any = body
+        self.returned: Any = None  # what a lower layer returned: the states, or a tuple
 
     @torch.no_grad()
     def compute_trunk_states(self, tokens: Tokens) -> Tensor:
         """Compute the trunk states [B, L, D], the input of the first top layer."""
+        handle = self.lower[-1].register_forward_hook(self._note_returned)
         with _stopping_before(self.first) as reached, uncompiled(self.body, around=self.first):
             try:
                 run(self.body, tokens)
             except _Reached:
                 return reached[0]
+            finally:
+                handle.remove()
         raise RuntimeError("the first unfrozen layer was never reached")
+
+    def _note_returned(self, layer: nn.Module, args: Any, output: Any) -> None:
+        self.returned = (None,) * len(output) if isinstance(output, tuple) else None
 
     def states(self, tokens: Tokens, trunk_states: Tensor | None) -> Tensor:
         """Compute the body's last states [B, L, D], from the tokens or from their trunk states."""
@@ -78,7 +85,8 @@ def run(
     assert split is not None
     # they may be kept in half precision
     trunk_states = trunk_states.to(next(module.parameters()).dtype)
-    replaced = [(layer, lambda *_, **__: trunk_states) for layer in split.lower]
+    states = layer_output(trunk_states, split.returned)
+    replaced = [(layer, lambda *_, **__: states) for layer in split.lower]
     with replaced_forwards(replaced), uncompiled(module, around=split.first):
         return output_of(module, inputs_embeds=trunk_states, use_cache=False)
 

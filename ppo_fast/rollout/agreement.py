@@ -14,7 +14,7 @@ from ppo_fast.models.transformers_internals import windows
 from ppo_fast.rollout.local_engine import LocalEngine
 
 # Lengths differ, so that rows end at different places; one is decoded after others have ended.
-PROMPTS = ((1, 5, 2, 7, 3), (4,), (2, 8, 5))
+PROMPTS = ((1, 5, 2, 7, 3), (4,), (2, 8, 5), (3, 6, 1))
 NEW_TOKENS = 3
 LONGEST = 64  # tokens; a wider window is not crossed
 
@@ -63,8 +63,7 @@ def _prompts(policy: LanguageModel) -> list[list[int]]:
     lengths = [window + 2 for window in windows(policy.text_config) if window + 2 <= LONGEST]
     if lengths and max(lengths) <= most:
         rows.append([3 + i % 7 for i in range(max(lengths))])
-    vocab_size = policy.text_config.vocab_size
-    return [[token % vocab_size for token in row] for row in rows]
+    return [[token % policy.vocab_size for token in row] for row in rows]
 
 
 def _logprobs(policy: LanguageModel, rollout: Rollout, rows: Tensor | None = None) -> Tensor:

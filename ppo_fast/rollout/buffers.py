@@ -63,7 +63,7 @@ class Buffers:
         self.logprobs, self.sampling_logprobs = torch.zeros(
             2, sequences + 1, draws, dtype=torch.float32, device=device
         )
-        self.ends = torch.zeros(model.text_config.vocab_size, dtype=torch.bool, device=device)
+        self.ends = torch.zeros(model.vocab_size, dtype=torch.bool, device=device)
         self.states: Tensor | None = None
         self.trunk_states: Tensor | None = None
         self.steps = Steps(capacity)

@@ -89,14 +89,16 @@ def as_on_a_gpu() -> Iterator[None]:
         name: importlib.import_module(f"ppo_fast.{name}")
         for name in (
             "rollout.decode",
+            "rollout.by_slots",
             "ops.validation",
             "ops.sample_tokens.api",
             "ops.decode_attention.api",
         )
     }
     with (
-        patch.object(modules["rollout.decode"], "layers_can_be_fused", lambda _: False),
-        patch.object(modules["rollout.decode"], "few_row_products", nullcontext),
+        patch.object(modules["rollout.decode"], "own_cache", lambda _: None),
+        patch.object(modules["rollout.by_slots"], "layers_can_be_fused", lambda _: False),
+        patch.object(modules["rollout.by_slots"], "few_row_products", nullcontext),
         patch.object(modules["ops.validation"], "values_readable", lambda _: False),
         patch.object(modules["ops.sample_tokens.api"], "values_readable", lambda _: False),
         patch.object(modules["ops.decode_attention.api"], "values_readable", lambda _: False),

@@ -48,17 +48,9 @@ def dynamic():
     )
 
 
-def local_attention():
-    return model_of(
-        "gpt_neo", num_layers=2, attention_types=[[["global", "local"], 1]], window_size=40,
-        max_position_embeddings=128,
-    )  # fmt: skip
-
-
 MODELS = {
     "longrope": (longrope, "its longrope rotary embeddings depend on the other rows"),
     "dynamic": (dynamic, ""),
-    "local attention": (local_attention, "its local attention depends on the other rows"),
 }
 
 

@@ -12,7 +12,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.models.setup import disable_dropout
-from ppo_fast.models.transformers_internals import cache_argument
 from ppo_fast.rollout import Sampling, decode
 from ppo_fast.rollout.speedups.few_rows import few_row_products
 from ppo_fast.rollout.speedups.fused_layers import fused_layers
@@ -115,34 +114,6 @@ def test_the_model_is_as_it_was_after_a_rollout(family, error, training):
             decode(model, [[5, 6, 7], [8]], Sampling(20), **arguments)
     assert state_of(raw) == before
     assert all(torch.equal(p, weights[name]) for name, p in raw.state_dict().items())
-
-
-def test_a_model_without_keys_and_values_is_refused():
-    config = AutoConfig.for_model(
-        "qwen3_next", num_hidden_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=307
-    )
-    model = tiny_model("llama")
-    model.config.layer_types = list(config.layer_types)
-    with pytest.raises(ValueError, match="policy_model: its layers of type linear_attention"):
-        decode(
-            LanguageModel(model), [[3]], Sampling(2), seeds=torch.arange(1), eos_ids=[], pad_id=0
-        )
-
-
-def test_a_model_with_other_logits_when_decoding_is_refused():
-    model = tiny_model("llama")
-    own, cache = model.model.layers[1].forward, cache_argument(model)
-
-    def forgets(hidden_states, *args, **kwargs):
-        if kwargs.get(cache) is not None and hidden_states.shape[1] == 1:
-            hidden_states = hidden_states + 1
-        return own(hidden_states, *args, **kwargs)
-
-    model.model.layers[1].forward = forgets
-    with pytest.raises(ValueError, match="between decoding with a cache and one pass"):
-        decode(
-            LanguageModel(model), [[3]], Sampling(2), seeds=torch.arange(1), eos_ids=[], pad_id=0
-        )
 
 
 def test_two_threads_decode_two_models():

@@ -12,6 +12,7 @@ from torch import Tensor
 from ppo_fast.data.sampling import Sampling
 from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.rollout.decode import decode
+from ppo_fast.rollout.own_cache import own_cache
 from ppo_fast.rollout.speedups.cuda_graphs import (
     Capture,
     as_it_is,
@@ -67,6 +68,8 @@ def why_not(model: LanguageModel, captures: Callable[[torch.device], Capture]) -
     rehearsal = REHEARSALS.get(model.device.type, lambda _: as_it_is)
     try:
         expected = _tokens(model, rehearsal(model.device))
+        if own_cache(model) is not None:
+            return "it decodes with its own cache"
         found = _tokens(model, captures(model.device))
     except RuntimeError as error:  # what CUDA says of a call that cannot be captured
         return first_line(error)
@@ -74,7 +77,7 @@ def why_not(model: LanguageModel, captures: Callable[[torch.device], Capture]) -
 
 
 def _tokens(model: LanguageModel, capture: Capture) -> Tensor:
-    vocab_size = model.text_config.vocab_size
+    vocab_size = model.vocab_size
     return decode(
         model,
         [[token % vocab_size for token in prompt] for prompt in PROMPTS],

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from weakref import WeakSet
 
 from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.rollout.own_cache import own_cache
 from ppo_fast.rollout.speedups.cuda_graph_check import why_no_graphs
 from ppo_fast.rollout.speedups.few_rows import why_no_few_row_products
 from ppo_fast.rollout.speedups.slot_check import check_attention, check_layers
@@ -48,6 +49,13 @@ def fast_paths(model: LanguageModel, *, cuda_graphs: bool = True) -> list[FastPa
         _path("fused LM head", head_fails, "all logits are kept in memory", model.fused_differs),
         _path("frozen trunk", no_trunk, "every pass computes every layer"),
     ]
+    if (own := own_cache(model)) is not None:
+        cost = "only prompts of equal length are decoded together, until the last response ends"
+        paths.append(FastPath("slots in one KV cache", False, own.why_no_slots, cost))
+        if own.why_no_cache is not None:
+            cost = "every step computes all tokens before it"
+            paths.append(FastPath("cache", False, own.why_no_cache, cost, failed=True))
+        return paths
     if model.device.type == "cpu":
         layers, total = check_layers(model), model.text_config.num_hidden_layers
         name = f"{layers.number} of {total} layers fused" if layers.number else "fused layers"

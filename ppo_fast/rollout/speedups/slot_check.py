@@ -92,8 +92,7 @@ def _cannot_attend(model: LanguageModel) -> str | None:
 def _rows_and_logits(model: LanguageModel) -> tuple[list[tuple[int, ...]], Tensor]:
     """Return rows of tokens and the logits [n, V] after each, by a pass per row of the plain
     model."""
-    vocab_size = model.text_config.vocab_size
-    rows = [tuple(token % vocab_size for token in row) for row in PROBE]
+    rows = [tuple(token % model.vocab_size for token in row) for row in PROBE]
     return rows, torch.cat([_whole_pass(model, row) for row in rows])
 
 
