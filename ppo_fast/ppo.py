@@ -132,9 +132,9 @@ class PPO:
             keep_states=self.critic.reads_states,
             whole_trunk=self.scorer.reads_trunk,
         )
-        if engine is None:
-            check_agreement(self.policy, tokenizer.pad_token_id)
-        self._weight_copies = WeightCopies(config.torch_dtype, kept_bytes(self.policy, config))
+        copied = engine is not None or check_agreement(self.policy, tokenizer.pad_token_id)
+        kept = kept_bytes(self.policy, config)
+        self._weight_copies = WeightCopies(config.torch_dtype, kept, autocast=not copied)
         self.learner = Learner(self.policy, self.critic, config)
         self.progress = Progress(config.seed)
         self.newest_checkpoint: Path | None = None

@@ -54,8 +54,7 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
     adapted = [
         a
         for a in adapted_layers(model)
-        if a.layer.base_layer.weight.is_floating_point()
-        and not any("forward" in vars(part) for part in a.layer.modules())
+        if _is_mergeable(a.layer) and not any("forward" in vars(part) for part in a.layer.modules())
     ]
     try:
         for parent, name, layer in adapted:
@@ -66,6 +65,12 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
     finally:
         for parent, name, layer in adapted:
             parent.register_module(name, layer)
+
+
+def _is_mergeable(layer: Any) -> bool:
+    """Return False for quantised weights, and for experts' weights, which have wrappers alone."""
+    weight = getattr(layer.base_layer, "weight", None)
+    return weight is not None and weight.is_floating_point()
 
 
 def _adds_nothing(layer: Any) -> bool:

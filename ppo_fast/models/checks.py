@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ppo_fast.data.prompts import Limit
+from ppo_fast.models.parts import num_embeddings
 from ppo_fast.models.transformers_internals import context_limit_of
 
 
@@ -33,6 +34,11 @@ def check_policy(policy_model: Any, name: str = "policy_model") -> None:
         raise TypeError(
             f"{name}: its adapter is a {type(adapter).__name__}, which puts virtual tokens "
             "before every prompt; use an adapter that changes layers, as LoRA does"
+        )
+    if getattr(adapter, "alora_invocation_tokens", None):
+        raise TypeError(
+            f"{name}: its adapter is an activated LoRA (aLoRA), which changes only tokens after "
+            "its invocation sequence; use an ordinary LoraConfig"
         )
     head = getattr(policy_model, "get_output_embeddings", lambda: None)()
     if head is None or getattr(policy_model.config, "is_encoder_decoder", False):
@@ -74,9 +80,9 @@ def check_vocabulary(model: Any, name: str, tokenizer: Any) -> None:
     reading = [part for part in parts if hasattr(part, "get_input_embeddings")]
     if not reading:
         return
-    rows = getattr(reading[0].get_input_embeddings(), "num_embeddings", None)
-    if rows is None or largest < rows:
+    if reading[0].get_input_embeddings() is None or largest < num_embeddings(reading[0]):
         return
+    rows = num_embeddings(reading[0])
     mend = {
         "policy_model": "use the model's own tokenizer, or "
         "policy_model.resize_token_embeddings(len(tokenizer))",

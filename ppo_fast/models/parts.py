@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def base_of(model: nn.Module) -> Any:
@@ -17,6 +17,16 @@ def body_of(model: nn.Module) -> nn.Module:
     """Return a causal LM's body, in a peft wrapper too; a bare body itself."""
     base = base_of(model)
     return getattr(base, "base_model", base)
+
+
+def num_embeddings(model: Any) -> int:
+    """Return how many tokens a model has embeddings of, in wrappers of adapters too."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    for part in (embedding, getattr(embedding, "base_layer", None)):
+        weight = getattr(part, "weight", None)
+        if isinstance(weight, Tensor):
+            return weight.shape[0]
+    return model.config.get_text_config().vocab_size
 
 
 def layer_list(body: nn.Module | None) -> nn.ModuleList:

@@ -56,15 +56,23 @@ class WeightCopies:
     Args:
         dtype: dtype of the copies; None: none are made.
         kept_bytes: max total size of copies that stay for the next use, at their addresses.
+        autocast: cast by autocast instead, at every use, for models that mix float32 buffers with
+            their weights.
     """
 
-    def __init__(self, dtype: torch.dtype | None, kept_bytes: int = 0) -> None:
-        self.dtype, self.kept_bytes = dtype, kept_bytes
+    def __init__(
+        self, dtype: torch.dtype | None, kept_bytes: int = 0, *, autocast: bool = False
+    ) -> None:
+        self.dtype, self.kept_bytes, self.autocast = dtype, kept_bytes, autocast
         self._kept: dict[nn.Parameter, Tensor] = {}
 
     @contextmanager
     def in_use(self, model: nn.Module) -> Iterator[None]:
         """Temporarily replace the model's float32 weights by copies."""
+        if self.autocast:
+            with computing_in(self.dtype, next(model.parameters()).device):
+                yield
+            return
         cast = [p for p in model.parameters() if self.dtype and p.dtype == torch.float32]
         held = [parameter.data for parameter in cast]
         copies, self._kept = self._kept, {}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ppo_fast.data.tokens import Tokens
+from ppo_fast.models.parts import num_embeddings
 from ppo_fast.models.patching import uncompiled
 from ppo_fast.models.precision import HALF
 from ppo_fast.models.trunk import run
@@ -36,14 +37,9 @@ def probe_tokens(model: Any) -> Tokens:
     ids = torch.arange(10, device=device).reshape(2, 5) * 7 + 1
     ids = torch.cat([ids, ids[:1]])
     ids[2, 4] += 1
-    ids %= _num_embeddings(model)
+    ids %= num_embeddings(model)
     lengths = torch.tensor([[3, 2, 3], [2, 2, 2]], device="cpu")
     return Tokens(ids[:, :3], lengths[0], ids[:, 3:], lengths[1])
-
-
-def _num_embeddings(model: Any) -> int:
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    return getattr(embedding, "num_embeddings", model.config.get_text_config().vocab_size)
 
 
 @torch.no_grad()
@@ -80,7 +76,7 @@ def probe(model: nn.Module) -> Probed:
 
 
 def _check_logits(model: nn.Module, logits: Tensor) -> None:
-    kind, rows = type(model).__name__, _num_embeddings(model)
+    kind, rows = type(model).__name__, num_embeddings(model)
     if logits.shape[-1] > rows:
         raise ValueError(
             f"policy_model: {kind} gives {logits.shape[-1]} logits but has {rows} embeddings, so "

@@ -20,23 +20,30 @@ LONGEST = 64  # tokens; a wider window is not crossed
 
 
 @torch.no_grad()
-def check_agreement(policy: LanguageModel, pad_id: int) -> None:
+def check_agreement(policy: LanguageModel, pad_id: int) -> bool:
     """Compare log-probs of a tiny rollout with those of passes as in the update.
 
     Rows are compared beside others, padded, and alone. They are longer than the windows of the
     model's attention where these are small.
+
+    Returns:
+        Whether decoding can compute with ``WeightCopies``; if not, it needs autocast.
 
     Raises:
         ValueError: they differ by more than rounding explains.
     """
     prompts = _prompts(policy)
     if not prompts:
-        return
-    engine = LocalEngine(policy, eos_ids=list, pad_id=pad_id, slots=2, cuda_graphs=False)
-    with WeightCopies(policy.compute_dtype).in_use(policy.model):
-        rollout = engine.generate(
-            prompts, Sampling(NEW_TOKENS), seeds=torch.arange(len(prompts), device="cpu")
-        )
+        return True
+    copies_work = True
+    try:
+        rollout = _rollout(policy, prompts, pad_id, WeightCopies(policy.compute_dtype))
+    except RuntimeError:  # float32 buffers meet half-precision weights
+        if policy.compute_dtype is None:
+            raise
+        copies_work = False
+        copies = WeightCopies(policy.compute_dtype, autocast=True)
+        rollout = _rollout(policy, prompts, pad_id, copies)
     sampled, batch = rollout.logprobs, _logprobs(policy, rollout)
     assert sampled is not None
     rows = [torch.tensor([i], device="cpu") for i in range(len(prompts))]
@@ -54,6 +61,16 @@ def check_agreement(policy: LanguageModel, pad_id: int) -> None:
                 f"they differ by {difference:.1e} of their size, so that what is sampled would not "
                 "be what is trained"
             )
+    return copies_work
+
+
+def _rollout(
+    policy: LanguageModel, prompts: list[list[int]], pad_id: int, copies: WeightCopies
+) -> Rollout:
+    engine = LocalEngine(policy, eos_ids=list, pad_id=pad_id, slots=2, cuda_graphs=False)
+    seeds = torch.arange(len(prompts), device="cpu")
+    with copies.in_use(policy.model):
+        return engine.generate(prompts, Sampling(NEW_TOKENS), seeds=seeds)
 
 
 def _prompts(policy: LanguageModel) -> list[list[int]]:

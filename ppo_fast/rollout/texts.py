@@ -13,6 +13,7 @@ from ppo_fast.data.prompts import Prompt, check_prompt_ids, encode_prompts
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.tokens import Tokens
 from ppo_fast.models.checks import context_limit
+from ppo_fast.models.parts import num_embeddings
 from ppo_fast.rollout.engine import eos_ids
 
 
@@ -50,9 +51,8 @@ class Texts:
             ValueError: a prompt is empty, too long, or holds an id outside the vocabulary.
         """
         ids = encode_prompts(self.tokenizer, prompts)
-        get_embeddings: Any = self.policy_model.get_input_embeddings
         limit = context_limit({"policy_model": self.policy_model, **(others or {})})
-        vocab_size = get_embeddings().num_embeddings
+        vocab_size = num_embeddings(self.policy_model)
         check_prompt_ids(prompts, ids, max_length, limit, vocab_size=vocab_size)
         return ids
 
