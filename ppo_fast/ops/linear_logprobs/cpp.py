@@ -166,6 +166,9 @@ def linear_logprobs_backward(
     num_rows = len(hidden)
     a = vouched_or_none("grad_logprobs", grad_logprobs, (num_rows,), head.work)
     b = vouched_or_none("grad_entropy", grad_entropy, (num_rows,), head.work)
+    stats = vouched("stats", stats, (num_rows, 2), head.work)
+    entropies = None if b is None else vouched("entropy", entropy, (num_rows,), head.work)
+    kept = vouched("kept", kept, (kept.numel(),), head.work)
     rows, h, y = _counting_rows(hidden, labels, mask, head.work)
     tiles = _Tiles(head, len(h), kept)
     # For each row of the products, its row in the kept tiles.
@@ -176,7 +179,7 @@ def linear_logprobs_backward(
     of_rows = _RowValues(
         y,
         stats if rows is None else stats[rows],
-        _take(entropy if b is not None else None, rows),
+        _take(entropies, rows),
         _take(a, rows),
         _take(b, rows),
     )

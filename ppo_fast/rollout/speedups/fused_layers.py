@@ -175,8 +175,9 @@ class StepForward:
                 self._layer, hidden_states, *args, position_embeddings=position_embeddings, **kwargs
             )
         assert position_embeddings is not None
+        states = self._step(hidden_states, position_embeddings, cache, cache.lengths)
         self.calls += 1
-        return self._step(hidden_states, position_embeddings, cache, cache.lengths)
+        return states
 
     def _takes(self, hidden_states: Tensor, cache: SlotCache) -> bool:
         """Return whether a step is in the kernel's dtype; the model's forward may convert it."""
