@@ -54,3 +54,22 @@ def test_without_peft_the_error_names_the_extra(command, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main.main(command)
     assert "LoRA needs peft: pip install 'ppo_fast[lora]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", ["3", "4"])
+def test_equal_seeds_train_equal_weights(command, tmp_path, seed):
+    """New adapters and value heads are drawn from the seed too."""
+    command = [flag for flag in command if flag not in ("--critic", "head")]
+    base_model().save_pretrained("values")
+    for run, before in (("one", 1), ("two", 2)):
+        torch.manual_seed(before)  # whatever was drawn in the process before
+        main.main(
+            [*command, "--value-model", "values", "--seed", seed, "--output-dir", run]
+        )  # fmt: skip
+    one, two = (
+        torch.load(tmp_path / run / "checkpoints" / "ppo_checkpoint_step_2.pt")
+        for run in ("one", "two")
+    )
+    for name, weights in one["models"].items():
+        for weight, tensor in weights.items():
+            assert torch.equal(tensor, two["models"][name][weight]), (name, weight)
