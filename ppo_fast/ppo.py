@@ -387,6 +387,7 @@ class PPO:
             value_model=self.critic.module if isinstance(self.critic, ModelCritic) else None,
             policy_model=self.policy.model,
             device=self.device.type,
+            reward_bytes=self.scorer.nbytes(),
         )
 
     def _readers(self) -> dict[str, Any]:

@@ -6,11 +6,13 @@ import copy
 import inspect
 import math
 import pickle
+import pydoc
+import re
 from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 
-from ppo_fast import PPOTrainer
+from ppo_fast import PPOTrainer, config
 from ppo_fast.config import PPOConfig
 
 NAN, INF = math.nan, math.inf
@@ -153,6 +155,31 @@ def test_spec_differs_in_nothing_else():
 def test_a_setting_that_is_not_a_number_is_refused_by_name(name):
     with pytest.raises(ValueError, match=f"{name}: got '0.5', expected a number"):
         PPOConfig(**{name: "0.5"})
+
+
+def test_help_shows_every_field_with_its_default_and_docstring():
+    documented = inspect.getdoc(PPOConfig)
+    assert documented.startswith("Settings of a PPO run.")
+    assert (
+        "\n    gamma (float, default 1.0): Discount per token. 1: a response's score" in documented
+    )
+    flat = " ".join(documented.split())
+    for name, value in ((f.name, f.default) for f in fields(PPOConfig)):
+        assert re.search(rf" {name} \([^:]*, default {re.escape(repr(value))}\): \w*\S", flat), name
+    shown = pydoc.plain(pydoc.render_doc(PPOConfig))
+    assert "AdamW step size of the policy." in shown
+    assert PPOConfig().__doc__ == PPOConfig.__doc__
+
+
+def test_without_its_source_the_class_has_its_own_docstring(monkeypatch):
+    def no_source(_):
+        raise OSError("could not get source code")
+
+    class Settings:
+        """One line."""
+
+    monkeypatch.setattr(inspect, "getsource", no_source)
+    assert config._ClassDoc(Settings).text == "One line."
 
 
 def test_config_does_not_change_after_its_checks():

@@ -5,12 +5,15 @@ from __future__ import annotations
 import difflib
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from ppo_fast.cli.train import Train
 from ppo_fast.config import PPOConfig
+
+WORDS = {Path: "a path", str: "a text", int: "a whole number", bool: "true or false"}
 
 
 def config_defaults(arguments: list[str]) -> Train | None:
@@ -29,13 +32,10 @@ def read_config(path: Path) -> Train:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a key that is no field (the nearest one is named), or a value out of range.
+        ValueError: it is not YAML, a key is no field (the nearest one is named), or a value is out
+            of range or of another type.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"--config: no file {path}")
-    settings = yaml.safe_load(path.read_text("utf-8")) or {}
-    if not isinstance(settings, dict):
-        raise ValueError(f"--config: {path} holds no mapping of names to values")
+    settings = _settings(path)
     run_fields = {f.name for f in fields(Train)} - {"ppo"}
     ppo_fields = set(asdict(PPOConfig()))
     for key in settings:
@@ -43,16 +43,48 @@ def read_config(path: Path) -> Train:
             near = difflib.get_close_matches(str(key), run_fields | ppo_fields, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"--config: {path} sets {key!r}, which is no flag{hint}")
-    paths = ("prompts", "output_dir")
-    run: dict[str, Any] = {
-        k: Path(v) if k in paths else v for k, v in settings.items() if k in run_fields
-    }
-    ppo: dict[str, Any] = {
-        k: tuple(v) if k == "adam_betas" else _number(v)
-        for k, v in settings.items()
-        if k in ppo_fields
-    }
-    return replace(Train(**run | {"config": path}), ppo=PPOConfig(**ppo))
+    try:
+        run = {k: _run_value(k, v) for k, v in settings.items() if k in run_fields}
+        ppo = PPOConfig(**{k: _number(v) for k, v in settings.items() if k in ppo_fields})
+    except ValueError as error:
+        raise ValueError(f"--config: {path}: {error}") from error
+    return replace(Train(**run | {"config": path}), ppo=ppo)
+
+
+def _settings(path: Path) -> dict[Any, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"--config: no file {path}")
+    try:
+        settings = yaml.safe_load(path.read_text("utf-8")) or {}
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"--config: {path}{where} is not YAML: {error.problem}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config: {path} is not YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"--config: {path} holds no mapping of names to values")
+    return settings
+
+
+def _run_value(name: str, value: Any) -> Any:
+    """Return the value of one of Train's fields in its type.
+
+    Raises:
+        ValueError: it is of another type.
+    """
+    hint = get_type_hints(Train)[name]
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if value is None and NoneType in kinds:
+        return None
+    kind = kinds[0]
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind in (str, Path) and (isinstance(value, str) or is_number):
+        return kind(str(value))  # a folder may be called 1
+    if isinstance(value, kind) and isinstance(value, bool) == (kind is bool):
+        return value
+    none = ", or null" if NoneType in kinds else ""
+    raise ValueError(f"{name}: got {value!r}, expected {WORDS[kind]}{none}")
 
 
 def _number(value: Any) -> Any:

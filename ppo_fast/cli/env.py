@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
+from ppo_fast.models.pretrained import check_model
+
 
 @dataclass(frozen=True)
 class Env:
@@ -16,6 +18,9 @@ class Env:
 
     def run(self, console: Console) -> None:
         """Run the command."""
+        if self.policy is not None:
+            check_model("policy", self.policy)
+
         from ppo_fast.diagnostics.env import print_environment
 
         print_environment(console, self.policy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,15 @@ from rich.console import Console
 from ppo_fast.checks import check_counts
 from ppo_fast.config import PPOConfig
 from ppo_fast.data.prompts import read_prompts
+from ppo_fast.models.pretrained import check_model, load_pretrained
+from ppo_fast.rewards.load import function_of
+from ppo_fast.runs.plain_text import plain
 
 if TYPE_CHECKING:
+    import torch
+
     from ppo_fast.ppo import PPO
+    from ppo_fast.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -26,8 +33,11 @@ class Train:
     prompts: Path = Path()
     """Prompts: .txt (one per line), .jsonl or .csv (their "prompt" field). Required."""
     reward: str = ""
-    """module:function, f(prompts, completions) -> list[float], or the directory or name of a
-    sequence classifier with one label. Required."""
+    """module:function or file.py:function, f(prompts, completions) -> list[float], or the
+    directory or hub name of a sequence classifier. Required."""
+    reward_label: str | None = None
+    """Name or index of the classifier's label whose log-odds are the score; None: the classifier
+    has one label, whose logit is the score."""
     value_model: str | None = None
     """A causal LM whose body becomes the value model; None: see critic."""
     lora_rank: int | None = None
@@ -52,15 +62,28 @@ class Train:
     def run(self, console: Console) -> None:
         """Run the command."""
         self._check()
-        prompts = read_prompts(self.prompts)
+        prompts = _prompts(self.prompts)
 
         from ppo_fast.rewards.load import load_reward
-        from ppo_fast.runs.display import StepDisplay
-        from ppo_fast.runs.folder import RunFolder, newest_checkpoint, save_policy
-        from ppo_fast.runs.trackers import step_logger
+        from ppo_fast.runs.folder import RunFolder
 
         device = self._device()
-        reward = load_reward(self.reward, device)
+        reward = load_reward(self.reward, device, self.reward_label)
+        with RunFolder(self.output_dir) as folder:
+            self._train(console, folder, prompts, reward, device)
+
+    def _train(
+        self,
+        console: Console,
+        folder: RunFolder,
+        prompts: list[str],
+        reward: Any,
+        device: torch.device,
+    ) -> None:
+        from ppo_fast.runs.display import StepDisplay
+        from ppo_fast.runs.folder import newest_checkpoint, save_policy
+        from ppo_fast.runs.trackers import step_logger
+
         checkpoints = self.output_dir / "checkpoints"
         newest = newest_checkpoint(checkpoints)
         if newest is not None and not self.resume:
@@ -69,9 +92,8 @@ class Train:
                 "--resume, or name another folder"
             )
         ppo = self._make_ppo(reward, device)
-        folder = RunFolder(self.output_dir)
         if newest is not None:
-            console.print(f"resumed {newest} after step {ppo.load_checkpoint(newest)}")
+            console.print(plain(f"resumed {newest} after step {ppo.load_checkpoint(newest)}"))
         done = ppo.progress.steps
         if self.num_steps <= done:
             raise ValueError(
@@ -95,24 +117,27 @@ class Train:
             )
         ppo.save_checkpoint(checkpoints, ppo.progress.steps)
         save_policy(ppo.policy.model, ppo.tokenizer, self.output_dir / "policy")
-        console.print(f"trained policy: {self.output_dir / 'policy'}")
+        console.print(plain(f"trained policy: {self.output_dir / 'policy'}"), soft_wrap=True)
 
     def _check(self) -> None:
         for name in ("policy", "prompts", "reward"):
             if getattr(self, name) in ("", Path()):
                 raise ValueError(f"--{name}: is required")
-        for name in ("policy", "value_model", "reward"):
-            check_folder(name, getattr(self, name))
+        check_model("policy", self.policy)
+        if self.value_model is not None:
+            check_model("value-model", self.value_model)
+        if function_of(self.reward) is None:
+            check_model("reward", self.reward)
         check_counts(lora_rank=1 if self.lora_rank is None else self.lora_rank)
 
-    def _device(self) -> str:
-        import torch
+    def _device(self) -> torch.device:
+        from torch import nn
 
-        if self.device != "auto":
-            return self.device
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        from ppo_fast.models.checks import resolve_device
 
-    def _make_ppo(self, reward: Any, device: str) -> PPO:
+        return resolve_device(self.device, nn.Module())
+
+    def _make_ppo(self, reward: Any, device: torch.device) -> PPO:
         """Make PPO, with models from their folders or the hub."""
         import torch
         from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -122,28 +147,29 @@ class Train:
         from ppo_fast.ppo import PPO
 
         set_seed(self.ppo.seed)  # new adapters and value heads are drawn from it
-        tokenizer = AutoTokenizer.from_pretrained(self.policy)
+        tokenizer = load_pretrained("policy", AutoTokenizer, self.policy)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         dtype = torch.float32 if self.ppo.compute_dtype is None else "auto"
-        policy = AutoModelForCausalLM.from_pretrained(self.policy, dtype=dtype)
+        policy = load_pretrained("policy", AutoModelForCausalLM, self.policy, dtype=dtype)
         if self.lora_rank is not None:
             policy = with_lora(policy, self.lora_rank, self.ppo.num_layers_unfrozen)
         value_model = None
         if self.value_model is not None:
-            base = AutoModel.from_pretrained(self.value_model, dtype=torch.float32)  # no LM head
+            # AutoModel: without the LM head
+            base = load_pretrained("value-model", AutoModel, self.value_model, dtype=torch.float32)
             value_model = ValueModel(base, base.config.get_text_config().hidden_size)
         return PPO(
             policy, tokenizer, reward, value_model=value_model, device=device, config=self.ppo
         )
 
 
-def check_folder(flag: str, model: str | None) -> None:
-    """Raise FileNotFoundError for a path without a folder.
-
-    transformers would ask the hub for it.
-    """
-    path = Path(model or "")
-    is_path = path.is_absolute() or len(path.parts) > 2 or (model or "").startswith(".")
-    if model and ":" not in model and is_path and not path.is_dir():
-        raise FileNotFoundError(f"--{flag.replace('_', '-')}: no folder {model}")
+def _prompts(path: Path) -> list[str]:
+    """Read the prompts, however long they are; csv's own limit is 131,072 characters."""
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        return read_prompts(path)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompts: {path} cannot be read ({error})") from error
+    finally:
+        csv.field_size_limit(before)

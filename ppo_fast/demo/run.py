@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
+from ppo_fast.checks import check_counts
 from ppo_fast.config import PPOConfig
 from ppo_fast.data.batches import in_batches
 from ppo_fast.data.rollout import Rollout
@@ -24,6 +24,7 @@ from ppo_fast.demo.task import distinct_2, load_prompts, plot_curves, positivity
 from ppo_fast.ppo import PPO
 from ppo_fast.runs.display import StepDisplay
 from ppo_fast.runs.folder import RunFolder, save_policy
+from ppo_fast.runs.plain_text import plain
 from ppo_fast.runs.trackers import step_logger
 
 NUM_STEPS, BATCH_SIZE = 22, 32
@@ -104,15 +105,23 @@ def run_demo(
         The evaluations' numbers, as ``{"before": ..., "after": ...}``.
     """
     num_steps = NUM_STEPS if num_steps is None else num_steps
-    started = time.perf_counter()
+    check_counts(num_steps=num_steps)
+    with RunFolder(output_dir) as folder:
+        return _run(console, folder, num_steps, seed)
+
+
+def _run(
+    console: Console, folder: RunFolder, num_steps: int, seed: int
+) -> dict[str, dict[str, float]]:
+    started, output_dir = time.perf_counter(), folder.folder
     disable_progress_bar()  # transformers' own, one for every load and save
     train_prompts, held_out = load_prompts()
     console.print("Loading SmolLM2-135M-Instruct (the first time, converting it: a minute) ...")
     model, tokenizer = load_smollm2()
     config = demo_config(seed)
     ppo = PPO(model, tokenizer, positivity, device="cpu", config=config)
-    folder = RunFolder(output_dir)
     folder.write_config(config, num_steps=num_steps, batch_size=BATCH_SIZE)
+    folder.forget_after(0)  # the lines of an earlier demo
     count = len(held_out) * SAMPLES_PER_PROMPT
     console.print(f"Sampling {count} continuations of {len(held_out)} held-out openings ...")
     before = evaluate(ppo, held_out)
@@ -134,27 +143,31 @@ def run_demo(
             progress=False,
             on_step=on_step,
         )
+    save_policy(ppo.policy.model, tokenizer, output_dir / "policy")  # before all that may fail
     console.print(f"Sampling {count} continuations again, with the same seeds ...")
     after = evaluate(ppo, held_out)
-    console.print(samples_table(before, after))
-    console.print(f"before: {describe(before)}\nafter:  {describe(after)}", soft_wrap=True)
     numbers = {"before": before.summary(), "after": after.summary()}
     (output_dir / "evaluation.json").write_text(json.dumps(numbers, indent=2), "utf-8")
     plot_curves(output_dir / "learning.png", range(1, len(rewards) + 1), rewards, kls)
-    save_policy(ppo.policy.model, tokenizer, output_dir / "policy")
-    minutes = (time.perf_counter() - started) / 60
-    console.print(
-        f"mean reward {before.reward:+.2f} -> {after.reward:+.2f} in {minutes:.1f} minutes and "
-        f"{peak_gigabytes():.1f} GB; "
-        f"everything is in {output_dir}: learning.png, metrics.jsonl, samples.jsonl, policy/ "
-        "(loads with AutoModelForCausalLM.from_pretrained)",
-        soft_wrap=True,
+    minutes, peak = (time.perf_counter() - started) / 60, peak_gigabytes()
+    console.print(samples_table(before, after))
+    console.print(f"before: {describe(before)}\nafter:  {describe(after)}", soft_wrap=True)
+    memory = "" if peak is None else f" and {peak:.1f} GB"
+    summary = (
+        f"mean reward {before.reward:+.2f} -> {after.reward:+.2f} in {minutes:.1f} minutes"
+        f"{memory}; everything is in {output_dir}: learning.png, metrics.jsonl, samples.jsonl, "
+        "policy/ (loads with AutoModelForCausalLM.from_pretrained)"
     )
+    console.print(plain(summary), soft_wrap=True)
     return numbers
 
 
-def peak_gigabytes() -> float:
-    """Return the peak memory of this process so far, in units of 10^9 bytes."""
+def peak_gigabytes() -> float | None:
+    """Return the peak memory of this process so far, in units of 10^9 bytes; None on Windows."""
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
@@ -179,10 +192,10 @@ def samples_table(before: Evaluation, after: Evaluation, rows: int = 8) -> Table
         table.add_column(name, justify="right" if name == "score" else "left")
     for i in range(rows):
         table.add_row(
-            before.rollout.prompts[i],
-            before.rollout.completions[i].strip(),
+            plain(before.rollout.prompts[i]),
+            plain(before.rollout.completions[i].strip()),
             f"{before.scores[i]:+.2f}",
-            after.rollout.completions[i].strip(),
+            plain(after.rollout.completions[i].strip()),
             f"{after.scores[i]:+.2f}",
         )
     return table

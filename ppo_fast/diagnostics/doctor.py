@@ -21,6 +21,7 @@ from ppo_fast import ops
 from ppo_fast.diagnostics.env import facts, main_device
 from ppo_fast.ops.backends import first_use
 from ppo_fast.ops.backends.impls import COMPILED, Impl, missing
+from ppo_fast.runs.plain_text import plain, visible
 
 INTERPRETED = {"TRITON_INTERPRET": "1"}
 
@@ -55,7 +56,7 @@ def run_doctor(console: Console, report_to: Path | None, *, interpret: bool = Fa
         print(text)
     else:
         report_to.write_text(text + "\n", "utf-8")
-        console.print(f"written to {report_to}")
+        console.print(plain(f"written to {report_to}"))
     return _print_verdict(console, report, in_interpreter)
 
 
@@ -75,7 +76,7 @@ def _print_verdict(console: Console, report: dict[str, Any], in_interpreter: boo
         f"wrong: {work['work']}: {work['error']}" for work in works if not work.get("ok", True)
     ]
     for line in lines:
-        console.print(Text(line, "red"))
+        console.print(Text(visible(line), "red"))
     if in_interpreter and not all(check["ran"] for check in faults):
         console.print("Triton's interpreter before 3.7 needs numpy below 2.4.")
     if not lines:
@@ -342,18 +343,18 @@ WORKS = (_logprobs_from_logits, _linear_logprobs, _token_ops, _sample_tokens, _d
 def _print_facts(console: Console, found: dict[str, str]) -> None:
     table = Table("what", "found", title="ppo_fast doctor")
     for row in found.items():
-        table.add_row(*row)
+        table.add_row(*map(plain, row))
     console.print(table)
 
 
 def _print_checks(console: Console, checks: list[dict]) -> None:
     table = Table("op", "kernels", "on", "found", "largest error", title="against float64")
     for check in checks:
-        found = "[red]wrong[/]" if check["ran"] else "[red]not run[/]"
+        found = Text("wrong" if check["ran"] else "not run", "red")
         if check["ok"]:
-            found = "[green]right[/]"
+            found = Text("right", "green")
         worst = check["detail"].partition(", ")[0] if check["ok"] else "see below"
-        table.add_row(check["op"], check["impl"], check["on"], found, Text(worst))
+        table.add_row(check["op"], check["impl"], check["on"], found, plain(worst))
     console.print(table)
 
 
@@ -365,7 +366,7 @@ def _print_speeds(console: Console, speeds: dict[str, Any]) -> None:
     table = Table("work", "ms", "GB/s", "floor / time", title=title)
     for work in speeds["works"]:
         if "error" in work:
-            table.add_row(work["work"], "not measured", "", Text(work["error"]))
+            table.add_row(work["work"], "not measured", "", plain(work["error"]))
         else:
             numbers = f"{work['ms']:.3f}", f"{work['gb_s']:.0f}", f"{work['share_of_floor']:.0%}"
             table.add_row(work["work"], *numbers)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.critics.make import critic_name
 from ppo_fast.models.adapters import adapted_layers
 from ppo_fast.models.heads import ValueHead, ValueModel
-from ppo_fast.models.lora import lora_config
+from ppo_fast.models.lora import lora_config, with_adapter
 from ppo_fast.models.parts import base_of, body_of
 from ppo_fast.models.patching import replaced_forwards
 from ppo_fast.models.precision import computing_in, hold_trained_weights
@@ -34,6 +34,9 @@ from ppo_fast.models.trunk import Split, freeze_trunk
 FLOAT = 4
 TOP = 4
 """Number of top layers in plans with a trunk, where the config gives none."""
+MARGIN = 0.1
+"""Share of a peak that is added to it: for temporary tensors, gaps between the allocator's blocks,
+workspaces of the BLAS and, on a GPU, the CUDA context."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class MemoryPlan:
     kept_rollout: the part of cache and copies that stays during the update (kept_rollout_bytes).
     activations: what autograd keeps of one microbatch, without logits.
     logits: tiles of the LM head's logits that are kept for the backward pass.
+    reward_model: weights of the reward, where it is a model.
     """
 
     policy: int
@@ -63,6 +67,7 @@ class MemoryPlan:
     kept_rollout: int
     activations: int
     logits: int
+    reward_model: int = 0
 
     @property
     def peak(self) -> int:
@@ -70,8 +75,14 @@ class MemoryPlan:
         held = (
             self.policy + self.reference + self.value_function + self.optimizer + self.trunk_states
         )
+        held += self.reward_model
         update = self.gradients + self.activations + self.logits + self.kept_rollout
         return held + max(self.cache + self.copies, update)
+
+    @property
+    def with_margin(self) -> int:
+        """The peak and ``MARGIN`` of it: what a device should have."""
+        return round(self.peak * (1 + MARGIN))
 
 
 def plan_memory(
@@ -83,6 +94,7 @@ def plan_memory(
     value_model: nn.Module | None = None,
     policy_model: nn.Module | None = None,
     adapter: Any = None,
+    reward_bytes: int = 0,
     device: str = "cuda",
 ) -> MemoryPlan:
     """Plan the memory of training a policy of ``model_config``.
@@ -95,6 +107,7 @@ def plan_memory(
         value_model: for ``critic="model"``; None: a ``ValueModel`` over a copy of the policy.
         policy_model: the policy, whose trunk ``value_model`` may share; None: it shares nothing.
         adapter: peft's config of a new adapter of the policy; None: that of ``policy_model``.
+        reward_bytes: the weights of a reward that is a model (``classifier_bytes``).
         device: type of the device to train on.
 
     Raises:
@@ -141,7 +154,15 @@ def plan_memory(
         kept_rollout=sum(size for size in (cache, copies) if size <= most),
         activations=activations,
         logits=min(FLOAT * rows * config.max_length * text.vocab_size, logits_budget_bytes(config)),
+        reward_model=reward_bytes,
     )
+
+
+def classifier_bytes(model_config: Any) -> int:
+    """Return the bytes of a sequence classifier's weights in float32, as a reward is loaded."""
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(model_config, dtype=torch.float32)
+    return _bytes(model.parameters())
 
 
 def plans(
@@ -151,6 +172,7 @@ def plans(
     batch_size: int,
     prompt_length: int,
     lora_rank: int = 16,
+    reward_bytes: int = 0,
     device: str = "cuda",
 ) -> dict[str, MemoryPlan]:
     """Plan several ways to train a policy; return the plans by name.
@@ -186,26 +208,47 @@ def plans(
             batch_size=batch_size,
             prompt_length=prompt_length,
             adapter=adapters.get(name),
+            reward_bytes=reward_bytes,
             device=device,
         )
         for name, way in ways.items()
     }
 
 
-def show_plans(console: Console, found: dict[str, MemoryPlan], memory_gb: float | None) -> None:
-    """Print a table with one column per plan, in GB (10^9 bytes)."""
+def show_plans(
+    console: Console,
+    found: dict[str, MemoryPlan],
+    memory_gb: float | None,
+    in_bfloat16: dict[str, MemoryPlan] | None = None,
+) -> None:
+    """Print a table with one column per plan, in GB (10^9 bytes).
+
+    Of ``in_bfloat16``, the same plans with compute_dtype="bfloat16", it shows the sums.
+    """
     table = Table(title="memory of a run in GB, computed from the config")
-    table.add_column("", no_wrap=True)
+    table.add_column("", min_width=14)
     for name in found:
         table.add_column(name, justify="right")
-    parts = [name for name in MemoryPlan.__dataclass_fields__ if name != "peak"]
+    parts = [item.name for item in fields(MemoryPlan)]
     for part in (*parts, "peak"):
         sizes = [f"{getattr(plan, part) / 1e9:.2f}" for plan in found.values()]
         table.add_row(part.replace("_", " "), *sizes, end_section=part == parts[-1])
-    if memory_gb is not None:
-        fits = ["yes" if plan.peak <= 1e9 * memory_gb else "no" for plan in found.values()]
-        table.add_row(f"fits {memory_gb:g} GB", *fits)
+    margin = f"with a margin of {MARGIN:.0%}"
+    _add_sums(table, margin, found, memory_gb)
+    if in_bfloat16 is not None:
+        _add_sums(table, f"{margin}, computed in bfloat16", in_bfloat16, memory_gb)
     console.print(table)
+
+
+def _add_sums(
+    table: Table, name: str, found: dict[str, MemoryPlan], memory_gb: float | None
+) -> None:
+    """Add a row of the peaks with their margins and, if ``memory_gb`` is given, which ones fit."""
+    sums = [plan.with_margin / 1e9 for plan in found.values()]
+    table.add_row(name, *(f"{size:.2f}" for size in sums), end_section=memory_gb is None)
+    if memory_gb is not None:
+        fits = ["yes" if size <= memory_gb else "no" for size in sums]
+        table.add_row(f"fits {memory_gb:g} GB", *fits, end_section=True)
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:
@@ -232,9 +275,7 @@ def _policy(fake: FakeTensorMode, model_config: Any, config: PPOConfig, adapter:
     with torch.device("meta"):  # peft moves what it adds, and fake tensors cannot move
         policy = AutoModelForCausalLM.from_config(model_config, dtype=stored or torch.float32)
         if adapter is not None:
-            from peft import get_peft_model
-
-            policy = get_peft_model(policy, adapter)
+            policy = with_adapter(policy, adapter)
     with fake:
         policy.to_empty(device="cpu")
         base_of(policy).tie_weights()

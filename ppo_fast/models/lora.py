@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import nn
@@ -42,7 +43,13 @@ def lora_config(model: nn.Module, rank: int, num_layers_unfrozen: int | None = N
 
 def with_lora(model: Any, rank: int, num_layers_unfrozen: int | None = None) -> Any:
     """Return ``model`` in a peft wrapper, with the adapters of ``lora_config``."""
-    config = lora_config(model, rank, num_layers_unfrozen)
+    return with_adapter(model, lora_config(model, rank, num_layers_unfrozen))
+
+
+def with_adapter(model: Any, config: Any) -> Any:
+    """Return ``model`` in a peft wrapper, with new adapters of this config."""
     from peft import get_peft_model
 
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():  # of a property that peft asks transformers for
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        return get_peft_model(model, config)

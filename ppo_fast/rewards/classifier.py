@@ -109,9 +109,7 @@ def _index_of(label: str | int | None, config: PreTrainedConfig) -> int | None:
             f"reward: the classifier has the labels {', '.join(names.values())}; say which one "
             f"counts: label={names[config.num_labels - 1]!r} (--reward-label)"
         )
-    if label in names:
-        return int(label)
     for index, name in names.items():
-        if str(label).lower() == name.lower():
-            return index
+        if label == index or str(label).lower() == name.lower():
+            return None if config.num_labels == 1 else index
     raise ValueError(f"label: got {label!r}, expected one of {', '.join(names.values())}")

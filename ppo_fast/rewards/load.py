@@ -4,33 +4,135 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import sys
+import sysconfig
+import traceback
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import torch
+from ppo_fast.models.pretrained import load_pretrained
 
 
-def load_reward(reward: str, device: str) -> Any:
-    """Load a function from ``module:function``, or a classifier from a directory or hub name.
+def load_reward(reward: str, device: Any, label: str | None = None) -> Any:
+    """Load a function from ``module:function`` or ``file.py:function``, or a classifier.
+
+    Args:
+        reward: the function's name, or the directory or hub name of a sequence classifier.
+        device: where the classifier goes.
+        label: name or index of the classifier's label that is the score; see ClassifierReward.
 
     Raises:
-        ValueError: the module has no such function, or the classifier has several labels.
-        ModuleNotFoundError: no such module.
+        ValueError: the module cannot be imported or has no such function; the classifier cannot be
+            loaded, or its label is not clear.
+        FileNotFoundError: no such file.
     """
-    name, colon, function = reward.partition(":")
+    if (parts := function_of(reward)) is not None:
+        if label is not None:
+            raise ValueError(f"--reward-label: {reward} is a function, which has no labels")
+        return _load_function(*parts)
+    return _load_classifier(reward, device, label)
+
+
+def function_of(reward: str) -> tuple[str, str] | None:
+    """Return the module (or file) and the function that ``reward`` names; None for a classifier."""
+    module, colon, function = reward.rpartition(":")  # the last: a path may begin with "C:"
     if not colon or Path(reward).exists():
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        if reward.endswith(".py"):
+            raise ValueError(f"--reward: got {reward!r}, expected {reward}:FUNCTION")
+        return None
+    if not module or not function:
+        raise ValueError(f"--reward: got {reward!r}, expected MODULE:FUNCTION or FILE.py:FUNCTION")
+    return module, function
 
-        from ppo_fast.rewards.classifier import ClassifierReward
 
-        model = AutoModelForSequenceClassification.from_pretrained(reward, dtype=torch.float32)
-        return ClassifierReward(model.to(device), AutoTokenizer.from_pretrained(reward))
-    sys.path.insert(0, str(Path.cwd()))  # as `python -m` does, for what the module imports too
-    module = importlib.import_module(name)
+def _load_classifier(reward: str, device: Any, label: str | None) -> Any:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from ppo_fast.rewards.classifier import ClassifierReward
+
+    model, found = load_pretrained(
+        "reward",
+        AutoModelForSequenceClassification,
+        reward,
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
+    if found["missing_keys"]:
+        raise ValueError(
+            f"--reward: {reward} holds no sequence classifier: it has no weights "
+            f"{', '.join(sorted(found['missing_keys']))}"
+        )
+    tokenizer = load_pretrained("reward", AutoTokenizer, reward)
+    chosen: str | int | None = label
+    if label is not None and label.isdigit() and label not in model.config.id2label.values():
+        chosen = int(label)  # no name: an index
+    return ClassifierReward(model.to(device), tokenizer, label=chosen)
+
+
+def _load_function(name: str, function: str) -> Any:
+    try:
+        module = _import_file(Path(name)) if _is_file(name) else _import_module(name)
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
+        if isinstance(error, FileNotFoundError) and str(error).startswith("--reward"):
+            raise
+        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
+            raise ValueError(f"--reward: {error}") from error
+        raise ValueError(
+            f"--reward: importing {name} raised {type(error).__name__}: {_message(error)}"
+        ) from error
     found = getattr(module, function, None)
     if not callable(found):
         near = difflib.get_close_matches(function, dir(module), 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"--reward: module {name} has no function {function!r}{hint}")
+        kind = "file" if _is_file(name) else "module"
+        raise ValueError(f"--reward: {kind} {name} has no function {function!r}{hint}")
     return found
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith(".py") or "/" in name or "\\" in name
+
+
+def _import_module(name: str) -> ModuleType:
+    sys.path.insert(0, str(Path.cwd()))  # as `python -m` does, for what the module imports too
+    return importlib.import_module(name)
+
+
+def _import_file(path: Path) -> ModuleType:
+    path = path.expanduser()
+    if not path.is_file() and path.with_suffix(".py").is_file():
+        path = path.with_suffix(".py")
+    if not path.is_file():
+        raise FileNotFoundError(f"--reward: no file {path}")
+    sys.path.insert(0, str(path.resolve().parent))  # as `python file.py` does
+    name = path.stem if path.stem not in sys.modules else f"reward_file_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look a class's module up
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _message(error: BaseException) -> str:
+    """Return an error's message with the file and line of the user's code at its end."""
+    if isinstance(error, SyntaxError):
+        return f"{error.msg} ({error.filename}:{error.lineno})"
+    library = sysconfig.get_path("stdlib")
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [
+        frame
+        for frame in frames
+        if not frame.filename.startswith((library, "<frozen"))
+        and "site-packages" not in frame.filename
+        and Path(frame.filename) != Path(__file__)
+    ]
+    return f"{error} ({own[-1].filename}:{own[-1].lineno})" if own else str(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Complex, Real
@@ -182,5 +183,6 @@ def _function_scores(
 def _place(error: BaseException) -> str:
     """Return the file and line of the user's code in which an error arose, to be appended."""
     frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is ours
-    own = [frame for frame in frames if "site-packages" not in frame.filename]
+    library = os.path.dirname(os.__file__)  # which holds site-packages too
+    own = [f for f in frames if not f.filename.startswith((library, "<frozen"))]
     return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""

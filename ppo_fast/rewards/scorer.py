@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.tokens import Tokens
@@ -31,6 +31,11 @@ class Scorer:
     def reads_trunk(self) -> bool:
         """Whether scores are computed from trunk states, those of last tokens included."""
         return self.split is not None
+
+    def nbytes(self) -> int:
+        """Return the size in bytes of a reward model's weights; 0 for a function."""
+        model = getattr(self.reward, "model", self.reward)
+        return sum(p.nbytes for p in model.parameters()) if isinstance(model, nn.Module) else 0
 
     def of_rollout(self, rollout: Rollout) -> Tensor:
         """Compute the score of each response, [B] float32.

@@ -83,5 +83,5 @@ class StepDisplay:
             f"rollout {parts[0]:.1f}s experience {parts[1]:.1f}s update {parts[2]:.1f}s  "
             f"left {left / 60:.1f} min"
         )
-        self.progress.console.print(line, highlight=False, soft_wrap=True)
+        self.progress.console.print(line, highlight=False, soft_wrap=True, markup=False)
         self.progress.advance(self.task)

@@ -16,18 +16,39 @@ from torch import Tensor
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.data.rollout import Rollout
+from ppo_fast.runs.lock import FolderLock
 
 
 class RunFolder:
     """Output folder of a run. Every line is on disk before the next step; a resumed run appends.
 
+    Use as a context manager, or call ``close``: the folder is locked until then.
+
     Args:
         folder: its path; made if it does not exist.
+
+    Raises:
+        RuntimeError: another run is in the folder; its process is named.
+        OSError: the folder cannot be made or written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(folder)
+        except OSError as error:
+            raise OSError(f"output_dir: {folder} cannot be written ({error})") from error
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other runs into the folder."""
+        self._lock.release()
 
     def write_config(self, config: PPOConfig, **run: Any) -> None:
         """Write the resolved settings to config.yaml, which ``ppo-fast train --config`` reads."""

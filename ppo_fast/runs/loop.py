@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from ppo_fast.data.step import Step
 from ppo_fast.runs.checkpoint import checkpoint_path, make_folder
 from ppo_fast.runs.display import ProgressBar
 from ppo_fast.runs.interrupt import finish_step_on_interrupt
+from ppo_fast.runs.lock import FolderLock
 from ppo_fast.runs.progress import LISTS, Progress
 
 logger = logging.getLogger(__name__)
@@ -77,7 +79,13 @@ def train(
         make_folder(checkpoint_dir)
     history: dict[str, list[float]] = {name: [] for name in (*HISTORY, "step_avg_rewards")}
     stopped = False
-    with finish_step_on_interrupt() as interrupted, ProgressBar(num_steps, shown=progress) as bar:
+    with (
+        nullcontext()
+        if checkpoint_dir is None
+        else FolderLock(Path(checkpoint_dir), "checkpoint_dir"),
+        finish_step_on_interrupt() as interrupted,
+        ProgressBar(num_steps, shown=progress) as bar,
+    ):
         for _ in range(num_steps):
             step = _step(
                 ppo,
@@ -139,8 +147,10 @@ def _step(
 def _keep(ppo: Trainable, checkpoint_dir: str | Path | None, why: str) -> None:
     """Write a checkpoint of what was trained so far, if possible, and log where it is."""
     step = ppo.progress.steps
+    if step == 0:
+        return  # there is nothing to keep, and the error says the rest
     where = "no checkpoint_dir was given; the weights are in the policy"
-    if checkpoint_dir is not None and step > 0:
+    if checkpoint_dir is not None:
         path = checkpoint_path(checkpoint_dir, step)
         where = f"checkpoint {path}"
         if ppo.amid_update:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import fields
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ppo_fast import PPOConfig
 from ppo_fast.cli.main import main
 from ppo_fast.cli.train import Train
-from ppo_fast.runs.folder import newest_checkpoint
+from ppo_fast.runs.folder import RunFolder, newest_checkpoint
 
 # A run
 
@@ -24,6 +25,7 @@ def test_train_fills_the_output_folder(place, capsys):
     main(arguments("--checkpoint-freq", "1"))
     run = place / "run"
     assert {path.name for path in run.iterdir()} == {
+        ".lock",
         "metrics.jsonl",
         "samples.jsonl",
         "config.yaml",
@@ -45,7 +47,7 @@ def test_train_fills_the_output_folder(place, capsys):
     assert settings["learning_rate"] == 0.001
     assert settings["policy"] == "model"
     assert {field.name for field in fields(PPOConfig)} <= settings.keys()
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {
+    assert {path.name for path in (run / "checkpoints").glob("*.pt")} == {
         "ppo_checkpoint_step_1.pt",
         "ppo_checkpoint_step_2.pt",
     }
@@ -125,6 +127,27 @@ def test_a_second_run_in_the_folder_is_refused(place, capsys):
     assert [file.read_bytes() for file in files] == before
 
 
+def test_folders_with_brackets_in_their_names(place, capsys):
+    (place / "model").rename(place / "m[red]")
+    options = {"output_dir": "o[/]ut [red]", "policy": "m[red]"}
+    main(arguments(num_steps=1, **options))
+    main(arguments("--resume", num_steps=2, **options))
+    shown = capsys.readouterr().out
+    checkpoint = "o[/]ut [red]/checkpoints/ppo_checkpoint_step_1.pt"
+    assert f"resumed {checkpoint} after step 1\n" in shown
+    assert shown.count("trained policy: o[/]ut [red]/policy\n") == 2
+    main(["env", "--policy", "m[red]"])
+    assert "m[red]" in capsys.readouterr().out
+
+
+def test_a_run_in_use_is_refused_before_models_are_loaded(place, capsys):
+    (place / "model/model.safetensors").unlink()  # loading would fail
+    with RunFolder(place / "run"):
+        said = fails_in_a_line(capsys, *arguments())
+    assert said.startswith(f"--output-dir: run is in use by another run, process {os.getpid()} ")
+    assert not (place / "run/config.yaml").exists()
+
+
 def test_newest_checkpoint_is_that_of_the_highest_step(tmp_path):
     assert newest_checkpoint(tmp_path / "not there") is None
     for step in (9, 100, 10):
@@ -152,9 +175,9 @@ def test_newest_checkpoint_is_that_of_the_highest_step(tmp_path):
         ),
         ({"reward": "my_reward:number"}, "--reward: module my_reward has no function 'number'"),
         ({"num_steps": 0}, "--num-steps: got 0, expected more than the 0 done"),
-        ({"batch_size": 0}, "batch_size: got 0, expected a whole number of at least 1"),
+        ({"batch_size": 0}, "--batch-size: got 0, expected a whole number of at least 1"),
         ({"max_length": 126}, "that exceeds policy_model's context of 128"),
-        ({"value_model": "model", "critic": "head"}, "value_model: got ValueModel"),
+        ({"value_model": "model", "critic": "head"}, "--value-model: got ValueModel"),
     ],
 )
 def test_bad_flags(place, capsys, changes, message):

@@ -11,7 +11,7 @@ import pytest
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 COMPILERS = [["aarch64-linux-gnu-g++"], ["clang++", "--target=aarch64-linux-gnu"]]
-# As in csrc/CMakeLists.txt.
+# As in csrc/bindings/CMakeLists.txt.
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 FLAGS += ["-fopenmp-simd"]
 # Functions whose loops over the vocabulary take most of the time.

@@ -95,11 +95,13 @@ def test_without_a_gpu(capsys):
 def test_a_wrong_kernel_is_status_1(capsys, monkeypatch, tmp_path):
     launch = library.gae["cpp"]
     monkeypatch.setitem(library.gae, "cpp", lambda *a: (launch(*a)[0] + 1, launch(*a)[1]))
-    status, out = run(capsys, "--json", str(tmp_path / "report.json"))
+    path = tmp_path / "report[red].json"
+    status, out = run(capsys, "--json", str(path))
     assert status == 1
+    assert "report[red].json" in out, "as it is, no colour"
     assert "wrong: gae, cpp: relative errors: advantages (float32)" in out
     assert "All checks passed" not in out
-    report = json.loads((tmp_path / "report.json").read_text())
+    report = json.loads(path.read_text())
     assert [c["op"] for c in report["checks"] if not c["ok"]] == ["gae"]
 
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import warnings
 from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny_models import FAMILIES, tiny_config, tiny_model, tiny_tokenizer
+from tiny_models import FAMILIES, tiny_classifier, tiny_config, tiny_model, tiny_tokenizer
 from tiny_trainer import count_letters, tiny_value_model
 from transformers import AutoConfig
 
 from ppo_fast import PPOConfig, PPOTrainer
 from ppo_fast.cli.main import main
-from ppo_fast.diagnostics.memory_plan import MemoryPlan, plan_memory, plans
+from ppo_fast.diagnostics.memory_plan import (
+    MemoryPlan,
+    classifier_bytes,
+    plan_memory,
+    plans,
+)
 from ppo_fast.models.lora import with_lora
 from ppo_fast.rollout import slots
 
@@ -226,10 +233,65 @@ def test_what_a_gpu_keeps_between_rollouts():
     assert kept(kept_rollout_bytes=0)[0] == kept(cuda_graphs=False)[0] == kept("cpu")[0] == 0
 
 
-def test_the_command(tmp_path, capsys):
-    tiny_config("llama", layers=4).save_pretrained(tmp_path)
-    main(["plan", "--policy", str(tmp_path), "--memory", "0.0001", "--max-length", "8"])
-    shown = capsys.readouterr().out
-    assert "4 top" not in shown, "it has four layers"
-    assert "peak" in shown
-    assert "fits 0.0001 GB" in shown
+def test_the_margin_is_a_tenth_of_the_peak():
+    plan = MemoryPlan(1000, *[0] * 10)
+    assert (plan.peak, plan.with_margin) == (1000, 1100)
+
+
+def shown_by(capsys, *arguments):
+    """Return the rows of the command's table by name (each row's last); "": the plans' names."""
+    capsys.readouterr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # none may be shown, not even another library's
+        main(["plan", "--policy", "policy", "--max-length", "8", *arguments])
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    cells = [re.split(" *[│┃] *", line)[1:-1] for line in shown.out.splitlines()]
+    return {row[0]: row[1:] for row in cells if row}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+    tiny_config("llama", layers=1, hidden=512).save_pretrained("policy")
+
+
+def test_the_command(place, capsys):
+    tiny_config("llama", layers=4).save_pretrained("policy")
+    rows = shown_by(capsys, "--memory", "0.0001")
+    assert list(rows)[-6:] == [
+        "logits",
+        "reward model",
+        "peak",
+        "with a margin of 10%",
+        "fits 0.0001 GB",
+        "with a margin of 10%, computed in bfloat16",
+    ]
+    assert "3 top layers, a value head" in rows[""], "not 4: it has four layers"
+    assert set(rows["fits 0.0001 GB"]) == {"no"}
+    assert "LoRA of rank 16, a value head" in rows[""]
+
+
+def test_the_command_shows_what_bfloat16_takes(place, capsys):
+    both, bfloat16 = shown_by(capsys), shown_by(capsys, "--compute-dtype", "bfloat16")
+    sums = both["with a margin of 10%, computed in bfloat16"]
+    assert sums == bfloat16["with a margin of 10%"] != both["with a margin of 10%"]
+    assert "with a margin of 10%, computed in bfloat16" not in bfloat16
+
+
+def test_a_classifier_adds_its_weights_to_every_plan(place, capsys):
+    judge = tiny_classifier(layers=4, hidden=512)
+    judge.config.save_pretrained("judge")
+    weights = sum(p.nbytes for p in judge.parameters())
+    assert classifier_bytes(judge.config) == weights
+    expected = f"{weights / 1e9:.2f}"
+    assert float(expected) > 0
+    assert set(shown_by(capsys, "--reward", "judge")["reward model"]) == {expected}
+    assert set(shown_by(capsys, "--reward", "a:b")["reward model"]) == {"0.00"}
+    size = {"batch_size": 4, "prompt_length": 8}
+    without, plan = (
+        plan_memory(tiny_config("llama"), PPOConfig(max_length=8), reward_bytes=n, **size)
+        for n in (0, weights)
+    )
+    assert plan.peak == without.peak + weights

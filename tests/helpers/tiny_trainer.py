@@ -107,4 +107,5 @@ def one_line(error: Any) -> bool:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    """The names of a folder's files; that of its lock begins with a dot."""
+    return sorted(path.name for path in folder.iterdir() if path.name[0] != ".")

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tiny_trainer import PROMPTS, changed, count_letters, one_line, tiny_trainer, weights
+from tiny_trainer import PROMPTS, changed, count_letters, names, one_line, tiny_trainer, weights
 from torch import nn
 
 NAN, INF = float("nan"), float("inf")
@@ -113,4 +113,4 @@ def test_nothing_is_lost_when_a_reward_fails(tmp_path):
     with pytest.raises(ValueError, match="got nan for the prompt"):
         trainer.train(PROMPTS, num_steps=3, batch_size=2, checkpoint_dir=tmp_path, progress=False)
     assert not changed(trainer.policy_model, weights(good.policy_model))
-    assert [path.name for path in tmp_path.iterdir()] == ["ppo_checkpoint_step_1.pt"]
+    assert names(tmp_path) == ["ppo_checkpoint_step_1.pt"]

@@ -70,6 +70,14 @@ def test_a_label_scores_by_its_log_odds(label, index):
     torch.testing.assert_close(torch.tensor(found), p.logit(), rtol=1e-4, atol=1e-4)
 
 
+def test_the_label_of_a_model_with_one():
+    model = tiny_classifier("gpt2", pad_token_id=0)
+    plain = ClassifierReward(model, letters())(PROMPTS, COMPLETIONS)
+    assert ClassifierReward(model, letters(), label=0)(PROMPTS, COMPLETIONS) == plain
+    with pytest.raises(ValueError, match="label: got 1, expected one of LABEL_0"):
+        ClassifierReward(model, letters(), label=1)
+
+
 def test_the_label_must_be_said_and_be_one():
     with pytest.raises(ValueError, match=r"labels NEGATIVE, NEUTRAL, POSITIVE; .*label='POSITIVE'"):
         ClassifierReward(sentiment(), letters())

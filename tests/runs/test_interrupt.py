@@ -213,7 +213,7 @@ def test_an_error_amid_an_update_leaves_the_checkpoint_of_its_step(tmp_path, mon
     trainer = tiny_trainer()
     arguments = {"batch_size": 2, "checkpoint_dir": tmp_path, "checkpoint_freq": 1, **QUIET}
     trainer.train(PROMPTS, num_steps=1, **arguments)
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*.pt")
     whole = file.read_bytes()
 
     def half_an_update(*args, **kwargs):

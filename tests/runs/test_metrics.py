@@ -44,16 +44,18 @@ def records(path):
 
 
 def test_folder_is_made(tmp_path):
-    RunFolder(tmp_path / "a" / "b")
-    assert (tmp_path / "a" / "b").is_dir()
-    RunFolder(tmp_path / "a" / "b")
+    for _ in range(2):
+        with RunFolder(tmp_path / "a" / "b"):
+            assert (tmp_path / "a" / "b").is_dir()
 
 
 def test_metrics_append_a_line_per_step(tmp_path):
     folder = RunFolder(tmp_path)
     folder.write_metrics(1, {"mean_reward": 0.5})
     assert len(records(tmp_path / "metrics.jsonl")) == 1, "on disk at once"
-    RunFolder(tmp_path).write_metrics(2, {"mean_reward": -1e-30})
+    folder.close()
+    with RunFolder(tmp_path) as folder:
+        folder.write_metrics(2, {"mean_reward": -1e-30})
     first, second = records(tmp_path / "metrics.jsonl")
     assert (first["step"], first["mean_reward"]) == (1, 0.5)
     assert (second["step"], second["mean_reward"]) == (2, -1e-30)

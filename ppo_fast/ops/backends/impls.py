@@ -35,7 +35,10 @@ def missing(impl: Impl) -> str | None:
         try:
             importlib.import_module("ppo_fast.ops._C")
         except ImportError as error:
-            return f"the compiled extension ppo_fast.ops._C is not there ({error}); `pip install .`"
+            return (
+                f"the compiled extension ppo_fast.ops._C is not there ({error}); install ppo_fast "
+                "anew with a C++17 compiler at hand (`ppo-fast env` says what was missing)"
+            )
     if impl == "triton":
         try:
             importlib.import_module("triton")
