@@ -341,13 +341,17 @@ def test_pairs_that_do_not_fit(method):
 
 def test_statistics():
     trainer = tiny_trainer()
-    assert trainer.get_statistics() == {
-        "total_steps": 0,
-        "avg_reward": 0.0,
-        "avg_kl_divergence": 0.0,
-        "avg_policy_loss": 0.0,
-        "avg_value_loss": 0.0,
-    }
+    assert (
+        trainer.get_statistics()
+        == {
+            "total_steps": 0,
+            "avg_reward": 0.0,
+            "avg_kl_divergence": 0.0,
+            "avg_policy_loss": 0.0,
+            "avg_value_loss": 0.0,
+        }
+        | trainer.stats
+    )
     steps = [trainer.train_step(PROMPTS) for _ in range(3)]
     statistics = trainer.get_statistics()
     assert statistics["total_steps"] == 3

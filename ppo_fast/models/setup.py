@@ -15,14 +15,15 @@ from ppo_fast.models.copies import copy_of_what_is_trained
 from ppo_fast.models.heads import RewardModel, ValueModel
 from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.models.parts import body_of
+from ppo_fast.models.patching import uncompiled
 from ppo_fast.models.precision import (
     HALF,
     computing_in,
     hold_products_in,
     hold_trained_weights,
 )
-from ppo_fast.models.probe import probe, relative_difference
-from ppo_fast.models.trunk import Split, freeze_trunk, share_trunk
+from ppo_fast.models.probe import probe_tokens, relative_difference
+from ppo_fast.models.trunk import Split, freeze_trunk, run, share_trunk
 from ppo_fast.ops.linear_logprobs.api import LOGITS_BUDGET_BYTES
 
 
@@ -199,10 +200,11 @@ def check_train_mode(policy: LanguageModel, config: PPOConfig) -> None:
     if not (config.gradient_checkpointing or any(part.training for part in model.modules())):
         return
     modes = [(part, part.training) for part in model.modules()]
-    with computing_in(policy.compute_dtype, policy.device):
+    tokens = probe_tokens(model)
+    with computing_in(policy.compute_dtype, policy.device), uncompiled(model):
         try:
-            in_train_mode = [probe(model.train(training)).logits for training in (True, True)]
-            in_eval_mode = probe(model.eval()).logits
+            in_train_mode = [run(model.train(), tokens).logits for _ in range(2)]
+            in_eval_mode = run(model.eval(), tokens).logits
         finally:
             for part, training in modes:
                 part.training = training
