@@ -9,6 +9,8 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 # Passed on to pytest: make test ARGS="-k gae -x"
 ARGS ?=
+# Of `make families`: names of types or cases; without any it runs all
+ONLY ?=
 
 BIN := .venv/bin
 SET_UP := .venv/set-up
@@ -52,7 +54,7 @@ versions = $(1)/bin/python -c "from importlib.metadata import version as v; impo
 
 .DEFAULT_GOAL := help
 .PHONY: help install lock demo test quick oldest newest gpu-like compiled triton-versions sanitize \
-	bench baselines lint format
+	bench baselines families lint format
 .SECONDARY:
 
 help: ## this list
@@ -185,6 +187,10 @@ baselines: $(BASELINES)/set-up $(TRL_PPO)/set-up ## the same against TRL and tor
 		|| test $$? = 5 -a -n "$(ARGS)"
 	$(if $(ARGS),,$(TRL_PPO)/bin/python benchmarks/baselines/trl_ppo/parity.py)
 	$(if $(ARGS),,$(BASELINES)/bin/python benchmarks/report.py)
+
+# Half an hour, two cases at a time.
+families: $(SET_UP) ## train a tiny model of every family, into docs/families.md; with ONLY="llama" some, printed
+	PYTHONPATH=tests/helpers:benchmarks $(BIN)/python -m families.run $(ONLY)
 
 lint: $(SET_UP) ## formatting, lint and types, changing nothing
 	$(BIN)/ruff check .

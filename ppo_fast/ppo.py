@@ -112,15 +112,15 @@ class PPO:
         check_reward_model(reward)
         critic = which_critic(config, value_model)
         self.device = resolve_device(device, policy)
-        classifier = reward.model if isinstance(reward, ClassifierReward) else None
         models = {"policy_model": policy, "value_model": value_model, "reward_model": reward}
         for name, model in models.items():
             check_vocabulary(model, name, tokenizer)
-        models |= {"reference_model": reference_model, "the classifier": classifier}
+        models["reference_model"] = reference_model
+        models["classifier"] = reward.model if isinstance(reward, ClassifierReward) else None
         for name, model in models.items():
             to_device(model, name, self.device)
         self.policy = setup.make_policy(policy, value_model, reward, config)
-        self.reference = setup.make_reference(self.policy, reference_model, config)
+        self.reference = setup.make_reference(self.policy, reference_model, config, value_model)
         self.critic: Critic = make_critic(critic, self.policy, value_model, config, self.device)
         self.scorer = Scorer(reward, self.policy, config.forward_batch_tokens)
         setup.check_shared_weights(policy, value_model, reward, self.critic.module)
@@ -133,8 +133,9 @@ class PPO:
             whole_trunk=self.scorer.reads_trunk,
         )
         copied = engine is not None or check_agreement(self.policy, tokenizer.pad_token_id)
-        kept = kept_bytes(self.policy, config)
-        self._weight_copies = WeightCopies(config.torch_dtype, kept, autocast=not copied)
+        self._weight_copies = WeightCopies(
+            config.torch_dtype, kept_bytes(self.policy, config), autocast=not copied
+        )
         self.learner = Learner(self.policy, self.critic, config)
         self.progress = Progress(config.seed)
         self.newest_checkpoint: Path | None = None
@@ -193,6 +194,7 @@ class PPO:
         """
         check_lengths(rollout.tokens.lengths.tolist(), context_limit(self._readers()))
         if not rollout.prompts:  # made from tokens
+            self.texts.check(rollout.tokens, self.device)
             rollout = self.texts.decode(rollout)
         if scores is None:
             if self.scorer.reads_trunk:
@@ -355,8 +357,7 @@ class PPO:
             seed=self.config.seed,
         )
         self.progress.load_state_dict(contents)
-        self.learner.amid_update = False
-        self.newest_checkpoint = path.resolve()
+        self.learner.amid_update, self.newest_checkpoint = False, path.resolve()
         return contents["step"]
 
     amid_update = property(lambda self: self.learner.amid_update)

@@ -140,7 +140,9 @@ class PPOTrainer(PPO):
     @reference_model.setter
     def reference_model(self, reference_model: nn.Module) -> None:
         to_device(reference_model, "reference_model", self.device)
-        self.reference = make_reference(self.policy, reference_model, self.config)
+        self.reference = make_reference(
+            self.policy, reference_model, self.config, self.critic.module
+        )
 
     @property
     def policy_optimizer(self) -> Optimizer:

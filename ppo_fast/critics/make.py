@@ -70,7 +70,7 @@ def make_critic(
             f"config.critic={critic!r}: {type(policy.model).__name__} does not give access to its "
             "hidden states; pass a value_model or use critic='baseline'"
         )
-    hidden_size = policy.text_config.hidden_size
+    hidden_size = policy.states_size
     if critic == "head":
         return HeadCritic(ValueHead(hidden_size).to(device))
     assert config.num_layers_unfrozen is not None

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ppo_fast.checks import is_whole
+
 # A text, or its token ids.
 Prompt = str | list[int]
 
@@ -91,8 +93,10 @@ def check_prompts(prompts: Any) -> list[Prompt]:
 
 def _plain_ids(prompt: Any) -> Any:
     """Return ids in a tensor, an array or a tuple as a list; anything else as it is."""
-    if isinstance(prompt, tuple) or (hasattr(prompt, "tolist") and not isinstance(prompt, str)):
-        return list(prompt) if isinstance(prompt, tuple) else prompt.tolist()
+    if hasattr(prompt, "tolist") and not isinstance(prompt, str):
+        return prompt.tolist()
+    if isinstance(prompt, (list, tuple)):
+        return [int(token) if is_whole(token) else token for token in prompt]
     return prompt
 
 
@@ -131,10 +135,10 @@ def check_prompt_ids(
 ) -> None:
     """Check that no prompt is empty, and that each leaves room for ``max_length`` response tokens.
 
-    Ids are below ``vocab_size``.
 
     Raises:
-        ValueError: one does not (it is named, with its length and the limit).
+        ValueError: a prompt is empty, leaves no room, or holds an id that is not below
+            ``vocab_size``; it is named.
     """
     for i, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True)):
         if not ids:

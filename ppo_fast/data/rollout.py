@@ -77,13 +77,17 @@ class Rollout:
                 )
         tokens = make_tokens(prompt_ids, response_ids, pad_id, torch.device(device))
         known = torch.zeros(tokens.response_ids.shape, dtype=torch.float32, device="cpu")
-        for i, row in enumerate(logprobs or ()):
+        for name, given in (("logprobs", logprobs), ("finished", finished)):
+            if given is not None and len(given) != len(tokens):
+                raise ValueError(f"{name}: got {len(given)} entries, expected {len(tokens)}")
+        for i, row in enumerate(() if logprobs is None else logprobs):
             if len(row) != len(response_ids[i]):
                 raise ValueError(
                     f"logprobs[{i}]: got {len(row)} numbers for {len(response_ids[i])} tokens"
                 )
-            known[i, : len(row)] = torch.tensor(row, device="cpu")
-        ended = torch.tensor(finished or [True] * len(tokens), device="cpu")
+            known[i, : len(row)] = torch.as_tensor(row, device="cpu")
+        ends = [True] * len(tokens) if finished is None else [bool(x) for x in finished]
+        ended = torch.tensor(ends, device="cpu")
         length = max(len(row) for row in response_ids)
         return cls(
             tokens,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ppo_fast.models.parts import num_embeddings
 from ppo_fast.models.precision import computing_in
 from ppo_fast.models.transformers_internals import output_of
 
@@ -54,6 +55,7 @@ def _check_weights_are_its_own(copied: nn.Module, original: nn.Module) -> None:
         parameter.requires_grad_(False)
     try:
         ids = torch.arange(2, 6, device=next(copied.parameters()).device)[None]
+        ids %= num_embeddings(copied)
         result = output_of(copied, input_ids=ids, use_cache=False)[0]
         if not trained or not result.requires_grad:
             return

@@ -143,6 +143,11 @@ class LanguageModel:
         """``tolerance`` between decoding with a cache and one pass over all tokens."""
         return max(self.tolerance, DECODING_TOLERANCE_FLOAT64)
 
+    @property
+    def states_size(self) -> int:
+        """D, the size of the states; OPT's may be narrower than its layers."""
+        return self._head_weights()[0].shape[1] if self.fused else self.text_config.hidden_size
+
     def forward(self, tokens: Tokens, trunk_states: Tensor | None = None) -> Forward:
         """Run one pass over prompts and responses, from the tokens or from trunk states [B, L, D].
 
@@ -276,7 +281,10 @@ class LanguageModel:
             if states is None:
                 self.body = None  # a wrapper's base_model is the whole model
                 return f"the base_model of {type(self.model).__name__} returns no last_hidden_state"
-            found = self._shape(nn.functional.linear(states, *self._head_weights()).float())
+            weight, bias = self._head_weights()
+            if states.shape[-1] != weight.shape[1]:
+                return f"the states have {states.shape[-1]} numbers, the LM head {weight.shape[1]}"
+            found = self._shape(nn.functional.linear(states, weight, bias).float())
         real, expected = probed.tokens.attention_mask.bool(), probed.logits.float()
         if found[real].isnan().any() or expected[real].isnan().any():
             raise nan_error(self)

@@ -24,21 +24,39 @@ def lora_config(model: nn.Module, rank: int, num_layers_unfrozen: int | None = N
     except ImportError as error:
         raise ValueError("LoRA needs peft: pip install 'ppo_fast[lora]'") from error
     layers = layer_list(body_of(model))
-    top = layers[-(num_layers_unfrozen or len(layers)) :]
-    products = {
-        name.rpartition(".")[2]: type(module)
-        for name, module in top.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
+    first = len(layers) - (num_layers_unfrozen or len(layers))
+    top = {id(module) for module in layers[first:].modules()}
+    chosen = {
+        path: type(module)
+        for path, module in model.named_modules()
+        if id(module) in top and _is_product(model, path, module)
     }
-    first = len(layers) - len(top)
+    names = {path.rpartition(".")[2] for path in chosen}
+    ambiguous = any(
+        path.rpartition(".")[2] in names and not _is_product(model, path, module)
+        for path, module in model.named_modules()
+    )
     return LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
-        target_modules=sorted(products),
-        fan_in_fan_out=Conv1D in products.values(),  # how GPT-2 stores weights
-        layers_to_transform=list(range(first, len(layers))),
+        # names alone where they mean nothing else: a saved adapter is then short
+        target_modules=sorted(chosen if ambiguous else names),
+        layers_to_transform=None if ambiguous else list(range(first, len(layers))),
+        fan_in_fan_out=Conv1D in chosen.values(),  # how GPT-2 stores weights
         task_type="CAUSAL_LM",
     )
+
+
+def _is_product(model: nn.Module, path: str, module: nn.Module) -> bool:
+    """Return whether a module is a plain product, and neither a router nor one that peft refuses.
+
+    Of Mamba's layers, peft refuses those whose fused kernels would pass the adapters by.
+    """
+    if type(module) not in (nn.Linear, Conv1D):
+        return False
+    parent, _, name = path.rpartition(".")
+    of_mamba = "mamba" in type(model.get_submodule(parent)).__name__.lower()
+    return not (of_mamba and name in ("out_proj", "conv1d"))
 
 
 def with_lora(model: Any, rank: int, num_layers_unfrozen: int | None = None) -> Any:

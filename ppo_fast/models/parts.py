@@ -35,11 +35,19 @@ def layer_list(body: nn.Module | None) -> nn.ModuleList:
     Raises:
         ValueError: no module list has as many entries as the config names layers.
     """
-    config = getattr(body, "config", None)
-    count = config.get_text_config().num_hidden_layers if config is not None else None
-    for child in body.modules() if body is not None else ():
-        if isinstance(child, nn.ModuleList) and len(child) == count:
-            return child
+    config: Any = getattr(body, "config", None)
+    text_config = None if config is None else config.get_text_config()
+    count = getattr(text_config, "num_hidden_layers", None)
+    found: list[nn.ModuleList] = []
+    for parent in body.modules() if body is not None else ():
+        for child in parent.children():
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                own: Any = getattr(parent, "config", None)
+                if getattr(own, "model_type", "") == getattr(text_config, "model_type", None):
+                    return child  # and not that of a part for images or sound
+                found.append(child)
+    if found:
+        return found[0]
     raise ValueError(
         f"num_layers_unfrozen: found no list of {count} layers in {type(body).__name__}; "
         "use num_layers_unfrozen=None"

@@ -63,19 +63,23 @@ def probe(model: nn.Module) -> Probed:
     try:
         with uncompiled(model):
             logits = run(model, tokens).logits
-    except TypeError as cause:
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as cause:
+        how = (
+            "with input_ids and use_cache alone" if outside is None else f"in autocast to {outside}"
+        )
         raise ValueError(
-            f"policy_model: {type(model).__name__} cannot be called with input_ids and use_cache "
-            f"alone ({cause})"
+            f"policy_model: {type(model).__name__} cannot be called {how} "
+            f"({type(cause).__name__}: {cause})"
         ) from cause
     finally:
         for handle in handles:
             handle.remove()
-    _check_logits(model, logits)
+    half = logits.dtype in HALF or bool(inside - {None}) or next(model.parameters()).dtype in HALF
+    _check_logits(model, logits, half=half)
     return Probed(tokens, logits, next(iter(inside - {None, outside}), None))
 
 
-def _check_logits(model: nn.Module, logits: Tensor) -> None:
+def _check_logits(model: nn.Module, logits: Tensor, *, half: bool) -> None:
     kind, rows = type(model).__name__, num_embeddings(model)
     if logits.shape[-1] > rows:
         raise ValueError(
@@ -85,7 +89,7 @@ def _check_logits(model: nn.Module, logits: Tensor) -> None:
         )
     first, last = logits[0, :4].float(), logits[2, :4].float()
     difference = relative_difference(last, first)
-    if difference > (3e-3 if logits.dtype in HALF else 1e-5):
+    if difference > (3e-3 if half else 1e-5):
         raise TypeError(
             f"policy_model: {kind} is not causal: a token's logits change with later tokens (by "
             f"{difference:.1e}); use a decoder, or load this model with is_decoder=True"

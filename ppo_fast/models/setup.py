@@ -39,7 +39,10 @@ def make_policy(
 
 
 def make_reference(
-    policy: LanguageModel, reference_model: nn.Module | None, config: PPOConfig
+    policy: LanguageModel,
+    reference_model: nn.Module | None,
+    config: PPOConfig,
+    value_model: nn.Module | None = None,
 ) -> LanguageModel:
     """Return the frozen model that the KL is measured to: the one given, or a copy of the policy.
 
@@ -56,12 +59,13 @@ def make_reference(
             f"reference_model: its vocabulary has {theirs.weight.shape[0]} tokens, the policy's "
             f"{ours.weight.shape[0]}; the KL compares probabilities of the same tokens"
         )
-    trained = {id(p) for p in policy.model.parameters() if p.requires_grad}
-    if any(id(p) in trained for p in reference_model.parameters()):
-        raise ValueError(
-            "reference_model: shares trained weights with policy_model, so that it would change as "
-            "it trains; give it a copy (copy.deepcopy), or None, for which a copy is made"
-        )
+    for name, model in (("policy_model", policy.model), ("value_model", value_model)):
+        trained = {id(p) for p in model.parameters() if p.requires_grad} if model else set()
+        if any(id(p) in trained for p in reference_model.parameters()):
+            raise ValueError(
+                f"reference_model: shares trained weights with {name}, and would change as it "
+                "trains; give it a copy (copy.deepcopy), or None: a copy of the policy"
+            )
     disable_dropout(reference_model)
     return LanguageModel(
         reference_model.requires_grad_(False).eval(), compute_dtype=config.torch_dtype
@@ -180,7 +184,8 @@ def disable_dropout(model: nn.Module) -> None:
         if "Dropout" in type(module).__name__ and isinstance(getattr(module, "p", None), float):
             module.p = 0.0  # type: ignore[assignment]
         for name, value in list(vars(module).items()):
-            if not any(word in name for word in ("drop", "jitter")):
+            # router_jitter_noise of PhiMoE is also a threshold, in eval mode too
+            if "drop" not in name and name != "jitter_noise":
                 continue
             # attention modules keep a probability as a float, adapters of peft one by their names
             if isinstance(value, float):

@@ -67,6 +67,15 @@ def output_of(module: Any, **arguments: Any) -> Any:
 CACHES = ("cache", "past_key_values", "cache_params", "state")
 
 
+def _forward_names(model: nn.Module) -> set[str]:
+    """Return the arguments of a model's forward; a wrapper hands its own on to the model in it."""
+    for part in model.modules():
+        names = {*inspect.signature(type(part).forward).parameters}
+        if names & set(CACHES):
+            return names
+    return set()
+
+
 def next_with_own_cache(
     model: Any, input_ids: Tensor, cache: Any, *, use_cache: bool = True
 ) -> tuple[Tensor, Any]:
@@ -75,7 +84,7 @@ def next_with_own_cache(
     Returns the logits [n, V] of the last column, in float32 (float64 for float64), and the cache,
     None without ``use_cache``.
     """
-    names = inspect.signature(type(model).forward).parameters
+    names = _forward_names(model)
     arguments: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
     length = 0
     if cache is not None:
@@ -165,29 +174,32 @@ class ContextLimit(NamedTuple):
 def context_limit_of(config: Any) -> ContextLimit | None:
     """Return the max number of positions at which a row does not depend on the rows beside it.
 
-    Rotary embeddings of the types longrope and dynamic take other frequencies for a whole batch
-    once its longest row passes their original length, and keys in a cache keep the former ones.
+    Rotary embeddings of the type longrope take other frequencies for a whole batch once its longest
+    row passes their original length, and keys in a cache keep the former ones. Those of the type
+    dynamic do so beyond ``max_position_embeddings``.
     """
-    limits = [
-        ContextLimit(limit)
-        for limit in (getattr(config, "max_position_embeddings", None),)
-        if limit is not None
-    ]
+    limits = []
+    if (positions := getattr(config, "max_position_embeddings", None) or 0) > 0:
+        limits.append(ContextLimit(positions))
+    if kept := getattr(config, "keep_window_size", None):
+        why = "beyond it, which keys its attention keeps depends on padding"
+        limits.append(ContextLimit(kept, why))
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     for settings in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
         kind = settings.get("rope_type", settings.get("type"))
         original = settings.get("original_max_position_embeddings") or getattr(
             config, "original_max_position_embeddings", None
         )
-        if kind in ("longrope", "dynamic") and original is not None:
-            why = f"its {kind} rotary embeddings depend on the other rows of a batch beyond it"
+        if kind == "longrope" and original is not None:
+            why = "its longrope rotary embeddings depend on the other rows of a batch beyond it"
             limits.append(ContextLimit(original, why))
     return min(limits, default=None)
 
 
 def logit_scale(config: Any) -> float:
-    """Return the factor that a model multiplies its logits with, as Cohere's do; 1 for others."""
-    return float(getattr(config, "logit_scale", None) or 1.0)
+    """Return the factor of a model's logits, as Cohere's and Granite's have; 1 for others."""
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    return float(getattr(config, "logit_scale", None) or 1.0) / float(divisor)
 
 
 def softcap(config: Any) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import torch
+from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -50,7 +51,11 @@ class ClassifierReward:
             )
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
         limit = context_limit({"reward": model})
-        self.max_length = min(tokenizer.model_max_length, limit.tokens if limit else 10**9)
+        # positions of RoBERTa's kind begin after the pad id
+        table = getattr(model.base_model, "embeddings", None)
+        padding = getattr(getattr(table, "position_embeddings", None), "padding_idx", None)
+        taken = 0 if padding is None else padding + 1
+        self.max_length = min(tokenizer.model_max_length, limit.tokens - taken if limit else 10**9)
         self._warned = False
 
     def to(self, device: torch.device | str) -> ClassifierReward:
@@ -66,10 +71,16 @@ class ClassifierReward:
             batch = self._encode(texts[start : start + self.batch_size]).to(self.model.device)
             logits = self.model(**batch).logits.float()
             if self.label is not None:
-                others = [i for i in range(logits.shape[1]) if i != self.label]
-                logits = logits[:, self.label] - logits[:, others].logsumexp(-1)
+                logits = self._log_odds(logits)
             scores += logits.flatten().tolist()
         return scores
+
+    def _log_odds(self, logits: Tensor) -> Tensor:
+        """Return the log-odds [n] of the label."""
+        if self.model.config.problem_type == "multi_label_classification":
+            return logits[:, self.label]  # each label has a sigmoid of its own
+        others = [i for i in range(logits.shape[1]) if i != self.label]
+        return logits[:, self.label] - logits[:, others].logsumexp(-1)
 
     def _encode(self, texts: list[str]) -> BatchEncoding:
         """Tokenise texts, without the beginning of those that are too long, and pad them."""

@@ -34,7 +34,8 @@ class Scorer:
 
     def nbytes(self) -> int:
         """Return the size in bytes of a reward model's weights; 0 for a function."""
-        model = getattr(self.reward, "model", self.reward)
+        own = self.reward if isinstance(self.reward, nn.Module) else None
+        model = own or getattr(self.reward, "model", None)
         return sum(p.nbytes for p in model.parameters()) if isinstance(model, nn.Module) else 0
 
     def of_rollout(self, rollout: Rollout) -> Tensor:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.sampling import Sampling
 from ppo_fast.models.checks import context_limit
-from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.models.language_model import HALF_TOLERANCE, LanguageModel
+from ppo_fast.models.patching import uncompiled
 from ppo_fast.models.precision import WeightCopies
 from ppo_fast.models.transformers_internals import windows
-from ppo_fast.rollout.local_engine import LocalEngine
+from ppo_fast.rollout.decode import decode
+
+logger = logging.getLogger(__name__)
 
 # Lengths differ, so that rows end at different places; one is decoded after others have ended.
-PROMPTS = ((1, 5, 2, 7, 3), (4,), (2, 8, 5), (3, 6, 1))
+# Ids are those of no special tokens: some models count positions without padding.
+PROMPTS = ((11, 15, 12, 17, 13), (14,), (12, 18, 15), (13, 16, 11))
 NEW_TOKENS = 3
+MOST_MEAN_DIFFERENCE_HALF = 0.5
 LONGEST = 64  # tokens; a wider window is not crossed
 
 
@@ -38,9 +45,16 @@ def check_agreement(policy: LanguageModel, pad_id: int) -> bool:
     copies_work = True
     try:
         rollout = _rollout(policy, prompts, pad_id, WeightCopies(policy.compute_dtype))
-    except RuntimeError:  # float32 buffers meet half-precision weights
-        if policy.compute_dtype is None:
+    except RuntimeError as error:  # float32 buffers meet half-precision weights
+        if policy.compute_dtype is None or isinstance(error, torch.OutOfMemoryError):
             raise
+        logger.info(
+            "decoding casts weights at every step, which takes longer: copies of them in %s do not "
+            "fit %s (%s)",
+            policy.compute_dtype,
+            type(policy.model).__name__,
+            error,
+        )
         copies_work = False
         copies = WeightCopies(policy.compute_dtype, autocast=True)
         rollout = _rollout(policy, prompts, pad_id, copies)
@@ -54,8 +68,12 @@ def check_agreement(policy: LanguageModel, pad_id: int) -> bool:
         (batch, "in one pass over a row alone, and over it in a padded batch"),
         (sampled, "in decoding, and in one pass over all tokens"),
     ):
-        difference = float((found - alone)[mask].abs().max() / scale)
-        if not difference <= 2 * policy.decoding_tolerance:
+        differences = (found - alone)[mask].abs()
+        difference = float(differences.max() / scale)
+        fits = difference <= 2 * policy.decoding_tolerance
+        if policy.tolerance >= HALF_TOLERANCE:  # rounding may send a token to another expert
+            fits = float(differences.mean()) <= MOST_MEAN_DIFFERENCE_HALF
+        if not fits:
             raise ValueError(
                 f"policy_model: {type(policy.model).__name__} computes other log-probs {words}: "
                 f"they differ by {difference:.1e} of their size, so that what is sampled would not "
@@ -67,10 +85,11 @@ def check_agreement(policy: LanguageModel, pad_id: int) -> bool:
 def _rollout(
     policy: LanguageModel, prompts: list[list[int]], pad_id: int, copies: WeightCopies
 ) -> Rollout:
-    engine = LocalEngine(policy, eos_ids=list, pad_id=pad_id, slots=2, cuda_graphs=False)
     seeds = torch.arange(len(prompts), device="cpu")
-    with copies.in_use(policy.model):
-        return engine.generate(prompts, Sampling(NEW_TOKENS), seeds=seeds)
+    with copies.in_use(policy.model), uncompiled(policy.model):
+        return decode(
+            policy, prompts, Sampling(NEW_TOKENS), seeds=seeds, eos_ids=[], pad_id=pad_id, slots=2
+        )
 
 
 def _prompts(policy: LanguageModel) -> list[list[int]]:
@@ -79,7 +98,7 @@ def _prompts(policy: LanguageModel) -> list[list[int]]:
     rows = [list(row) for row in PROMPTS if len(row) <= most]
     lengths = [window + 2 for window in windows(policy.text_config) if window + 2 <= LONGEST]
     if lengths and max(lengths) <= most:
-        rows.append([3 + i % 7 for i in range(max(lengths))])
+        rows.append([13 + i % 7 for i in range(max(lengths))])
     return [[token % policy.vocab_size for token in row] for row in rows]
 
 

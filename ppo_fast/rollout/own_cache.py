@@ -27,7 +27,14 @@ from ppo_fast.rollout.speedups.cuda_graphs import first_line
 from ppo_fast.rollout.speedups.slot_check import check_layers
 from ppo_fast.rollout.stops import Stops
 
-ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, LookupError)
+ERRORS = (
+    ValueError,
+    TypeError,
+    RuntimeError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+)
 
 
 class OwnCache(NamedTuple):
@@ -47,7 +54,7 @@ _own: WeakKeyDictionary[LanguageModel, OwnCache | None] = WeakKeyDictionary()
 
 @torch.no_grad()
 def own_cache(model: LanguageModel) -> OwnCache | None:
-    """Return how a model decodes that does not decode by slots; None: it does.
+    """Return None if the model decodes by slots; otherwise why not, and whether it has a cache.
 
     Remembered per model, which is in eval mode.
     """
@@ -55,7 +62,7 @@ def own_cache(model: LanguageModel) -> OwnCache | None:
         try:
             check_layers(model)
             _own[model] = None
-        except NotFiniteError:
+        except (NotFiniteError, torch.OutOfMemoryError):
             raise
         except ERRORS as error:
             _own[model] = OwnCache(_words(error), _own_cache_fails(model))
@@ -69,7 +76,7 @@ def _words(error: Exception) -> str:
 
 def _own_cache_fails(model: LanguageModel) -> str | None:
     """Return the reason why steps with the model's own cache cannot be used, or None."""
-    ids = torch.tensor([[1, 5, 2, 7, 3, 4], [2, 8, 5, 1, 6, 7]], device=model.device)
+    ids = torch.tensor([[11, 15, 12, 17, 13, 14], [12, 18, 15, 11, 16, 17]], device=model.device)
     ids %= model.vocab_size
     expected = output_of(model.model, input_ids=ids, use_cache=False).logits
     try:

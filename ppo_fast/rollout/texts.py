@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -55,6 +56,24 @@ class Texts:
         vocab_size = num_embeddings(self.policy_model)
         check_prompt_ids(prompts, ids, max_length, limit, vocab_size=vocab_size)
         return ids
+
+    def check(self, tokens: Tokens, device: torch.device) -> None:
+        """Check tokens that were sampled elsewhere.
+
+        Raises:
+            ValueError: they are on another device, or an id is outside the vocabulary.
+        """
+        if tokens.device != device:
+            raise ValueError(
+                f"rollout: its tokens are on {tokens.device}, the trainer's models on {device}; "
+                f"use Rollout.from_tokens(..., device={str(device)!r})"
+            )
+        vocab_size, ids = num_embeddings(self.policy_model), tokens.input_ids
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+            raise ValueError(
+                f"rollout: holds ids from {int(ids.min())} to {int(ids.max())}, expected 0 to "
+                f"{vocab_size - 1}, the policy's vocabulary"
+            )
 
     def decode(self, rollout: Rollout, prompts: Sequence[Prompt] = ()) -> Rollout:
         """Return ``rollout`` with the texts of its prompts and responses.

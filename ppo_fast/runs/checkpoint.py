@@ -227,8 +227,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
     """Load an optimizer's moments.
 
     Learning rate and other settings stay those of the trainer's config, which may have been changed
-    for the rest of the run. A rate that a scheduler had set (which leaves its mark, "initial_lr")
-    is that of the checkpoint: the scheduler goes on from it.
+    for the rest of the run. A rate that a scheduler had set (it adds the setting "initial_lr") is
+    that of the checkpoint: the scheduler goes on from it.
     """
     own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     optimizer.load_state_dict(saved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -37,7 +38,10 @@ class FolderLock:
                 f"{name}: {folder} is in use by another run, {self._read_holder()}; wait for "
                 "its end, or name another folder"
             ) from error
-        except NotImplementedError:  # of a file system
+        except (NotImplementedError, OSError) as error:
+            unlockable = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+            if isinstance(error, OSError) and error.errno not in unlockable:
+                raise ValueError(f"{name}: {folder} cannot be written ({error})") from error
             logger.warning("%s cannot be locked: start no other run in it", folder)
         self._holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
 

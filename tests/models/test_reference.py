@@ -8,7 +8,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 from tiny_trainer import PROMPTS, count_letters, tiny_trainer, true_logprobs, weights
 from torch import nn
 
-from ppo_fast import PPO, PPOConfig, PPOTrainer
+from ppo_fast import PPO, PPOConfig, PPOTrainer, ValueModel
 
 
 def ppo_of(policy, reference, **options):
@@ -63,6 +63,22 @@ def test_models_that_do_not_fit(make, error, match):
     policy = tiny_model()
     with pytest.raises(error, match=match):
         ppo_of(policy, make(policy))
+
+
+def test_a_reference_does_not_freeze_the_value_model():
+    other = tiny_model(seed=5)
+    value = ValueModel(other.model, 64)
+    config = PPOConfig(max_length=6)
+    words = "reference_model: shares trained weights with value_model"
+    with pytest.raises(ValueError, match=words):
+        PPO(
+            tiny_model(), tiny_tokenizer(), count_letters,
+            value_model=value, reference_model=other, config=config,
+        )  # fmt: skip
+    assert all(p.requires_grad for p in value.parameters())
+    trainer = tiny_trainer()
+    with pytest.raises(ValueError, match=words):
+        trainer.reference_model = trainer.value_model.base_model
 
 
 @pytest.mark.parametrize("name", ["policy_model", "value_model", "config"])

@@ -70,6 +70,14 @@ def test_a_label_scores_by_its_log_odds(label, index):
     torch.testing.assert_close(torch.tensor(found), p.logit(), rtol=1e-4, atol=1e-4)
 
 
+def test_labels_that_do_not_exclude_one_another():
+    model, tokenizer = sentiment(), letters()
+    model.config.problem_type = "multi_label_classification"
+    found = ClassifierReward(model, tokenizer, label=1)(PROMPTS, COMPLETIONS)
+    expected = logits_alone(model, tokenizer, TEXTS)[:, 1]
+    torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_label_of_a_model_with_one():
     model = tiny_classifier("gpt2", pad_token_id=0)
     plain = ClassifierReward(model, letters())(PROMPTS, COMPLETIONS)

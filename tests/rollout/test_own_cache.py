@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import peft
 import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokenizer
@@ -73,6 +74,28 @@ def test_families(family, options):
     torch.testing.assert_close(rollout.logprobs.double(), truth, rtol=0, atol=2e-4)
     metrics = ppo.step(prompts).metrics
     assert metrics["first_max_log_ratio"] < 1e-3
+
+
+@pytest.mark.parametrize("wrap", ["adapters", "compiled"])
+def test_a_wrapper_keeps_the_cache(wrap):
+    model = model_of("lfm2")
+    if wrap == "adapters":
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["w1"]))
+    else:
+        model = torch.compile(model, backend="eager")
+    assert own_cache(LanguageModel(model)).why_no_cache is None
+
+
+def test_a_lack_of_memory_is_not_remembered(monkeypatch):
+    def full(model):
+        raise torch.OutOfMemoryError("out of memory")
+
+    model = LanguageModel(tiny_model(layers=2))
+    with monkeypatch.context() as m:
+        m.setattr("ppo_fast.rollout.own_cache.check_layers", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            own_cache(model)
+    assert own_cache(model) is None
 
 
 def test_it_draws_what_slots_draw(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import EOS_ID, PAD_ID, tiny_tokenizer
@@ -79,7 +80,7 @@ def test_one_bos_and_no_eos():
     assert encode_prompts(sentencepiece_like("$A"), ["the"])[0] == plain[1:]
 
 
-@pytest.mark.parametrize("kind", [list, tuple, torch.tensor])
+@pytest.mark.parametrize("kind", [list, tuple, torch.tensor, lambda row: [*map(np.int64, row)]])
 def test_prompts_as_token_ids(kind):
     by_text, by_ids = tiny_trainer(), tiny_trainer()
     ids = [kind(row) for row in tiny_tokenizer()(PROMPTS)["input_ids"]]
@@ -149,6 +150,19 @@ def test_a_rollout_of_wrong_tokens():
     ):
         with pytest.raises(ValueError, match=match):
             Rollout.from_tokens(*arguments)
+    for few in ({"logprobs": [[-1.0]]}, {"finished": [True]}):
+        (name,) = few
+        with pytest.raises(ValueError, match=f"{name}: got 1 entries, expected 2"):
+            Rollout.from_tokens([[1], [2]], [[2], [3]], **few)
+    arrays = Rollout.from_tokens(
+        [np.array([1, 2])], [np.array([3])], logprobs=[np.array([-0.5])], finished=np.array([True])
+    )
+    assert arrays.logprobs.tolist() == [[-0.5]]
+    with pytest.raises(ValueError, match=r"rollout: holds ids from 1 to 500, expected 0 to 306"):
+        tiny_trainer().make_experience(Rollout.from_tokens([[1]], [[500]]), [1.0])
+    meta = Rollout.from_tokens([[1]], [[5]], device="meta")
+    with pytest.raises(ValueError, match=r"tokens are on meta, .*device='cpu'"):
+        tiny_trainer().make_experience(meta, [1.0])
     with pytest.raises(ValueError, match=r"logprobs\[0\]: got 1 numbers for 2 tokens"):
         Rollout.from_tokens([[1]], [[2, 3]], logprobs=[[-0.5]])
     assert Rollout.from_tokens([[1]], [[2, EOS_ID]], finished=[False]).finished.tolist() == [False]

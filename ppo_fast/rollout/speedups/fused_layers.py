@@ -168,7 +168,7 @@ class StepForward:
         if (
             not isinstance(cache, SlotCache)
             or cache.lengths is None
-            or not self._takes(hidden_states, cache)
+            or not self._takes(hidden_states, position_embeddings, cache)
         ):
             own = type(self._layer).forward
             return own(
@@ -179,9 +179,17 @@ class StepForward:
         self.calls += 1
         return states
 
-    def _takes(self, hidden_states: Tensor, cache: SlotCache) -> bool:
-        """Return whether a step is in the kernel's dtype; the model's forward may convert it."""
+    def _takes(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        cache: SlotCache,
+    ) -> bool:
+        """Return whether a step is in the kernel's dtype, and rotates whole heads."""
         room, dtype = cache.layers[self._index], self._dtype
+        if position_embeddings is None or position_embeddings[0].shape[-1] != self._head_size:
+            self.why_not = "it does not rotate whole heads"
+            return False
         if torch.is_autocast_enabled("cpu"):
             self.why_not = "the model's forward enters autocast"
         elif hidden_states.dtype != dtype:

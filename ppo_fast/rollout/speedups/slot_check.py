@@ -17,8 +17,9 @@ from ppo_fast.rollout.slots import SlotCache, step_arguments
 from ppo_fast.rollout.speedups.fused_layers import fused_layers, why_not_all_are_fused
 from ppo_fast.rollout.speedups.step_attention import step_attention
 
-# Lengths differ, so that every row is at a different position.
-PROBE = ((1, 5, 2, 7, 3), (4, 1, 6), (2, 8, 5, 1))
+# Lengths differ, so that every row is at a different position. Ids are those of no special tokens:
+# some models count positions without padding.
+PROBE = ((11, 15, 12, 17, 13), (14, 11, 16), (12, 18, 15, 11))
 
 # Devices on which steps attend by ``decode_attention``; the CPU has whole layers in C++ instead.
 ATTENDING_DEVICES = {"cuda"}
