@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -64,6 +65,12 @@ def _threads(request):
     """Run kernels on several threads, and models on one: tiny models gain nothing from more threads
     and, beside other processes, wait for threads that are not running."""
     torch.set_num_threads(THREADS if "ops" in request.path.parts else 1)
+
+
+@pytest.fixture(autouse=True)
+def _path_of_modules(monkeypatch):
+    """Loading a reward adds its folder to the path; other tests must not import from there."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokenizer
-from tiny_trainer import PROMPTS, changed, count_letters, tiny_trainer, weights
+from tiny_trainer import PROMPTS, changed, count_letters, names, tiny_trainer, weights
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -78,7 +78,7 @@ def test_an_error_during_an_update_writes_no_checkpoint(tmp_path, monkeypatch, c
     monkeypatch.setattr("ppo_fast.learning.learner.Learner._step", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trainer.train(PROMPTS, num_steps=1, progress=False, **arguments)
-    assert [path.name for path in tmp_path.iterdir()] == ["ppo_checkpoint_step_2.pt"]
+    assert names(tmp_path) == ["ppo_checkpoint_step_2.pt"]
     assert "newest checkpoint" in caplog.text
 
 

@@ -44,7 +44,7 @@ def test_spec_usage(gpt2, capsys):
     rollout = names["ppo_trainer"].last_rollout
     assert len(rollout.prompts) == 3, "a batch larger than the list is the list"
     assert 3 < rollout.tokens.response_ids.shape[1] <= 150
-    saved = {path.name for path in (gpt2 / "checkpoints").iterdir()}
+    saved = {path.name for path in (gpt2 / "checkpoints").glob("*.pt")}
     assert saved == {"ppo_checkpoint_step_1.pt", "ppo_checkpoint_step_2.pt"}
     start = AutoModelForCausalLM.from_pretrained("gpt2")
     weight = "transformer.h.0.attn.c_attn.weight"

@@ -113,24 +113,22 @@ def filled(model, dtype=torch.float32):
     return cache
 
 
-@pytest.mark.parametrize("what", ["slots", "lengths", "keys", "sizes", "tables"])
+@pytest.mark.parametrize("what", ["slots", "lengths", "keys", "sizes"])
 def test_a_layer_checks_what_it_hands_over(what):
     model = LanguageModel(tiny_model("llama"))
     with fused_layers(model) as layers:
         step_of(layers[0], filled(model))
-        cache, changes = filled(model), {}
+        cache = filled(model)
         if what == "slots":
             cache.row_slots = cache.row_slots.int()
         elif what == "lengths":
             cache.lengths = cache.lengths[:1]
         elif what == "keys":
             cache.layers[0].keys = cache.layers[0].keys.transpose(0, 1)
-        elif what == "sizes":
-            cache.layers[0].values = cache.layers[0].values[:, :, :, :8]
         else:
-            changes["tables"] = (torch.randn(1, 1, 8), torch.randn(1, 1, 8))
+            cache.layers[0].values = cache.layers[0].values[:, :, :, :8]
         with pytest.raises(ValueError, match="expected"):
-            step_of(layers[0], cache, **changes)
+            step_of(layers[0], cache)
         assert layers[0].calls == 1
 
 
@@ -146,3 +144,13 @@ def test_values_of_another_dtype_take_the_layers_own_forward():
         assert (
             layers[0].why_not == "keys are torch.float32, values torch.bfloat16, not torch.float32"
         )
+
+
+def test_tables_for_a_part_of_a_head_take_the_layers_own_forward():
+    model = LanguageModel(tiny_model("llama"))
+    with fused_layers(model) as layers:
+        tables = (torch.randn(1, 1, 8), torch.randn(1, 1, 8))
+        with pytest.raises(RuntimeError, match="size of tensor"):  # of a Llama layer
+            step_of(layers[0], filled(model), tables=tables)
+        assert layers[0].calls == 0
+        assert layers[0].why_not == "it does not rotate whole heads"
