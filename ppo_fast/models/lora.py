@@ -55,8 +55,8 @@ def _is_product(model: nn.Module, path: str, module: nn.Module) -> bool:
     if type(module) not in (nn.Linear, Conv1D):
         return False
     parent, _, name = path.rpartition(".")
-    of_mamba = "mamba" in type(model.get_submodule(parent)).__name__.lower()
-    return not (of_mamba and name in ("out_proj", "conv1d"))
+    is_mixer = hasattr(model.get_submodule(parent), "conv1d")
+    return not (is_mixer and name in ("out_proj", "conv1d"))
 
 
 def with_lora(model: Any, rank: int, num_layers_unfrozen: int | None = None) -> Any:
