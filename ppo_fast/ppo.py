@@ -343,8 +343,8 @@ class PPO:
     def load_checkpoint(self, checkpoint_path: str | Path) -> int:
         """Restore what ``save_checkpoint`` wrote, and return its step.
 
-        Nothing in the file is executed. Raises FileNotFoundError or ValueError, and changes nothing,
-        if there is no file, or it is truncated, not ours or of another model.
+        Nothing in the file is executed. Raises FileNotFoundError or ValueError, and changes
+        nothing, if there is no file, or it is truncated, not ours or of another model.
         """
         path = Path(checkpoint_path)
         contents = read_checkpoint(
