@@ -90,7 +90,8 @@ def next_with_own_cache(
     if cache is not None:
         name, kept, length = cache
         arguments[name] = kept
-    if "position_ids" in names:  # some models begin at 0 at every step
+    # some models begin at 0 at every step; without a cache, a pass numbers its tokens as any other
+    if use_cache and "position_ids" in names:
         columns = torch.arange(length, length + input_ids.shape[1], device=input_ids.device)
         arguments["position_ids"] = columns.expand_as(input_ids)
     output = output_of(model, input_ids=input_ids, use_cache=use_cache, **arguments)
