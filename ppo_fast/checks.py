@@ -161,26 +161,23 @@ def check_fields(settings: Any) -> None:
     """
     hints = get_type_hints(type(settings))
     for item in fields(settings):
-        given = getattr(settings, item.name)
-        value = _plain(given)
+        value = plain_numbers(getattr(settings, item.name))
         if isinstance(value, list) and isinstance(item.default, tuple):
             value = tuple(value)
-        if value is not given:
-            object.__setattr__(settings, item.name, value)
+        object.__setattr__(settings, item.name, value)
         found = item.metadata.get("allowed") or _choices(hints[item.name])
         if found is not None and not found.test(value):
             raise ValueError(f"{item.name}: got {value!r}, expected {found.words}")
 
 
-def _plain(value: Any) -> Any:
-    """Return ``value`` with numpy's numbers as Python's, in lists and tuples too."""
+def plain_numbers(value: Any) -> Any:
+    """Return ``value`` with numpy's numbers as Python's, in lists, tuples and dicts too."""
+    if isinstance(value, dict):
+        return {plain_numbers(key): plain_numbers(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        items = [_plain(x) for x in value]
-        unchanged = all(x is y for x, y in zip(items, value, strict=True))
-        return value if unchanged else type(value)(items)
-    if type(value).__module__ == "numpy" and hasattr(value, "item"):
-        return value.item()
-    return value
+        return type(value)(plain_numbers(item) for item in value)
+    is_number = type(value).__module__ == "numpy" and getattr(value, "shape", None) == ()
+    return value.item() if is_number else value
 
 
 def _choices(hint: Any) -> Allowed | None:

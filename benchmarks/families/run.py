@@ -19,8 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from families.case import CHECKS, MAX_LENGTH, PROMPTS, TOLERANCE, TOLERANCE_BF16
 from families.cases import CASES
+from families.checks import CHECKS, MAX_LENGTH, PROMPTS, TOLERANCE, TOLERANCE_BF16
 from families.configs import LAYERS, TYPES
 
 ROOT = Path(__file__).parents[2]

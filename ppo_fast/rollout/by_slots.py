@@ -11,39 +11,32 @@ import torch
 from torch import Tensor
 
 from ppo_fast.data.rollout import Rollout
-from ppo_fast.data.sampling import Sampling
 from ppo_fast.data.tokens import Tokens, make_tokens
 from ppo_fast.data.trunk_states import TrunkStates
 from ppo_fast.models.language_model import LanguageModel, Next
 from ppo_fast.rollout.buffers import Buffers, KeptBuffers, Sizes, recorded_with
 from ppo_fast.rollout.draw import NOT_FINITE, draw
-from ppo_fast.rollout.prompts import Prompt, PromptBatch, Prompts
+from ppo_fast.rollout.prompts import PromptBatch, Prompts
+from ppo_fast.rollout.request import Request
 from ppo_fast.rollout.slots import step_arguments
 from ppo_fast.rollout.speedups.cuda_graphs import Capture
 from ppo_fast.rollout.speedups.few_rows import few_row_products
 from ppo_fast.rollout.speedups.fused_layers import StepForward, fused_layers
 from ppo_fast.rollout.speedups.slot_check import layers_can_be_fused, steps_can_attend
 from ppo_fast.rollout.speedups.step_attention import step_attention
-from ppo_fast.rollout.stops import Stops
 
 
 def decode_by_slots(
     model: LanguageModel,
-    prompt_ids: Sequence[Sequence[int]],
-    sampling: Sampling,
-    stops: Stops,
+    request: Request,
     *,
-    seeds: Tensor,
-    slots: int,
-    max_lengths: Sequence[int],
-    pad_id: int,
     max_prompt_tokens: int,
     keep_states: bool,
     whole_trunk: bool,
     capture: Capture | None,
     kept: KeptBuffers | None,
 ) -> Rollout:
-    """Sample a response for every prompt; the arguments are those of ``decode``.
+    """Sample a response for every prompt; the other arguments are those of ``decode``.
 
     The model is in eval mode.
     """
@@ -51,41 +44,36 @@ def decode_by_slots(
         kept = KeptBuffers(0)
     flags = {"keep_states": keep_states, "whole_trunk": whole_trunk}
     sizes = Sizes(
-        sequences=len(prompt_ids),
-        slots=slots,
-        capacity=max(map(len, prompt_ids)) + max(max_lengths),
-        draws=max(max_lengths) + whole_trunk,  # the last draw is not used
+        sequences=len(request.prompts),
+        slots=request.slots,
+        capacity=max(map(len, request.prompts)) + max(request.max_lengths),
+        draws=max(request.max_lengths) + whole_trunk,  # the last draw is not used
     )
     with _prepared(model) as (fused, attends, trunk_states):
-        step_is = recorded_with(model, sampling, attends=attends, **flags)
+        step_is = recorded_with(model, request.sampling, attends=attends, **flags)
         buffers = kept.take(model, sizes, step_is, attends=attends)
         decoding = _Decoding(
             model,
-            [tuple(ids) for ids in prompt_ids],
-            sampling,
-            stops,
+            request,
             buffers,
-            seeds=seeds,
-            slots=slots,
-            max_lengths=max_lengths,
             trunk_pieces=trunk_states,
             capture=capture,
             **flags,
         )
         prompts = Prompts(
-            model, decoding.prompts, max_prompt_tokens, pad_id, trunk_states, fused=fused
+            model, request.prompts, max_prompt_tokens, request.pad_id, trunk_states, fused=fused
         )
         decoding.admit(prompts)
         while decoding.running:
             decoding.step()
             decoding.admit(prompts)
-    rollout = decoding.rollout(pad_id)
+    rollout = decoding.rollout(request.pad_id)
     kept.keep(buffers)
     return rollout
 
 
 class _Prepared(NamedTuple):
-    """What a model prepared for decoding does.
+    """Fast paths that a model takes within ``_prepared``.
 
     fused: whether all of its layers are fused.
     attends: whether its steps run within ``step_attention``.
@@ -126,31 +114,27 @@ class _Decoding:
     def __init__(
         self,
         model: LanguageModel,
-        prompts: list[Prompt],
-        sampling: Sampling,
-        stops: Stops,
+        request: Request,
         buffers: Buffers,
         *,
-        seeds: Tensor,
-        slots: int,
-        max_lengths: Sequence[int],
         keep_states: bool,
         trunk_pieces: list[Tensor],
         whole_trunk: bool,
         capture: Capture | None,
     ) -> None:
-        self.model, self.prompts, self.sampling, self.stops = model, prompts, sampling, stops
-        self.buffers, self.slots, self.max_lengths = buffers, slots, max_lengths
+        self.model, self.buffers = model, buffers
+        self.prompts, self.sampling, self.stops = request.prompts, request.sampling, request.stops
+        self.slots, self.max_lengths = request.slots, request.max_lengths
         self.keep_states, self.capture = keep_states, capture
         self.trunk_pieces, self.whole_trunk = trunk_pieces, whole_trunk
         self.lingering: set[int] = set()  # ended sequences that take one more step, for whole_trunk
-        self.waiting = deque(range(len(prompts)))
+        self.waiting = deque(range(len(request.prompts)))
         self.running: list[int | None] = []  # index of each slot's sequence; None: it has ended
-        self.responses: list[list[int]] = [[] for _ in prompts]
-        self.finished = [False] * len(prompts)
+        self.responses: list[list[int]] = [[] for _ in request.prompts]
+        self.finished = [False] * len(request.prompts)
         vocab_size = model.vocab_size
-        ends = self._tensor([i for i in stops.ids if i < vocab_size])
-        buffers.begin(seeds.to(model.device), ends)
+        ends = self._tensor([i for i in request.stops.ids if i < vocab_size])
+        buffers.begin(request.seeds, ends)
 
     def admit(self, prompts: Prompts) -> None:
         """Give free slots to waiting sequences, and close the gaps that remain."""

@@ -16,6 +16,7 @@ from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.rollout.buffers import KeptBuffers
 from ppo_fast.rollout.by_slots import decode_by_slots
 from ppo_fast.rollout.own_cache import decode_with_own_cache, own_cache
+from ppo_fast.rollout.request import Request
 from ppo_fast.rollout.speedups.cuda_graphs import Capture
 from ppo_fast.rollout.speedups.step_attention import masked_attention
 from ppo_fast.rollout.stops import Stops
@@ -74,30 +75,21 @@ def decode(
         FloatingPointError: the model gave NaN or infinite logits.
     """
     _check_stop_token_ids(sampling, model.vocab_size)
-    stops = Stops(sampling, eos_ids, to_text)
-    max_lengths = max_lengths or [sampling.max_length] * len(prompt_ids)
-    slots = min(slots or len(prompt_ids), len(prompt_ids))
+    request = Request(
+        prompts=[tuple(ids) for ids in prompt_ids],
+        sampling=sampling,
+        stops=Stops(sampling, eos_ids, to_text),
+        seeds=seeds.to(model.device),
+        max_lengths=max_lengths or [sampling.max_length] * len(prompt_ids),
+        slots=min(slots or len(prompt_ids), len(prompt_ids)),
+        pad_id=pad_id,
+    )
     with _plain_layers(model):
         if own_cache(model) is not None:
-            return decode_with_own_cache(
-                model,
-                prompt_ids,
-                sampling,
-                stops,
-                seeds=seeds,
-                slots=slots,
-                max_lengths=max_lengths,
-                pad_id=pad_id,
-            )
+            return decode_with_own_cache(model, request)
         return decode_by_slots(
             model,
-            prompt_ids,
-            sampling,
-            stops,
-            seeds=seeds,
-            slots=slots,
-            max_lengths=max_lengths,
-            pad_id=pad_id,
+            request,
             max_prompt_tokens=max_prompt_tokens,
             keep_states=keep_states,
             whole_trunk=whole_trunk and model.split is not None,

@@ -9,7 +9,6 @@ model without a cache, or whose cache gives other logits, computes all tokens an
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -17,15 +16,14 @@ import torch
 from torch import Tensor
 
 from ppo_fast.data.rollout import Rollout
-from ppo_fast.data.sampling import Sampling
 from ppo_fast.data.tokens import make_tokens
 from ppo_fast.models.language_model import LanguageModel, NotFiniteError
 from ppo_fast.models.probe import relative_difference
 from ppo_fast.models.transformers_internals import next_with_own_cache, output_of
 from ppo_fast.rollout.draw import NOT_FINITE, draw
+from ppo_fast.rollout.request import Request
 from ppo_fast.rollout.speedups.cuda_graphs import first_line
 from ppo_fast.rollout.speedups.slot_check import check_layers
-from ppo_fast.rollout.stops import Stops
 
 ERRORS = (
     ValueError,
@@ -93,87 +91,66 @@ def _own_cache_fails(model: LanguageModel) -> str | None:
 
 
 @torch.no_grad()
-def decode_with_own_cache(
-    model: LanguageModel,
-    prompt_ids: Sequence[Sequence[int]],
-    sampling: Sampling,
-    stops: Stops,
-    *,
-    seeds: Tensor,
-    slots: int,
-    max_lengths: Sequence[int],
-    pad_id: int,
-) -> Rollout:
-    """Sample a response for every prompt; the arguments are those of ``decode``.
+def decode_with_own_cache(model: LanguageModel, request: Request) -> Rollout:
+    """Sample a response for every prompt.
 
     The model is in eval mode. The rollout has neither states nor trunk states.
     """
     groups: dict[int, list[int]] = defaultdict(list)
-    for i, ids in enumerate(prompt_ids):
+    for i, ids in enumerate(request.prompts):
         groups[len(ids)].append(i)
-    drawn = _Drawn(model, sampling, stops, seeds.to(model.device), max_lengths)
-    for length in sorted(groups):
-        for start in range(0, len(groups[length]), slots):
-            rows = groups[length][start : start + slots]
-            _decode_together(model, rows, [prompt_ids[i] for i in rows], drawn)
-    tokens = make_tokens(prompt_ids, drawn.responses, pad_id, model.device)
+    drawn = _Drawn(model, request)
+    for _, together in sorted(groups.items()):
+        for start in range(0, len(together), request.slots):
+            _decode_together(model, request, together[start : start + request.slots], drawn)
+    tokens = make_tokens(request.prompts, drawn.responses, request.pad_id, model.device)
     width, beyond = tokens.response_ids.shape[1], ~tokens.response_mask
     logprobs = drawn.logprobs[:, :, :width].masked_fill(beyond, 0.0)
     if not torch.isfinite(logprobs[0]).all():
         raise FloatingPointError(NOT_FINITE)
     finished = torch.tensor(drawn.finished, device="cpu")
-    return Rollout(tokens, logprobs[0], logprobs[1], finished, sampling)
+    return Rollout(tokens, logprobs[0], logprobs[1], finished, request.sampling)
 
 
 class _Drawn:
     """Tokens drawn so far and their log-probs, by sequence."""
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        sampling: Sampling,
-        stops: Stops,
-        seeds: Tensor,
-        max_lengths: Sequence[int],
-    ) -> None:
-        self.sampling, self.stops, self.seeds, self.max_lengths = (
-            sampling,
-            stops,
-            seeds,
-            max_lengths,
-        )
-        self.responses: list[list[int]] = [[] for _ in max_lengths]
-        self.finished = [False] * len(max_lengths)
+    def __init__(self, model: LanguageModel, request: Request) -> None:
+        self.request, count = request, len(request.prompts)
+        self.responses: list[list[int]] = [[] for _ in range(count)]
+        self.finished = [False] * count
         self.logprobs = torch.zeros(
-            2, len(max_lengths), max(max_lengths), dtype=torch.float32, device=model.device
+            2, count, max(request.max_lengths), dtype=torch.float32, device=model.device
         )
         self.ends = torch.zeros(model.vocab_size, dtype=torch.bool, device=model.device)
-        self.ends[[i for i in stops.ids if i < model.vocab_size]] = True
+        self.ends[[i for i in request.stops.ids if i < model.vocab_size]] = True
 
     def draw(self, rows: list[int], position: int, logits: Tensor) -> Tensor:
         """Draw the tokens [n] at ``position`` of the responses of sequences ``rows``."""
         positions = torch.full((len(rows),), position, device=logits.device)
-        sampled = draw(logits, self.seeds[rows], positions, self.sampling, self.ends)
+        sampled = draw(
+            logits, self.request.seeds[rows], positions, self.request.sampling, self.ends
+        )
         self.logprobs[0, rows, position] = sampled.logprobs.float()
         self.logprobs[1, rows, position] = sampled.sampling_logprobs.float()
         for i, token in zip(rows, sampled.tokens.tolist(), strict=True):
             if not self.ended(i):
                 self.responses[i].append(token)
-                self.finished[i] = self.stops.ends(self.responses[i])
+                self.finished[i] = self.request.stops.ends(self.responses[i])
         return sampled.tokens
 
     def ended(self, i: int) -> bool:
-        return self.finished[i] or len(self.responses[i]) == self.max_lengths[i]
+        return self.finished[i] or len(self.responses[i]) == self.request.max_lengths[i]
 
 
 def _decode_together(
-    model: LanguageModel, rows: list[int], prompts: Sequence[Sequence[int]], drawn: _Drawn
+    model: LanguageModel, request: Request, rows: list[int], drawn: _Drawn
 ) -> None:
     """Decode sequences ``rows``, whose prompts have equal lengths, until the last has ended."""
-    ids, cache = torch.tensor([list(prompt) for prompt in prompts], device=model.device), None
+    ids, cache = torch.tensor([request.prompts[i] for i in rows], device=model.device), None
     own = own_cache(model)
     assert own is not None
-    for position in range(max(drawn.max_lengths[i] for i in rows)):
+    for position in range(max(request.max_lengths[i] for i in rows)):
         if own.why_no_cache is None:
             logits, cache = next_with_own_cache(model.model, ids, cache)
         else:

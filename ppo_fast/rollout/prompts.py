@@ -12,9 +12,8 @@ from torch import Tensor
 from ppo_fast.data.batches import batches_by_tokens
 from ppo_fast.data.tokens import pad_right
 from ppo_fast.models.language_model import LanguageModel, Next
+from ppo_fast.rollout.request import PromptIds
 from ppo_fast.rollout.slots import SlotCache
-
-Prompt = tuple[int, ...]
 
 
 class PromptBatch(NamedTuple):
@@ -45,7 +44,7 @@ class Prompts:
     def __init__(
         self,
         model: LanguageModel,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[PromptIds],
         max_tokens: int,
         pad_id: int,
         trunk_states: list[Tensor],
@@ -56,16 +55,16 @@ class Prompts:
         self._max_tokens = max_tokens
         # without the fused LM head, a pass gives logits of each row's last column alone
         self._fused, self._wanted = fused and model.fused, Counter(prompts)
-        self._computed: dict[Prompt, tuple[PromptBatch, int]] = {}
+        self._computed: dict[PromptIds, tuple[PromptBatch, int]] = {}
 
-    def read(self, prompts: Sequence[Prompt], cache: SlotCache) -> None:
+    def read(self, prompts: Sequence[PromptIds], cache: SlotCache) -> None:
         """Compute those of ``prompts`` that are not computed yet."""
         missing = [p for p in dict.fromkeys(prompts) if p not in self._computed]
         for together in self._batches(missing):
             batch = self._compute(together, cache)
             self._computed |= {prompt: (batch, row) for row, prompt in enumerate(together)}
 
-    def take(self, prompts: Sequence[Prompt]) -> list[tuple[PromptBatch, list[int], list[int]]]:
+    def take(self, prompts: Sequence[PromptIds]) -> list[tuple[PromptBatch, list[int], list[int]]]:
         """Return each pass that computed some of ``prompts``, its rows and their prompts' indices.
 
         A prompt is forgotten when its last response has taken it.
@@ -81,7 +80,7 @@ class Prompts:
                 del self._computed[prompt]
         return list(taken.values())
 
-    def _batches(self, prompts: list[Prompt]) -> Iterator[list[Prompt]]:
+    def _batches(self, prompts: list[PromptIds]) -> Iterator[list[PromptIds]]:
         lengths = {len(prompt) for prompt in prompts}
         # Without the fused LM head, prompts of a pass must have equal lengths (see __init__).
         for together in [lengths] if self._model.fused else [{n} for n in sorted(lengths)]:
@@ -91,14 +90,14 @@ class Prompts:
             )
             yield from ([group[row] for row in batch.tolist()] for batch in batches)
 
-    def _compute(self, prompts: list[Prompt], cache: SlotCache) -> PromptBatch:
+    def _compute(self, prompts: list[PromptIds], cache: SlotCache) -> PromptBatch:
         device = self._model.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         return (
             self._flat(prompts, lengths) if self._fused else self._padded(prompts, lengths, cache)
         )
 
-    def _padded(self, prompts: list[Prompt], lengths: Tensor, cache: SlotCache) -> PromptBatch:
+    def _padded(self, prompts: list[PromptIds], lengths: Tensor, cache: SlotCache) -> PromptBatch:
         """Compute prompts in one padded pass, one row per prompt."""
         input_ids = pad_right(prompts, self._pad_id, lengths.device)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
@@ -112,7 +111,7 @@ class Prompts:
         )
         return PromptBatch(cache.prompts(), next_, self._trunk.pop() if self._trunk else None)
 
-    def _flat(self, prompts: list[Prompt], lengths: Tensor) -> PromptBatch:
+    def _flat(self, prompts: list[PromptIds], lengths: Tensor) -> PromptBatch:
         """Compute prompts in one pass without padding, one row per token."""
         rows = torch.repeat_interleave(torch.arange(len(prompts), device="cpu"), lengths)
         positions = torch.cat([torch.arange(len(prompt), device="cpu") for prompt in prompts])

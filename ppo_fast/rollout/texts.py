@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -81,44 +81,32 @@ class Texts:
         ``prompts`` are its prompts as they were given: a text stays as it is. Empty: all are
         decoded.
         """
-        tokens, skip = rollout.tokens, self.skip_special_tokens
-        texts = self.tokenizer.batch_decode(_rows(tokens)[0], skip_special_tokens=skip)
+        prompt_rows, rows = _rows(rollout.tokens)
+        ends = eos_ids(self.policy_model, self.tokenizer)
+        rows = [ids[:-1] if ids and ids[-1] in ends else ids for ids in rows]
+        texts = self._decode(prompt_rows)
         given = [p if isinstance(p, str) else t for p, t in zip(prompts, texts, strict=False)]
-        completions = decode_responses(
-            self.tokenizer,
-            tokens,
-            ends=eos_ids(self.policy_model, self.tokenizer),
-            skip_special_tokens=skip,
-        )
+        completions = self._continuations(prompt_rows, rows, texts)
         return replace(rollout, prompts=given or texts, completions=completions)
 
+    def _continuations(
+        self, prompts: list[list[int]], responses: list[list[int]], prompt_texts: list[str]
+    ) -> list[str]:
+        """Return the text of each response, as it continues its prompt.
 
-def decode_responses(
-    tokenizer: Any, tokens: Tokens, *, ends: Collection[int], skip_special_tokens: bool
-) -> list[str]:
-    """Return the text of each response, as it continues its prompt.
+        It is what prompt and response give when decoded together, after what the prompt gives
+        alone: decoded alone, the first word of a response lacks the space before it with many
+        tokenizers. If that text does not begin with the prompt's, the response is decoded alone.
+        """
+        both = self._decode([p + r for p, r in zip(prompts, responses, strict=True)])
+        return [
+            whole[len(prompt) :] if whole.startswith(prompt) else self._decode([row])[0]
+            for prompt, whole, row in zip(prompt_texts, both, responses, strict=True)
+        ]
 
-    It is what prompt and response give when decoded together, after what the prompt gives alone:
-    decoded alone, the first word of a response lacks the space before it with many tokenizers. If
-    that text does not begin with the prompt's, the response is decoded alone.
-
-    Args:
-        tokenizer: the policy's.
-        tokens: prompts and responses.
-        ends: ids that end a response; such a last token is not in the text.
-        skip_special_tokens: whether to leave out all special tokens.
-    """
-    prompts, responses = _rows(tokens)
-    responses = [ids[:-1] if ids and ids[-1] in ends else ids for ids in responses]
-
-    def decode(rows: list[list[int]]) -> list[str]:
-        return tokenizer.batch_decode(rows, skip_special_tokens=skip_special_tokens)
-
-    whole = decode([p + r for p, r in zip(prompts, responses, strict=True)])
-    texts = zip(decode(prompts), whole, decode(responses), strict=True)
-    return [
-        both[len(prompt) :] if both.startswith(prompt) else alone for prompt, both, alone in texts
-    ]
+    def _decode(self, rows: list[list[int]]) -> list[str]:
+        skip = self.skip_special_tokens
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=skip)
 
 
 def _rows(tokens: Tokens) -> tuple[list[list[int]], list[list[int]]]:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ppo_fast.checks import plain_numbers
+
 FORMAT, VERSION = "ppo_fast checkpoint", 2
 CONTENTS = {
     "version",
@@ -128,22 +130,13 @@ def save(payload: dict[str, Any], path: Path) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
     try:
         with os.fdopen(handle, "wb") as file:
-            torch.save({"format": FORMAT, "version": VERSION, **_plain(payload)}, file)
+            torch.save({"format": FORMAT, "version": VERSION, **plain_numbers(payload)}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-def _plain(value: Any) -> Any:
-    """Return ``value`` with numpy's numbers as Python's: ``load`` reads no others."""
-    if isinstance(value, dict):
-        return {_plain(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_plain(item) for item in value)
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def make_folder(folder: str | Path) -> None:

@@ -25,27 +25,19 @@ def model_of(family, **options):
     return model
 
 
+def rotating(family, rope, **options):
+    sizes = {"num_hidden_layers": 2, "num_key_value_heads": 2}
+    return model_of(family, rope_parameters={"rope_theta": 100.0} | rope, **sizes, **options)
+
+
 def longrope():
-    rope = {"rope_type": "longrope", "rope_theta": 100.0, "original_max_position_embeddings": 40}
-    return model_of(
-        "phi3",
-        num_hidden_layers=2,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        original_max_position_embeddings=40,
-        rope_parameters=rope | FACTORS,
-    )
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 40} | FACTORS
+    limits = {"max_position_embeddings": 128, "original_max_position_embeddings": 40}
+    return rotating("phi3", rope, **limits)
 
 
 def dynamic():
-    rope = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
-    return model_of(
-        "llama",
-        num_hidden_layers=2,
-        num_key_value_heads=2,
-        max_position_embeddings=40,
-        rope_parameters=rope,
-    )
+    return rotating("llama", {"rope_type": "dynamic", "factor": 4.0}, max_position_embeddings=40)
 
 
 MODELS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ppo_fast.data.prompts import check_prompts, encode_prompts
 from ppo_fast.data.rollout import Rollout
-from ppo_fast.data.tokens import make_tokens
-from ppo_fast.rollout.texts import decode_responses
+from ppo_fast.rollout.texts import Texts
 
-CPU = torch.device("cpu")
 WORDS = ["<s>", "</s>", "<think>", "▁the", "▁film", "▁was", "n't", "▁", "g", "ood"]
 
 
@@ -39,10 +38,10 @@ def sentencepiece_like(template="<s> $A </s>"):
     )
 
 
-def completions(prompt_ids, response_ids, **options):
-    tokens = make_tokens(prompt_ids, response_ids, 1, CPU)
-    options = {"ends": [1], "skip_special_tokens": True} | options
-    return decode_responses(sentencepiece_like(), tokens, **options)
+def completions(prompt_ids, response_ids, *, skip_special_tokens=True):
+    model = SimpleNamespace(generation_config=None)
+    texts = Texts(model, sentencepiece_like(), skip_special_tokens=skip_special_tokens)
+    return texts.decode(Rollout.from_tokens(prompt_ids, response_ids)).completions
 
 
 def test_a_response_is_decoded_as_it_continues_its_prompt():

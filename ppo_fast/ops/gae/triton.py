@@ -63,7 +63,7 @@ def gae_kernel(
     row = tl.program_id(0).to(tl.int64)
     decay = gamma * tl.load(lam + row)
     bootstrap = tl.load(bootstrap_value + row)
-    # Of the next valid step in a later block, for steps with none after them in their own block.
+    # Value and advantage of the first valid step in the blocks scanned so far, which come later.
     next_value = bootstrap
     next_advantage = 0.0
     lane = tl.arange(0, BLOCK)

@@ -113,7 +113,7 @@ def fold_tile_kernel(
     if ENTROPY:
         weighted_before = tl.load(entropies + row, mask=begun, other=0.0)
 
-    # What is loaded beyond the width, up to the next row, is not looked at.
+    # Numbers are loaded beyond the width, up to the next row; they are not used.
     pitch = (width + VEC - 1) // VEC * VEC
     start = products + row * pitch
     maximum = before

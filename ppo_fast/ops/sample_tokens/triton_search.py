@@ -1,4 +1,4 @@
-"""How the sampling kernels read a row, and how they find the least likely token that is kept.
+"""Functions of the sampling kernels: read a row, and find the least likely token that is kept.
 
 The search does not sort: each pass over the row, mostly from the cache, quarters the range of an
 integer key, which is ordered as the logits are.

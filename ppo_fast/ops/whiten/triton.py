@@ -50,8 +50,8 @@ def block_moments_kernel(
     num_blocks: tl.int64,
     BLOCK: tl.constexpr,
 ):
-    """Of each block: how many tokens are valid, their mean, what the rounding of the mean left out,
-    and the sum of their squared deviations."""
+    """Compute, for each block, the number of its valid tokens, their mean, the rounding error of
+    the mean, and the sum of their squared deviations."""
     program = tl.program_id(0).to(tl.int64)
     first = program * BLOCK
     valid = load_block(mask, first, num_tokens, BLOCK) != 0
@@ -151,7 +151,7 @@ def block_gradient_sums_kernel(
     num_blocks: tl.int64,
     BLOCK: tl.constexpr,
 ):
-    """Of each block, over its valid tokens: how many they are, sum(g) and sum(g y)."""
+    """Compute, for each block, the number of its valid tokens, and their sum(g) and sum(g y)."""
     program = tl.program_id(0).to(tl.int64)
     first = program * BLOCK
     valid = load_block(mask, first, num_tokens, BLOCK) != 0
