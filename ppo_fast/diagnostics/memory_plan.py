@@ -365,12 +365,13 @@ def _saved(policy: Any, k: int | None, rows: int, length: int, dtype: torch.dtyp
         torch.enable_grad(),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
     ):
+        input_ids = torch.zeros(rows, length, dtype=torch.int64)
         if k is None:
-            body(input_ids=torch.zeros(rows, length, dtype=torch.int64), use_cache=False)
+            body(input_ids=input_ids, use_cache=False)
         else:
             hidden = policy.config.get_text_config().hidden_size
             trunk_states = torch.zeros(rows, length, hidden, dtype=next(body.parameters()).dtype)
             lower = Split(body, k).lower
             with replaced_forwards([(layer, lambda *_, **__: trunk_states) for layer in lower]):
-                body(inputs_embeds=trunk_states, use_cache=False)
+                body(input_ids=input_ids, use_cache=False)
     return sum(kept.values())

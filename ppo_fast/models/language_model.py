@@ -302,10 +302,12 @@ class LanguageModel:
         """
         tokens = probe_tokens(self.model)
         try:
-            whole, split = (
-                self._run(tokens, None)[0],
-                self._run(tokens, self.compute_trunk_states(tokens))[0],
-            )
+            trunk_states = self.compute_trunk_states(tokens)
+            if (shape := trunk_states.shape)[:2] != tokens.input_ids.shape:
+                return (
+                    f"its layers take states {list(shape)} for tokens {[*tokens.input_ids.shape]}"
+                )
+            whole, split = self._run(tokens, None)[0], self._run(tokens, trunk_states)[0]
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
             return f"{type(error).__name__}: {error}"
         assert whole is not None

@@ -105,12 +105,14 @@ def next_with_own_cache(
     raise ValueError("it returns no cache")
 
 
-def layer_output(states: Tensor, like: Any) -> Any:
-    """Return ``states`` as a layer returns them: alone, or first in a tuple as long as ``like``.
+def layer_output(states: Any, like: Any) -> Any:
+    """Return ``states`` as a layer that returned ``like`` does: alone, or first in a tuple or list.
 
     What else such a layer returns, as weights of attention, is None: a body does not read it.
     """
-    return (states, *[None] * (len(like) - 1)) if isinstance(like, tuple) else states
+    if not isinstance(like, (tuple, list)):
+        return states
+    return type(like)([states, *[None] * (len(like) - 1)])
 
 
 def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

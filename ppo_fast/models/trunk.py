@@ -35,7 +35,8 @@ class Split:
         self.lower = lower_layers(body, num_layers_unfrozen)
         self.first = layer_list(body)[len(self.lower)]
         self.body: Any = body
-        self.returned: Any = None  # what a lower layer returned: the states, or a tuple
+        # what the trunk's last layer returns, with False for the states; None: not known yet
+        self._returned: Any = None
 
     @torch.no_grad()
     def compute_trunk_states(self, tokens: Tokens) -> Tensor:
@@ -51,7 +52,13 @@ class Split:
         raise RuntimeError("the first unfrozen layer was never reached")
 
     def _note_returned(self, layer: nn.Module, args: Any, output: Any) -> None:
-        self.returned = (None,) * len(output) if isinstance(output, tuple) else None
+        self._returned = layer_output(False, output)
+
+    def as_returned(self, trunk_states: Tensor, tokens: Tokens) -> Any:
+        """Return the trunk states of ``tokens`` as a layer of the trunk returns them."""
+        if self._returned is None:
+            self.compute_trunk_states(tokens)
+        return layer_output(trunk_states, self._returned)
 
     def states(self, tokens: Tokens, trunk_states: Tensor | None) -> Tensor:
         """Compute the body's last states [B, L, D], from the tokens or from their trunk states."""
@@ -85,10 +92,11 @@ def run(
     assert split is not None
     # they may be kept in half precision
     trunk_states = trunk_states.to(next(module.parameters()).dtype)
-    states = layer_output(trunk_states, split.returned)
+    states = split.as_returned(trunk_states, tokens)
     replaced = [(layer, lambda *_, **__: states) for layer in split.lower]
     with replaced_forwards(replaced), uncompiled(module, around=split.first):
-        return output_of(module, inputs_embeds=trunk_states, use_cache=False)
+        # ids, and not the states as embeddings: top layers may read what is made of the ids
+        return output_of(module, input_ids=tokens.input_ids, use_cache=False)
 
 
 def lower_layers(body: nn.Module | None, num_layers_unfrozen: int) -> list[nn.Module]:
@@ -151,7 +159,8 @@ def freeze_trunk(model: nn.Module, num_layers_unfrozen: int) -> None:
     Weights that were frozen before, as by an adapter, stay frozen.
 
     Raises:
-        ValueError: a bad number of layers, or the lowest top layer has nothing to train.
+        ValueError: a bad number of layers, the lowest top layer has nothing to train, or a layer of
+            the trunk has weights of the top.
     """
     body = body_of(model)
     trained = top_modules(body, num_layers_unfrozen)  # refuses a bad count first
@@ -164,6 +173,12 @@ def freeze_trunk(model: nn.Module, num_layers_unfrozen: int) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     trained += [] if head is None else [head]
     kept = {p for module in trained for p in module.parameters()} - {embedding.weight}
+    lower = nn.ModuleList(lower_layers(body, num_layers_unfrozen))
+    if shared := [n for n, p in lower.named_parameters() if p in kept and p.requires_grad]:
+        raise ValueError(
+            f"num_layers_unfrozen: layers of the trunk and of the top of {type(model).__name__} "
+            f"share weights ({shared[0]}); use num_layers_unfrozen=None"
+        )
     for parameter in model.parameters():
         if parameter not in kept:
             parameter.requires_grad_(False)

@@ -7,10 +7,11 @@ import torch
 from tiny_batch import batch
 from tiny_models import FAMILIES, tiny_model
 from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.models.parts import layer_list
-from ppo_fast.models.trunk import freeze_trunk
+from ppo_fast.models.trunk import Split, freeze_trunk
 
 LAYERS = 4
 
@@ -188,17 +189,56 @@ def test_a_model_without_a_list_of_layers_is_refused():
         LanguageModel(model, num_layers_unfrozen=1)
 
 
-def test_a_model_that_does_not_start_from_its_trunk_is_refused():
-    """The body adds a function of the tokens to the states after the lower layers."""
+@torch.no_grad()
+def test_top_layers_may_read_embeddings_of_the_tokens():
+    """As those of Gemma 4 do, and those of Zamba."""
     model = tiny_model("llama", layers=LAYERS)
-    embed = model.model.embed_tokens
-    last = {}
-    embed.register_forward_hook(lambda module, args, output: last.update(ids=args[0]))
-    model.model.register_forward_pre_hook(lambda *_: last.clear())
+    embedded = []
+    model.model.embed_tokens.register_forward_hook(lambda *args: embedded.append(args[-1]))
+    layer_list(model.model)[3].register_forward_hook(lambda *args: args[-1] + embedded[-1])
+    lm = LanguageModel(model, num_layers_unfrozen=2)
+    expected = lm.forward(batch()).states
+    assert torch.equal(lm.forward(batch(), lm.compute_trunk_states(batch())).states, expected)
 
-    def add(module, args, output):
-        return output + (embed.weight[last["ids"]] if "ids" in last else 0.0)
 
-    layer_list(model.model)[3].register_forward_hook(add)
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["bloom", "openai-gpt"])  # return a tuple and a list
+def test_layers_may_return_more_than_states(family):
+    """A Split that has computed no trunk states, as a critic's, gives what the whole body does."""
+    sizes = {"n_layer": LAYERS, "n_head": 4, "vocab_size": 307, "hidden_size": 64}
+    torch.manual_seed(0)
+    body = AutoModel.from_config(AutoConfig.for_model(family, **sizes)).eval()
+    trunk_states = Split(body, 2).compute_trunk_states(batch())
+    split = Split(body, 2)
+    assert torch.equal(split.states(batch(), trunk_states), split.states(batch(), None))
+
+
+def test_a_top_that_reads_what_the_trunk_computes_is_refused():
+    """As that of Gemma 3n, whose top layers take keys and values of lower ones."""
+    model = tiny_model("llama", layers=LAYERS)
+    computed = {}
+    first, last = layer_list(model.model)[0], layer_list(model.model)[3]
+    first.mlp.register_forward_hook(lambda *args: computed.update(states=args[-1]))
+    last.register_forward_hook(lambda *args: args[-1] + computed.pop("states", 0.0))
     with pytest.raises(ValueError, match="cannot be split into a trunk and a top"):
         LanguageModel(model, num_layers_unfrozen=2)
+
+
+def test_states_of_another_shape_are_refused():
+    """XLNet's layers take them transposed."""
+    sizes = {"n_layer": LAYERS, "n_head": 4, "d_model": 64, "d_inner": 96, "vocab_size": 307}
+    config = AutoConfig.for_model("xlnet", attn_type="uni", **sizes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    message = r"its layers take states \[5, 3, 64\] for tokens \[3, 5\]"
+    with pytest.raises(ValueError, match=message):
+        LanguageModel(model, num_layers_unfrozen=2)
+
+
+def test_weights_that_the_trunk_shares_with_the_top_are_refused():
+    model = tiny_model("llama", layers=LAYERS)
+    layers = layer_list(model.model)
+    layers[3].mlp = layers[1].mlp
+    with pytest.raises(ValueError, match=r"share weights \(1\.mlp\.gate_proj\.weight\)"):
+        freeze_trunk(model, 1)
+    assert all(p.requires_grad for p in model.parameters()), "nothing was changed"
+    freeze_trunk(model, 3)  # both are trained
