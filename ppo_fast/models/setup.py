@@ -26,6 +26,9 @@ from ppo_fast.models.probe import probe_tokens, relative_difference
 from ppo_fast.models.trunk import Split, freeze_trunk, run, share_trunk
 from ppo_fast.ops.linear_logprobs.api import LOGITS_BUDGET_BYTES
 
+# Attributes with the size of the noise that routers of experts, or their input, get in train mode.
+JITTERS = ("jitter_noise", "input_jitter_noise", "moe_jitter_eps")
+
 
 def make_policy(
     policy_model: nn.Module, value_model: nn.Module | None, reward_model: Any, config: PPOConfig
@@ -183,15 +186,21 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if "Dropout" in type(module).__name__ and isinstance(getattr(module, "p", None), float):
             module.p = 0.0  # type: ignore[assignment]
+        # PhiMoE's routers draw experts in train mode; this setting is a threshold in eval mode too
+        if hasattr(module, "router_jitter_noise") and not module._forward_pre_hooks:
+            module.register_forward_pre_hook(_enter_eval_mode)
         for name, value in list(vars(module).items()):
-            # router_jitter_noise of PhiMoE is also a threshold, in eval mode too
-            if "drop" not in name and name != "jitter_noise":
+            if "drop" not in name and name not in JITTERS:
                 continue
             # attention modules keep a probability as a float, adapters of peft one by their names
             if isinstance(value, float):
                 setattr(module, name, 0.0)
             elif isinstance(value, dict):
                 value.update({key: 0.0 for key, p in value.items() if isinstance(p, float)})
+
+
+def _enter_eval_mode(module: nn.Module, args: Any) -> None:
+    module.training = False
 
 
 @torch.no_grad()
@@ -204,6 +213,7 @@ def check_train_mode(policy: LanguageModel, config: PPOConfig) -> None:
     model = policy.model
     if not (config.gradient_checkpointing or any(part.training for part in model.modules())):
         return
+    disable_dropout(model)  # of the layers too that a pass has put in, as BigBird's for short rows
     modes = [(part, part.training) for part in model.modules()]
     tokens = probe_tokens(model)
     with computing_in(policy.compute_dtype, policy.device), uncompiled(model):

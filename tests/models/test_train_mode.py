@@ -13,14 +13,34 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ppo_fast import PPOConfig, PPOTrainer
 
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 307}
+SIZES |= {"intermediate_size": 48, "pad_token_id": None, "bos_token_id": None, "eos_token_id": 0}
+SIZES_MOE = {"num_key_value_heads": 2, "num_local_experts": 4}
 
-def mixtral():
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 307}
-    sizes |= {"num_local_experts": 4, "router_jitter_noise": 0.9, "pad_token_id": None}
-    config = AutoConfig.for_model("mixtral", bos_token_id=None, eos_token_id=0, **sizes)
+
+def model_of(family, **sizes):
+    config = AutoConfig.for_model(family, **SIZES | sizes)
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config)
+
+
+def phimoe():
+    """Its routers draw experts; its threshold for that, which is no noise, makes many likely."""
+    noise = {"router_jitter_noise": 0.5, "input_jitter_noise": 0.5}
+    return model_of("phimoe", **SIZES_MOE, **noise)
+
+
+def dbrx():
+    experts = {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "moe_jitter_eps": 0.9}
+    sizes = {"d_model": 32, "n_heads": 4, "n_layers": 2}
+    attention = {"rope_theta": 1e4, "clip_qkv": 2.0}
+    return model_of("dbrx", ffn_config=experts, attn_config=attention, **sizes)
+
+
+def big_bird():
+    """Its first pass over few tokens makes new attention layers, with the config's dropout."""
+    model = model_of("big_bird", is_decoder=True, attention_type="block_sparse")
+    return peft.get_peft_model(model.eval(), peft.LoraConfig(r=4, target_modules=["dense"]))
 
 
 def with_adapter(config):
@@ -33,7 +53,10 @@ def with_adapter(config):
 
 
 MODELS = {
-    "router jitter": mixtral,
+    "router jitter": lambda: model_of("mixtral", **SIZES_MOE, router_jitter_noise=0.9),
+    "PhiMoE": phimoe,
+    "DBRX": dbrx,
+    "BigBird": big_bird,
     "LoHa": lambda: with_adapter(
         peft.LoHaConfig(r=4, target_modules=["q_proj", "up_proj"], module_dropout=0.5)
     ),
