@@ -10,11 +10,15 @@ from torch import nn
 from ppo_fast.models.parts import body_of, layer_list
 from ppo_fast.models.transformers_internals import Conv1D
 
+# How classes are named that are linear layers to Python but return no product [..., out_features].
+NO_PRODUCTS = ("Router", "GroupedLinear")
+
 
 def lora_config(model: nn.Module, rank: int, num_layers_unfrozen: int | None = None) -> Any:
     """Return peft's LoraConfig for every linear layer in the transformer's layers.
 
-    With ``num_layers_unfrozen``, only that many top layers get adapters. alpha is twice the rank.
+    With ``num_layers_unfrozen``, only that many top layers get adapters. Without it, all of a body
+    that has no list of its layers gets them. alpha is twice the rank.
 
     Raises:
         ValueError: peft is not installed.
@@ -23,16 +27,22 @@ def lora_config(model: nn.Module, rank: int, num_layers_unfrozen: int | None = N
         from peft import LoraConfig
     except ImportError as error:
         raise ValueError("LoRA needs peft: pip install 'ppo_fast[lora]'") from error
-    layers = layer_list(body_of(model))
+    body = body_of(model)
+    try:
+        layers: Any = layer_list(body)
+    except ValueError:
+        if num_layers_unfrozen is not None:
+            raise
+        layers = [body]
     first = len(layers) - (num_layers_unfrozen or len(layers))
-    top = {id(module) for module in layers[first:].modules()}
+    top = {id(module) for layer in layers[first:] for module in layer.modules()}
     chosen = {
         path: type(module)
         for path, module in model.named_modules()
         if id(module) in top and _is_product(model, path, module)
     }
     names = {path.rpartition(".")[2] for path in chosen}
-    ambiguous = any(
+    ambiguous = layers == [body] or any(
         path.rpartition(".")[2] in names and not _is_product(model, path, module)
         for path, module in model.named_modules()
     )
@@ -52,7 +62,7 @@ def _is_product(model: nn.Module, path: str, module: nn.Module) -> bool:
 
     Of Mamba's layers, peft refuses those whose fused kernels would pass the adapters by.
     """
-    if type(module) not in (nn.Linear, Conv1D):
+    if not isinstance(module, (nn.Linear, Conv1D)) or type(module).__name__.endswith(NO_PRODUCTS):
         return False
     parent, _, name = path.rpartition(".")
     is_mixer = hasattr(model.get_submodule(parent), "conv1d")

@@ -22,6 +22,7 @@ from tiny_trainer import (
     without_times,
 )
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ppo_fast import PPOConfig, PPOTrainer, ValueModel
 from ppo_fast.data.tokens import position_ids
@@ -56,6 +57,35 @@ def test_with_lora_adapts_every_product_of_the_layers():
     layer = next(iter(adapted_layers(policy))).layer
     assert layer.scaling == {"default": 2.0}
     assert layer.lora_A["default"].out_features == 4
+
+
+def tiny(family, **sizes):
+    sizes |= {"hidden_size": 32, "vocab_size": 307, "num_attention_heads": 4}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).eval()
+
+
+def test_with_lora_adapts_products_of_other_classes_and_no_routers():
+    """Falcon's are FalconLinear; PhiMoE's routers are linear layers to Python."""
+    policy = with_lora(tiny("falcon", num_hidden_layers=2), 4)
+    names = {place.name for place in adapted_layers(policy)}
+    assert names == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+    policy = with_lora(tiny("phimoe", num_hidden_layers=2, intermediate_size=48), 4)
+    assert {place.name for place in adapted_layers(policy)} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    }
+
+
+def test_with_lora_adapts_a_body_without_a_list_of_layers():
+    model = base_model("llama")
+    model.config.num_hidden_layers = 5
+    with pytest.raises(ValueError, match="found no list of 5 layers"):
+        with_lora(model, 4, 1)
+    adapted_everywhere = list(adapted_layers(with_lora(model, 4)))
+    assert len(adapted_everywhere) == 3 * 7
+    assert "lm_head" not in {place.name for place in adapted_everywhere}
 
 
 # The reference
