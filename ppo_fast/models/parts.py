@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 def base_of(model: nn.Module) -> Any:
@@ -16,7 +17,10 @@ def base_of(model: nn.Module) -> Any:
 def body_of(model: nn.Module) -> nn.Module:
     """Return a causal LM's body, in a peft wrapper too; a bare body itself."""
     base = base_of(model)
-    return getattr(base, "base_model", base)
+    body = getattr(base, "base_model", base)
+    if body is base and isinstance(base, PreTrainedModel):
+        return getattr(base, "model", base)  # classes of Llama 4 call it by a name that it has not
+    return body
 
 
 def num_embeddings(model: Any) -> int:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from ppo_fast.data.tokens import position_ids
 from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.models.parts import body_of
 
 LAYERS = 4
 
@@ -238,6 +239,20 @@ def test_a_model_without_a_separate_body_gives_logits_without_states(shows_its_b
     assert lm.forward(batch()).states is None
     assert_gives_the_models_numbers(lm)
     assert_step_is_the_full_forward(lm)
+
+
+def test_a_body_that_the_class_does_not_name_is_found():
+    """Classes of Llama 4 say that their base_model is language_model, and have it as model."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 48, "intermediate_size_mlp": 48}
+    sizes |= {"vocab_size": 307, "num_local_experts": 2, "pad_token_id": None}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama4_text", **sizes)).eval()
+    assert body_of(model) is body_of(model.model) is model.model
+    lm = LanguageModel(model, num_layers_unfrozen=1)
+    with torch.no_grad():
+        expected = batch().before_response(model(batch().input_ids).logits)
+        states = lm.forward(batch()).states
+    torch.testing.assert_close(model.lm_head(states), expected, rtol=0, atol=1e-5)
 
 
 @each_family
