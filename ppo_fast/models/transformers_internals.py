@@ -3,7 +3,7 @@
 These are names of arguments, attributes and weights, and what models do with them. Each item says
 why it is needed. ``tests/models/test_transformers_internals.py`` has a test for each, so that the
 test which fails after a new release of transformers names what moved. No other module of this
-package names one of these things.
+package names one of these things, but ``llama_layers.py``, which reads layers.
 """
 
 from __future__ import annotations
@@ -208,114 +208,6 @@ def logit_scale(config: Any) -> float:
 def softcap(config: Any) -> float | None:
     """Return the bound c of logits c tanh(x / c), as in Gemma 2; None for models without one."""
     return getattr(config, "final_logit_softcapping", None)
-
-
-# Layers of Llama's kind, for the kernel that computes one in a call (fused_layers.py)
-
-# Names of a layer's weights by the kernel's names; a layer may lack those of LAYER_OPTIONAL.
-LAYER_WEIGHTS = {
-    "attention_norm": "input_layernorm.weight",
-    "mlp_norm": "post_attention_layernorm.weight",
-    **{f"{x}_weight": f"self_attn.{x}_proj.weight" for x in "qkvo"},
-    **{f"{x}_weight": f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")},
-}
-LAYER_OPTIONAL = {
-    **{f"{x}_bias": f"self_attn.{x}_proj.bias" for x in "qkvo"},
-    **{f"{x}_bias": f"mlp.{x}_proj.bias" for x in ("gate", "up", "down")},
-    **{f"{x}_norm": f"self_attn.{x}_norm.weight" for x in "qk"},
-}
-SILU = ("SiLU", "SiLUActivation")
-
-# Every name that the forward of a layer of Llama's kind, of its attention, MLP and norms uses. One
-# that uses another name computes something that the kernel does not know, as Ministral 3's
-# attention does, whose scale depends on the position.
-LAYER_NAMES = {
-    "ALL_ATTENTION_FUNCTIONS", "_attn_implementation", "act_fn", "apply_rotary_pos_emb",
-    "attention_dropout", "config", "contiguous", "down_proj", "dropout", "dtype",
-    "eager_attention_forward", "float32", "functional", "gate_proj", "get_interface", "getattr",
-    "head_dim", "input_layernorm", "is_sliding", "k_norm", "k_proj", "layer_idx", "mean", "mlp",
-    "nn", "num_heads", "num_key_value_heads", "o_proj", "post_attention_layernorm", "pow",
-    "q_norm", "q_proj", "residual_dropout", "residual_multiplier", "reshape", "rsqrt",
-    "scaling", "self_attn", "shape", "size", "sliding_window", "to", "torch", "training",
-    "transpose", "up_proj", "update", "use_qk_norm", "use_rope", "v_proj", "variance_epsilon",
-    "view", "weight",
-}  # fmt: skip
-# Of these, attributes that stand for something that the kernel does not compute, unless they have
-# this value.
-NEUTRAL = {"residual_multiplier": 1.0, "use_rope": 1}
-
-
-class LlamaLayer(NamedTuple):
-    """Weights and settings of a layer, for the kernel.
-
-    A body calls the layer with ``position_embeddings``, the cosines and sines [1 or n, 1, head
-    size] of its rows' positions.
-
-    weights: by the names of LAYER_WEIGHTS and LAYER_OPTIONAL; None: the layer has none.
-    eps: epsilons of its norms, by the kernel's names.
-    cache_index: its index in the cache's list of layers.
-    head_size, scaling: those of its attention.
-    """
-
-    weights: dict[str, Any]
-    eps: dict[str, float]
-    cache_index: int
-    head_size: int
-    scaling: float
-
-
-def why_not_llama_like(layer: nn.Module) -> str | None:
-    """Return the reason why ``layer`` is not of the Llama kind, or None if it is.
-
-    A layer of that kind has the parts of a Llama layer and nothing else that computes.
-    """
-    names, expected = {name for name, _ in layer.named_parameters()}, set(LAYER_WEIGHTS.values())
-    if missing := sorted(expected - names):
-        return f"it has no {missing[0]}"
-    if more := sorted(names - expected - set(LAYER_OPTIONAL.values())):
-        return f"it has a {more[0]}"
-    modules = {name: module for name, module in layer.named_modules() if name}
-    if (activation := type(modules.get("mlp.act_fn")).__name__) not in SILU:
-        return f"its activation is {activation}, not SiLU"
-    for name, module in modules.items():
-        if list(module.children()) or type(module) is nn.Linear or name == "mlp.act_fn":
-            continue
-        if not type(module).__name__.endswith("RMSNorm"):
-            return f"its {name} is a {type(module).__name__}"
-        if not hasattr(module, "variance_epsilon"):
-            return f"its {name} has no variance_epsilon"
-    for name in ("head_dim", "scaling", "layer_idx"):
-        if not hasattr(modules["self_attn"], name):
-            return f"its self_attn has no {name}"
-    for name, module in {"forward": layer, **modules}.items():
-        if list(module.children()) or type(module).__name__.endswith("RMSNorm"):
-            code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-            if code is None:
-                return f"the code of its {name} cannot be read"
-            if more := sorted(set(code.co_names) - LAYER_NAMES):
-                return f"its {name} uses {', '.join(more)}"
-        for attribute, neutral in NEUTRAL.items():
-            if getattr(module, attribute, neutral) != neutral:
-                return f"its {name} has {attribute} {getattr(module, attribute)}"
-    return None
-
-
-def read_llama_layer(layer: Any) -> LlamaLayer:
-    """Read a layer for which ``why_not_llama_like`` returns None."""
-    attention, parameters = layer.self_attn, dict(layer.named_parameters())
-    norms = {
-        "attention_eps": layer.input_layernorm,
-        "mlp_eps": layer.post_attention_layernorm,
-        "q_eps": getattr(attention, "q_norm", None),
-        "k_eps": getattr(attention, "k_norm", None),
-    }
-    return LlamaLayer(
-        {name: parameters.get(path) for name, path in (LAYER_WEIGHTS | LAYER_OPTIONAL).items()},
-        {name: getattr(norm, "variance_epsilon", 0.0) for name, norm in norms.items()},
-        attention.layer_idx,
-        attention.head_dim,
-        attention.scaling,
-    )
 
 
 # Attention: on a GPU, an op of ours computes that of decoding steps (step_attention.py)

@@ -1,4 +1,4 @@
-"""What ppo_fast/models/transformers_internals.py assumes about transformers, one test per
+"""What transformers_internals.py and llama_layers.py assume about transformers, one test per
 assumption: a test that fails after a new release names what changed."""
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from tiny_models import FAMILIES, tiny_config, tiny_model
 from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
     AttentionInterface,
     AttentionMaskInterface,
     AutoConfig,
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ppo_fast.models import llama_layers
 from ppo_fast.models import transformers_internals as internals
 from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.models.parts import layer_list
@@ -253,9 +255,9 @@ def test_softcap():
 def test_names_of_weights(family):
     layer = first_layer(family)
     names = {name for name, _ in layer.named_parameters()}
-    assert set(internals.LAYER_WEIGHTS.values()) <= names
-    assert names <= {*internals.LAYER_WEIGHTS.values(), *internals.LAYER_OPTIONAL.values()}
-    read = internals.read_llama_layer(layer)
+    assert set(llama_layers.LAYER_WEIGHTS.values()) <= names
+    assert names <= {*llama_layers.LAYER_WEIGHTS.values(), *llama_layers.LAYER_OPTIONAL.values()}
+    read = llama_layers.read_llama_layer(layer)
     assert read.weights["k_weight"] is layer.self_attn.k_proj.weight
     assert (read.weights["q_bias"] is not None) == (family == "qwen2")
     assert (read.weights["q_norm"] is not None) == (family == "qwen3")
@@ -263,14 +265,14 @@ def test_names_of_weights(family):
 
 @each_llama_like
 def test_name_of_the_activation(family):
-    assert type(first_layer(family).mlp.act_fn).__name__ in internals.SILU
+    assert type(first_layer(family).mlp.act_fn).__name__ in llama_layers.SILU
 
 
 @each_llama_like
 def test_a_norm_has_variance_epsilon(family):
     layer = first_layer(family)
     layer.input_layernorm.variance_epsilon = 0.25
-    eps = internals.read_llama_layer(layer).eps
+    eps = llama_layers.read_llama_layer(layer).eps
     assert eps["attention_eps"] == 0.25
     assert eps["mlp_eps"] in (1e-5, 1e-6)
     assert eps["q_eps"] == (1e-6 if family == "qwen3" else 0)
@@ -285,12 +287,12 @@ def test_attention_has_its_index_and_head_size(family, name, value):
 
 @each_llama_like
 def test_attention_has_its_scaling(family):
-    assert internals.read_llama_layer(first_layer(family)).scaling == pytest.approx(8**-0.5)
+    assert llama_layers.read_llama_layer(first_layer(family)).scaling == pytest.approx(8**-0.5)
 
 
 @each_llama_like
 def test_a_layer_of_these_families_is_llama_like(family):
-    assert internals.why_not_llama_like(first_layer(family)) is None
+    assert llama_layers.why_not_llama_like(first_layer(family)) is None
 
 
 @pytest.mark.parametrize(
@@ -302,14 +304,14 @@ def test_a_layer_of_these_families_is_llama_like(family):
     ],
 )
 def test_why_a_layer_is_not_llama_like(family, reason):
-    assert internals.why_not_llama_like(layers(tiny_model(family))[0]) == reason
+    assert llama_layers.why_not_llama_like(layers(tiny_model(family))[0]) == reason
 
 
 def test_why_a_llama_layer_is_not_llama_like_any_more():
     def changed(change):
         layer = first_layer("llama")
         change(layer)
-        return internals.why_not_llama_like(layer)
+        return llama_layers.why_not_llama_like(layer)
 
     assert changed(lambda x: setattr(x.mlp, "act_fn", nn.GELU())) == (
         "its activation is GELU, not SiLU"
@@ -319,6 +321,25 @@ def test_why_a_llama_layer_is_not_llama_like_any_more():
     )
     assert changed(lambda x: setattr(x, "more", nn.Identity())) == "its more is a Identity"
     assert changed(lambda x: delattr(x.self_attn, "scaling")) == "its self_attn has no scaling"
+
+
+@pytest.mark.parametrize("family", ["helium", "ernie4_5", "ernie4_5_moe"])
+def test_a_layer_that_rotates_other_pairs_is_not_llama_like(family):
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"transformers has no {family}")
+    assert llama_layers.why_not_llama_like(first_layer(family)) == (
+        "its self_attn rotates other pairs of numbers than Llama's"
+    )
+
+
+def test_an_attention_whose_rotation_cannot_be_called_is_not_llama_like(monkeypatch):
+    layer = first_layer("llama")
+    namespace = inspect.unwrap(type(layer.self_attn).forward).__globals__
+    monkeypatch.setitem(namespace, "apply_rotary_pos_emb", lambda q, k, positions: (q, k))
+    reason = llama_layers.why_not_llama_like(layer)
+    assert reason.startswith("its self_attn rotates in a way of its own (TypeError: ")
+    monkeypatch.delitem(namespace, "apply_rotary_pos_emb")
+    assert llama_layers.why_not_llama_like(layer) == "its self_attn has no apply_rotary_pos_emb"
 
 
 # Other

@@ -112,6 +112,9 @@ def test_a_layer_that_is_not_fused_is_named():
         ("ministral3", {}, "its self_attn uses get, get_llama_4_attn_scale, rope_parameters"),
         ("granite", {"residual_multiplier": 0.5}, "its forward has residual_multiplier 0.5"),
         ("smollm3", {"no_rope_layers": [1, 1, 0]}, "layer 2: its self_attn has use_rope 0"),
+        ("helium", {}, "its self_attn rotates other pairs of numbers than Llama's"),
+        ("ernie4_5", {}, "its self_attn rotates other pairs of numbers than Llama's"),
+        ("glm4_moe", {"first_k_dense_replace": 3}, "it does not rotate whole heads"),
     ],
 )
 def test_layers_that_compute_more_than_the_kernel_are_not_fused(family, options, reason):
@@ -123,7 +126,8 @@ def test_layers_that_compute_more_than_the_kernel_are_not_fused(family, options,
     assert not layers.failed
 
 
-def test_layers_that_fail_the_comparison_are_a_warning(caplog):
+def test_layers_that_fail_the_comparison_are_a_warning(caplog, monkeypatch):
+    monkeypatch.setattr("ppo_fast.models.llama_layers._why_not_llama_rotation", lambda *_: None)
     model = LanguageModel(model_of("helium"))  # it rotates other pairs of numbers
     generate(model)
     (record,) = caplog.records

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.models.llama_layers import read_llama_layer, why_not_llama_like
 from ppo_fast.models.parts import layer_list
 from ppo_fast.models.patching import replaced_forwards
 from ppo_fast.models.transformers_internals import (
     SLIDING,
     cache_argument,
     layer_types,
-    read_llama_layer,
-    why_not_llama_like,
 )
 from ppo_fast.ops.backends.cpp_launch import (
     DTYPE_CODES,
