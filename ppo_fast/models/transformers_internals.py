@@ -105,6 +105,20 @@ def next_with_own_cache(
     raise ValueError("it returns no cache")
 
 
+def keep_rows(cache: Any, rows: Tensor) -> None:
+    """Keep sequences ``rows`` [n] alone in a cache that ``next_with_own_cache`` returned.
+
+    Raises:
+        ValueError: it has layers of a model's own.
+    """
+    kept = cache[1]
+    kinds = {type(layer) for layer in kept.layers}
+    # some of these keep states by sequence that they do not reorder, as DeepSeek V4's
+    if others := [kind.__name__ for kind in kinds if kind.__module__ != Cache.__module__]:
+        raise ValueError(f"its cache has layers of its own: {', '.join(sorted(others))}")
+    kept.reorder_cache(rows)
+
+
 def layer_output(states: Any, like: Any) -> Any:
     """Return ``states`` as a layer that returned ``like`` does: alone, or first in a tuple or list.
 

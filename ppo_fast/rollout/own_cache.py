@@ -2,8 +2,9 @@
 
 Hybrids and state-space models keep states that have seen every token before them, and some layers
 share what others keep, so that rows of unequal lengths cannot stand in one cache. Here sequences
-are decoded together whose prompts have equal lengths, without padding, until all have ended. A
-model without a cache, or whose cache gives other logits, computes all tokens anew at every step.
+are decoded together whose prompts have equal lengths, without padding. One that has ended leaves
+the others, if the cache allows it. A model without a cache, or whose cache gives other logits,
+computes all tokens anew at every step.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.tokens import make_tokens
 from ppo_fast.models.language_model import LanguageModel, NotFiniteError
 from ppo_fast.models.probe import relative_difference
-from ppo_fast.models.transformers_internals import next_with_own_cache, output_of
+from ppo_fast.models.transformers_internals import keep_rows, next_with_own_cache, output_of
 from ppo_fast.rollout.draw import NOT_FINITE, draw
 from ppo_fast.rollout.request import Request
 from ppo_fast.rollout.speedups.cuda_graphs import first_line
@@ -41,10 +42,13 @@ class OwnCache(NamedTuple):
     why_no_slots: reason why it does not.
     why_no_cache: reason why it decodes without any cache, all tokens anew at every step; None: it
         has a cache.
+    why_all_rows: reason why sequences that have ended are computed until the last has; None: they
+        are not.
     """
 
     why_no_slots: str
     why_no_cache: str | None
+    why_all_rows: str | None
 
 
 _own: WeakKeyDictionary[LanguageModel, OwnCache | None] = WeakKeyDictionary()
@@ -63,7 +67,9 @@ def own_cache(model: LanguageModel) -> OwnCache | None:
         except (NotFiniteError, torch.OutOfMemoryError):
             raise
         except ERRORS as error:
-            _own[model] = OwnCache(_words(error), _own_cache_fails(model))
+            why_no_cache = _own_cache_fails(model)
+            why_all_rows = None if why_no_cache else _own_cache_fails(model, drops_row=True)
+            _own[model] = OwnCache(_words(error), why_no_cache, why_all_rows)
     return _own[model]
 
 
@@ -72,19 +78,26 @@ def _words(error: Exception) -> str:
     return f"{kind}{first_line(error)}".removeprefix("policy_model: ")
 
 
-def _own_cache_fails(model: LanguageModel) -> str | None:
-    """Return the reason why steps with the model's own cache cannot be used, or None."""
+def _own_cache_fails(model: LanguageModel, *, drops_row: bool = False) -> str | None:
+    """Return the reason why steps with the model's own cache cannot be used, or None.
+
+    With ``drops_row``, the first of two sequences leaves the cache in between.
+    """
     ids = torch.tensor([[11, 15, 12, 17, 13, 14], [12, 18, 15, 11, 16, 17]], device=model.device)
     ids %= model.vocab_size
     expected = output_of(model.model, input_ids=ids, use_cache=False).logits
     try:
         found, cache = [], None
-        for part in ids.split([3, 1, 1, 1], dim=1):
-            logits, cache = next_with_own_cache(model.model, part, cache)
-            found.append(logits)
+        for i, part in enumerate(ids.split([3, 1, 1, 1], dim=1)):
+            if drops_row and i == 2:
+                keep_rows(cache, torch.tensor([1], device=model.device))
+            rows = slice(1, 2) if drops_row and i >= 2 else slice(0, 2)
+            logits, cache = next_with_own_cache(model.model, part[rows], cache)
+            found.append(logits[-1:] if drops_row else logits)
     except ERRORS as error:
         return _words(error)
-    difference = relative_difference(torch.stack(found, dim=1).float(), expected[:, 2:].float())
+    expected = expected[1:, 2:] if drops_row else expected[:, 2:]
+    difference = relative_difference(torch.stack(found, dim=1).float(), expected.float())
     if difference <= model.decoding_tolerance:
         return None
     return f"its logits differ by {difference:.1e} from those of one pass over all tokens"
@@ -146,7 +159,7 @@ class _Drawn:
 def _decode_together(
     model: LanguageModel, request: Request, rows: list[int], drawn: _Drawn
 ) -> None:
-    """Decode sequences ``rows``, whose prompts have equal lengths, until the last has ended."""
+    """Decode sequences ``rows``, whose prompts have equal lengths, until all have ended."""
     ids, cache = torch.tensor([request.prompts[i] for i in rows], device=model.device), None
     own = own_cache(model)
     assert own is not None
@@ -156,6 +169,12 @@ def _decode_together(
         else:
             logits, _ = next_with_own_cache(model.model, ids, None, use_cache=False)
         tokens = drawn.draw(rows, position, logits)[:, None]
-        if all(map(drawn.ended, rows)):
-            return
         ids = tokens if own.why_no_cache is None else torch.cat([ids, tokens], dim=1)
+        going = [k for k, i in enumerate(rows) if not drawn.ended(i)]
+        if not going:
+            return
+        if len(going) < len(rows) and own.why_all_rows is None:
+            index = torch.tensor(going, device=model.device)
+            rows, ids = [rows[k] for k in going], ids[index]
+            if cache is not None:
+                keep_rows(cache, index)

@@ -238,6 +238,23 @@ def test_a_mask_of_four_dimensions_is_used_as_it_is(family):
     assert (masked[:, 3] - whole[:, 3]).abs().max() > 1e-2
 
 
+def test_rows_of_a_cache_are_kept_by_its_layers_own_method():
+    """tests/rollout/test_own_cache.py has models whose numbers are then right."""
+    layer = internals.DynamicLayer()
+    layer.update(torch.arange(12.0).reshape(3, 1, 2, 2), torch.zeros(3, 1, 2, 2))
+    cache = internals.Cache(layers=[layer])
+    internals.keep_rows(("past_key_values", cache, 2), torch.tensor([2, 0]))
+    assert layer.keys[:, 0, 0, 0].tolist() == [8, 0]
+    assert layer.values.shape == (2, 1, 2, 2)
+
+    class Own(internals.DynamicLayer):
+        pass
+
+    cache = internals.Cache(layers=[layer, Own()])
+    with pytest.raises(ValueError, match="its cache has layers of its own: Own"):
+        internals.keep_rows(("past_key_values", cache, 2), torch.tensor([0]))
+
+
 def test_logit_scale():
     assert internals.logit_scale(tiny_config("cohere")) == 0.75
     assert internals.logit_scale(tiny_config("llama")) == 1

@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from ppo_fast import PPO, PPOConfig
 from ppo_fast.data.sampling import Sampling
 from ppo_fast.models.language_model import LanguageModel
-from ppo_fast.models.transformers_internals import cache_argument
+from ppo_fast.models.transformers_internals import cache_argument, next_with_own_cache
 from ppo_fast.rollout import decode
 from ppo_fast.rollout.own_cache import own_cache
 
@@ -74,6 +74,33 @@ def test_families(family, options):
     torch.testing.assert_close(rollout.logprobs.double(), truth, rtol=0, atol=2e-4)
     metrics = ppo.step(prompts).metrics
     assert metrics["first_max_log_ratio"] < 1e-3
+
+
+@pytest.mark.parametrize("keeps", ["some rows", "all rows"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sequences_that_have_ended_leave_the_others(family, keeps, monkeypatch):
+    counts, own = [], next_with_own_cache
+
+    def counting(model, ids, *args, **kwargs):
+        counts.append(len(ids))
+        return own(model, ids, *args, **kwargs)
+
+    def fails(cache, rows):
+        raise ValueError("no rows of it can be kept")
+
+    if keeps == "all rows":
+        monkeypatch.setattr("ppo_fast.rollout.own_cache.keep_rows", fails)
+    model = LanguageModel(model_of(family))
+    has_cache = own_cache(model).why_no_cache is None
+    monkeypatch.setattr("ppo_fast.rollout.own_cache.next_with_own_cache", counting)
+    lengths, seeds = [2, 7, 4], torch.arange(3)
+    options = {"seeds": seeds, "eos_ids": [], "pad_id": 1, "max_lengths": lengths}
+    rollout = decode(model, [[3, 4], [5, 6], [7, 8]], Sampling(7), **options)
+    stay = keeps == "all rows" and has_cache
+    assert counts == ([3] * 7 if stay else [3, 3, 2, 2, 1, 1, 1])
+    assert rollout.tokens.response_lengths.tolist() == lengths
+    truth = true_logprobs(model.model, rollout.tokens, 1.0)
+    torch.testing.assert_close(rollout.logprobs.double(), truth, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("wrap", ["adapters", "compiled"])

@@ -50,7 +50,8 @@ def fast_paths(model: LanguageModel, *, cuda_graphs: bool = True) -> list[FastPa
         _path("frozen trunk", no_trunk, "every pass computes every layer"),
     ]
     if (own := own_cache(model)) is not None:
-        cost = "only prompts of equal length are decoded together, until the last response ends"
+        cost = "only prompts of equal length are decoded together"
+        cost += "" if own.why_all_rows is None else ", until the last response ends"
         paths.append(FastPath("slots in one KV cache", False, own.why_no_slots, cost))
         if own.why_no_cache is not None:
             cost = "every step computes all tokens before it"
