@@ -17,7 +17,8 @@ def check_policy(policy_model: Any, name: str = "policy_model") -> None:
     """Check that a policy, or its reference, is a transformers causal language model.
 
     Raises:
-        TypeError: it is something else, or its adapter adds virtual tokens.
+        TypeError: it is something else, a model whose tokens see later ones by design, or one with
+            an adapter that adds virtual tokens.
     """
     if hasattr(policy_model, "pretrained_model") and hasattr(policy_model, "v_head"):
         raise TypeError(
@@ -45,6 +46,11 @@ def check_policy(policy_model: Any, name: str = "policy_model") -> None:
         raise TypeError(
             f"{name}: {type(policy_model).__name__} is not a causal language model; load "
             "it with AutoModelForCausalLM.from_pretrained(...)"
+        )
+    if "lsh" in (getattr(policy_model.config, "attn_layers", None) or ()):  # Reformer's
+        raise TypeError(
+            f"{name}: {type(policy_model).__name__} sorts tokens into buckets, by which a token's "
+            "logits change with later tokens; use a model of another family"
         )
 
 

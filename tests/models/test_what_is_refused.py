@@ -30,6 +30,12 @@ def test_models_in_which_tokens_see_later_ones(family):
         ppo_of(model_of(family, pad_token_id=1))
 
 
+def test_a_reformer():
+    sizes = {"attn_layers": ["local", "lsh"], "axial_pos_embds": False, "is_decoder": True}
+    with pytest.raises(TypeError, match="policy_model: ReformerModelWithLMHead sorts tokens"):
+        ppo_of(model_of("reformer", **sizes))
+
+
 def decodes(kwargs):
     return kwargs.get("cache") is not None or kwargs.get("past_key_values") is not None
 
