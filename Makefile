@@ -17,6 +17,7 @@ SET_UP := .venv/set-up
 BASELINES := .venv-baselines
 # Beside it: TRL 1.12.0 is the last with a PPO trainer (trl#7020).
 TRL_PPO := .venv-trl-ppo
+ORACLES := .venv-oracles
 # Beside the locked one: those that PyTorch 2.8, 2.11 and 2.14 bring, and the newest.
 TRITON_VERSIONS ?= 3.4.0 3.6.0 3.8.0 3.9.0
 # Of the tests of values: a few an op.
@@ -54,7 +55,7 @@ versions = $(1)/bin/python -c "from importlib.metadata import version as v; impo
 
 .DEFAULT_GOAL := help
 .PHONY: help install lock demo test quick oldest newest gpu-like compiled triton-versions sanitize \
-	bench baselines families lint format
+	bench baselines oracles families lint format
 .SECONDARY:
 
 help: ## this list
@@ -160,7 +161,7 @@ sanitize: $(SET_UP) ## the operations' tests on kernels with AddressSanitizer an
 		-p no:cacheprovider -k "not reference" "$(CURDIR)/tests/ops" $(ARGS)
 
 bench: $(SET_UP) ## all benchmarks, into benchmarks/README.md; with ARGS some of them, printed
-	$(BIN)/pytest $(BENCHMARKS) benchmarks/ --ignore=benchmarks/baselines \
+	$(BIN)/pytest $(BENCHMARKS) benchmarks/ --ignore=benchmarks/baselines --ignore=benchmarks/oracles \
 		$(if $(ARGS),$(ARGS),--benchmark-json=benchmarks/results/cpu.json)
 	$(if $(ARGS),,$(BIN)/python benchmarks/report.py)
 
@@ -187,6 +188,18 @@ baselines: $(BASELINES)/set-up $(TRL_PPO)/set-up ## the same against TRL and tor
 		|| test $$? = 5 -a -n "$(ARGS)"
 	$(if $(ARGS),,$(TRL_PPO)/bin/python benchmarks/baselines/trl_ppo/parity.py)
 	$(if $(ARGS),,$(BASELINES)/bin/python benchmarks/report.py)
+
+# verl and OpenRLHF are installed without their dependencies, engines and GPU kernels, for which
+# benchmarks/oracles/stubs.py stands in.
+$(ORACLES)/set-up: Makefile $(CONSTRAINTS) $(SOURCES)
+	$(call environment,$(@D),-c $(CONSTRAINTS))
+	$(@D)/bin/python -m pip install -c $(CONSTRAINTS) "trl==1.16.*" peft pytest pytest-timeout \
+		$(call this,$(@D)) .
+	$(@D)/bin/python -m pip install -c $(CONSTRAINTS) --no-deps "verl==0.9.1" "openrlhf==0.11.*"
+	touch $@
+
+oracles: $(ORACLES)/set-up ## compare losses and advantages with the code of verl, OpenRLHF and TRL
+	$(ORACLES)/bin/pytest -W ignore benchmarks/oracles --confcutdir=benchmarks/oracles $(ARGS)
 
 # Half an hour, two cases at a time.
 families: $(SET_UP) ## train a tiny model of every family, into docs/families.md; with ONLY="llama" some, printed
