@@ -1,4 +1,4 @@
-// The clipped policy objective with its KL term and entropy bonus.
+// The policy objectives with their KL term and entropy bonus.
 #pragma once
 
 #include <algorithm>
@@ -16,8 +16,10 @@
 
 namespace ppo_fast {
 
-// In the order of Aggregation in ppo_fast/ops/ppo_loss/api.py.
-enum class Aggregation : int { token_mean, seq_mean_token_mean, seq_mean_token_sum };
+// In the orders of Aggregation, Ratio and Objective in ppo_fast/ops/ppo_loss/api.py.
+enum class Aggregation : int { token_mean, seq_mean_token_mean, seq_mean_token_sum, token_sum };
+enum class Ratio : int { token, sequence, sequence_product };
+enum class Objective : int { clip, cispo, mask };
 
 // B sequences of T tokens; Real is float or double, by `dtype`. Matrices are [B, T], contiguous.
 struct PpoLossArgs {
@@ -28,9 +30,12 @@ struct PpoLossArgs {
   const std::uint8_t* mask;  // 1: the token counts
   const void* entropy;       // Real, or null
   const void* ref_logprobs;  // Real, or null
+  const void* weights;       // Real, or null: all 1
+  Ratio ratio;
+  Objective objective;
   double clip_low;
   double clip_high;
-  double dual_clip;  // infinity: none
+  double dual_clip;  // infinity: none; of Objective::clip alone
   double kl_coef;    // above 0 only with ref_logprobs
   KlEstimator kl_estimator;
   double entropy_coef;  // other than 0 only with entropy
@@ -102,50 +107,136 @@ struct PpoBlock {
   Real kl_slope[kTokenBlock], entropy[kTokenBlock], slope[kTokenBlock];
 };
 
-// The policy term of `count` tokens from `first` on. Its inputs are masked, not its results: at
-// masked tokens log r = 0, and nothing is inf or NaN.
+// The log-ratios of `count` tokens from `first` on. Inputs are masked, not results: at masked
+// tokens log r = 0, and nothing is inf or NaN.
 template <typename Real>
-void policy_terms(const PpoLossArgs& args, PpoBounds<Real> bounds, std::int64_t first,
-                  std::int64_t count, PpoBlock<Real>* block) {
+void log_ratios(const PpoLossArgs& args, std::int64_t first, std::int64_t count,
+                PpoBlock<Real>* block) {
   const auto* logprobs = static_cast<const Real*>(args.logprobs) + first;
   const auto* old_logprobs = static_cast<const Real*>(args.old_logprobs) + first;
-  const auto* advantages = static_cast<const Real*>(args.advantages) + first;
   const std::uint8_t* mask = args.mask + first;
   for (std::int64_t j = 0; j < count; ++j) block->valid[j] = static_cast<Real>(mask[j]);
   for (std::int64_t j = 0; j < count; ++j) {
     block->log_ratio[j] = masked(logprobs[j] - old_logprobs[j], block->valid[j]);
-    block->advantage[j] = masked(advantages[j], block->valid[j]);
   }
+}
+
+// The log-ratio of row i as a whole.
+template <typename Real>
+Real row_log_ratio(const PpoLossArgs& args, std::int64_t i, RowLength length,
+                   PpoBlock<Real>* block) {
+  double total = 0.0;
+  for_blocks(length.end, [&](std::int64_t start, std::int64_t count) {
+    log_ratios(args, i * args.num_steps + start, count, block);
+    total += sum(block->log_ratio, count);
+  });
+  const auto tokens = static_cast<double>(std::max<std::int64_t>(length.tokens, 1));
+  return static_cast<Real>(args.ratio == Ratio::sequence ? total / tokens : total);
+}
+
+template <typename Real>
+void token_ratios(std::int64_t count, PpoBlock<Real>* block) {
   for (std::int64_t j = 0; j < count; ++j) {
     const Real log_ratio = block->log_ratio[j];
     const Exponentials<Real> exponentials = exp_and_expm1(log_ratio);
     block->ratio[j] = exponentials.exp * block->valid[j];
     block->k3[j] = exponentials.expm1 - log_ratio;
   }
-  constexpr Real kLowest = -std::numeric_limits<Real>::infinity();
+}
+
+// Puts the row's ratio in place of the tokens' own, which the metrics have seen by now.
+template <typename Real>
+void use_row_ratio(Real log_ratio, std::int64_t count, PpoBlock<Real>* block) {
+  const Real ratio = exp(log_ratio);
   for (std::int64_t j = 0; j < count; ++j) {
-    const Real log_ratio = block->log_ratio[j], ratio = block->ratio[j], a = block->advantage[j];
-    const bool gains = a >= Real(0);
-    const Real log_floor = gains ? kLowest : bounds.log_low;
-    const Real log_ceiling = gains ? bounds.log_high : bounds.log_dual;
-    const Real ceiling = gains ? bounds.high : bounds.dual;
-    const Real capped = log_ratio > log_ceiling ? ceiling : ratio;
-    const Real loss = -a * (log_ratio < log_floor ? bounds.low : capped);
-    // In this form the slope of a NaN is 0, as under torch.clamp.
-    const bool active = (log_ratio >= log_floor) & (log_ratio <= log_ceiling);
-    block->policy_loss[j] = loss;
-    block->slope[j] = active ? loss : Real(0);
+    block->log_ratio[j] = masked(log_ratio, block->valid[j]);
+    block->ratio[j] = masked(ratio, block->valid[j]);
   }
 }
 
 template <typename Real>
+struct PolicyTerm {
+  Real loss, slope;  // the slope is the derivative in the token's log-prob
+};
+
+// In the forms with two comparisons the slope of a NaN ratio is 0, as under torch.clamp, and its
+// loss is NaN.
+template <Objective kObjective, typename Real>
+PPO_FAST_INLINE PolicyTerm<Real> policy_term(Real log_ratio, Real ratio, Real a, Real logprob,
+                                             const PpoBounds<Real>& bounds) {
+  if constexpr (kObjective == Objective::clip) {
+    const bool gains = a >= Real(0);
+    const Real log_floor = gains ? -std::numeric_limits<Real>::infinity() : bounds.log_low;
+    const Real log_ceiling = gains ? bounds.log_high : bounds.log_dual;
+    const Real ceiling = gains ? bounds.high : bounds.dual;
+    const Real capped = log_ratio > log_ceiling ? ceiling : ratio;
+    const Real loss = -a * (log_ratio < log_floor ? bounds.low : capped);
+    const bool active = (log_ratio >= log_floor) & (log_ratio <= log_ceiling);
+    return {loss, active ? loss : Real(0)};
+  } else if constexpr (kObjective == Objective::cispo) {
+    const Real capped = log_ratio > bounds.log_high ? bounds.high : ratio;
+    const Real slope = -a * (log_ratio < bounds.log_low ? bounds.low : capped);
+    return {slope * logprob, slope};
+  } else {
+    const bool outside = (log_ratio < bounds.log_low) | (log_ratio > bounds.log_high);
+    const bool inside = (log_ratio >= bounds.log_low) & (log_ratio <= bounds.log_high);
+    const Real loss = outside ? Real(0) : -a * ratio;
+    return {loss, inside ? loss : Real(0)};
+  }
+}
+
+// Calls f with the objective as a constant, so that a loop within f has no branch on it.
+template <typename F>
+void with_objective(Objective objective, F f) {
+  using O = Objective;
+  switch (objective) {
+    case O::clip:
+      return f(std::integral_constant<O, O::clip>());
+    case O::cispo:
+      return f(std::integral_constant<O, O::cispo>());
+    case O::mask:
+      return f(std::integral_constant<O, O::mask>());
+  }
+}
+
+template <Objective kObjective, typename Real>
+void policy_terms(const PpoLossArgs& args, PpoBounds<Real> bounds, std::int64_t first,
+                  std::int64_t count, PpoBlock<Real>* block) {
+  const auto* logprobs = static_cast<const Real*>(args.logprobs) + first;
+  const auto* advantages = static_cast<const Real*>(args.advantages) + first;
+  for (std::int64_t j = 0; j < count; ++j) {
+    block->advantage[j] = masked(advantages[j], block->valid[j]);
+  }
+  for (std::int64_t j = 0; j < count; ++j) {
+    const Real logprob =
+        kObjective == Objective::cispo ? masked(logprobs[j], block->valid[j]) : Real(0);
+    const PolicyTerm<Real> term = policy_term<kObjective>(block->log_ratio[j], block->ratio[j],
+                                                          block->advantage[j], logprob, bounds);
+    block->policy_loss[j] = term.loss;
+    block->slope[j] = term.slope;
+  }
+}
+
+// Multiplies the policy terms with their weights; one of weight 0 is 0 even where it is infinite.
+template <typename Real>
+void weigh(const void* weights, std::int64_t first, std::int64_t count, PpoBlock<Real>* block) {
+  const auto* weight = static_cast<const Real*>(weights) + first;
+  for (std::int64_t j = 0; j < count; ++j) {
+    const Real w = masked(weight[j], block->valid[j]);
+    block->policy_loss[j] = masked(block->policy_loss[j] * w, w);
+    block->slope[j] = masked(block->slope[j] * w, w);
+  }
+}
+
+template <Objective kObjective, typename Real>
 void count_clipped(const PpoBlock<Real>& block, PpoBounds<Real> bounds, std::int64_t count,
                    PpoStats* stats) {
+  constexpr bool kAnySign = kObjective != Objective::clip;
   std::int32_t high = 0, low = 0, dual = 0;
   for (std::int64_t j = 0; j < count; ++j) {
     const Real a = block.advantage[j], log_ratio = block.log_ratio[j];
-    high += (a > Real(0)) & (log_ratio > bounds.log_high);
-    low += (a < Real(0)) & (log_ratio < bounds.log_low);
+    high += (kAnySign | (a > Real(0))) & (log_ratio > bounds.log_high);
+    low += (kAnySign | (a < Real(0))) & (log_ratio < bounds.log_low);
     dual += (a < Real(0)) & (log_ratio > bounds.log_dual);
   }
   stats->at[PpoStats::clipped_high] += high;
@@ -203,17 +294,25 @@ template <typename Real>
 PpoStats ppo_row(const PpoLossArgs& args, const PpoBounds<Real>& bounds, std::int64_t i,
                  RowLength length, double weight) {
   PpoStats stats;
-  Extrema<Real> log_ratios;
+  Extrema<Real> extrema;  // of log r
   PpoBlock<Real> block;
+  const bool by_row = args.ratio != Ratio::token;
+  const Real log_ratio_of_row = by_row ? row_log_ratio(args, i, length, &block) : Real(0);
   for_blocks(length.end, [&](std::int64_t start, std::int64_t count) {
     const std::int64_t first = i * args.num_steps + start;
-    policy_terms(args, bounds, first, count, &block);
-    count_clipped(block, bounds, count, &stats);
-    stats.at[PpoStats::policy_loss] += sum(block.policy_loss, count);
+    log_ratios(args, first, count, &block);
+    token_ratios(count, &block);
     stats.at[PpoStats::approx_kl] -= sum(block.log_ratio, count);
     stats.at[PpoStats::approx_kl_k3] += sum(block.k3, count);
     stats.at[PpoStats::ratio] += sum(block.ratio, count);
-    log_ratios.fold(block.log_ratio, block.valid, count);
+    extrema.fold(block.log_ratio, block.valid, count);
+    if (by_row) use_row_ratio(log_ratio_of_row, count, &block);
+    with_objective(args.objective, [&](auto objective) {
+      policy_terms<decltype(objective)::value>(args, bounds, first, count, &block);
+      count_clipped<decltype(objective)::value>(block, bounds, count, &stats);
+    });
+    if (args.weights != nullptr) weigh(args.weights, first, count, &block);
+    stats.at[PpoStats::policy_loss] += sum(block.policy_loss, count);
     if (args.ref_logprobs != nullptr) {
       kl_terms(args, first, count, &block);
       stats.at[PpoStats::kl_loss] += sum(block.kl, count);
@@ -231,27 +330,32 @@ PpoStats ppo_row(const PpoLossArgs& args, const PpoBounds<Real>& bounds, std::in
   clear_gradients<Real>(args, i * args.num_steps + length.end, args.num_steps - length.end);
   stats.at[PpoStats::tokens] = static_cast<double>(length.tokens);
   if (length.tokens > 0) {
-    stats.at[PpoStats::ratio_min] = exp(log_ratios.low);
-    stats.at[PpoStats::ratio_max] = exp(log_ratios.high);
-    stats.at[PpoStats::max_log_ratio] = larger(-log_ratios.low, log_ratios.high);
+    stats.at[PpoStats::ratio_min] = exp(extrema.low);
+    stats.at[PpoStats::ratio_max] = exp(extrema.high);
+    stats.at[PpoStats::max_log_ratio] = larger(-extrema.low, extrema.high);
   }
   return stats;
 }
 
 // Per valid token, with log r = logprobs - old_logprobs, A the advantage, d = logprobs - ref:
 //
-//   policy = -A min(r, 1 + high)                      A >= 0, Schulman et al. 2017, eq. 7
-//   policy = -A max(r, 1 - low)                       A < 0
-//   policy = -A min(max(r, 1 - low), dual_clip)       A < 0 with dual clip, Ye et al. 2020, eq. 5
-//   L      = sum_t w_t (policy + kl_coef KL(d) - entropy_coef H)
-//   dL/dlogprobs = w_t ([r not clipped] (-r A) + kl_coef KL'(d))      dL/dH = -entropy_coef w_t
+//   clip   policy = -A min(r, 1 + high)                 A >= 0, Schulman et al. 2017, eq. 7
+//          policy = -A max(r, 1 - low)                  A < 0
+//          policy = -A min(max(r, 1 - low), dual_clip)  A < 0, dual clip, Ye et al. 2020, eq. 5
+//   cispo  policy = -A constant(clamp(r, 1 - low, 1 + high)) logprobs       MiniMax-M1, eq. 4-5
+//   mask   policy = -A r where 1 - low <= r <= 1 + high, else 0
+//   L = sum_t w_t (weight policy + kl_coef KL(d) - entropy_coef H)
+//   dL/dlogprobs = w_t (weight slope + kl_coef KL'(d))      dL/dH = -entropy_coef w_t
 //
-// (https://arxiv.org/abs/1707.06347, https://arxiv.org/abs/1912.09729), with w_t one over the
-// normalizer, and over the row's tokens too where the loss is a mean of token means. Clipping is
-// decided on log r. Saved for backward: the two gradients, which one multiplication with the
-// upstream gradient turns into those of the inputs. Bytes moved a token in float32: 13, and 4 each
-// for entropy, ref_logprobs and the gradients wanted; for the padding that ends a row, only the
-// mask and the gradients.
+// (https://arxiv.org/abs/1707.06347, https://arxiv.org/abs/1912.09729,
+// https://arxiv.org/abs/2506.13585), with w_t one over the normalizer, and over the row's tokens
+// too where the loss is a mean of token means. The slope of a policy term is -A r, or 0 where r is
+// clipped; -A clamp(r, 1 - low, 1 + high) in cispo. Clipping is decided on log r. With a row's
+// ratio log r is the mean of its tokens', or their sum, and the slopes stay these (GSPO-token,
+// Zheng et al. 2025, eq. 14-17, https://arxiv.org/abs/2507.18071). Saved for backward: the two
+// gradients, which one multiplication with the upstream gradient turns into those of the inputs.
+// Bytes moved a token in float32: 13, and 4 each for entropy, weights, ref_logprobs and the
+// gradients wanted; for the padding that ends a row, only the mask and the gradients.
 //
 // Rows are merged in their order: the bits do not depend on num_threads.
 inline void ppo_loss(const PpoLossArgs& args, int num_threads) {

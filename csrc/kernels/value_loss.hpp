@@ -1,7 +1,8 @@
-// The (clipped) squared error of the value model.
+// The (clipped) squared or Huber error of the value model.
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <type_traits>
@@ -21,6 +22,7 @@ struct ValueLossArgs {
   const void* returns;       // Real
   const std::uint8_t* mask;  // 1: the token counts
   double clip;               // infinity: none
+  double huber;              // infinity: the squared error
   double normalizer;         // 0: the tokens of this call, at least 1
   void* loss;                // out, Real [1]
   float* stats;              // out, float [ValueStats::size]
@@ -68,20 +70,37 @@ struct ValueBlock {
   Real squared[kTokenBlock], worst[kTokenBlock], slope[kTokenBlock];
 };
 
-template <typename Real>
-void value_terms(const ValueLossArgs& args, std::int64_t first, std::int64_t count,
-                 ValueBlock<Real>* block) {
+// Twice the error term of v - R: its square, or beyond `huber` a line.
+template <bool kHuber, typename Real>
+PPO_FAST_INLINE Real twice_error(Real error, Real squared, Real huber) {
+  if constexpr (!kHuber) return squared;
+  const Real size = error < Real(0) ? -error : error;
+  return size <= huber ? squared : huber * (Real(2) * size - huber);
+}
+
+template <bool kHuber, typename Real>
+PPO_FAST_INLINE Real error_slope(Real error, Real huber) {
+  if constexpr (!kHuber) return error;
+  const Real raised = error < -huber ? -huber : error;
+  return raised > huber ? huber : raised;
+}
+
+// Fills the block and returns how many of its tokens are clipped.
+template <bool kHuber, typename Real>
+std::int32_t value_terms(const ValueLossArgs& args, std::int64_t first, std::int64_t count,
+                         ValueBlock<Real>* block) {
   const auto* values = static_cast<const Real*>(args.values) + first;
   const auto* old_values = static_cast<const Real*>(args.old_values) + first;
   const auto* returns = static_cast<const Real*>(args.returns) + first;
   const std::uint8_t* mask = args.mask + first;
-  const Real clip = static_cast<Real>(args.clip);
+  const Real clip = static_cast<Real>(args.clip), huber = static_cast<Real>(args.huber);
   for (std::int64_t j = 0; j < count; ++j) block->valid[j] = static_cast<Real>(mask[j]);
   for (std::int64_t j = 0; j < count; ++j) {
     block->value[j] = masked(values[j], block->valid[j]);
     block->old[j] = masked(old_values[j], block->valid[j]);
     block->target[j] = masked(returns[j], block->valid[j]);
   }
+  std::int32_t num_clipped = 0;
   for (std::int64_t j = 0; j < count; ++j) {
     const Real v = block->value[j], old = block->old[j], target = block->target[j];
     // Not old + clamp(v - old): within the range this is v to the bit, so that rounding alone never
@@ -90,13 +109,17 @@ void value_terms(const ValueLossArgs& args, std::int64_t first, std::int64_t cou
     const Real raised = v < floor ? floor : v;
     const Real clipped_error = (raised > ceiling ? ceiling : raised) - target;
     const Real error = v - target;
-    const Real squared = error * error, clipped_squared = clipped_error * clipped_error;
-    const bool clipped = clipped_squared > squared;
+    const Real squared = error * error;
+    const Real own = twice_error<kHuber>(error, squared, huber);
+    const Real near = twice_error<kHuber>(clipped_error, clipped_error * clipped_error, huber);
+    const bool clipped = near > own;
     block->target_squared[j] = target * target;
     block->squared[j] = squared;
-    block->worst[j] = clipped ? clipped_squared : squared;
-    block->slope[j] = clipped ? Real(0) : error;
+    block->worst[j] = clipped ? near : own;
+    block->slope[j] = clipped ? Real(0) : error_slope<kHuber>(error, huber);
+    num_clipped += clipped;
   }
+  return num_clipped;
 }
 
 // Computes statistics and gradient of row i; `weight` is the weight of a token in the loss.
@@ -108,10 +131,8 @@ ValueStats value_row(const ValueLossArgs& args, std::int64_t i, RowLength length
   auto* grad = static_cast<Real*>(args.grad_values);
   const std::int64_t row = i * args.num_steps;
   for_blocks(length.end, [&](std::int64_t start, std::int64_t count) {
-    value_terms(args, row + start, count, &block);
-    std::int32_t clipped = 0;
-    for (std::int64_t j = 0; j < count; ++j) clipped += block.worst[j] > block.squared[j];
-    stats.at[ValueStats::clipped] += clipped;
+    auto* terms = std::isinf(args.huber) ? value_terms<false, Real> : value_terms<true, Real>;
+    stats.at[ValueStats::clipped] += terms(args, row + start, count, &block);
     stats.at[ValueStats::value_loss] += 0.5 * sum(block.worst, count);
     stats.at[ValueStats::values] += sum(block.value, count);
     stats.at[ValueStats::returns] += sum(block.target, count);
@@ -138,10 +159,13 @@ ValueStats value_row(const ValueLossArgs& args, std::int64_t i, RowLength length
 // Per valid token, with v a value and R its target:
 //
 //   v_c  = clamp(v, old - clip, old + clip)
-//   L    = 1/2 sum max((v - R)^2, (v_c - R)^2) / normalizer
-//   dL/dv = (v - R) / normalizer where the first error is not the smaller one, else 0
+//   h(e) = 1/2 e^2; beyond huber: huber (|e| - huber / 2)
+//   L    = sum max(h(v - R), h(v_c - R)) / normalizer
+//   dL/dv = clamp(v - R, -huber, huber) / normalizer where the first error is not the smaller one,
+//           else 0
 //
-// Source of the clipped form: the released code of Schulman et al. 2017 (OpenAI baselines, ppo2).
+// Source of the clipped form: the released code of Schulman et al. 2017 (OpenAI baselines, ppo2),
+// and of h: Huber 1964, https://doi.org/10.1214/aoms/1177703732.
 // Where the second error is the larger one, v lies outside of the range, and v_c does not move with
 // it. Saved for backward: the gradient, which is multiplied with the upstream gradient. Bytes moved
 // a token in float32: 13, and 4 for the gradient; for the padding that ends a row, only the mask

@@ -127,7 +127,15 @@ def _kl_estimate(e: Example, estimator: str, *, masked: bool = True) -> tuple[An
     return e.floats() - 2, e.floats() - 2, mask, estimator, True
 
 
-def _ppo_loss(e: Example, *, plain: bool = False, aggregation: str) -> tuple[Any, ...]:
+def _ppo_loss(
+    e: Example,
+    *,
+    plain: bool = False,
+    aggregation: str,
+    ratio: str = "token",
+    objective: str = "clip",
+) -> tuple[Any, ...]:
+    """Return arguments with importance weights where the objective is not "clip"."""
     logprobs = e.floats() - 2
     old, advantages = logprobs + e.floats(scale=0.2), e.floats()
     entropy, ref = (None, None) if plain else (e.floats().abs(), e.floats() - 2)
@@ -135,16 +143,17 @@ def _ppo_loss(e: Example, *, plain: bool = False, aggregation: str) -> tuple[Any
     numbers = 0.2, 0.25, dual_clip, kl_coef, "k1+k2", entropy_coef
     mask, of_gradients = e.mask(), 1 if plain else 2
     normalizer = None if plain else mask.sum()
+    weights = None if objective == "clip" else e.floats().abs()
     return (
-        *(logprobs, entropy, old, advantages, ref, mask),
+        *(logprobs, entropy, old, advantages, ref, weights, mask, ratio, objective),
         *(*numbers, aggregation, normalizer, of_gradients),
     )
 
 
-def _value_loss(e: Example, *, plain: bool = False) -> tuple[Any, ...]:
+def _value_loss(e: Example, *, plain: bool = False, huber: float | None = None) -> tuple[Any, ...]:
     mask = e.mask()
     old, clip, normalizer = (None, None, None) if plain else (e.floats(), 0.2, mask.sum())
-    return e.floats(), old, e.floats(), mask, clip, normalizer, 1
+    return e.floats(), old, e.floats(), mask, clip, huber, normalizer, 1
 
 
 def _gae(e: Example, *, plain: bool = True) -> tuple[Any, ...]:
@@ -235,7 +244,24 @@ CASES: dict[str, Case] = {
         lambda e: _ppo_loss(e, plain=True, aggregation="token-mean"),
         common=False,
     ),
+    "ppo_loss cispo, by rows' products": Case(
+        "ppo_loss/ppo_loss",
+        lambda e: _ppo_loss(
+            e, aggregation="token-mean", ratio="sequence-product", objective="cispo"
+        ),
+        common=False,
+    ),
+    "ppo_loss mask, by rows' means": Case(
+        "ppo_loss/ppo_loss",
+        lambda e: _ppo_loss(
+            e, aggregation="seq-mean-token-mean", ratio="sequence", objective="mask"
+        ),
+        common=False,
+    ),
     "value_loss": Case("value_loss/value_loss", _value_loss),
+    "value_loss huber": Case(
+        "value_loss/value_loss", lambda e: _value_loss(e, huber=0.5), common=False
+    ),
     "value_loss plain": Case(
         "value_loss/value_loss", lambda e: _value_loss(e, plain=True), common=False
     ),

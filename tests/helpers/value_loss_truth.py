@@ -15,6 +15,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5}
 
 each_impl = pytest.mark.parametrize("impl", implementations("value_loss"))
 each_clip = pytest.mark.parametrize("clip", [None, 0.4])
+each_huber = pytest.mark.parametrize("huber", [None, 0.7])
 
 
 def batch(seed=0, B=3, T=5, dtype=WIDE, valid=0.7):
@@ -29,7 +30,13 @@ def batch(seed=0, B=3, T=5, dtype=WIDE, valid=0.7):
     return tensors, torch.randn((), generator=g).item()
 
 
-def truth(values, old_values, returns, mask, clip, normalizer):
+def half_square(error, huber):
+    """Return 1/2 e^2, or Huber's (1964) continuation by a line, and its derivative."""
+    size = min(abs(error), math.inf if huber is None else huber)
+    return size * (abs(error) - size / 2), math.copysign(size, error)
+
+
+def truth(values, old_values, returns, mask, clip, normalizer, huber=None):
     """Compute (loss, gradient, stats) by the formula, token by token."""
     gradient = torch.zeros(values.shape, dtype=torch.float64)
     stats = {"sum": 0.0, "min": math.inf, "max": -math.inf}
@@ -37,15 +44,15 @@ def truth(values, old_values, returns, mask, clip, normalizer):
     normalizer = normalizer or max(int(mask.sum()), 1)
     for b, t in mask.nonzero().tolist():
         v, old, ret = (x[b, t].item() for x in (values, old_values, returns))
-        error, slope = (v - ret) ** 2, 2 * (v - ret)
+        error, slope = half_square(v - ret, huber)
         if clip is not None:
             v_clipped = old + min(max(v - old, -clip), clip)
-            if abs(v - old) > clip and (v_clipped - ret) ** 2 > error:
-                error, slope = (v_clipped - ret) ** 2, 0.0
+            if abs(v - old) > clip and half_square(v_clipped - ret, huber)[0] > error:
+                error, slope = half_square(v_clipped - ret, huber)[0], 0.0
                 stats["clipped"] += 1
-        gradient[b, t] = 0.5 * slope / normalizer
+        gradient[b, t] = slope / normalizer
         stats["tokens"] += 1
-        stats["value_loss"] += 0.5 * error
+        stats["value_loss"] += error
         stats["values"] += v
         stats["returns"] += ret
         stats["returns_squared"] += ret**2

@@ -59,6 +59,8 @@ def update(make: Make, aggregation: str, impl: str) -> Tensor:
         dual_clip=3.0,
         kl_coef=0.1,
         entropy_coef=0.01,
+        weights=old,
+        ratio="sequence" if aggregation == "seq-mean-token-mean" else "token",
         aggregation=aggregation,
         normalizer=mask.sum(),
         impl=impl,

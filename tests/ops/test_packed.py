@@ -65,11 +65,12 @@ def test_gae(impl, masked):
 
 @pytest.mark.parametrize("impl", implementations("ppo_loss"))
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_ppo_loss(impl, aggregation):
-    names = ["logprobs", "old_logprobs", "advantages", "entropy", "ref_logprobs"]
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_ppo_loss(impl, aggregation, ratio):
+    names = ["logprobs", "old_logprobs", "advantages", "entropy", "ref_logprobs", "weights"]
     packed = {name: numbers(i, name in ("logprobs", "entropy")) for i, name in enumerate(names)}
     packed["mask"] = mask()
-    options = EVERYTHING | {"aggregation": aggregation, "impl": impl}
+    options = EVERYTHING | {"aggregation": aggregation, "ratio": ratio, "impl": impl}
     options["normalizer"] = 7 if aggregation == "seq-mean-token-sum" else None
     rows = {name: padded(x) for name, x in packed.items()}
     found = ppo_loss(**packed, **options, cu_seqlens=CU_SEQLENS)
@@ -80,7 +81,7 @@ def test_ppo_loss(impl, aggregation):
         (gradient,) = torch.autograd.grad(found.loss, packed[name], retain_graph=True)
         (by_row,) = torch.autograd.grad(expected.loss, rows[name], retain_graph=True)
         assert_close(gradient, by_row)
-    if aggregation == "seq-mean-token-mean":
+    if aggregation == "seq-mean-token-mean" or ratio == "sequence":
         one_row = ppo_loss(**{k: x[None] for k, x in packed.items()}, **options).loss
         assert (one_row - found.loss).abs() > 1e-3, "one long sequence is something else"
     else:
@@ -159,6 +160,8 @@ def test_borders_that_are_missing_or_not_needed():
     x, valid = numbers(0), mask()
     with pytest.raises(ValueError, match="needs cu_seqlens, the borders of the sequences"):
         ppo_loss(x, old_logprobs=x, advantages=x, mask=valid, aggregation="seq-mean-token-mean")
+    with pytest.raises(ValueError, match=r"ratio 'sequence' of packed .*needs cu_seqlens"):
+        ppo_loss(x, old_logprobs=x, advantages=x, mask=valid, ratio="sequence")
     with pytest.raises(ValueError, match=r"expected one shape \[B, T\]"):
         gae(x, x, gamma=1.0, lam=1.0)
     with pytest.raises(ValueError, match=r"got logprobs \[1, 13\]"):

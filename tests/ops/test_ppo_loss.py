@@ -11,6 +11,8 @@ from ppo_loss_truth import (
     AGGREGATIONS,
     DTYPES,
     EVERYTHING,
+    OBJECTIVES,
+    RATIOS,
     TOLERANCE,
     batch,
     default_normalizer,
@@ -26,7 +28,7 @@ from ppo_fast.ops.stats import PPO_STATS, merge_stats, ppo_metrics
 
 
 @each_impl
-@settings(deadline=None, max_examples=examples(200))
+@settings(deadline=None, max_examples=examples(300))
 @given(
     data=st.fixed_dictionaries(
         {
@@ -37,6 +39,7 @@ from ppo_fast.ops.stats import PPO_STATS, merge_stats, ppo_metrics
             "dtype": st.sampled_from(DTYPES),
             "scale": st.sampled_from([0.0, 0.1, 1.0]),
             "offset": st.sampled_from([-2.0, 1.5]),
+            "weighted": st.booleans(),
         }
     ),
     options=st.fixed_dictionaries(
@@ -47,6 +50,8 @@ from ppo_fast.ops.stats import PPO_STATS, merge_stats, ppo_metrics
             "kl_estimator": st.sampled_from(["abs", "k2", "k3", "k1+k2"]),
             "entropy_coef": st.sampled_from([0, 0.01, -0.5]),
             "aggregation": st.sampled_from(AGGREGATIONS),
+            "ratio": st.sampled_from(RATIOS),
+            "objective": st.sampled_from(OBJECTIVES),
         }
     ),
     normalizer=st.sampled_from([None, 7, 0.3, 11.0]),
@@ -55,12 +60,15 @@ from ppo_fast.ops.stats import PPO_STATS, merge_stats, ppo_metrics
 )
 def test_loss_gradients_and_metrics(impl, data, options, normalizer, as_tensor, upstream):
     tensors = batch(**data)
+    if options["objective"] != "clip":
+        options["dual_clip"] = None
     if options["aggregation"] == "seq-mean-token-sum":
         normalizer = normalizer or 6
     expected = truth(tensors, **options, normalizer=normalizer)
     if as_tensor and normalizer is not None:
         normalizer = torch.tensor(normalizer, dtype=torch.float64)
-    loss, metrics = ppo_loss(**tensors, **options, normalizer=normalizer, impl=impl)
+    options |= {"normalizer": normalizer, "kl_clamp": False, "impl": impl}
+    loss, metrics = ppo_loss(**tensors, **options)
     (loss * upstream).backward()
 
     dtype = data["dtype"]

@@ -81,16 +81,19 @@ def test_on_meta_tensors(aggregation):
 
 @pytest.mark.slow
 @each_impl
-def test_compiled_with_coefficients_that_change(impl):
+@pytest.mark.parametrize("options", [{}, {"ratio": "sequence", "objective": "mask"}])
+def test_compiled_with_coefficients_that_change(impl, options):
     """The compiled loss has the same bits; other coefficients or normalizers do not recompile."""
+    options = EVERYTHING | options
+    options["dual_clip"] = None if options.get("objective") else 2.0
 
     def run(tensors, kl_coef, normalizer):
-        options = {**EVERYTHING, "kl_coef": kl_coef}
-        return ppo_loss(**tensors, **options, normalizer=normalizer, impl=impl)
+        changed = options | {"kl_coef": kl_coef, "normalizer": normalizer}
+        return ppo_loss(**tensors, **changed, impl=impl)
 
     torch.compiler.reset()
     one_graph = torch.compile(run, fullgraph=True, backend="aot_eager")
-    tensors = batch(dtype=torch.float32)
+    tensors = batch(dtype=torch.float32, weighted="ratio" in options)
     for step in range(4):
         with torch.compiler.set_stance("fail_on_recompile" if step > 1 else "default"):
             one, other = (f(tensors, 0.1 + 0.1 * step, 7.0 + step) for f in (run, one_graph))
@@ -181,6 +184,9 @@ def op_arguments(tensors, **changes):
     number = torch.tensor(0.3, dtype=torch.float64)
     names = ("logprobs", "entropy", "old_logprobs", "advantages", "ref_logprobs", "mask")
     arguments = {name: tensors[name].detach() for name in names} | {
+        "weights": None,
+        "ratio": "token",
+        "objective": "clip",
         "clip_low": 0.2,
         "clip_high": 0.3,
         "dual_clip": 2.0,
@@ -201,11 +207,15 @@ def op_arguments(tensors, **changes):
         {"num_gradients": 0, "aggregation": "seq-mean-token-mean", "normalizer": None},
         {"num_gradients": 1, "dual_clip": None, "entropy": None, "entropy_coef": OFF},
         {"ref_logprobs": None, "kl_coef": OFF, "kl_estimator": "k1"},
+        {"weights": torch.ones(3, 5), "ratio": "sequence", "objective": "cispo"},
+        {"ratio": "sequence-product", "objective": "mask", "aggregation": "token-sum"},
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck(changes, dtype):
     arguments = op_arguments(batch(dtype=dtype), **changes)
+    if arguments["weights"] is not None:
+        arguments["weights"] = arguments["weights"].to(dtype)
     torch.library.opcheck(torch.ops.ppo_fast.ppo_loss_cpp.default, (), arguments)
     gradients = torch.ops.ppo_fast.ppo_loss_cpp.default(**arguments)[2]
     assert gradients.shape == (arguments["num_gradients"], 3, 5)
@@ -213,7 +223,7 @@ def test_opcheck(changes, dtype):
 
 def test_raw_op_checks_the_arguments_of_the_kernel():
     tensors = batch(dtype=torch.float32)
-    for name in ("entropy", "old_logprobs", "advantages", "ref_logprobs"):
+    for name in ("entropy", "old_logprobs", "advantages", "ref_logprobs", "weights"):
         for bad in (torch.ones(3, 4), torch.ones(3, 5).double()):
             with pytest.raises(ValueError, match=f"{name}: got"):
                 torch.ops.ppo_fast.ppo_loss_cpp.default(**op_arguments(tensors, **{name: bad}))
@@ -258,6 +268,13 @@ def test_auto_is_cpp_on_the_cpu(monkeypatch):
         ({"kl_estimator": "k4"}, ValueError, r"'k4'.*k1, abs, k2, k3, k1\+k2"),
         ({"entropy_coef": 0.1, "entropy": None}, ValueError, "entropy is None"),
         ({"entropy_coef": math.inf}, ValueError, "entropy_coef is inf"),
+        ({"ratio": "row"}, ValueError, "ratio is 'row'.* token, sequence, sequence-product"),
+        ({"objective": "ppo"}, ValueError, "objective is 'ppo'.* clip, cispo, mask"),
+        ({"objective": "mask", "dual_clip": 3.0}, ValueError, "'mask' has no dual clip; leave"),
+        ({"objective": "cispo", "dual_clip": 3.0}, ValueError, "dual_clip is 3.0 but .*'cispo'"),
+        ({"weights": torch.ones(3)}, ValueError, r"logprobs \[3, 5\].*weights \[3\]"),
+        ({"weights": torch.ones(3, 5).int()}, TypeError, r"weights.float\(\)"),
+        ({"weights": 2.0}, TypeError, "weights is float, expected a tensor"),
         ({"aggregation": "mean"}, ValueError, "'mean'.*" + ", ".join(AGGREGATIONS)),
         ({"aggregation": "seq-mean-token-sum"}, ValueError, "needs a normalizer"),
         ({"normalizer": 0}, ValueError, "normalizer is 0"),

@@ -15,7 +15,7 @@ from loss_checks import (
     tolerance,
 )
 from runnable import FLOATS, examples
-from value_loss_truth import TOLERANCE, batch, each_clip, each_impl, run_all, truth
+from value_loss_truth import TOLERANCE, batch, each_clip, each_huber, each_impl, run_all, truth
 
 from ppo_fast.ops.stats import VALUE_STATS, merge_stats, value_metrics
 from ppo_fast.ops.value_loss import value_loss
@@ -30,16 +30,20 @@ from ppo_fast.ops.value_loss import value_loss
     valid=st.sampled_from([0.0, 0.5, 1.0]),
     dtype=st.sampled_from([dtype for dtype in TOLERANCE if dtype in FLOATS]),
     clip=st.sampled_from([None, 0.2, 1.0]),
+    huber=st.sampled_from([None, 0.1, 1.0, 100]),
     normalizer=st.sampled_from([None, 7, 0.3, 11.0]),
     as_tensor=st.booleans(),
 )
-def test_loss_gradient_and_metrics(impl, seed, B, T, valid, dtype, clip, normalizer, as_tensor):
+def test_loss_gradient_and_metrics(
+    impl, seed, B, T, valid, dtype, clip, huber, normalizer, as_tensor
+):
     tensors, upstream = batch(seed, B, T, dtype, valid)
-    expected = truth(**tensors, clip=clip, normalizer=normalizer)
+    expected = truth(**tensors, clip=clip, normalizer=normalizer, huber=huber)
     if as_tensor and normalizer is not None:
         normalizer = torch.tensor(normalizer, dtype=torch.float64)
     values = tensors.pop("values")
-    loss, metrics = value_loss(values, **tensors, clip=clip, normalizer=normalizer, impl=impl)
+    options = {"clip": clip, "huber": huber, "normalizer": normalizer}
+    loss, metrics = value_loss(values, **tensors, **options, impl=impl)
     (loss * upstream).backward()
 
     close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
@@ -52,12 +56,13 @@ def test_loss_gradient_and_metrics(impl, seed, B, T, valid, dtype, clip, normali
 
 
 @each_clip
-def test_gradcheck_of_the_reference(clip):
+@each_huber
+def test_gradcheck_of_the_reference(clip, huber):
     tensors, _ = batch(seed=1)
     values = tensors.pop("values")
     assert value_loss(values, **tensors, clip=0.4).metrics[2] > 0
     torch.autograd.gradcheck(
-        lambda v: value_loss(v, **tensors, clip=clip, impl="reference").loss, values
+        lambda v: value_loss(v, **tensors, clip=clip, huber=huber, impl="reference").loss, values
     )
 
 
@@ -163,12 +168,13 @@ def test_equal_errors_keep_the_gradient(impl):
 
 @pytest.mark.parametrize("impl", compiled("value_loss"))
 @each_clip
-def test_more_tokens_than_the_kernel_takes_at_once(impl, clip, monkeypatch):
+@each_huber
+def test_more_tokens_than_the_kernel_takes_at_once(impl, clip, huber, monkeypatch):
     programs_take_several_blocks(impl, monkeypatch)
     tensors = {**batch(B=6, T=1100)[0], "mask": padded_mask(6, 1100)}
-    ours = run_all(tensors, clip=clip, impl=impl)
+    ours = run_all(tensors, clip=clip, huber=huber, impl=impl)
     wide = {k: x.double() if x.is_floating_point() else x for k, x in tensors.items()}
-    reference = run_all(wide, clip=clip, impl="reference")
+    reference = run_all(wide, clip=clip, huber=huber, impl="reference")
     for i, (x, y) in enumerate(zip(ours, reference, strict=True)):
         limit = 1e-6 if i == 1 else tolerance(1e-12, 1e-6)
         torch.testing.assert_close(x.to(y.dtype), y, rtol=limit, atol=limit)
@@ -176,17 +182,46 @@ def test_more_tokens_than_the_kernel_takes_at_once(impl, clip, monkeypatch):
 
 @pytest.mark.parametrize("impl", compiled("value_loss"))
 @each_clip
-def test_error_budget(impl, clip):
+@each_huber
+def test_error_budget(impl, clip, huber):
     """err(kernel) <= 2 err(eager in float32) + a few eps, both against float64."""
     tensors = {**batch(B=6, T=700, dtype=torch.float32)[0], "mask": padded_mask(6, 700)}
     wide = {k: x.double() if x.is_floating_point() else x for k, x in tensors.items()}
-    exact = run_all(wide, clip=clip, impl="reference")
-    eager, ours = (run_all(tensors, clip=clip, impl=x) for x in ("reference", impl))
+    options = {"clip": clip, "huber": huber}
+    exact = run_all(wide, **options, impl="reference")
+    eager, ours = (run_all(tensors, **options, impl=x) for x in ("reference", impl))
     for x, y, exactly in zip(ours, eager, exact, strict=True):
         allowed = (
             2 * (y - exactly).abs().amax() + 4 * torch.finfo(torch.float32).eps * exactly.abs()
         )
         assert ((x - exactly).abs() <= allowed).all()
+
+
+@each_impl
+@each_clip
+def test_a_large_huber_has_the_bits_of_the_squared_error(impl, clip):
+    tensors = {**batch(B=6, T=301)[0], "mask": padded_mask(6, 301)}
+    squared, huber = (run_all(tensors, clip=clip, huber=x, impl=impl) for x in (None, 1e30))
+    assert all(map(torch.equal, squared, huber))
+
+
+@each_impl
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_huber_around_its_bound_and_far_beyond(impl, sign):
+    """The error 1e30 has no square in float32; on the bound both formulas agree."""
+    values = sign * torch.tensor([[0.25, 0.5, 0.75, 1e30]])
+    values.requires_grad_()
+    zero = torch.zeros(1, 4)
+    loss = value_loss(
+        values, old_values=None, returns=zero, mask=zero == 0, huber=0.5, normalizer=1, impl=impl
+    ).loss
+    loss.backward()
+    assert values.grad.tolist() == [[0.25 * sign, 0.5 * sign, 0.5 * sign, 0.5 * sign]]
+    assert loss.item() == pytest.approx(0.5e30)
+    near = value_loss(
+        values, old_values=None, returns=zero, mask=values.abs() < 1, huber=0.5, impl=impl
+    )
+    assert near.loss.item() == pytest.approx((0.03125 + 0.125 + 0.25) / 3)
 
 
 @each_impl

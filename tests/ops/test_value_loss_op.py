@@ -42,8 +42,8 @@ def test_targets_are_constants(impl):
 
 @pytest.mark.slow
 @each_impl
-@each_clip
-def test_on_meta_tensors_and_compiled(impl, clip):
+@pytest.mark.parametrize(("clip", "huber"), [(None, None), (0.4, None), (0.4, 0.7)])
+def test_on_meta_tensors_and_compiled(impl, clip, huber):
     def run(values, old_values, returns, mask):
         return value_loss(
             values,
@@ -51,6 +51,7 @@ def test_on_meta_tensors_and_compiled(impl, clip):
             returns=returns,
             mask=mask,
             clip=clip,
+            huber=huber,
             normalizer=mask.sum(),
             impl=impl if mask.device.type != "meta" else "reference",
         )
@@ -123,13 +124,14 @@ def test_bits_do_not_depend_on_threads_or_other_rows(impl, clip, dtype):
 
 def op_arguments(tensors, **changes):
     arguments = {name: x.detach() for name, x in tensors.items()}
-    return {**arguments, "clip": 0.2, "normalizer": None, "num_gradients": 1, **changes}
+    options = {"clip": 0.2, "huber": None, "normalizer": None, "num_gradients": 1}
+    return arguments | options | changes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"clip": None, "old_values": None}, {"normalizer": torch.tensor(7)}],
+    [{}, {"clip": None, "old_values": None}, {"huber": 0.7, "normalizer": torch.tensor(7)}],
 )
 @pytest.mark.parametrize("num_gradients", [0, 1])
 def test_opcheck(changes, dtype, num_gradients):
@@ -177,6 +179,9 @@ def test_auto_is_cpp_on_the_cpu(monkeypatch):
         ({"clip": math.nan}, ValueError, "clip is nan"),
         ({"clip": (0.2, 0.2)}, TypeError, "clip is tuple"),
         ({"clip": 0.2, "old_values": None}, ValueError, "give old_values"),
+        ({"huber": 0.0}, ValueError, "huber is 0.0, expected a finite number above 0"),
+        ({"huber": math.inf}, ValueError, "huber is inf"),
+        ({"huber": "1"}, TypeError, "huber is str"),
         ({"normalizer": 0}, ValueError, "normalizer is 0"),
         ({"normalizer": torch.ones(3)}, ValueError, r"normalizer has shape \[3\]"),
         ({"returns": torch.ones(3, 1)}, ValueError, r"values \[3, 5\].*returns \[3, 1\]"),

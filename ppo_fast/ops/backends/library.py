@@ -201,10 +201,10 @@ def _ppo_loss_fake(logprobs: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor
 
 ppo_loss = _define(
     "ppo_loss(Tensor logprobs, Tensor? entropy, Tensor old_logprobs, Tensor advantages, "
-    "Tensor? ref_logprobs, Tensor mask, float clip_low, float clip_high, float? dual_clip, "
-    "Tensor kl_coef, str kl_estimator, Tensor entropy_coef, str aggregation, "
-    "Tensor? normalizer, "
-    "int num_gradients) -> (Tensor loss, Tensor metrics, Tensor gradients)",
+    "Tensor? ref_logprobs, Tensor? weights, Tensor mask, str ratio, str objective, "
+    "float clip_low, float clip_high, float? dual_clip, Tensor kl_coef, str kl_estimator, "
+    "Tensor entropy_coef, str aggregation, Tensor? normalizer, int num_gradients) "
+    "-> (Tensor loss, Tensor metrics, Tensor gradients)",
     "ppo_loss/ppo_loss",
     _ppo_loss_fake,
 )
@@ -221,7 +221,8 @@ def _value_loss_fake(values: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor
 
 value_loss = _define(
     "value_loss(Tensor values, Tensor? old_values, Tensor returns, Tensor mask, float? clip, "
-    "Tensor? normalizer, int num_gradients) -> (Tensor loss, Tensor metrics, Tensor gradients)",
+    "float? huber, Tensor? normalizer, int num_gradients) "
+    "-> (Tensor loss, Tensor metrics, Tensor gradients)",
     "value_loss/value_loss",
     _value_loss_fake,
 )

@@ -1,5 +1,5 @@
-"""The clipped policy objective with its KL term and entropy bonus."""
+"""The policy objectives with their KL term and entropy bonus."""
 
-from ppo_fast.ops.ppo_loss.api import Aggregation, PPOLoss, ppo_loss
+from ppo_fast.ops.ppo_loss.api import Aggregation, Objective, PPOLoss, Ratio, ppo_loss
 
-__all__ = ["Aggregation", "PPOLoss", "ppo_loss"]
+__all__ = ["Aggregation", "Objective", "PPOLoss", "Ratio", "ppo_loss"]

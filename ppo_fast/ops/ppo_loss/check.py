@@ -30,6 +30,11 @@ def case(side: Side) -> dict[str, Tensor]:
         aggregation="seq-mean-token-mean",
         impl=side.impl,
     )
-    gradients = side.gradients([out.loss], logprobs=logprobs, entropy=entropy)
+    weights = nan_outside(mask, side.normal(3, 701).abs())
+    weighted = ppo_loss(
+        **x, weights=weights, mask=mask, ratio="sequence", objective="mask", impl=side.impl
+    )
+    losses = [out.loss, weighted.loss]
+    gradients = side.gradients(losses, logprobs=logprobs, entropy=entropy)
     metrics = dict(zip(PPO_STATS, out.metrics.unbind(), strict=True))
-    return {"loss": out.loss, **metrics, **gradients}
+    return {"loss": out.loss, "weighted loss": weighted.loss, **metrics, **gradients}

@@ -11,13 +11,15 @@ from torch import Tensor
 from ppo_fast.ops.backends.cpp_launch import DTYPE_CODES, address, vouched, vouched_or_none
 from ppo_fast.ops.backends.cpus import num_threads
 from ppo_fast.ops.kl_estimate.api import ESTIMATORS
-from ppo_fast.ops.ppo_loss.api import Aggregation
+from ppo_fast.ops.ppo_loss.api import Aggregation, Objective, Ratio
 from ppo_fast.ops.stats import PPO_STATS
 
 # The enum classes in csrc/kernels/kl_estimate.hpp and csrc/kernels/ppo_loss.hpp have the same
 # orders.
 ESTIMATOR_CODES = {name: code for code, name in enumerate(ESTIMATORS)}
 AGGREGATION_CODES = {name: code for code, name in enumerate(get_args(Aggregation))}
+RATIO_CODES = {name: code for code, name in enumerate(get_args(Ratio))}
+OBJECTIVE_CODES = {name: code for code, name in enumerate(get_args(Objective))}
 
 
 def ppo_loss(
@@ -26,7 +28,10 @@ def ppo_loss(
     old_logprobs: Tensor,
     advantages: Tensor,
     ref_logprobs: Tensor | None,
+    weights: Tensor | None,
     mask: Tensor,
+    ratio: str,
+    objective: str,
     clip_low: float,
     clip_high: float,
     dual_clip: float | None,
@@ -52,6 +57,7 @@ def ppo_loss(
     mask = vouched("mask", mask, shape, torch.bool)
     entropy = vouched_or_none("entropy", entropy, shape, dtype)
     ref_logprobs = vouched_or_none("ref_logprobs", ref_logprobs, shape, dtype)
+    weights = vouched_or_none("weights", weights, shape, dtype)
     loss = torch.empty((), dtype=dtype, device="cpu")
     stats = torch.empty(len(PPO_STATS), dtype=torch.float32, device="cpu")
     gradients = torch.empty(num_gradients, num_rows, num_steps, dtype=dtype, device="cpu")
@@ -64,6 +70,9 @@ def ppo_loss(
         mask=address(mask),
         entropy=address(entropy),
         ref_logprobs=address(ref_logprobs),
+        weights=address(weights),
+        ratio=RATIO_CODES[ratio],
+        objective=OBJECTIVE_CODES[objective],
         clip_low=clip_low,
         clip_high=clip_high,
         dual_clip=math.inf if dual_clip is None else dual_clip,

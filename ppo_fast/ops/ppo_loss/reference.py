@@ -11,6 +11,8 @@ from torch import Tensor
 from ppo_fast.ops.kl_estimate.reference import kl_estimate
 from ppo_fast.ops.stats import PPO_STATS, pack_stats
 
+Bounds = tuple[float, float, float]
+
 
 def ppo_loss(
     logprobs: Tensor,
@@ -20,6 +22,9 @@ def ppo_loss(
     mask: Tensor,
     entropy: Tensor | None,
     ref_logprobs: Tensor | None,
+    weights: Tensor | None,
+    ratio: str,
+    objective: str,
     clip: tuple[float, float],
     dual_clip: float | None,
     kl_coef: float,
@@ -36,9 +41,17 @@ def ppo_loss(
 
     new, advantages = valid(logprobs), valid(advantages.detach())
     log_ratio = new - valid(old_logprobs.detach())
-    policy = _policy_loss(log_ratio, advantages, clip, dual_clip)
+    used = log_ratio if ratio == "token" else _of_sequence(log_ratio, mask, ratio)
+    bounds = _log_bounds(clip, dual_clip)
+    if weights is None:
+        policy = _policy_loss(objective, used, advantages, new, bounds)
+    else:
+        weights = valid(weights.detach())
+        # Nothing of a token of weight 0 counts: 0 * inf would be NaN.
+        x, a, lp = (torch.where(weights != 0, x, 0) for x in (used, advantages, new))
+        policy = weights * _policy_loss(objective, x, a, lp, bounds)
     per_token = policy
-    stats = _policy_stats(log_ratio, advantages, mask, clip, dual_clip)
+    stats = _ratio_stats(log_ratio, mask) | _clip_counts(objective, used, advantages, bounds)
     stats["policy_loss"] = policy.sum()
 
     zero = torch.zeros((), dtype=dtype, device=logprobs.device)
@@ -57,19 +70,43 @@ def ppo_loss(
     return _aggregate(per_token, mask, aggregation, normalizer), pack_stats(PPO_STATS, stats)
 
 
+def _of_sequence(log_ratio: Tensor, mask: Tensor, ratio: str) -> Tensor:
+    """Return the log-ratio of each token's sequence, with the derivatives of the token's own."""
+    total = log_ratio.detach().sum(-1, keepdim=True)
+    if ratio == "sequence":
+        total = total / mask.sum(-1, keepdim=True).clamp(min=1)
+    # 0 with a derivative of 1; not inf - inf where a ratio is infinite
+    zero = torch.where(log_ratio.isfinite(), log_ratio - log_ratio.detach(), 0)
+    return torch.where(mask, total + zero, 0)
+
+
+def _log_bounds(clip: tuple[float, float], dual_clip: float | None) -> Bounds:
+    """Return the bounds of log r: low, high, dual."""
+    low, high = clip
+    return (
+        math.log1p(-low),
+        math.log1p(high),
+        math.inf if dual_clip is None else math.log(dual_clip),
+    )
+
+
 def _policy_loss(
-    log_ratio: Tensor, advantages: Tensor, clip: tuple[float, float], dual_clip: float | None
+    objective: str, log_ratio: Tensor, advantages: Tensor, logprobs: Tensor, bounds: Bounds
 ) -> Tensor:
     """Compute the negated objective per token, [B, T].
 
-    For A >= 0, min(r A, clamp(r) A) = A min(r, 1 + high); for A < 0 it is A max(r, 1 - low), and
-    with dual clip A min(max(r, 1 - low), c). Clamping log r instead of r keeps exp of a clipped
+    Clip: for A >= 0, min(r A, clamp(r) A) = A min(r, 1 + high); for A < 0 it is A max(r, 1 - low),
+    and with dual clip A min(max(r, 1 - low), c). Clamping log r instead of r keeps exp of a clipped
     token finite, so that its gradient is 0 and not 0 * inf.
     """
-    low, high = clip
-    log_dual = math.inf if dual_clip is None else math.log(dual_clip)
-    gain = _clamp(log_ratio, -math.inf, math.log1p(high))
-    harm = _clamp(log_ratio, math.log1p(-low), log_dual)
+    low, high, dual = bounds
+    if objective == "cispo":
+        return -advantages * torch.exp(log_ratio.detach().clamp(low, high)) * logprobs
+    if objective == "mask":
+        outside = (log_ratio < low) | (log_ratio > high)
+        return torch.where(outside, 0, -advantages * torch.exp(_clamp(log_ratio, low, high)))
+    gain = _clamp(log_ratio, -math.inf, high)
+    harm = _clamp(log_ratio, low, dual)
     return -advantages * torch.exp(torch.where(advantages >= 0, gain, harm))
 
 
@@ -94,16 +131,22 @@ def _aggregate(
     return total / count
 
 
-@torch.no_grad()
-def _policy_stats(
-    log_ratio: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    clip: tuple[float, float],
-    dual_clip: float | None,
+def _clip_counts(
+    objective: str, log_ratio: Tensor, advantages: Tensor, bounds: Bounds
 ) -> dict[str, Tensor]:
-    low, high = clip
-    log_dual = math.inf if dual_clip is None else math.log(dual_clip)
+    low, high, dual = bounds
+    above, below = log_ratio > high, log_ratio < low
+    if objective == "clip":
+        above, below = above & (advantages > 0), below & (advantages < 0)
+    return {
+        "clipped_high": above.sum(),
+        "clipped_low": below.sum(),
+        "dual_clipped": ((advantages < 0) & (log_ratio > dual)).sum(),
+    }
+
+
+@torch.no_grad()
+def _ratio_stats(log_ratio: Tensor, mask: Tensor) -> dict[str, Tensor]:
     ratio = log_ratio.exp()
 
     def pad(x: Tensor, neutral: float) -> Tensor:
@@ -114,9 +157,6 @@ def _policy_stats(
         "tokens": mask.sum(),
         "approx_kl": (-log_ratio).sum(),
         "approx_kl_k3": (torch.expm1(log_ratio) - log_ratio).sum(),
-        "clipped_high": ((advantages > 0) & (log_ratio > math.log1p(high))).sum(),
-        "clipped_low": ((advantages < 0) & (log_ratio < math.log1p(-low))).sum(),
-        "dual_clipped": ((advantages < 0) & (log_ratio > log_dual)).sum(),
         "ratio": torch.where(mask, ratio, 0).sum(),
         "ratio_min": pad(ratio, math.inf).amin(),
         "ratio_max": pad(ratio, -math.inf).amax(),

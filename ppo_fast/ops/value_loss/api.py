@@ -1,4 +1,4 @@
-"""value_loss: squared error of the value model, optionally clipped."""
+"""value_loss: squared or Huber error of the value model, optionally clipped."""
 
 from __future__ import annotations
 
@@ -31,15 +31,19 @@ def value_loss(
     returns: Tensor,
     mask: Tensor,
     clip: float | None = None,
+    huber: float | None = None,
     normalizer: float | Tensor | None = None,
     impl: Impl = "auto",
 ) -> ValueLoss:
     """Compute half the squared error of the values, clipped near the rollout's values by ``clip``.
 
         v_c  = clamp(v, old - clip, old + clip)          (= old + clamp(v - old, -clip, clip))
-        loss = 1/2 sum max((v - R)^2, (v_c - R)^2) / normalizer          over the valid tokens
+        h(e) = 1/2 e^2 where |e| <= huber, else huber (|e| - huber / 2)       Huber 1964
+        loss = sum max(h(v - R), h(v_c - R)) / normalizer          over the valid tokens
+        d/dv = clamp(v - R, -huber, huber) / normalizer, 0 where h(v_c - R) is the larger one
 
-    Source of the clipped form: the released code of Schulman et al. 2017 (OpenAI baselines, ppo2).
+    Source of the clipped form: the released code of Schulman et al. 2017 (OpenAI baselines, ppo2);
+    of h: https://doi.org/10.1214/aoms/1177703732.
     Where both errors are equal the gradient is that of the unclipped one.
 
     Args:
@@ -49,7 +53,9 @@ def value_loss(
         returns: [B, T], the targets R, a constant.
         mask: bool [B, T], True at valid tokens; the others contribute exactly 0 to loss, gradient
             and metrics, whatever the values there.
-        clip: half the width of the trusted range, above 0. Default: None, the plain squared error.
+        clip: half the width of the trusted range, above 0. Default: None, no clip.
+        huber: size of the errors from which the loss grows linearly, above 0. Default: None, the
+            squared error everywhere.
         normalizer: divisor of the sum: the number of valid tokens of the whole optimizer
             step, so that the losses of its microbatches add up to the loss of the step. A number
             above 0 or a 0-dim tensor (a constant, not read on the host; 0 counts as 1, since a step
@@ -57,8 +63,8 @@ def value_loss(
         impl: see ppo_fast.ops.backends.dispatch.
 
     The maths is float32 (float64 where ``values`` is float64). No sync.
-    Raises TypeError for a wrong dtype; ValueError for differing shapes or devices, a clip or
-    normalizer out of range and ``clip`` without ``old_values``; and what ``dispatch.choose``
+    Raises TypeError for a wrong dtype; ValueError for differing shapes or devices, a clip, huber
+    or normalizer out of range and ``clip`` without ``old_values``; and what ``dispatch.choose``
     raises.
     """
     op = "value_loss"
@@ -68,6 +74,8 @@ def value_loss(
         values, returns, mask = values[None], returns[None], mask[None]
         old_values = None if old_values is None else old_values[None]
     check_normalizer(op, normalizer)
+    if huber is not None:
+        check_number(op, "huber", huber, above=0)
     if clip is not None:
         check_number(op, "clip", clip, above=0)
         if old_values is None:
@@ -81,6 +89,7 @@ def value_loss(
                 returns=returns,
                 mask=mask,
                 clip=clip,
+                huber=huber,
                 normalizer=normalizer,
             )
         )
@@ -93,6 +102,7 @@ def value_loss(
         constant(returns, dtype),
         mask,
         clip,
+        huber,
         float(normalizer) if isinstance(normalizer, int) else normalizer,
         num_gradients,
     )

@@ -17,6 +17,18 @@ def case(side: Side) -> dict[str, Tensor]:
     mask = side.mask(3, 701)
     values, old, returns = (nan_outside(mask, side.normal(3, 701)) for _ in range(3))
     values.requires_grad_()
-    out = value_loss(values, old_values=old, returns=returns, mask=mask, clip=0.5, impl=side.impl)
+    out, huber = (
+        value_loss(
+            values,
+            old_values=old,
+            returns=returns,
+            mask=mask,
+            clip=0.5,
+            huber=delta,
+            impl=side.impl,
+        )
+        for delta in (None, 0.7)
+    )
     metrics = dict(zip(VALUE_STATS, out.metrics.unbind(), strict=True))
-    return {"loss": out.loss, **metrics, **side.gradients([out.loss], values=values)}
+    gradients = side.gradients([out.loss, huber.loss], values=values)
+    return {"loss": out.loss, "Huber loss": huber.loss, **metrics, **gradients}

@@ -18,6 +18,7 @@ def value_loss(
     returns: Tensor,
     mask: Tensor,
     clip: float | None,
+    huber: float | None,
     normalizer: float | Tensor | None,
     num_gradients: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,6 +46,7 @@ def value_loss(
         returns=address(returns),
         mask=address(mask),
         clip=clip,
+        huber=math.inf if huber is None else huber,
         # A normalizer of 0 counts as 1; to the kernel 0 means "count the tokens".
         normalizer=0.0 if normalizer is None else float(normalizer) or 1.0,
         loss=address(loss),

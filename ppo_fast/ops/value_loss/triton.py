@@ -8,6 +8,7 @@ token: 9, and 4 each for old_values and the gradient. Saved for backward: the gr
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -32,6 +33,16 @@ from ppo_fast.ops.stats import VALUE_STATS
 LAUNCH = Launch(512, 4, registers=56)  # 16 bytes a thread of each input
 
 
+@triton.jit
+def twice_error(error, huber, HUBER: tl.constexpr):
+    """Twice the error term: the square, or beyond ``huber`` a line."""
+    squared = error * error
+    if HUBER:
+        size = tl.abs(error)
+        squared = tl.where(size <= huber, squared, huber * (2.0 * size - huber))
+    return squared
+
+
 @kernel
 def value_loss_kernel(
     values,  # float32 [N], as all of the inputs
@@ -43,7 +54,9 @@ def value_loss_kernel(
     partials,  # out, float32 [1 + K, P]: the loss before the normalizer, and VALUE_STATS
     num_tokens: tl.int64,
     clip: tl.float32,
+    huber: tl.float32,
     normalizer_number: tl.float32,
+    HUBER: tl.constexpr,  # else the squared error
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -62,8 +75,11 @@ def value_loss_kernel(
         target = tl.where(valid, tl.load(returns + token, mask=exists, other=0.0), 0.0)
         error = v - target
         squared = error * error
-        worst = squared
+        worst = twice_error(error, huber, HUBER)
         slope = error
+        if HUBER:
+            slope = tl.where(error < -huber, -huber, error)
+            slope = tl.where(slope > huber, huber, slope)
         clipped = tl.zeros([BLOCK], tl.int1)
         if old_values is not None:
             old = tl.where(valid, tl.load(old_values + token, mask=exists, other=0.0), 0.0)
@@ -71,10 +87,10 @@ def value_loss_kernel(
             floor = old - clip
             ceiling = old + clip
             near = tl.where(v < floor, floor, v)
-            near = tl.where(near > ceiling, ceiling, near) - target
-            clipped = near * near > squared
-            worst = tl.where(clipped, near * near, squared)
-            slope = tl.where(clipped, 0.0, error)
+            near = twice_error(tl.where(near > ceiling, ceiling, near) - target, huber, HUBER)
+            clipped = near > worst
+            worst = tl.where(clipped, near, worst)
+            slope = tl.where(clipped, 0.0, slope)
         if grad_values is not None:
             tl.store(grad_values + token, tl.where(valid, slope * weight, 0.0), mask=exists)
 
@@ -93,6 +109,7 @@ def value_loss(
     returns: Tensor,
     mask: Tensor,
     clip: float | None,
+    huber: float | None,
     normalizer: float | Tensor | None,
     num_gradients: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,7 +133,9 @@ def value_loss(
         partials,
         num_tokens,
         0.0 if clip is None else clip,
+        0.0 if huber is None else huber,
         number,
+        HUBER=huber is not None,
         ALIGNED=num_tokens % VEC.value == 0,
     )
     return *reduce_partials(partials, VALUE_STATS, normalizer, number), gradients
