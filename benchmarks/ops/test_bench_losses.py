@@ -1,13 +1,15 @@
 """ppo_loss and value_loss with all their terms, forward and backward: [64, 512]."""
 
 import eager
+import pytest
 import torch
 from sides import ROWS, STEPS
 
 from ppo_fast.ops import ppo_loss, value_loss
 
 
-def test_losses(turns):
+@pytest.mark.parametrize("option", ["", ", importance weights", ", the ratio of sequences"])
+def test_losses(turns, option):
     mask = torch.arange(STEPS) < torch.randint(1, STEPS + 1, (ROWS, 1))
     logprobs = -torch.rand(ROWS, STEPS) * 5
     values = torch.randn(ROWS, STEPS)
@@ -16,6 +18,8 @@ def test_losses(turns):
     advantages, returns = torch.randn(2, ROWS, STEPS)
     entropy = torch.rand(ROWS, STEPS)
     inputs = [x.requires_grad_() for x in (logprobs, entropy, values)]
+
+    weights = (old_logprobs - ref_logprobs).detach().exp().clamp(max=2)
 
     def ours(impl):
         policy = ppo_loss(
@@ -28,6 +32,8 @@ def test_losses(turns):
             dual_clip=3.0,
             kl_coef=0.05,
             entropy_coef=0.01,
+            weights=weights if "weights" in option else None,
+            ratio="sequence" if "sequences" in option else "token",
             impl=impl,
         )
         value = value_loss(
@@ -62,8 +68,9 @@ def test_losses(turns):
         "ppo_fast": lambda: ours("cpp"),
         "eager with all metrics: the reference": lambda: ours("reference"),
         "torch.compile of the reference": lambda: compiled("reference"),
-        "eager without metrics": by_hand,
-        "torch.compile of that without metrics": by_hand_compiled,
     }
+    if not option:
+        losses["eager without metrics"] = by_hand
+        losses["torch.compile of that without metrics"] = by_hand_compiled
     sides = {name: with_gradient(loss) for name, loss in losses.items()}
-    turns("ppo_loss + value_loss, forward and backward, 64 x 512", sides, rounds=100)
+    turns(f"ppo_loss + value_loss, forward and backward{option}, 64 x 512", sides, rounds=100)
