@@ -6,8 +6,9 @@ prompts --rollout--> Rollout --make_experience--> Experience --update--> metrics
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from ppo_fast.data.prompts import (
 )
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.step import Step
-from ppo_fast.data.tokens import check_seeds
 from ppo_fast.diagnostics.memory_plan import MemoryPlan, plan_memory
 from ppo_fast.learning.learner import Learner
 from ppo_fast.learning.make_experience import make_experience, warn_of_disagreement, with_trunk
@@ -48,6 +48,8 @@ from ppo_fast.rewards.scorer import Scorer
 from ppo_fast.rollout import Engine
 from ppo_fast.rollout.agreement import check_agreement
 from ppo_fast.rollout.local_engine import kept_bytes, make_local_engine
+from ppo_fast.rollout.resample import resample
+from ppo_fast.rollout.sampler import MakeEnvironment, Sampler
 from ppo_fast.rollout.texts import Texts
 from ppo_fast.runs import loop
 from ppo_fast.runs.checkpoint import checkpoint_path, read_checkpoint, write_checkpoint
@@ -72,14 +74,18 @@ class PPO:
             "auto": a GPU if there is one.
         config: every setting; None: ``PPOConfig()``.
         engine: samples responses (``ppo_fast.rollout``); None: the policy does, in this process.
+        environment: makes, for a prompt, an object whose ``reply(turn)`` continues a response after
+            each turn of the policy (``ppo_fast.rollout.Environment``); None: responses have one
+            turn.
 
     Attributes:
         policy, reference: LanguageModels, with the transformers model in ``model``. The reference
             is the frozen model that the KL is measured to; a copy of the policy shares its frozen
             weights.
         critic: estimates values.
-        engine: samples responses.
+        engine: samples tokens.
         texts: turns prompts into ids, and sampled ids into texts.
+        sampler: samples responses, by engine and texts.
         scorer: calls the reward.
         learner: updates policy and critic; owns their optimizers.
         progress: counts steps, prompts and samples.
@@ -103,6 +109,7 @@ class PPO:
         device: torch.device | str | None = None,
         config: PPOConfig | None = None,
         engine: Engine | None = None,
+        environment: MakeEnvironment | None = None,
     ) -> None:
         if config is not None and not isinstance(config, PPOConfig):
             raise TypeError(f"config: got {type(config).__name__}, expected a PPOConfig(...)")
@@ -133,9 +140,10 @@ class PPO:
             whole_trunk=self.scorer.reads_trunk,
         )
         copied = engine is not None or check_agreement(self.policy, tokenizer.pad_token_id)
-        self._weight_copies = WeightCopies(
+        copies = WeightCopies(
             config.torch_dtype, kept_bytes(self.policy, config), autocast=not copied
         )
+        self.sampler = Sampler(self.engine, self.texts, copies, environment)
         self.learner = Learner(self.policy, self.critic, config)
         self.progress = Progress(config.seed)
         self.newest_checkpoint: Path | None = None
@@ -155,39 +163,47 @@ class PPO:
         max_length: int | None = None,
         temperature: float | None = None,
         *,
+        samples_per_prompt: int = 1,
         seeds: Tensor | None = None,
     ) -> Rollout:
-        """Sample a response for every prompt from the current policy.
+        """Sample responses to prompts from the current policy.
 
         Args:
-            prompts: B texts, tokenised as the tokenizer does by default, or lists of token ids.
+            prompts: texts, tokenised as the tokenizer does by default, or lists of token ids.
             max_length: max response tokens; None: the config's.
             temperature: None: the config's.
+            samples_per_prompt: responses to each prompt, in rows next to one another; B in all.
             seeds: [B] int64; each draw depends on its sequence's seed and the token's position.
                 None: new seeds, which change no draw of later steps.
         """
+        check_counts(samples_per_prompt=samples_per_prompt)
         sampling = self.config.sampling(max_length, temperature)
         self._warned = self._warned or warn_of_discount(self.config.gamma, sampling.max_length)
         prompts = check_prompts(prompts)
-        prompt_ids = self.texts.encode(prompts, sampling.max_length)
         if seeds is None:
-            seeds = self.progress.seeds_outside(len(prompts))
-        check_seeds(seeds, len(prompts))
-        policy_model = self.policy.model
-        with self._weight_copies.in_use(policy_model):
-            self.engine.sync_weights(policy_model)
-            rollout = self.engine.generate(prompt_ids, sampling, seeds=seeds)
-        return self.texts.decode(rollout, prompts)
+            seeds = self.progress.seeds_outside(len(prompts) * samples_per_prompt)
+        return self.sampler.sample(self.policy.model, prompts, sampling, seeds, samples_per_prompt)
+
+    @without_cudnn_attention()
+    def score(self, rollout: Rollout) -> Tensor:
+        """Compute the reward's scores of a rollout: [B], or [B, T], one a response token."""
+        if self.scorer.reads_trunk:
+            max_tokens = self.config.forward_batch_tokens
+            rollout = with_trunk(rollout, self.policy, max_tokens, whole=True)
+        return self.scorer.of_rollout(rollout)
 
     @without_cudnn_attention()
     def make_experience(
-        self, rollout: Rollout, scores: Tensor | Sequence[float] | None = None
+        self,
+        rollout: Rollout,
+        scores: Tensor | Sequence[float] | Sequence[Sequence[float]] | None = None,
     ) -> Experience:
         """Compute rewards, values, advantages and returns of a rollout.
 
         Args:
             rollout: from ``rollout``, before the policy is updated.
-            scores: one per sequence [B]; None: the reward's.
+            scores: one per sequence [B], or one per response token [B, T] (or B lists of each
+                response's length); None: the reward's.
 
         Raises:
             ValueError: a sequence is longer than the context of a model that reads it.
@@ -196,18 +212,17 @@ class PPO:
         if not rollout.prompts:  # made from tokens
             self.texts.check(rollout.tokens, self.device)
             rollout = self.texts.decode(rollout)
-        if scores is None:
-            if self.scorer.reads_trunk:
-                max_tokens = self.config.forward_batch_tokens
-                rollout = with_trunk(rollout, self.policy, max_tokens, whole=True)
-            scores = self.scorer.of_rollout(rollout)
+        scores = self.score(rollout) if scores is None else scores
+        lengths = rollout.tokens.response_lengths
         return make_experience(
             rollout,
-            check_scores(scores, rollout.prompts).to(self.device),
+            check_scores(scores, rollout.prompts, lengths=lengths).to(self.device),
             policy=self.policy,
             reference=self.reference,
             critic=self.critic,
             config=self.config,
+            kl_coef=self.learner.kl_coefficient(self.progress.steps),
+            moments=self.learner.reward_moments,
         )
 
     @without_cudnn_attention()
@@ -228,8 +243,14 @@ class PPO:
                 steps of this update stand.
         """
         epochs = self._epochs(num_epochs)
-        seed = self.progress.seed_of("minibatches", self.progress.steps)
-        metrics = self.learner.update(experience, num_epochs=epochs, seed=seed)
+        steps = self.progress.steps
+        metrics = self.learner.update(
+            experience,
+            policy_epochs=epochs if steps >= self.config.critic_warmup_steps else 0,
+            value_epochs=self.config.value_epochs or epochs,
+            seed=self.progress.seed_of("minibatches", steps),
+            steps=steps,
+        )
         metrics = experience.metrics | {"value_loss": 0.0} | metrics
         self.progress.count_step(metrics)
         return metrics
@@ -241,27 +262,41 @@ class PPO:
         num_epochs: int | None = None,
         max_length: int | None = None,
         temperature: float | None = None,
+        more_prompts: Callable[[int], list[Prompt]] | None = None,
     ) -> Step:
         """Run one step of PPO: sample, score, update.
 
         Args:
             prompts: the batch.
             num_epochs, max_length, temperature: None: the config's.
+            more_prompts: with ``max_resampled_batches``, gives new prompts in place of those whose
+                samples all got one score; None: the batch's first are sampled once more.
 
         Returns:
             The Step. Its metrics are those of ``update`` and the seconds of each part, as
                 time/rollout, time/experience and time/update.
         """
         self._epochs(num_epochs)
+        self.learner.schedule.check()
         prompts = check_prompts(prompts)
         times = [time.perf_counter()]
-        seeds = self.progress.step_seeds(len(prompts))
-        rollout = self.rollout(prompts, max_length, temperature, seeds=seeds)
-        self.progress.sequences_sampled += len(prompts)
+        sample = partial(self._sample, max_length=max_length, temperature=temperature)
+        rollout = sample(prompts)
         times.append(time.perf_counter())
-        experience = self.make_experience(rollout)
+        scores = self.score(rollout)
+        resampled: dict[str, float] = {}
+        if self.config.max_resampled_batches > 0:
+            rollout, scores, resampled = resample(
+                rollout,
+                scores,
+                sample=sample,
+                score=self.score,
+                draw=more_prompts or (lambda count: prompts[:count]),
+                most=self.config.max_resampled_batches,
+            )
+        experience = self.make_experience(rollout, scores)
         times.append(time.perf_counter())
-        metrics = self.update(experience, num_epochs)
+        metrics = self.update(experience, num_epochs) | resampled
         times.append(time.perf_counter())
         warn_of_disagreement(self.policy, self.config, metrics)
         parts = ("rollout", "experience", "update")
@@ -269,6 +304,31 @@ class PPO:
             metrics[f"time/{part}"] = end - start
         light = replace(rollout, trunk_states=None, states=None)
         return Step(self.progress.steps, metrics, light, experience.scores)
+
+    def _sample(
+        self, prompts: list[Prompt], *, max_length: int | None, temperature: float | None
+    ) -> Rollout:
+        """Sample a step's responses, and count them."""
+        count = self.config.samples_per_prompt
+        seeds = self.progress.step_seeds(len(prompts) * count)
+        rollout = self.rollout(
+            prompts, max_length, temperature, samples_per_prompt=count, seeds=seeds
+        )
+        self.progress.sequences_sampled += len(seeds)
+        return rollout
+
+    def pretrain_critic(
+        self, prompts: Sequence[Prompt], num_steps: int, batch_size: int = 16
+    ) -> list[dict[str, float]]:
+        """Train the value function alone, on rollouts of the policy as it is.
+
+        These are no steps: they change no counter, schedule or later draw of the training. Returns
+        the metrics of each.
+
+        Raises:
+            ValueError: the critic has no value function to train.
+        """
+        return loop.pretrain_critic(self, prompts, num_steps, batch_size)
 
     def train(
         self,
@@ -335,7 +395,7 @@ class PPO:
             modules=self._trained_modules(),
             optimizers=self.learner.optimizers,
             reference=self.reference.model,
-            progress=self.progress.state_dict(),
+            progress=self.progress.state_dict() | {"learner": self.learner.state_dict()},
         )
         self.newest_checkpoint = path.resolve()
         return path
@@ -355,6 +415,7 @@ class PPO:
             seed=self.config.seed,
         )
         self.progress.load_state_dict(contents)
+        self.learner.load_state_dict(contents.get("learner", {}))
         self.learner.amid_update, self.newest_checkpoint = False, path.resolve()
         return contents["step"]
 
@@ -375,6 +436,15 @@ class PPO:
         check_counts(max_length=length)
         self.texts.encode(prompts, length, self._readers())
         return prompts
+
+    def plan_run(self, num_steps: int, num_epochs: int | None = None) -> None:
+        """Tell the schedules that ``num_steps`` more steps will follow; ``train`` does it.
+
+        Raises:
+            ValueError: a schedule or the critic's warm-up is longer than the run.
+        """
+        total = self.progress.steps + num_steps
+        self.learner.schedule.plan(total, self._epochs(num_epochs))
 
     def memory_plan(self, batch_size: int, prompt_length: int) -> MemoryPlan:
         """Plan the memory of steps of ``batch_size`` prompts of ``prompt_length`` tokens."""

@@ -27,7 +27,9 @@ from ppo_fast.ops import gae, ppo_loss
 from ppo_fast.ppo import PPO
 from ppo_fast.rewards.score import RewardFunction, check_reward_model
 from ppo_fast.rewards.scorer import Scorer
+from ppo_fast.rewards.shaping import place_scores
 from ppo_fast.rollout import Engine
+from ppo_fast.rollout.sampler import MakeEnvironment
 from ppo_fast.runs.loop import OnStep
 
 
@@ -62,6 +64,7 @@ class PPOTrainer(PPO):
         engine: samples responses (``ppo_fast.rollout``); None: the policy does, in this process.
         reference_model: the model that the KL is measured to, of the policy's vocabulary; None: the
             policy as it is at construction.
+        environment: makes an object that replies within responses; see ``PPO``.
 
     Attributes:
         policy_model, value_model, reward_model, tokenizer, device: as given.
@@ -95,6 +98,7 @@ class PPOTrainer(PPO):
         config: PPOConfig | None = None,
         engine: Engine | None = None,
         reference_model: nn.Module | None = None,
+        environment: MakeEnvironment | None = None,
     ) -> None:
         if config is not None and not isinstance(config, PPOConfig):
             raise TypeError(f"config: got {type(config).__name__}, expected a PPOConfig(...)")
@@ -117,6 +121,7 @@ class PPOTrainer(PPO):
             config=replace(config or PPOConfig.spec(), **given),  # type: ignore[arg-type]
             engine=engine,
             reference_model=reference_model,
+            environment=environment,
         )
         self._value_model = value_model
         self.last_rollout: Rollout | None = None
@@ -235,10 +240,13 @@ class PPOTrainer(PPO):
         max_length: int | None = None,
         temperature: float | None = None,
         *,
+        samples_per_prompt: int = 1,
         seeds: Tensor | None = None,
     ) -> Rollout:
         """Sample as ``PPO.rollout`` does, and keep the rollout for methods that take texts."""
-        rollout = super().rollout(prompts, max_length, temperature, seeds=seeds)
+        rollout = super().rollout(
+            prompts, max_length, temperature, samples_per_prompt=samples_per_prompt, seeds=seeds
+        )
         self.last_rollout = replace(rollout, trunk_states=None, states=None)
         return rollout
 
@@ -302,12 +310,13 @@ class PPOTrainer(PPO):
 
     @without_cudnn_attention()
     def compute_rewards(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-        """Compute [B, T]: the reward model's score on each response's last token, 0 elsewhere."""
+        """Compute [B, T]: the reward model's score on each response's last token, 0 elsewhere.
+
+        A reward model that gives one score a token gives those.
+        """
         tokens = self._pairs(prompts, responses)
         scores = self.scorer.of_tokens(tokens, list(prompts), list(responses))
-        last = (tokens.response_lengths - 1).to(self.device)
-        rewards = torch.zeros(tokens.response_ids.shape, dtype=torch.float32, device=self.device)
-        return rewards.scatter(1, last[:, None], scores[:, None])
+        return place_scores(scores, tokens)
 
     @without_cudnn_attention()
     @torch.no_grad()

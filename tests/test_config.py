@@ -12,8 +12,9 @@ from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 
-from ppo_fast import PPOTrainer, config
+from ppo_fast import PPOTrainer
 from ppo_fast.config import PPOConfig
+from ppo_fast.config.class_doc import ClassDoc
 
 NAN, INF = math.nan, math.inf
 
@@ -57,7 +58,64 @@ OUT_OF_RANGE = {
     "kept_rollout_bytes": [-1, 0.5],
     "top_p": [0.0, 1.1, -0.5, NAN],
     "seed": [-1, 2**31, 0.5],
+    "lr_schedule": ["exponential", None],
+    "lr_warmup": [-1, 1.5, NAN, True],
+    "lr_floor": [-0.1, 1.0],
+    "schedule_steps": [0, 1.5],
+    "objective": ["ppo", None],
+    "ratio": ["sentence", None],
+    "ratio_to": ["new", None],
+    "importance": ["clip", True],
+    "importance_range": [(2.0, 0.5), (-1.0, 2.0), (1.0,), 2.0, (0.0, NAN)],
+    "value_huber": [0.0, -1.0, NAN],
+    "kl_controller": ["pid", None],
+    "kl_target": [0.0, -1.0],
+    "kl_horizon": [0, 0.5],
+    "kl_penalty_end": [-0.1, NAN],
+    "gae_lambda_value": [-0.1, 1.1],
+    "gae_length_alpha": [0.0, -1.0, 0.001],
+    "entropy_bonus_share": [0.0, 1.1],
+    "loss_token_share": [0.0, 1.1],
+    "entropy_target": [0.0, -1.0],
+    "entropy_coef_step": [0.0, NAN],
+    "value_epochs": [0, 1.5],
+    "target_kl": [0.0, NAN],
+    "critic_warmup_steps": [-1, 0.5],
+    "frozen": ["*.bias", (3,)],
+    "value_frozen": ["*.bias", (3,)],
+    "samples_per_prompt": [0, 1.5],
+    "max_resampled_batches": [-1, 0.5],
+    "reward_normalization": ["all", True],
+    "reward_scale": [NAN, INF],
+    "reward_clip": [0.0, -1.0],
+    "missing_eos_penalty": [-1.0, NAN],
+    "overlong_buffer": [-1, 151, 0.5],
+    "overlong_penalty": [-1.0, NAN],
+    "mask_truncated": [1, None],
 }
+# Settings that do not fit one another, and what is said of it.
+TOGETHER = {
+    "needs kl_target; got None": {"kl_controller": "adaptive"},
+    "needs kl_penalty_end; got None": {"kl_controller": "linear"},
+    "kl_target: is for kl_controller='adaptive', got 'fixed'": {"kl_target": 6.0},
+    "kl_penalty: got 0 with kl_controller='adaptive'": {
+        "kl_controller": "adaptive", "kl_target": 6.0, "kl_penalty": 0,
+    },
+    "critic='group_mean' compares the samples of a prompt": {"critic": "group_mean"},
+    "critic='group_norm' compares the samples of a prompt": {"critic": "group_norm"},
+    "reward_normalization='group' compares": {"reward_normalization": "group"},
+    "max_resampled_batches=2 compares": {"max_resampled_batches": 2},
+    "gae_length_alpha: got 0.1; 1 - 1 / \\(alpha \\* length\\) is negative": {
+        "gae_length_alpha": 0.1, "max_length": 9,
+    },
+    "lr_floor: got 0.1 with lr_schedule='linear'": {"lr_floor": 0.1, "lr_schedule": "linear"},
+    "critic_warmup_steps: got 5, expected fewer than schedule_steps=5": {
+        "critic_warmup_steps": 5, "schedule_steps": 5,
+    },
+    "dual_clip: objective='mask' has no second clip": {"dual_clip": 3.0, "objective": "mask"},
+    "entropy_bonus_share: got 0.2, but there is no bonus": {"entropy_bonus_share": 0.2},
+    "value_frozen: critic='head' has no layers": {"critic": "head", "value_frozen": ("*",)},
+}  # fmt: skip
 ALLOWED = {
     "value_learning_rate": [None, 1e-3],
     "clip_epsilon_high": [None, 0.28, 5.0],
@@ -75,6 +133,10 @@ ALLOWED = {
     "seed": [0, 2**31 - 1],
     "critic": [None, "model", "head", "baseline"],
     "max_length": [1],
+    "lr_warmup": [0, 0.5, 10],
+    "importance_range": [(0.0, 2.0), (0.5, 5), (0.2, INF)],
+    "reward_scale": [-1.0, 0.0],
+    "gae_length_alpha": [None, 0.05],
 }
 
 
@@ -179,7 +241,7 @@ def test_without_its_source_the_class_has_its_own_docstring(monkeypatch):
         """One line."""
 
     monkeypatch.setattr(inspect, "getsource", no_source)
-    assert config._ClassDoc(Settings).text == "One line."
+    assert ClassDoc(Settings).text == "One line."
 
 
 def test_config_does_not_change_after_its_checks():
@@ -230,3 +292,16 @@ def test_numbers_too_large_for_torch(setting):
     (name,) = setting
     with pytest.raises(ValueError, match=f"{name}: got 1000000"):
         PPOConfig(**setting)
+
+
+@pytest.mark.parametrize(("words", "settings"), TOGETHER.items(), ids=str)
+def test_settings_that_do_not_fit_one_another(words, settings):
+    with pytest.raises(ValueError, match=words):
+        PPOConfig(**settings)
+
+
+@pytest.mark.parametrize("preset", [PPOConfig.sao, PPOConfig.rloo, PPOConfig.grpo])
+def test_settings_override_a_preset(preset):
+    assert preset(learning_rate=0.5, num_epochs=3).learning_rate == 0.5
+    with pytest.raises(TypeError, match="unknown argument 'learning_rat'; did you mean"):
+        preset(learning_rat=0.5)

@@ -25,6 +25,7 @@ class Critic(Protocol):
     reads_states: whether it is a head on the policy's states, trained in the policy's backward
         pass. Otherwise it runs on the tokens, in a pass of its own.
     bootstraps: whether GAE may use its values of later states; if not, lambda is 1.
+    normalizes: whether scores are normalised within each prompt's samples before it sees them.
     """
 
     @property
@@ -38,6 +39,9 @@ class Critic(Protocol):
 
     @property
     def bootstraps(self) -> bool: ...
+
+    @property
+    def normalizes(self) -> bool: ...
 
     def values(
         self, tokens: Tokens, states: Tensor | None = None, trunk_states: Tensor | None = None
@@ -62,7 +66,7 @@ class Critic(Protocol):
 class _TrainedCritic:
     """Base of critics with weights."""
 
-    trained, bootstraps, reads_states = True, True, False
+    trained, bootstraps, reads_states, normalizes = True, True, False, False
 
     def values(
         self, tokens: Tokens, states: Tensor | None = None, trunk_states: Tensor | None = None

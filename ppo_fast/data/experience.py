@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from ppo_fast.data.batches import select_trunk
 from ppo_fast.data.tokens import Tokens
 from ppo_fast.data.trunk_states import TrunkStates
+
+
+class Moments(NamedTuple):
+    """Number of some scores, their mean, and the sum of squared deviations from it."""
+
+    number: float
+    mean: float
+    squares: float
 
 
 @dataclass(frozen=True)
@@ -19,14 +28,19 @@ class Experience:
 
     tokens: the ids and their masks.
     temperature: divides logits in every log-prob.
-    old_logprobs, ref_logprobs: [B, T], of the policy that sampled and of the reference.
+    old_logprobs: [B, T], the denominator of ratios: of the policy that sampled, or the sampler's.
+    ref_logprobs: [B, T], of the reference.
     values: [B, T], of the state before each token, by the old value function.
-    scores: [B], one per sequence, before KL.
-    rewards: [B, T], the score on the last token, less the KL penalty where it is in the reward.
+    scores: [B], each sequence's score, as the reward gave it.
+    rewards: [B, T], the shaped scores, each on its token (a sequence's on its last), less the KL
+        penalty where it is in the reward.
     advantages: [B, T], as the update uses them (whitened where the config says so).
     returns: [B, T], the value function's targets, from unwhitened advantages.
     trunk_states: the trunk states; None without a trunk.
     metrics: plain numbers for the log.
+    weights: [B, T], importance weights of the policy loss; None: all 1.
+    high_entropy: [B, T] bool, tokens that get the entropy bonus; None: all.
+    reward_moments: of all scores so far, with this batch's; None where they are not kept.
     """
 
     tokens: Tokens
@@ -40,6 +54,9 @@ class Experience:
     returns: Tensor
     trunk_states: TrunkStates | None
     metrics: dict[str, float]
+    weights: Tensor | None = None
+    high_entropy: Tensor | None = None
+    reward_moments: Moments | None = None
 
 
 @dataclass(frozen=True)
@@ -53,18 +70,26 @@ class Batch:
     advantages: Tensor
     returns: Tensor
     trunk_states: Tensor | None
+    weights: Tensor | None = None
+    high_entropy: Tensor | None = None
 
 
 def select(experience: Experience, rows: Tensor) -> Batch:
     """Select ``rows`` (int64 on the CPU) of ``experience``."""
     tokens = experience.tokens.select(rows)
     index, width = rows.to(tokens.device), tokens.response_ids.shape[1]
+
+    def part(x: Tensor) -> Tensor:
+        return x[index, :width]
+
     return Batch(
         tokens,
-        experience.old_logprobs[index, :width],
-        experience.ref_logprobs[index, :width],
-        experience.values[index, :width],
-        experience.advantages[index, :width],
-        experience.returns[index, :width],
+        part(experience.old_logprobs),
+        part(experience.ref_logprobs),
+        part(experience.values),
+        part(experience.advantages),
+        part(experience.returns),
         select_trunk(experience.trunk_states, experience.tokens, rows),
+        None if experience.weights is None else part(experience.weights),
+        None if experience.high_entropy is None else part(experience.high_entropy),
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ppo_fast.data.sampling import Sampling
-from ppo_fast.data.tokens import Tokens, make_tokens
+from ppo_fast.data.tokens import Tokens, join_tokens, make_tokens
 from ppo_fast.data.trunk_states import TrunkStates
 
 
@@ -30,6 +31,7 @@ class Rollout:
     states: [B, T, D], inputs of the policy's LM head before each token, 0 beyond a response; None
         where they were not asked for, or the model gives logits alone.
     prompts, completions: B texts, for reward functions and for reading; never tokenised again.
+    samples_per_prompt: responses to each prompt, in rows next to one another.
     """
 
     tokens: Tokens
@@ -41,6 +43,7 @@ class Rollout:
     states: Tensor | None = None
     prompts: list[str] = field(default_factory=list)
     completions: list[str] = field(default_factory=list)
+    samples_per_prompt: int = 1
 
     @classmethod
     def from_tokens(
@@ -53,6 +56,8 @@ class Rollout:
         temperature: float = 1.0,
         logprobs: Sequence[Sequence[float]] | None = None,
         finished: Sequence[bool] | None = None,
+        trained: Sequence[Sequence[bool]] | None = None,
+        samples_per_prompt: int = 1,
     ) -> Rollout:
         """Make a rollout of tokens that were sampled elsewhere, for ``PPO.make_experience``.
 
@@ -64,6 +69,9 @@ class Rollout:
             logprobs: B lists, one number a response token: log-probs under softmax(logits /
                 temperature) of the policy that sampled. None: the trainer computes them.
             finished: B times, whether a response ended by itself. None: all did.
+            trained: B lists, whether each response token is trained on; False for tokens that the
+                policy did not choose, such as a tool's output. None: all are.
+            samples_per_prompt: responses to each prompt, next to one another.
 
         Raises:
             ValueError: counts or lengths differ, or a list is empty.
@@ -76,16 +84,18 @@ class Rollout:
                     f"expected {len(prompt_ids)} lists, none of them empty"
                 )
         tokens = make_tokens(prompt_ids, response_ids, pad_id, torch.device(device))
-        known = torch.zeros(tokens.response_ids.shape, dtype=torch.float32, device="cpu")
-        for name, given in (("logprobs", logprobs), ("finished", finished)):
-            if given is not None and len(given) != len(tokens):
-                raise ValueError(f"{name}: got {len(given)} entries, expected {len(tokens)}")
-        for i, row in enumerate(() if logprobs is None else logprobs):
-            if len(row) != len(response_ids[i]):
-                raise ValueError(
-                    f"logprobs[{i}]: got {len(row)} numbers for {len(response_ids[i])} tokens"
-                )
-            known[i, : len(row)] = torch.as_tensor(row, device="cpu")
+        if samples_per_prompt < 1 or len(tokens) % samples_per_prompt:
+            raise ValueError(
+                f"samples_per_prompt: got {samples_per_prompt} for {len(tokens)} responses, "
+                "expected a divisor"
+            )
+        if finished is not None and len(finished) != len(tokens):
+            raise ValueError(f"finished: got {len(finished)} entries, expected {len(tokens)}")
+        known = per_token("logprobs", logprobs or [[0.0] * len(r) for r in response_ids], tokens)
+        chosen = None if trained is None else per_token("trained", trained, tokens).bool()
+        if chosen is not None:
+            tokens = replace(tokens, trained=chosen)
+            known = known * chosen
         ends = [True] * len(tokens) if finished is None else [bool(x) for x in finished]
         ended = torch.tensor(ends, device="cpu")
         length = max(len(row) for row in response_ids)
@@ -95,7 +105,26 @@ class Rollout:
             known.to(device),
             ended,
             Sampling(length, temperature=temperature),
+            samples_per_prompt=samples_per_prompt,
         )
+
+
+def per_token(name: str, rows: Sequence[Sequence[float]], tokens: Tokens) -> Tensor:
+    """Return numbers, a list of each response's length, as [B, T] float32 on the CPU.
+
+    It is 0 beyond a response.
+
+    Raises:
+        ValueError: the number of lists, or the length of one, is another; it says ``name``.
+    """
+    if len(rows) != len(tokens):
+        raise ValueError(f"{name}: got {len(rows)} entries, expected {len(tokens)}")
+    found = torch.zeros(tokens.response_ids.shape, dtype=torch.float32, device="cpu")
+    for i, (row, length) in enumerate(zip(rows, tokens.response_lengths.tolist(), strict=True)):
+        if len(row) != length:
+            raise ValueError(f"{name}[{i}]: got {len(row)} numbers for {length} tokens")
+        found[i, :length] = torch.as_tensor(row, dtype=torch.float32, device="cpu")
+    return found
 
 
 def sampled_ids(
@@ -114,3 +143,47 @@ def sampled_ids(
         for prompt, completion, ids, n in rows:
             found[prompt, completion].append((ids[:n].tolist(), ids[n:].tolist()))
     return dict(found)
+
+
+def select_rows(rollout: Rollout, rows: Tensor) -> Rollout:
+    """Return the rows (int64 on the CPU) of a rollout, without states and trunk states."""
+    tokens = rollout.tokens.select(rows)
+    index, width = rows.to(tokens.device), tokens.response_ids.shape[1]
+    logprobs = None if rollout.logprobs is None else rollout.logprobs[index, :width]
+    chosen = rows.tolist()
+    return replace(
+        rollout,
+        tokens=tokens,
+        logprobs=logprobs,
+        sampling_logprobs=rollout.sampling_logprobs[index, :width],
+        finished=rollout.finished[rows],
+        trunk_states=None,
+        states=None,
+        prompts=[rollout.prompts[i] for i in chosen],
+        completions=[rollout.completions[i] for i in chosen],
+    )
+
+
+def join(rollouts: Sequence[Rollout]) -> Rollout:
+    """Return the rows of all rollouts, without states and trunk states.
+
+    They were sampled alike, and know the same log-probs.
+    """
+    first = rollouts[0]
+    width = max(r.tokens.response_ids.shape[1] for r in rollouts)
+
+    def joined(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([pad(x, (0, width - x.shape[1])) for x in tensors])
+
+    logprobs = [r.logprobs for r in rollouts if r.logprobs is not None]
+    return replace(
+        first,
+        tokens=join_tokens([r.tokens for r in rollouts]),
+        logprobs=joined(logprobs) if len(logprobs) == len(rollouts) else None,
+        sampling_logprobs=joined([r.sampling_logprobs for r in rollouts]),
+        finished=torch.cat([r.finished for r in rollouts]),
+        trunk_states=None,
+        states=None,
+        prompts=[prompt for r in rollouts for prompt in r.prompts],
+        completions=[completion for r in rollouts for completion in r.completions],
+    )

@@ -7,7 +7,7 @@ its response, so that L <= P + T).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,9 @@ class Tokens:
     response_lengths [B] are int64 on the CPU, so that no size is ever read back from a device. Ids
     at padded positions are never read: masks come from lengths, not from a pad id.
 
+    ``trained`` [B, T] bool on the CPU is False at tokens inside of responses that are read, but not
+    trained on, such as a tool's output, which the policy did not choose. None: all are trained on.
+
     Models read ``input_ids`` [B, L], in which each row has its prompt, its response and then all
     padding. Real tokens of a causal model never attend to that padding, so that passes need neither
     an attention mask nor position ids, and attention takes its fastest form.
@@ -32,6 +35,7 @@ class Tokens:
     prompt_lengths: Tensor
     response_ids: Tensor
     response_lengths: Tensor
+    trained: Tensor | None = None
 
     def __len__(self) -> int:
         return self.prompt_ids.shape[0]
@@ -63,10 +67,32 @@ class Tokens:
         return (self._columns < self.lengths[:, None]).long().to(self.device)
 
     @cached_property
+    def _response_mask(self) -> Tensor:
+        """``response_mask``, on the CPU."""
+        positions = torch.arange(self.response_ids.shape[1], device="cpu")
+        real = positions < self.response_lengths[:, None]
+        return real if self.trained is None else real & self.trained
+
+    @cached_property
     def response_mask(self) -> Tensor:
-        """[B, T] bool, true at real response tokens (EOS is one; nothing after it is)."""
-        width = self.response_ids.shape[1]
-        return (torch.arange(width, device="cpu") < self.response_lengths[:, None]).to(self.device)
+        """[B, T] bool, true at response tokens that are trained on.
+
+        EOS is one; nothing after it is.
+        """
+        return self._response_mask.to(self.device)
+
+    @cached_property
+    def trained_counts(self) -> Tensor:
+        """[B] response tokens that are trained on, int64 on the CPU."""
+        return self.response_lengths if self.trained is None else self._response_mask.sum(1)
+
+    @cached_property
+    def last_trained(self) -> Tensor:
+        """[B] index of the last response token that is trained on, int64 on the CPU; 0 if none."""
+        if self.trained is None:
+            return self.response_lengths - 1
+        positions = torch.arange(self.response_ids.shape[1], device="cpu")
+        return (positions * self._response_mask).amax(1)
 
     @cached_property
     def _before_response(self) -> Tensor:
@@ -85,7 +111,12 @@ class Tokens:
             prompts,
             self.response_ids[index, : int(responses.max())],
             responses,
+            None if self.trained is None else self.trained[rows, : int(responses.max())],
         )
+
+    def without_training(self, rows: Tensor) -> Tokens:
+        """Return the same tokens, of which ``rows`` (bool [B] on the CPU) are not trained on."""
+        return replace(self, trained=self._response_mask & ~rows[:, None])
 
     def repeated(self, times: int) -> Tokens:
         """Repeat all rows ``times`` times, one copy after the other."""
@@ -94,6 +125,7 @@ class Tokens:
             self.prompt_lengths.repeat(times),
             self.response_ids.repeat(times, 1),
             self.response_lengths.repeat(times),
+            None if self.trained is None else self.trained.repeat(times, 1),
         )
 
     def before_response(self, per_token: Tensor) -> Tensor:
@@ -154,6 +186,26 @@ def make_tokens(
         torch.tensor([len(p) for p in prompts], device="cpu"),
         pad_right(responses, pad_id, device),
         torch.tensor([len(r) for r in responses], device="cpu"),
+    )
+
+
+def join_tokens(parts: Sequence[Tokens]) -> Tokens:
+    """Return the rows of all parts."""
+    pad = torch.nn.functional.pad
+    widest = max(part.prompt_ids.shape[1] for part in parts)
+    prompts = [pad(part.prompt_ids, (widest - part.prompt_ids.shape[1], 0)) for part in parts]
+    widest = max(part.response_ids.shape[1] for part in parts)
+    room = [widest - part.response_ids.shape[1] for part in parts]
+    trained = None
+    if any(part.trained is not None for part in parts):
+        masks = [part._response_mask for part in parts]
+        trained = torch.cat([pad(mask, (0, n)) for mask, n in zip(masks, room, strict=True)])
+    return Tokens(
+        torch.cat(prompts),
+        torch.cat([part.prompt_lengths for part in parts]),
+        torch.cat([pad(part.response_ids, (0, n)) for part, n in zip(parts, room, strict=True)]),
+        torch.cat([part.response_lengths for part in parts]),
+        trained,
     )
 
 

@@ -8,6 +8,7 @@ next step.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -51,10 +52,11 @@ class HalfAdamW(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         with torch.enable_grad():
             loss = None if closure is None else closure()
+        index = itertools.count()  # over all groups: the seed of a weight's rounding
         for group in self.param_groups:
-            for index, weight in enumerate(group["params"]):
+            for weight, number in zip(group["params"], index, strict=False):
                 if weight.grad is not None:
-                    self._add(weight, self._change(weight, group), index)
+                    self._add(weight, self._change(weight, group), number)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

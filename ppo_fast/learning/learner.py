@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.critics.critic import Critic
 from ppo_fast.data.batches import batches_by_tokens
-from ppo_fast.data.experience import Batch, Experience, select
+from ppo_fast.data.experience import Batch, Experience, Moments, select
+from ppo_fast.learning.coefficients import Coefficients
 from ppo_fast.learning.optimizers import make_adamw
+from ppo_fast.learning.schedules import Schedule, current_rates
 from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.ops import ppo_loss, value_loss
 from ppo_fast.ops.stats import (
@@ -19,10 +25,11 @@ from ppo_fast.ops.stats import (
     ppo_metrics,
     value_metrics,
 )
+from ppo_fast.rewards.shaping import NO_SCORES
 
 
 class Learner:
-    """Trains a policy and its critic on experience. Owns their optimizers.
+    """Trains a policy and its critic on experience. Owns their optimizers and coefficients.
 
     Args:
         policy: the policy that sampled.
@@ -31,25 +38,51 @@ class Learner:
 
     Attributes:
         optimizers: by name: "policy" and, where the critic has weights, "value".
+        coefficients: those of the KL and of the entropy bonus.
+        schedule: learning rates of the optimizers, and how many steps they made.
+        reward_moments: of the scores of all updates, where they are normalised by these.
         amid_update: whether an update began and did not end, so that the weights are those of no
             whole step.
     """
 
     def __init__(self, policy: LanguageModel, critic: Critic, config: PPOConfig) -> None:
         self.policy, self.critic, self.config = policy, critic, config
+        rates = {"policy": config.learning_rate}
         self.optimizers = {"policy": make_adamw(policy.model, config.learning_rate, config)}
         if critic.trained:
-            rate = config.value_learning_rate or config.learning_rate
-            self.optimizers["value"] = make_adamw(critic.module, rate, config)
+            rates["value"] = config.value_learning_rate or config.learning_rate
+            self.optimizers["value"] = make_adamw(critic.module, rates["value"], config)
+        self.coefficients = Coefficients(config)
+        self.schedule = Schedule(config, rates)
+        self.reward_moments = NO_SCORES
         self.amid_update = False
 
+    def kl_coefficient(self, steps: int) -> float:
+        """Return the coefficient of the KL to the reference after ``steps`` steps of PPO."""
+        return self.coefficients.kl(self.schedule.share(steps))
+
     @torch.enable_grad()
-    def update(self, experience: Experience, *, num_epochs: int, seed: int) -> dict[str, float]:
+    def update(
+        self,
+        experience: Experience,
+        *,
+        policy_epochs: int,
+        value_epochs: int,
+        seed: int,
+        steps: int = 0,
+    ) -> dict[str, float]:
         """Train by PPO on one batch of experience (Schulman et al. 2017, algorithm 1).
 
         Each epoch visits every sequence once, in minibatches drawn with ``seed``; a minibatch is
         one optimizer step. Its losses are normalised by all its tokens, so that the split into
-        microbatches changes nothing but rounding.
+        microbatches changes nothing but rounding. With ``target_kl``, the policy's epochs end
+        before the optimizer step at which its KL to the policy that sampled is larger.
+
+        Args:
+            experience: the batch.
+            policy_epochs, value_epochs: passes over it; 0: no training.
+            seed: seed of the minibatches.
+            steps: steps of PPO done, for schedules.
 
         Returns:
             Means over all tokens and epochs (policy_loss too, whatever the aggregation);
@@ -60,115 +93,164 @@ class Learner:
             FloatingPointError: a gradient is not finite. It changed nothing; earlier optimizer
                 steps of this update stand, including the policy's before a value model's.
         """
+        self.schedule.check()
         self.amid_update = True
         if self.config.gradient_checkpointing:  # transformers checkpoints in train mode alone
             self.policy.model.train()
             self.critic.module.train()
         generator = torch.Generator().manual_seed(seed)
-        policy_stats: list[Tensor] = []
-        value_stats: list[Tensor] = []
-        norms: list[Tensor] = []
-        for _ in range(num_epochs):
+        terms = Terms(
+            self.config,
+            kl_coef=self.kl_coefficient(steps),
+            entropy_coef=self.coefficients.entropy(experience.metrics["entropy"]),
+            temperature=experience.temperature,
+        )
+        done = _Done()
+        for epoch in range(max(policy_epochs, value_epochs)):
             order = torch.randperm(len(experience.tokens), generator=generator, device="cpu")
             for rows in order.tensor_split(min(self.config.num_minibatches, len(order))):
-                stats, values, norm = self._train_on(experience, rows)
-                policy_stats.append(stats)
-                value_stats += values
-                norms.append(norm)
-        metrics = ppo_metrics(merge_stats(PPO_STATS, policy_stats))
-        metrics["first_max_log_ratio"] = ppo_metrics(policy_stats[0])["max_log_ratio"]
-        if value_stats:
-            metrics |= value_metrics(merge_stats(VALUE_STATS, value_stats))
-        if self.config.entropy_coef == 0:
-            del metrics["entropy"]  # it was not computed
-        metrics["policy_grad_norm"] = float(torch.stack(norms).mean())
+                self._train_on(
+                    experience,
+                    rows,
+                    terms,
+                    done,
+                    policy=epoch < policy_epochs and not done.far,
+                    value=self.critic.trained and epoch < value_epochs,
+                )
+        metrics = done.metrics() | current_rates(self.optimizers)
+        if terms.entropy_coef == 0:
+            metrics.pop("entropy", None)  # it was not computed
+        if self.config.target_kl is not None:
+            metrics["policy_optimizer_steps"] = float(len(done.norms))
+        if self.config.kl_controller != "fixed":
+            metrics["kl_coefficient"] = terms.kl_coef
+        if self.config.entropy_target is not None:
+            metrics["entropy_coefficient"] = terms.entropy_coef
+        found = experience.metrics
+        self.coefficients.adapt(found["kl_sequence"], found["entropy"], len(experience.tokens))
+        self.reward_moments = experience.reward_moments or NO_SCORES
         self.amid_update = False
         return metrics
 
+    def train_critic(self, experience: Experience, *, epochs: int, seed: int) -> dict[str, float]:
+        """Train the critic alone, outside of the run's steps: nothing else changes.
+
+        Returns its metrics; ``value_loss`` and others.
+        """
+        before = self.state_dict()
+        metrics = self.update(experience, policy_epochs=0, value_epochs=epochs, seed=seed)
+        self.load_state_dict(before)
+        return metrics
+
     def _train_on(
-        self, experience: Experience, rows: Tensor
-    ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Train on one minibatch; return its statistics and the norm of the policy's gradient.
+        self,
+        experience: Experience,
+        rows: Tensor,
+        terms: Terms,
+        done: _Done,
+        *,
+        policy: bool,
+        value: bool,
+    ) -> None:
+        """Train the policy, the value function or both on one minibatch.
 
         A head is trained in the policy's backward pass. A value model of its own is trained after
         the policy, so that the graphs, and the gradients, of both are never in memory at the same
         time.
         """
-        joint = self.critic.reads_states
-        tokens = experience.tokens
-        count = int(tokens.response_lengths[rows].sum())
-        units = count if self.config.aggregation == "token-mean" else len(rows)
-        parts = batches_by_tokens(tokens.lengths[rows], self.config.microbatch_tokens)
-        policy_stats, value_stats = [], []
+        joint = policy and value and self.critic.reads_states
+        counts = experience.tokens.trained_counts[rows]
+        units, count = terms.units(counts), max(int(counts.sum()), 1)
+        parts = batches_by_tokens(experience.tokens.lengths[rows], self.config.microbatch_tokens)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()  # what an interrupted pass, or the user, may have left
-        for part in parts:
+        found: list[Tensor] = []
+        for part in parts if policy else ():
             batch = select(experience, rows[part])
-            loss, stats, states = self._policy_loss(batch, experience.temperature, units)
-            policy_stats.append(stats)
+            loss, stats, states = self._policy_loss(batch, terms, units)
+            found.append(stats)
             if joint:
-                critic_loss, stats = self._value_loss(batch, states, count)
-                value_stats.append(stats)
-                loss = loss + critic_loss
+                loss = loss + self._value_loss(batch, states, count, done)
             loss.backward()
-        norm = self._step(("policy", "value") if joint else ("policy",))
-        if self.critic.trained and not joint:
+        if policy:
+            done.policy_stats.append(merge_stats(PPO_STATS, found))
+            done.far = self._is_far(done.policy_stats[-1])
+            if done.far:
+                self.optimizers["policy"].zero_grad()
+            names = ["policy"] * (not done.far) + ["value"] * joint
+            norms = self._step(names)
+            done.norms += [norms["policy"]] if "policy" in norms else []
+        if value and not joint:
             for part in parts:
-                loss, stats = self._value_loss(select(experience, rows[part]), None, count)
-                value_stats.append(stats)
-                loss.backward()
-            self._step(("value",))
-        merged = [merge_stats(VALUE_STATS, value_stats)] if value_stats else []
-        return merge_stats(PPO_STATS, policy_stats), merged, norm
+                batch = select(experience, rows[part])
+                self._value_loss(batch, self._states(batch), count, done).backward()
+            self._step(["value"])
+
+    def _is_far(self, stats: Tensor) -> bool:
+        """Return whether the policy's KL to the one that sampled is beyond ``target_kl``."""
+        target = self.config.target_kl
+        return target is not None and ppo_metrics(stats)["approx_kl_k3"] > target
+
+    @torch.no_grad()
+    def _states(self, batch: Batch) -> Tensor | None:
+        """Return the policy's states, without gradient, for a head that is trained alone."""
+        if not self.critic.reads_states:
+            return None
+        return self.policy.forward(batch.tokens, batch.trunk_states).states
 
     def _policy_loss(
-        self, batch: Batch, temperature: float, units: int
+        self, batch: Batch, terms: Terms, units: float
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         config, tokens = self.config, batch.tokens
         forward = self.policy.forward(tokens, batch.trunk_states)
         new = self.policy.logprobs(
-            forward, tokens, temperature=temperature, entropy=config.entropy_coef != 0
+            forward, tokens, temperature=terms.temperature, entropy=terms.entropy_coef != 0
         )
+        entropy = new.entropy
+        if entropy is not None and batch.high_entropy is not None:
+            entropy = entropy.masked_fill(~batch.high_entropy, 0.0)
         in_loss = config.kl_in == "loss"
         loss, stats = ppo_loss(
             new.logprobs,
             old_logprobs=batch.old_logprobs,
             advantages=batch.advantages,
             mask=tokens.response_mask,
-            entropy=new.entropy,
+            entropy=entropy,
             ref_logprobs=batch.ref_logprobs,
+            weights=batch.weights,
+            ratio=config.ratio,
+            objective=config.objective,
             clip=config.clip,
             dual_clip=config.dual_clip,
-            kl_coef=config.kl_penalty if in_loss else 0.0,
+            kl_coef=terms.kl_coef if in_loss else 0.0,
             kl_estimator=config.estimator() if in_loss else "k1+k2",
-            entropy_coef=config.entropy_coef,
+            entropy_coef=terms.entropy_coef,
             aggregation=config.aggregation,
             normalizer=units,
         )
         return loss, stats, forward.states
 
-    def _value_loss(self, batch: Batch, states: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+    def _value_loss(self, batch: Batch, states: Tensor | None, count: int, done: _Done) -> Tensor:
         loss, stats = value_loss(
             self.critic.values(batch.tokens, states, batch.trunk_states),
             old_values=batch.values,
             returns=batch.returns,
             mask=batch.tokens.response_mask,
             clip=self.config.value_clip,
+            huber=self.config.value_huber,
             normalizer=count,
         )
-        return self.config.value_loss_coef * loss, stats
+        done.value_stats.append(stats)
+        return self.config.value_loss_coef * loss
 
-    def _step(self, names: tuple[str, ...]) -> Tensor:
-        """Clip and apply the gradients of these optimizers.
-
-        Returns the norm of the first one's gradients before clipping.
-        """
+    def _step(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Clip and apply the gradients of these optimizers; return their norms before clipping."""
         optimizers = {name: self.optimizers[name] for name in names}
         norms = {}
         for name, optimizer in optimizers.items():
             weights = [p for group in optimizer.param_groups for p in group["params"]]
             norms[name] = torch.nn.utils.clip_grad_norm_(weights, self.config.max_grad_norm)
-        if not torch.isfinite(torch.stack(list(norms.values()))).all():
+        if norms and not torch.isfinite(torch.stack(list(norms.values()))).all():
             for optimizer in optimizers.values():
                 optimizer.zero_grad()
             found = ", ".join(f"{name} {float(norm)}" for name, norm in norms.items())
@@ -177,7 +259,64 @@ class Learner:
                 "before this optimizer step. Lower the learning rate, or look for NaN in the "
                 "models' outputs"
             )
-        for optimizer in optimizers.values():
+        for name, optimizer in optimizers.items():
+            self.schedule.before_step(name, optimizer)
             optimizer.step()
             optimizer.zero_grad()
-        return next(iter(norms.values()))
+        return norms
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the learner counts and adapts, besides the optimizers, for a checkpoint."""
+        return {
+            "coefficients": self.coefficients.state_dict(),
+            "optimizer_steps": dict(self.schedule.done),
+            "reward_moments": list(self.reward_moments),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned; an older checkpoint's is empty."""
+        if state:
+            self.coefficients.load_state_dict(state["coefficients"])
+            self.schedule.done.update(state["optimizer_steps"])
+            self.reward_moments = Moments(*state["reward_moments"])
+
+
+class Terms(NamedTuple):
+    """Numbers of an update's losses."""
+
+    config: PPOConfig
+    kl_coef: float
+    entropy_coef: float
+    temperature: float
+
+    def units(self, counts: Tensor) -> float:
+        """Return what a minibatch's policy loss is divided by; ``counts`` [b] are its tokens."""
+        return {
+            "token-mean": max(float(counts.sum()), 1.0),
+            "seq-mean-token-mean": max(float((counts > 0).sum()), 1.0),
+            "seq-mean-token-sum": float(len(counts) * self.config.max_length),
+            "token-sum": 1.0,
+        }[self.config.aggregation]
+
+
+@dataclass
+class _Done:
+    """What an update has computed so far.
+
+    far: whether the policy has gone beyond ``target_kl``.
+    """
+
+    policy_stats: list[Tensor] = field(default_factory=list)
+    value_stats: list[Tensor] = field(default_factory=list)
+    norms: list[Tensor] = field(default_factory=list)
+    far: bool = False
+
+    def metrics(self) -> dict[str, float]:
+        metrics = {"policy_loss": 0.0}
+        if self.policy_stats:
+            metrics |= ppo_metrics(merge_stats(PPO_STATS, self.policy_stats))
+            metrics["first_max_log_ratio"] = ppo_metrics(self.policy_stats[0])["max_log_ratio"]
+            metrics["policy_grad_norm"] = float(torch.stack(self.norms).mean())
+        if self.value_stats:
+            metrics |= value_metrics(merge_stats(VALUE_STATS, self.value_stats))
+        return metrics

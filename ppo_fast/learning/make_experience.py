@@ -11,13 +11,15 @@ from torch import Tensor
 from ppo_fast.config import PPOConfig
 from ppo_fast.critics.critic import Critic
 from ppo_fast.data.batches import batches_by_tokens, in_batches
-from ppo_fast.data.experience import Experience
+from ppo_fast.data.experience import Experience, Moments
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.tokens import Tokens
 from ppo_fast.data.trunk_states import TrunkStates
+from ppo_fast.learning.importance import highest, importance_weights, mismatch_metrics
 from ppo_fast.models.language_model import LanguageModel, logprobs_of_both
 from ppo_fast.models.precision import uses_tf32
 from ppo_fast.ops import gae, kl_estimate, whiten
+from ppo_fast.rewards.shaping import NO_SCORES, normalize_groups, place_scores, shape_rewards
 
 # Bounds of a first minibatch's log-ratios, far above rounding: in float32, between decoding with a
 # cache and one pass over all tokens; in half precision, between two passes whose batches differ
@@ -37,80 +39,177 @@ def make_experience(
     reference: LanguageModel,
     critic: Critic,
     config: PPOConfig,
+    kl_coef: float | None = None,
+    moments: Moments = NO_SCORES,
 ) -> Experience:
     """Compute rewards, values, advantages and returns of a rollout, token by token.
 
     Args:
         rollout: the sampled responses.
-        scores: [B] float32, one per sequence.
+        scores: float32 [B], one per sequence, or [B, T], one per response token.
         policy: as it was when it sampled.
         reference: the frozen model that the KL is measured to.
         critic: estimates values.
-        config: KL, gamma, lambda, whitening.
+        config: shaping of rewards, KL, gamma, lambda, whitening.
+        kl_coef: coefficient of the KL to the reference; None: ``config.kl_penalty``.
+        moments: of the scores before this batch.
 
     Raises:
         ValueError: a value is NaN or infinite.
     """
-    tokens, mask = rollout.tokens, rollout.tokens.response_mask
     temperature, max_tokens = rollout.sampling.temperature, config.forward_batch_tokens
     rollout = with_trunk(rollout, policy, max_tokens)
     trunk_states = rollout.trunk_states
     if trunk_states is not None and config.trunk_dtype is not None:
         trunk_states = trunk_states.to(torch.bfloat16)
         rollout = replace(rollout, trunk_states=trunk_states)
+    placed = place_scores(scores, rollout.tokens)
+    shaped, moments = shape_rewards(
+        placed,
+        rollout.tokens,
+        rollout.finished,
+        config,
+        samples_per_prompt=rollout.samples_per_prompt,
+        moments=moments,
+    )
+    if critic.normalizes:
+        shaped = normalize_groups(shaped, rollout.tokens, rollout.samples_per_prompt)
+    if config.mask_truncated and not rollout.finished.all():
+        rollout = replace(rollout, tokens=rollout.tokens.without_training(~rollout.finished))
+    tokens, mask = rollout.tokens, rollout.tokens.response_mask
 
-    def reference_logprobs(part: Tokens, states: Tensor | None) -> Tensor:
+    old, ref = _old_and_reference_logprobs(rollout, policy, reference, config)
+    kl_coef = config.kl_penalty if kl_coef is None else kl_coef
+    rewards = less_kl(shaped, old, ref, mask, kl_coef, config)
+    values = critic.values_of_rollout(rollout, shaped.sum(1), policy, max_tokens).float()
+    if not torch.isfinite(values).all():
+        raise ValueError("value_model: returned NaN or infinity; values must be finite")
+    advantages, returns = estimate_advantages(rewards, values, tokens, critic, config)
+    metrics = experience_metrics(rollout, placed.sum(1), old, ref, advantages)
+    if config.whiten_advantages:
+        advantages = whiten(advantages, mask=mask)
+
+    if rollout.logprobs is not None and old is not rollout.logprobs:
+        metrics |= sampling_differences(rollout.logprobs, old, mask)
+    if old is not rollout.logprobs:
+        metrics |= mismatch_metrics(old - rollout.sampling_logprobs, mask)
+    weights, high_entropy = _weights(rollout, old, policy, config)
+    return Experience(
+        tokens,
+        temperature,
+        rollout.sampling_logprobs if config.ratio_to == "sampler" else old,
+        ref,
+        values,
+        placed.sum(1),
+        rewards,
+        advantages,
+        returns,
+        trunk_states,
+        metrics,
+        weights,
+        high_entropy,
+        moments if config.reward_normalization == "running" else None,
+    )
+
+
+def _old_and_reference_logprobs(
+    rollout: Rollout, policy: LanguageModel, reference: LanguageModel, config: PPOConfig
+) -> tuple[Tensor, Tensor]:
+    """Return the log-probs [B, T] of the policy before the update, and of the reference.
+
+    With another engine, truncated sampling, autocast, TF32 or rounded trunk states, the log-probs
+    of the rollout are not those that the update will compute, and are computed once more.
+    """
+    temperature, max_tokens = rollout.sampling.temperature, config.forward_batch_tokens
+    tokens, trunk_states = rollout.tokens, rollout.trunk_states
+
+    def of_reference(part: Tokens, states: Tensor | None) -> Tensor:
         forward = reference.forward(part, states)
         return reference.logprobs(forward, part, temperature=temperature).logprobs
 
-    def logprobs_of_policy_and_reference(part: Tokens, states: Tensor | None) -> Tensor:
+    def of_both(part: Tokens, states: Tensor | None) -> Tensor:
         return logprobs_of_both(policy, reference, part, states, temperature=temperature)
 
-    # with another engine, truncated sampling, autocast, TF32 or rounded trunk states, the log-probs
-    # of the rollout are not those that the update will compute
     old = rollout.logprobs
     known = config.trunk_dtype is None and computes_in_float32(policy)
     if old is None or rollout.sampling.truncates or not known:
-        old, ref = in_batches(logprobs_of_policy_and_reference, tokens, trunk_states, max_tokens)
-    else:
-        ref = in_batches(reference_logprobs, tokens, trunk_states, max_tokens)
-    rewards = token_rewards(scores, old, ref, tokens, config)
-    values = critic.values_of_rollout(rollout, scores, policy, max_tokens)
-    if not torch.isfinite(values).all():
-        raise ValueError("value_model: returned NaN or infinity; values must be finite")
-    lam = config.gae_lambda if critic.bootstraps else 1.0
-    advantages, returns = gae(rewards, values.float(), mask=mask, gamma=config.gamma, lam=lam)
-    metrics = experience_metrics(rollout, scores, old, ref, advantages)
-    if rollout.logprobs is not None and old is not rollout.logprobs:
-        metrics |= sampling_differences(rollout.logprobs, old, mask)
-    if config.whiten_advantages:
-        advantages = whiten(advantages, mask=mask)
-    return Experience(
-        tokens, temperature, old, ref, values.float(), scores, rewards, advantages, returns,
-        trunk_states, metrics,
-    )  # fmt: skip
+        old, ref = in_batches(of_both, tokens, trunk_states, max_tokens)
+        return old, ref
+    if tokens.trained is not None:
+        old = old.masked_fill(~tokens.response_mask, 0.0)
+    return old, in_batches(of_reference, tokens, trunk_states, max_tokens)
 
 
-def token_rewards(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, tokens: Tokens, config: PPOConfig
+def _weights(
+    rollout: Rollout, old: Tensor, policy: LanguageModel, config: PPOConfig
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the weights of tokens in the policy loss, and those that get the entropy bonus."""
+    tokens, mask = rollout.tokens, rollout.tokens.response_mask
+    weights, high_entropy = None, None
+    if config.importance is not None:
+        log_ratios = old - rollout.sampling_logprobs
+        weights = importance_weights(log_ratios, mask, config.importance, config.importance_range)
+    if config.entropy_bonus_share == 1 and config.loss_token_share == 1:
+        return weights, None
+
+    def entropies_of(part: Tokens, states: Tensor | None) -> Tensor:
+        forward = policy.forward(part, states)
+        temperature = rollout.sampling.temperature
+        found = policy.logprobs(forward, part, temperature=temperature, entropy=True).entropy
+        assert found is not None
+        return found
+
+    entropies = in_batches(entropies_of, tokens, rollout.trunk_states, config.forward_batch_tokens)
+    if config.entropy_bonus_share < 1:
+        high_entropy = highest(entropies, mask, config.entropy_bonus_share)
+    if config.loss_token_share < 1:
+        trained = highest(entropies, mask, config.loss_token_share).to(old)
+        weights = trained if weights is None else weights * trained
+    return weights, high_entropy
+
+
+def less_kl(
+    rewards: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    kl_coef: float,
+    config: PPOConfig,
 ) -> Tensor:
-    """Compute the rewards [B, T]: each sequence's score on its last token, less the KL penalty.
+    """Return the rewards [B, T] less the KL penalty of each token, with ``kl_in="reward"``.
 
-    With ``kl_in="reward"``, the penalty on every token is ``kl_penalty`` times the KL estimate
-    (Ouyang et al. 2022, eq. 2); otherwise it is 0.
+    The penalty is ``kl_coef`` times the KL estimate (Ouyang et al. 2022, eq. 2).
     """
-    rewards = torch.zeros_like(logprobs)
-    if config.kl_in == "reward" and config.kl_penalty > 0:
-        kl = kl_estimate(
-            logprobs,
-            ref_logprobs,
-            mask=tokens.response_mask,
-            estimator=config.estimator(),
-            clamp=True,
-        )
-        rewards = -config.kl_penalty * kl
-    last = (tokens.response_lengths - 1).to(tokens.device)
-    return rewards.scatter_add(1, last[:, None], scores.to(rewards)[:, None])
+    if config.kl_in != "reward" or kl_coef == 0:
+        return rewards
+    kl = kl_estimate(logprobs, ref_logprobs, mask=mask, estimator=config.estimator(), clamp=True)
+    return rewards - kl_coef * kl
+
+
+def estimate_advantages(
+    rewards: Tensor, values: Tensor, tokens: Tokens, critic: Critic, config: PPOConfig
+) -> tuple[Tensor, Tensor]:
+    """Compute advantages, and returns as the value function's targets, [B, T] each.
+
+    A lambda of its own for either is VC-PPO's (Yuan et al. 2025, section 4.2).
+    """
+    lam: float | Tensor = config.gae_lambda if critic.bootstraps else 1.0
+    lam_value = config.gae_lambda if config.gae_lambda_value is None else config.gae_lambda_value
+    if config.gae_length_alpha is not None and critic.bootstraps:
+        lam = length_lambda(tokens.trained_counts, config.gae_length_alpha).to(values)
+    found = gae(rewards, values, mask=tokens.response_mask, gamma=config.gamma, lam=lam)
+    if not critic.bootstraps or (not isinstance(lam, Tensor) and lam == lam_value):
+        return found.advantages, found.returns
+    targets = gae(rewards, values, mask=tokens.response_mask, gamma=config.gamma, lam=lam_value)
+    return found.advantages, targets.returns
+
+
+def length_lambda(lengths: Tensor, alpha: float) -> Tensor:
+    """Return each sequence's lambda [B]: 1 - 1 / (alpha * length), at least 0.
+
+    Yue et al. 2025 (VAPO, arXiv 2504.05118), eq. 7.
+    """
+    return (1 - 1 / (alpha * lengths.clamp_min(1).double())).clamp_min(0)
 
 
 def computes_in_float32(policy: LanguageModel) -> bool:
@@ -131,6 +230,8 @@ def computes_in_float32(policy: LanguageModel) -> bool:
 def sampling_differences(sampled: Tensor, old: Tensor, mask: Tensor) -> dict[str, float]:
     """Return the mean and max |difference| of the log-probs of decoding and of the update."""
     differences = (sampled - old)[mask].abs()
+    if not differences.numel():
+        return {}
     return {
         "sampling_logprob_difference": float(differences.mean()),
         "sampling_logprob_difference_max": float(differences.max()),
@@ -146,7 +247,7 @@ def warn_of_disagreement(
     the log-probs of decoding, this holds whatever decoding computed, which is compared apart.
     """
     full = computes_in_float32(policy)
-    ratio = metrics["first_max_log_ratio"]
+    ratio = 0.0 if config.ratio_to == "sampler" else metrics.get("first_max_log_ratio", 0.0)
     mean = metrics.get("sampling_logprob_difference", 0.0)
     largest = metrics.get("sampling_logprob_difference_max", 0.0)
     if ratio > (MOST_FIRST_LOG_RATIO if full else MOST_FIRST_LOG_RATIO_HALF):
@@ -169,7 +270,7 @@ def experience_metrics(
 ) -> dict[str, float]:
     """Return a batch's metrics before the update: means over valid tokens or sequences."""
     lengths = rollout.tokens.response_lengths
-    count = float(lengths.sum())
+    count = max(float(rollout.tokens.trained_counts.sum()), 1.0)
     kl = float((old - ref).sum())
     return {
         "mean_reward": float(scores.mean()),
@@ -180,7 +281,7 @@ def experience_metrics(
         # estimates its entropy
         "entropy": -float(old.sum()) / count,
         "mean_advantage": float(advantages.sum()) / count,
-        "response_length": count / len(lengths),
+        "response_length": float(lengths.sum()) / len(lengths),
         "finished_fraction": float(rollout.finished.float().mean()),
     }
 

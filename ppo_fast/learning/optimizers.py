@@ -12,8 +12,11 @@ from ppo_fast.learning.half_adamw import HalfAdamW
 
 
 def make_adamw(module: nn.Module, learning_rate: float, config: PPOConfig) -> Optimizer:
-    """Make AdamW for the trained weights of ``module``; HalfAdamW where they are in bfloat16."""
-    trained = [p for p in module.parameters() if p.requires_grad]
+    """Make AdamW for the trained weights of ``module``; HalfAdamW where they are in bfloat16.
+
+    Weight decay leaves biases and the weights of norms alone: all that have one dimension.
+    """
+    trained = _groups(module, config.weight_decay)
     settings: dict[str, Any] = {
         "lr": learning_rate,
         "betas": config.adam_betas,
@@ -23,3 +26,13 @@ def make_adamw(module: nn.Module, learning_rate: float, config: PPOConfig) -> Op
     if config.trained_weights == "float32":
         return AdamW(trained, **settings | {config.adamw: True})
     return HalfAdamW(trained, **settings, rounding=config.trained_weights, seed=config.seed)
+
+
+def _groups(module: nn.Module, weight_decay: float) -> list[Any]:
+    """Return the trained weights of ``module``; with decay, in groups with and without it."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    alone = [p for p in trained if p.dim() < 2]
+    if weight_decay == 0 or not alone:
+        return trained
+    decayed = [p for p in trained if p.dim() >= 2]
+    return [{"params": decayed}, {"params": alone, "weight_decay": 0.0}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -42,7 +43,32 @@ class ValueModel(nn.Module):
         super().__init__()
         _check_hidden_size(base_model, hidden_size)
         self.base_model, self.hidden_size = base_model, hidden_size
-        self.value_head = _head(hidden_size)
+        self.value_head: nn.Module = _head(hidden_size)
+
+    @classmethod
+    def from_reward_model(cls, reward_model: nn.Module) -> ValueModel:
+        """Make a value model that starts as a copy of a reward model.
+
+        Its values are then the scores that the reward model gives a response that ends there, which
+        is where the value functions of InstructGPT start (Ouyang et al. 2022, appendix C.4).
+
+        Args:
+            reward_model: a ``RewardModel``, or a transformers sequence classifier with one label on
+                a decoder (its head is ``score``).
+
+        Raises:
+            TypeError, ValueError: it is something else.
+        """
+        base: nn.Module
+        head: nn.Module
+        if isinstance(reward_model, RewardModel):
+            base, head = reward_model.base_model, reward_model.reward_head
+        else:
+            base, head = _classifier_parts(reward_model)
+        hidden_size = next(m for m in head.modules() if isinstance(m, nn.Linear)).in_features
+        model = cls(copy.deepcopy(base), hidden_size)
+        model.value_head = copy.deepcopy(head)
+        return model.requires_grad_()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Compute values [B, L] from ids [B, L] int64 and a mask [B, L] (default: all ones)."""
@@ -113,6 +139,21 @@ class RewardModel(nn.Module):
         return self.reward_head(states[torch.arange(len(last), device=last.device), last]).squeeze(
             -1
         )
+
+
+def _classifier_parts(classifier: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Return the body and the head of a transformers classifier with one label on a decoder."""
+    kind, head = type(classifier).__name__, getattr(classifier, "score", None)
+    if not isinstance(head, nn.Linear):
+        raise TypeError(
+            f"reward_model: got {kind}, expected a ppo_fast.RewardModel, or a sequence classifier "
+            "of transformers on a decoder, whose head is `score`: a value must not see later tokens"
+        )
+    if head.out_features != 1:
+        raise ValueError(
+            f"reward_model: {kind} has {head.out_features} labels, expected 1 (a score)"
+        )
+    return getattr(classifier, str(classifier.base_model_prefix)), head
 
 
 def _states(base_model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -112,6 +114,31 @@ def prepare(
         reward_model.eval()
     if config.num_layers_unfrozen is not None:
         freeze_trunk(policy_model, config.num_layers_unfrozen)
+    freeze_matching(policy_model, config.frozen, "frozen")
+    if value_model is not None:
+        freeze_matching(value_model, config.value_frozen, "value_frozen")
+
+
+def freeze_matching(model: nn.Module, patterns: Sequence[str], setting: str) -> None:
+    """Freeze the weights of ``model`` whose names match one of ``patterns``, as fnmatch reads them.
+
+    Raises:
+        ValueError: a pattern matches no weight, or no trained weight is left; it names ``setting``.
+    """
+    if not patterns:
+        return
+    weights = dict(model.named_parameters())
+    for pattern in patterns:
+        matching = fnmatch.filter(weights, pattern)
+        if not matching:
+            raise ValueError(
+                f"{setting}: {pattern!r} matches no weight of {type(model).__name__}, such as "
+                f"{next(iter(weights))!r}"
+            )
+        for name in matching:
+            weights[name].requires_grad_(False)
+    if not any(weight.requires_grad for weight in weights.values()):
+        raise ValueError(f"{setting}: {patterns} leaves {type(model).__name__} no weight to train")
 
 
 def frozen_copy(policy_model: nn.Module, config: PPOConfig) -> nn.Module:

@@ -6,13 +6,12 @@ import difflib
 import importlib
 import importlib.util
 import sys
-import sysconfig
-import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ppo_fast.models.pretrained import load_pretrained
+from ppo_fast.user_code import place_of_error
 
 
 def load_reward(reward: str, device: Any, label: str | None = None) -> Any:
@@ -126,13 +125,4 @@ def _message(error: BaseException) -> str:
     """Return an error's message with the file and line of the user's code at its end."""
     if isinstance(error, SyntaxError):
         return f"{error.msg} ({error.filename}:{error.lineno})"
-    library = sysconfig.get_path("stdlib")
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [
-        frame
-        for frame in frames
-        if not frame.filename.startswith((library, "<frozen"))
-        and "site-packages" not in frame.filename
-        and Path(frame.filename) != Path(__file__)
-    ]
-    return f"{error} ({own[-1].filename}:{own[-1].lineno})" if own else str(error)
+    return f"{error}{place_of_error(error)}"

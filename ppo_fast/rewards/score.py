@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Complex, Real
 from typing import Any
@@ -19,6 +17,7 @@ from ppo_fast.data.trunk_states import TrunkStates
 from ppo_fast.models.call_on_rows import call_on_rows, takes_padding
 from ppo_fast.models.heads import RewardModel
 from ppo_fast.models.trunk import Split
+from ppo_fast.user_code import place_of_error
 
 LARGEST_SCORE = 1e15
 
@@ -35,18 +34,18 @@ def score(
     split: Split | None = None,
     trunk_states: TrunkStates | None = None,
 ) -> Tensor:
-    """Compute a score for each sequence.
+    """Compute a score for each sequence, or for each response token.
 
     Args:
-        reward_model: a module ``forward(input_ids, attention_mask)`` -> [B], [B, 1], a tuple or an
-            object with ``.logits``, run on the sampled tokens; or a function ``f(prompts,
-            completions) -> list[float]``.
+        reward_model: a module ``forward(input_ids, attention_mask)`` -> [B] or [B, 1], or [B, L]
+            (or [B, L, 1]) with a score for each token, a tuple or an object with ``.logits``, run
+            on the sampled tokens; or a function ``f(prompts, completions) -> list[float]``.
         max_tokens: max tokens in one call of a module.
         split: Split of a RewardModel whose lower layers are the policy's trunk; None: they are not.
         trunk_states: the trunk states, those of last tokens too; needed with ``split``.
 
     Returns:
-        [B] float32 on the device of ``tokens``, finite.
+        [B] or [B, T] float32 on the device of ``tokens``, finite.
 
     Raises:
         ValueError: a wrong count or shape, NaN or infinity (the prompt is named).
@@ -63,11 +62,17 @@ def score(
         scores = _module_scores(reward_model, tokens, what, max_tokens)
     else:
         scores = _function_scores(reward_model, prompts, completions, what)
-    return check_scores(scores, prompts, what).to(tokens.device)
+    lengths = tokens.response_lengths
+    return check_scores(scores, prompts, what, lengths=lengths).to(tokens.device)
 
 
-def check_scores(scores: Any, prompts: Sequence[str], what: str = "scores") -> Tensor:
-    """Return ``scores`` as a float32 tensor [B] on the CPU.
+def check_scores(
+    scores: Any, prompts: Sequence[str], what: str = "scores", *, lengths: Tensor | None = None
+) -> Tensor:
+    """Return ``scores`` as a float32 tensor, [B] or [B, T], on the CPU.
+
+    ``lengths`` [B] are those of the responses; None: scores for tokens are refused. Such scores may
+    be B lists of these lengths; beyond a response they become 0.
 
     Raises:
         TypeError: they are not numbers.
@@ -81,17 +86,19 @@ def check_scores(scores: Any, prompts: Sequence[str], what: str = "scores") -> T
         scores = scores.detach().to("cpu", torch.float32)
     else:
         try:
-            numbers = [_number(s) for s in scores]
-            scores = torch.tensor(numbers, dtype=torch.float32, device="cpu")
+            scores = _tensor(list(scores), lengths)
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise TypeError(
                 f"{what}: expected a list of numbers, one a prompt ({error})"
             ) from error
-    if scores.shape != (len(prompts),):
+    if lengths is not None and scores.dim() == 2:
+        scores = _of_tokens(scores, lengths, what)
+    elif scores.shape != (len(prompts),):
         raise ValueError(
             f"{what}: got shape {list(scores.shape)}, expected {[len(prompts)]}, a number a prompt"
         )
-    for prompt, value in zip(prompts, scores.tolist(), strict=True):
+    worst = scores if scores.dim() == 1 else _worst(scores)
+    for prompt, value in zip(prompts, worst.tolist(), strict=True):
         if not math.isfinite(value):
             raise ValueError(f"{what}: got {value} for the prompt {prompt!r}; scores are finite")
         if abs(value) > LARGEST_SCORE:
@@ -100,6 +107,40 @@ def check_scores(scores: Any, prompts: Sequence[str], what: str = "scores") -> T
                 f"{LARGEST_SCORE:g} in size: the square of a larger one overflows in the losses"
             )
     return scores
+
+
+def _tensor(scores: list[Any], lengths: Tensor | None) -> Tensor:
+    """Return numbers, or lists of numbers of these lengths, as a tensor."""
+    rows = [score for score in scores if isinstance(score, (list, tuple))]
+    if lengths is None or len(rows) < max(len(scores), 1):
+        numbers = [_number(score) for score in scores]
+        return torch.tensor(numbers, dtype=torch.float32, device="cpu")
+    width = max(map(len, rows))
+    padded = [[*map(_number, row), *[0.0] * (width - len(row))] for row in rows]
+    if [len(row) for row in rows] != lengths.tolist():
+        raise ValueError(
+            f"got lists of {[len(row) for row in rows][:8]} numbers for responses of "
+            f"{lengths.tolist()[:8]} tokens"
+        )
+    return torch.tensor(padded, dtype=torch.float32, device="cpu")
+
+
+def _of_tokens(scores: Tensor, lengths: Tensor, what: str) -> Tensor:
+    """Check the shape of scores [B, T], and set to 0 what is beyond a response."""
+    expected = [len(lengths), int(lengths.max())]
+    if list(scores.shape) != expected:
+        raise ValueError(
+            f"{what}: got shape {list(scores.shape)}, expected {[len(lengths)]}, a number a "
+            f"prompt, or {expected}, a number a response token"
+        )
+    beyond = torch.arange(scores.shape[1], device="cpu") >= lengths[:, None]
+    return scores.masked_fill(beyond, 0.0)
+
+
+def _worst(scores: Tensor) -> Tensor:
+    """Return each row's number that is not finite, or else its largest in size."""
+    sizes = torch.where(scores.isfinite(), scores.abs(), math.inf)
+    return scores.gather(1, sizes.argmax(1, keepdim=True))[:, 0]
 
 
 def _number(score: Any) -> float:
@@ -163,10 +204,18 @@ def _scores_from_trunk(
 
 @torch.no_grad()
 def _module_scores(module: nn.Module, tokens: Tokens, what: str, max_tokens: int) -> Tensor:
-    rows = call_on_rows(module, tokens.sequences(), max_tokens=max_tokens, what=what)
-    if any(row.dim() != 0 and row.numel() != 1 for row in rows):
-        raise ValueError(f"{what} returned a number a token, expected one a sequence [B] or [B, 1]")
-    return torch.stack([row.reshape(()) for row in rows])
+    sequences = tokens.sequences()
+    rows = call_on_rows(module, sequences, max_tokens=max_tokens, what=what)
+    if all(row.numel() == 1 for row in rows):
+        return torch.stack([row.reshape(()) for row in rows])
+    for row, ids in zip(rows, sequences, strict=True):
+        if row.numel() != len(ids):
+            raise ValueError(
+                f"{what} returned {list(row.shape)} for a sequence of {len(ids)} tokens, expected "
+                "one score, or one a token"
+            )
+    # a token's score is read after it, where a value is read before it
+    return tokens.at_response([row.reshape(-1)[1:] for row in rows])
 
 
 def _function_scores(
@@ -177,12 +226,4 @@ def _function_scores(
         return list(scores) if isinstance(scores, Iterator) else scores  # it may raise here
     except (Exception, SystemExit) as error:
         raised = f"{what} raised {type(error).__name__}: {error}"
-        raise RuntimeError(f"{raised}{_place(error)}") from error
-
-
-def _place(error: BaseException) -> str:
-    """Return the file and line of the user's code in which an error arose, to be appended."""
-    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is ours
-    library = os.path.dirname(os.__file__)  # which holds site-packages too
-    own = [f for f in frames if not f.filename.startswith((library, "<frozen"))]
-    return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+        raise RuntimeError(f"{raised}{place_of_error(error)}") from error

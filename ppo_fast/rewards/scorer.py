@@ -39,7 +39,7 @@ class Scorer:
         return sum(p.nbytes for p in model.parameters()) if isinstance(model, nn.Module) else 0
 
     def of_rollout(self, rollout: Rollout) -> Tensor:
-        """Compute the score of each response, [B] float32.
+        """Compute the score of each response, [B], or of each of its tokens, [B, T], float32.
 
         With ``reads_trunk``, the rollout must have a whole trunk.
         """
@@ -54,5 +54,5 @@ class Scorer:
         )
 
     def of_tokens(self, tokens: Tokens, prompts: list[str], completions: list[str]) -> Tensor:
-        """Compute the score of each response, [B] float32, from tokens and texts alone."""
+        """Compute the same from tokens and texts alone."""
         return score(self.reward, tokens, prompts, completions, max_tokens=self.max_tokens)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast.data.rollout import Rollout
-from ppo_fast.data.tokens import Tokens, make_tokens
+from ppo_fast.data.tokens import Tokens
 from ppo_fast.data.trunk_states import TrunkStates
 from ppo_fast.models.language_model import LanguageModel, Next
 from ppo_fast.rollout.buffers import Buffers, KeptBuffers, Sizes, recorded_with
@@ -67,7 +67,7 @@ def decode_by_slots(
         while decoding.running:
             decoding.step()
             decoding.admit(prompts)
-    rollout = decoding.rollout(request.pad_id)
+    rollout = decoding.rollout()
     kept.keep(buffers)
     return rollout
 
@@ -123,8 +123,7 @@ class _Decoding:
         capture: Capture | None,
     ) -> None:
         self.model, self.buffers = model, buffers
-        self.prompts, self.sampling, self.stops = request.prompts, request.sampling, request.stops
-        self.slots, self.max_lengths = request.slots, request.max_lengths
+        self.request, self.prompts, self.slots = request, request.prompts, request.slots
         self.keep_states, self.capture = keep_states, capture
         self.trunk_pieces, self.whole_trunk = trunk_pieces, whole_trunk
         self.lingering: set[int] = set()  # ended sequences that take one more step, for whole_trunk
@@ -174,8 +173,8 @@ class _Decoding:
         lengths += 1
         self._draw(slots, next_)
 
-    def rollout(self, pad_id: int) -> Rollout:
-        tokens = make_tokens(self.prompts, self.responses, pad_id, self.model.device)
+    def rollout(self) -> Rollout:
+        tokens = self.request.tokens(self.responses, self.model.device)
         width, beyond = tokens.response_ids.shape[1], ~tokens.response_mask
 
         def drawn(by_sequence: Tensor) -> Tensor:
@@ -192,7 +191,7 @@ class _Decoding:
             logprobs,
             drawn(b.sampling_logprobs),
             torch.tensor(self.finished, device="cpu"),
-            self.sampling,
+            self.request.sampling,
             self._packed_trunk(tokens),
             None if b.states is None else drawn(b.states),
         )
@@ -240,7 +239,7 @@ class _Decoding:
         """Draw the next token of the sequences in ``slots`` [n] from their logits [n, V]."""
         b = self.buffers
         at = sequence, position = b.sequence[slots], b.position[slots]
-        sampled = draw(next_.logits, b.seeds[sequence], position, self.sampling, b.ends)
+        sampled = draw(next_.logits, b.seeds[sequence], position, self.request.sampling, b.ends)
         b.logprobs[at] = sampled.logprobs.float()
         b.sampling_logprobs[at] = sampled.sampling_logprobs.float()
         if self.keep_states and next_.states is not None:
@@ -259,9 +258,10 @@ class _Decoding:
             if sequence in self.lingering:
                 self.running[slot] = None
                 continue
-            response.append(token)
-            self.finished[sequence] = self.stops.ends(response)
-            if self.finished[sequence] or len(response) == self.max_lengths[sequence]:
+            noted, self.finished[sequence], ends = self.request.note(sequence, response, token)
+            if noted != token:
+                self.buffers.token[slot] = noted
+            if ends:
                 if self.whole_trunk:
                     self.lingering.add(sequence)
                 else:

@@ -20,6 +20,7 @@ from ppo_fast.rollout.request import Request
 from ppo_fast.rollout.speedups.cuda_graphs import Capture
 from ppo_fast.rollout.speedups.step_attention import masked_attention
 from ppo_fast.rollout.stops import Stops
+from ppo_fast.rollout.turns import Turns
 
 
 @without_cudnn_attention()
@@ -36,6 +37,7 @@ def decode(
     max_prompt_tokens: int = 8192,
     max_lengths: Sequence[int] | None = None,
     to_text: Callable[[list[int]], str] | None = None,
+    turns: Turns | None = None,
     keep_states: bool = False,
     whole_trunk: bool = False,
     capture: Capture | None = None,
@@ -58,6 +60,8 @@ def decode(
         max_prompt_tokens: max tokens, with padding, of the prompts computed in one pass.
         max_lengths: B numbers, the max tokens of each response; None: ``sampling.max_length``.
         to_text: ids -> text, for stop strings.
+        turns: asks an environment for a reply where a response would end; its tokens count for
+            the length. None: it ends.
         keep_states: whether the rollout gets ``states``.
         whole_trunk: whether ``trunk_states`` includes the state of each row's last token, which
             takes one more step per sequence.
@@ -83,6 +87,7 @@ def decode(
         max_lengths=max_lengths or [sampling.max_length] * len(prompt_ids),
         slots=min(slots or len(prompt_ids), len(prompt_ids)),
         pad_id=pad_id,
+        turns=turns,
     )
     with _plain_layers(model):
         if own_cache(model) is not None:

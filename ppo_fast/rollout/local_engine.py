@@ -19,6 +19,7 @@ from ppo_fast.rollout.decode import decode
 from ppo_fast.rollout.engine import eos_ids
 from ppo_fast.rollout.speedups.cuda_graph_check import CAPTURES, capture_for
 from ppo_fast.rollout.speedups.fast_paths import log_fast_paths
+from ppo_fast.rollout.turns import Turns
 
 
 class LocalEngine:
@@ -61,13 +62,23 @@ class LocalEngine:
         self.kept = KeptBuffers(kept_bytes)
 
     def generate(
-        self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, *, seeds: Tensor
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        seeds: Tensor,
+        turns: Turns | None = None,
     ) -> Rollout:
+        """Sample as an Engine does; ``turns`` lets an environment reply within responses."""
         with uncompiled(self.model.model):
-            return self._generate(prompt_ids, sampling, seeds)
+            return self._generate(prompt_ids, sampling, seeds, turns)
 
     def _generate(
-        self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling, seeds: Tensor
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Tensor,
+        turns: Turns | None,
     ) -> Rollout:
         capture = capture_for(self.model) if self.cuda_graphs else None
         rollout = decode(
@@ -80,6 +91,7 @@ class LocalEngine:
             slots=self.slots,
             max_prompt_tokens=self.max_prompt_tokens,
             to_text=self.to_text,
+            turns=turns,
             keep_states=self.keep_states,
             whole_trunk=self.whole_trunk,
             capture=capture,

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ppo_fast.data.rollout import Rollout
-from ppo_fast.data.tokens import make_tokens
 from ppo_fast.models.language_model import LanguageModel, NotFiniteError
 from ppo_fast.models.probe import relative_difference
 from ppo_fast.models.transformers_internals import keep_rows, next_with_own_cache, output_of
@@ -116,7 +115,7 @@ def decode_with_own_cache(model: LanguageModel, request: Request) -> Rollout:
     for _, together in sorted(groups.items()):
         for start in range(0, len(together), request.slots):
             _decode_together(model, request, together[start : start + request.slots], drawn)
-    tokens = make_tokens(request.prompts, drawn.responses, request.pad_id, model.device)
+    tokens = request.tokens(drawn.responses, model.device)
     width, beyond = tokens.response_ids.shape[1], ~tokens.response_mask
     logprobs = drawn.logprobs[:, :, :width].masked_fill(beyond, 0.0)
     if not torch.isfinite(logprobs[0]).all():
@@ -132,6 +131,7 @@ class _Drawn:
         self.request, count = request, len(request.prompts)
         self.responses: list[list[int]] = [[] for _ in range(count)]
         self.finished = [False] * count
+        self.ended = [False] * count
         self.logprobs = torch.zeros(
             2, count, max(request.max_lengths), dtype=torch.float32, device=model.device
         )
@@ -146,14 +146,15 @@ class _Drawn:
         )
         self.logprobs[0, rows, position] = sampled.logprobs.float()
         self.logprobs[1, rows, position] = sampled.sampling_logprobs.float()
-        for i, token in zip(rows, sampled.tokens.tolist(), strict=True):
-            if not self.ended(i):
-                self.responses[i].append(token)
-                self.finished[i] = self.request.stops.ends(self.responses[i])
-        return sampled.tokens
-
-    def ended(self, i: int) -> bool:
-        return self.finished[i] or len(self.responses[i]) == self.request.max_lengths[i]
+        tokens = sampled.tokens.tolist()
+        for k, i in enumerate(rows):
+            if not self.ended[i]:
+                tokens[k], self.finished[i], self.ended[i] = self.request.note(
+                    i, self.responses[i], tokens[k]
+                )
+        if self.request.turns is None:
+            return sampled.tokens
+        return torch.tensor(tokens, device=logits.device)  # a reply's tokens among them
 
 
 def _decode_together(
@@ -170,7 +171,7 @@ def _decode_together(
             logits, _ = next_with_own_cache(model.model, ids, None, use_cache=False)
         tokens = drawn.draw(rows, position, logits)[:, None]
         ids = tokens if own.why_no_cache is None else torch.cat([ids, tokens], dim=1)
-        going = [k for k, i in enumerate(rows) if not drawn.ended(i)]
+        going = [k for k, i in enumerate(rows) if not drawn.ended[i]]
         if not going:
             return
         if len(going) < len(rows) and own.why_all_rows is None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from ppo_fast.data.rollout import per_token
 from ppo_fast.data.sampling import Sampling
+from ppo_fast.data.tokens import Tokens, make_tokens
 from ppo_fast.rollout.stops import Stops
+from ppo_fast.rollout.turns import Turns
 
 PromptIds = tuple[int, ...]
 
@@ -23,6 +28,7 @@ class Request(NamedTuple):
     max_lengths: B numbers, the max tokens of each response.
     slots: max sequences decoded at a time.
     pad_id: id at padded positions.
+    turns: the turns of the sequences, and what the environment replies; None: there is one turn.
     """
 
     prompts: list[PromptIds]
@@ -32,3 +38,26 @@ class Request(NamedTuple):
     max_lengths: Sequence[int]
     slots: int
     pad_id: int
+    turns: Turns | None = None
+
+    def note(self, sequence: int, response: list[int], drawn: int) -> tuple[int, bool, bool]:
+        """Append the next token of a sequence to its ``response``: ``drawn``, or a reply's.
+
+        Returns that token, whether the response ends by itself, and whether it ends.
+        """
+        token = drawn if self.turns is None else self.turns.take(sequence, drawn)
+        response.append(token)
+        replying = self.turns is not None and self.turns.replying(sequence)
+        finished = not replying and self.stops.ends(response)
+        room = self.max_lengths[sequence] - len(response)
+        if finished and room > 0 and self.turns is not None:
+            finished = not self.turns.go_on(sequence, response, room)
+        return token, finished, finished or room == 0
+
+    def tokens(self, responses: list[list[int]], device: torch.device) -> Tokens:
+        """Return the tokens of prompts and responses; replies are not trained on."""
+        tokens = make_tokens(self.prompts, responses, self.pad_id, device)
+        if self.turns is None:
+            return tokens
+        chosen = per_token("turns", self.turns.chosen, tokens).bool()
+        return replace(tokens, trained=chosen)

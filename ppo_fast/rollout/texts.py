@@ -16,6 +16,7 @@ from ppo_fast.data.tokens import Tokens
 from ppo_fast.models.checks import context_limit
 from ppo_fast.models.parts import num_embeddings
 from ppo_fast.rollout.engine import eos_ids
+from ppo_fast.rollout.turns import Environment, Turns
 
 
 class Texts:
@@ -56,6 +57,15 @@ class Texts:
         vocab_size = num_embeddings(self.policy_model)
         check_prompt_ids(prompts, ids, max_length, limit, vocab_size=vocab_size)
         return ids
+
+    def turns(self, environments: Sequence[Environment]) -> Turns:
+        """Return the turns of a rollout's sequences, with an environment each."""
+        return Turns(
+            environments,
+            encode=lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"],
+            to_text=lambda ids: self._decode([ids])[0],
+            vocab_size=num_embeddings(self.policy_model),
+        )
 
     def check(self, tokens: Tokens, device: torch.device) -> None:
         """Check tokens that were sampled elsewhere.

@@ -5,13 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from ppo_fast.checks import check_counts
+from ppo_fast.config import PPOConfig
+from ppo_fast.data.experience import Experience
 from ppo_fast.data.prompts import Prompt
+from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.sampling import Sampling
 from ppo_fast.data.step import Step
+from ppo_fast.learning.learner import Learner
 from ppo_fast.runs.checkpoint import checkpoint_path, make_folder
 from ppo_fast.runs.display import ProgressBar
 from ppo_fast.runs.interrupt import finish_step_on_interrupt
@@ -29,7 +34,11 @@ class Trainable(Protocol):
     """Interface of PPO that the loop uses."""
 
     progress: Progress
+    learner: Learner
     newest_checkpoint: Path | None
+
+    @property
+    def config(self) -> PPOConfig: ...
 
     @property
     def amid_update(self) -> bool:
@@ -40,6 +49,10 @@ class Trainable(Protocol):
         self, prompts: Sequence[Prompt], max_length: int | None = None
     ) -> list[Prompt]: ...
 
+    def rollout(self, prompts: Sequence[Prompt], *, samples_per_prompt: int = 1) -> Rollout: ...
+
+    def make_experience(self, rollout: Rollout) -> Experience: ...
+
     def step(
         self,
         prompts: Sequence[Prompt],
@@ -47,7 +60,10 @@ class Trainable(Protocol):
         num_epochs: int | None = None,
         max_length: int | None = None,
         temperature: float | None = None,
+        more_prompts: Callable[[int], list[Prompt]] | None = None,
     ) -> Step: ...
+
+    def plan_run(self, num_steps: int, num_epochs: int | None) -> None: ...
 
     def save_checkpoint(self, checkpoint_dir: str | Path, step: int) -> Path: ...
 
@@ -74,6 +90,7 @@ def train(
         num_epochs=1 if num_epochs is None else num_epochs,
     )
     Sampling(1, 1.0 if temperature is None else temperature)  # Sampling checks the temperature
+    ppo.plan_run(num_steps, num_epochs)
     prompts = ppo.check_prompts(prompts, max_length)
     if checkpoint_dir is not None:
         make_folder(checkpoint_dir)
@@ -119,6 +136,32 @@ def train(
     }
 
 
+def pretrain_critic(
+    ppo: Trainable, prompts: Sequence[Prompt], num_steps: int, batch_size: int
+) -> list[dict[str, float]]:
+    """Train the value function alone; see ``PPO.pretrain_critic``."""
+    check_counts(num_steps=num_steps, batch_size=batch_size)
+    if "value" not in ppo.learner.optimizers:
+        raise ValueError(
+            "pretrain_critic: the trainer has no value function; pass a value_model or "
+            "config=PPOConfig(critic='head')"
+        )
+    prompts, drawn, found = ppo.check_prompts(prompts), Progress(ppo.config.seed), []
+    for number in range(num_steps):
+        rollout = ppo.rollout(
+            drawn.next_prompts(prompts, batch_size),
+            samples_per_prompt=ppo.config.samples_per_prompt,
+        )
+        experience = ppo.make_experience(rollout)
+        metrics = ppo.learner.train_critic(
+            experience,
+            epochs=ppo.config.value_epochs or ppo.config.num_epochs,
+            seed=drawn.seed_of("pretraining", number),
+        )
+        found.append(experience.metrics | metrics)
+    return found
+
+
 def _note(history: dict[str, list[float]], step: Step) -> None:
     for name in HISTORY:
         history[name].append(step.metrics[LISTS[name]])
@@ -136,7 +179,9 @@ def _step(
     """Run the next step. If it fails, the next call repeats it, with the same prompts and draws."""
     drawn, sampled = ppo.progress.prompts_drawn, ppo.progress.sequences_sampled
     try:
-        return ppo.step(ppo.progress.next_prompts(prompts, batch_size), **options)
+        more_prompts = partial(ppo.progress.next_prompts, prompts)
+        batch = more_prompts(batch_size)
+        return ppo.step(batch, more_prompts=more_prompts, **options)
     except BaseException as error:
         ppo.progress.prompts_drawn, ppo.progress.sequences_sampled = drawn, sampled
         if isinstance(error, Exception):

@@ -11,7 +11,6 @@ from tiny_models import FAMILIES, tiny_classifier, tiny_config, tiny_model
 from torch import nn
 from transformers import AutoModelForTokenClassification
 
-from ppo_fast.critics.baselines import batch_baseline
 from ppo_fast.critics.critic import HeadCritic, ModelCritic
 from ppo_fast.data.tokens import Tokens, make_tokens
 from ppo_fast.models.heads import ValueHead, ValueModel
@@ -289,24 +288,3 @@ def test_a_value_head_without_states_is_an_error():
 def test_which_critics_read_states():
     assert HeadCritic(ValueHead(3)).reads_states
     assert not critic_of(Module(per_token=True)).reads_states
-
-
-# The baseline
-
-
-def test_baseline_is_the_mean_score_of_the_other_sequences():
-    found = batch_baseline(torch.tensor([3.0, 6.0, -3.0, 0.0]), tokens(), 1.0)
-    expected = torch.tensor([[1.0], [0.0], [3.0], [2.0]]).expand(4, 4).masked_fill(BEYOND, 0.0)
-    torch.testing.assert_close(found, expected)
-
-
-def test_baseline_is_discounted_as_scores_are():
-    found = batch_baseline(torch.tensor([3.0, 6.0, -3.0, 0.0]), tokens(), 0.5)
-    assert found[0].tolist() == [0.5, 1.0, 0.0, 0.0]
-    assert found[2].tolist() == [3.0, 0.0, 0.0, 0.0]
-    assert found[3].tolist() == [0.5, 1.0, 2.0, 0.0]
-
-
-def test_baseline_of_one_sequence_is_zero():
-    one = make_tokens([[1, 2]], [[3, 4]], 0, torch.device("cpu"))
-    assert batch_baseline(torch.tensor([5.0]), one, 1.0).tolist() == [[0.0, 0.0]]

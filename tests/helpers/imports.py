@@ -12,7 +12,7 @@ DOCUMENT = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- drawn by tests/helpers/imports.py -->\n", "<!-- end -->\n"
 
 LAYERS = (
-    ("checks",),
+    ("checks", "user_code"),
     ("ops", "data"),
     ("config",),
     ("models",),

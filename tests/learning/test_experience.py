@@ -12,7 +12,7 @@ from tiny_models import FAMILIES, tiny_model, tiny_tokenizer
 
 from ppo_fast import PPOTrainer
 from ppo_fast.config import PPOConfig
-from ppo_fast.critics.baselines import BatchBaseline
+from ppo_fast.critics.baselines import Baseline
 from ppo_fast.critics.critic import HeadCritic, ModelCritic
 from ppo_fast.data.experience import Experience
 from ppo_fast.data.tokens import Tokens
@@ -44,7 +44,7 @@ def critic_of(kind: str) -> object:
         return HeadCritic(head)
     if kind == "model":
         return ModelCritic(ValueModel(tiny_model("gpt2", seed=3), 64).eval(), max_tokens=10_000)
-    return BatchBaseline(CONFIG.gamma)
+    return Baseline("baseline", CONFIG.gamma)
 
 
 def experience_of(

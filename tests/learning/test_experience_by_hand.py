@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from ppo_fast.config import PPOConfig
-from ppo_fast.critics.baselines import BatchBaseline
+from ppo_fast.critics.baselines import Baseline
 from ppo_fast.data.experience import Experience
 from ppo_fast.data.tokens import Tokens, make_tokens
-from ppo_fast.learning.make_experience import make_experience, token_rewards
+from ppo_fast.learning.make_experience import less_kl, make_experience
 from ppo_fast.ops import TokenLogprobs
+from ppo_fast.rewards.shaping import place_scores
 from ppo_fast.rollout import Rollout, Sampling
 
 CPU = torch.device("cpu")
@@ -63,7 +64,7 @@ class TableModel:
 
 
 class TableCritic:
-    bootstraps = True
+    bootstraps, normalizes = True, False
 
     def values_of_rollout(self, rollout: Rollout, *_: object) -> torch.Tensor:
         tokens = rollout.tokens
@@ -89,7 +90,7 @@ def by_hand(critic: object | None = None, rollout: Rollout | None = None, **chan
         SCORES,
         policy=TableModel(),
         reference=TableModel(),
-        critic=critic or BatchBaseline(HAND_CONFIG.gamma),
+        critic=critic or Baseline("baseline", HAND_CONFIG.gamma),
         config=replace(HAND_CONFIG, **changes),
     )
 
@@ -116,9 +117,9 @@ def test_without_kl_in_the_reward_there_is_the_score_alone(changes):
     ],
 )
 def test_other_estimators_in_the_reward(estimator, kl):
-    rewards = token_rewards(
-        SCORES, OLD, -HAND.response_ids / 8.0, HAND, replace(HAND_CONFIG, kl_estimator=estimator)
-    )
+    config = replace(HAND_CONFIG, kl_estimator=estimator)
+    placed, ref = place_scores(SCORES, HAND), -HAND.response_ids / 8.0
+    rewards = less_kl(placed, OLD, ref, HAND.response_mask, config.kl_penalty, config)
     a, b, c, d = (-0.5 * k for k in kl)
     assert_rows(rewards, [[a, b, 1.0 + c], [-2.0 + d]])
 
@@ -207,7 +208,7 @@ def test_half_precision_means_recomputed_old_logprobs():
         SCORES,
         policy=policy,
         reference=TableModel(),
-        critic=BatchBaseline(1.0),
+        critic=Baseline("baseline", 1.0),
         config=HAND_CONFIG,
     )
     assert_rows(experience.old_logprobs, [[-0.25, -0.5, -0.75], [-1.0]])

@@ -49,11 +49,6 @@ BAD_REWARDS = {
     "no list": (lambda p, t: None, TypeError, rf"{FUNCTION}: expected a list of numbers, one a p"),
     "nan": (mostly(NAN), ValueError, r"got nan for the prompt 'The train to the north'"),
     "inf": (mostly(INF), ValueError, r"got inf for the prompt 'The train to the north'"),
-    "a number a token": (
-        Judge(lambda ids: ids.float()),
-        ValueError,
-        rf"{JUDGE} returned a number a token, expected one a sequence \[B\] or \[B, 1\]",
-    ),
     "three numbers": (
         numbers(3, 2),
         ValueError,

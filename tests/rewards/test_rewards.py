@@ -174,13 +174,14 @@ def test_another_output_of_a_module_is_refused(wrap, error, message):
         scores_of(Sums(wrap))
 
 
-def test_one_score_per_token_is_refused():
+def test_a_module_may_score_tokens():
     class PerToken(Sums):
         def forward(self, input_ids, attention_mask):
             return self.weight[input_ids]
 
-    with pytest.raises(ValueError, match="reward_model PerToken returned a number a token"):
-        scores_of(PerToken())
+    module, rows = PerToken(), tokens(PAD_ID)
+    expected = torch.where(rows.response_mask, module.weight[rows.response_ids], 0.0)
+    assert torch.equal(scores_of(module), expected)
 
 
 def test_an_error_of_a_module_is_chained():

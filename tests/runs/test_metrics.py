@@ -113,6 +113,9 @@ def test_config_holds_every_setting(tmp_path):
         "adam_betas": [0.8, 0.9],
         "stop_token_ids": [7],
         "stop_strings": [],
+        "frozen": [],
+        "value_frozen": [],
+        "importance_range": [0.0, 2.0],
     }
     assert settings == expected | {"policy": "model", "output_dir": "a/b", "resume": False}
 

@@ -1,0 +1,80 @@
+"""Coefficients of the loss that change from step to step: of the KL and of the entropy bonus."""
+
+from __future__ import annotations
+
+from ppo_fast.config import PPOConfig
+
+
+class Coefficients:
+    """The coefficients of the KL to the reference and of the entropy bonus.
+
+    Args:
+        config: where they start, and their course.
+    """
+
+    def __init__(self, config: PPOConfig) -> None:
+        self._config = config
+        self._kl, self._bonus = config.kl_penalty, config.entropy_coef
+
+    def kl(self, share: float) -> float:
+        """Return the KL's coefficient after a ``share`` of the schedule's steps."""
+        end = self._config.kl_penalty_end
+        return self._kl if end is None else linear(self._config.kl_penalty, end, share)
+
+    def entropy(self, entropy: float) -> float:
+        """Return the bonus's weight for a batch whose tokens have this mean ``entropy``, in nats.
+
+        With a target, there is no bonus above it.
+        """
+        target = self._config.entropy_target
+        return self._bonus if target is None or entropy <= target else 0.0
+
+    def adapt(self, kl: float, entropy: float, count: int) -> None:
+        """Adapt both, where they have targets, to a step's batch.
+
+        Args:
+            kl: KL to the reference, nats a sequence.
+            entropy: nats a token.
+            count: sequences of the batch.
+        """
+        config = self._config
+        if config.kl_target is not None:
+            self._kl = adapted_kl(self._kl, kl, config.kl_target, count / config.kl_horizon)
+        if config.entropy_target is not None:
+            self._bonus = adapted_bonus(
+                self._bonus, entropy, config.entropy_target, config.entropy_coef_step
+            )
+
+    def state_dict(self) -> dict[str, float]:
+        return {"kl": self._kl, "bonus": self._bonus}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Restore what has adapted; a coefficient without a target stays the config's."""
+        if self._config.kl_target is not None:
+            self._kl = state["kl"]
+        if self._config.entropy_target is not None:
+            self._bonus = state["bonus"]
+
+
+def linear(start: float, end: float, share: float) -> float:
+    """Return the number at a ``share`` of the way from ``start`` to ``end``, at most 1."""
+    return start + (end - start) * min(share, 1.0)
+
+
+def adapted_kl(coefficient: float, kl: float, target: float, share: float) -> float:
+    """Return the next KL coefficient: Ziegler et al. 2019 (arXiv 1909.08593), section 2.2.
+
+    Args:
+        coefficient: the last one.
+        kl, target: KL of a batch and its target, nats a sequence.
+        share: sequences of the batch, divided by the horizon.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return coefficient * (1 + error * share)
+
+
+def adapted_bonus(weight: float, entropy: float, target: float, change: float) -> float:
+    """Return the next weight of the entropy bonus, at least 0: He et al. 2025 (Skywork-OR1)."""
+    if entropy == target:
+        return weight
+    return max(weight + (change if entropy < target else -change), 0.0)

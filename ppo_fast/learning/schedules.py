@@ -1,0 +1,142 @@
+"""Learning rates over a run's optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.optim import SGD, Optimizer
+from transformers import get_scheduler
+
+from ppo_fast.checks import LARGEST_WHOLE
+from ppo_fast.config import PPOConfig
+
+NAMES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine_with_min_lr"}
+
+
+def is_scheduled(config: PPOConfig) -> bool:
+    """Return whether learning rates change in the course of a run."""
+    return config.lr_schedule != "constant" or config.lr_warmup > 0
+
+
+def needs_run_length(config: PPOConfig) -> bool:
+    """Return whether a schedule depends on the number of a run's steps."""
+    shared = 0 < config.lr_warmup < 1
+    return config.lr_schedule != "constant" or shared or config.kl_controller == "linear"
+
+
+def rate_factor(config: PPOConfig, total: int) -> Callable[[int], float]:
+    """Return the function from optimizer steps done to the factor of the next step's rate.
+
+    The course is that of transformers' ``get_scheduler``, of ``total`` optimizer steps.
+
+    Raises:
+        ValueError: the warm-up takes longer than ``total`` steps.
+    """
+    warmup = int(config.lr_warmup if config.lr_warmup >= 1 else config.lr_warmup * total)
+    if config.lr_schedule != "constant" and warmup >= total:
+        raise ValueError(
+            f"lr_warmup: got {config.lr_warmup}, {warmup} optimizer steps, but the run has "
+            f"{total}; expected fewer"
+        )
+    floor = {"min_lr_rate": config.lr_floor} if config.lr_schedule == "cosine" else {}
+    scheduler = get_scheduler(
+        NAMES[config.lr_schedule],
+        SGD([nn.Parameter(torch.zeros((), device="cpu"))], lr=1.0),  # its rates are not used
+        num_warmup_steps=warmup,
+        num_training_steps=total,
+        scheduler_specific_kwargs=floor,
+    )
+    factor = scheduler.lr_lambdas[0]
+    # beyond the end, the last rate: a cosine would rise again
+    end = total if needs_run_length(config) else LARGEST_WHOLE
+    return lambda done: float(factor(min(done, end)))
+
+
+class Schedule:
+    """Learning rates of a run's optimizers, by the optimizer steps that they made.
+
+    Args:
+        config: the course of the rates.
+        rates: the highest rate of each optimizer, by name.
+
+    Attributes:
+        done: optimizer steps made, by name.
+    """
+
+    def __init__(self, config: PPOConfig, rates: dict[str, float]) -> None:
+        self._config, self._rates = config, rates
+        self._total, self._epochs = config.schedule_steps, config.num_epochs
+        self._factors: dict[str, Callable[[int], float]] = {}
+        self.done = dict.fromkeys(rates, 0)
+
+    def plan(self, total_steps: int, num_epochs: int) -> None:
+        """Plan a run of ``total_steps`` steps of PPO, those already done included.
+
+        Raises:
+            ValueError: a schedule, or the critic's warm-up, is longer than the run.
+        """
+        config = self._config
+        lengths = {"schedule_steps": config.schedule_steps or 0}
+        if config.critic_warmup_steps:
+            lengths["critic_warmup_steps"] = config.critic_warmup_steps + 1  # the policy's first
+        for name, steps in lengths.items():
+            if steps > total_steps:
+                raise ValueError(
+                    f"{name}: got {getattr(config, name)}, but the run has {total_steps} steps; "
+                    "lower it, or run more steps"
+                )
+        self._total, self._epochs = config.schedule_steps or total_steps, num_epochs
+        self._factors = {}
+        self.check()
+
+    def check(self) -> None:
+        """Check that what the schedules depend on is known, and that they fit it.
+
+        Raises:
+            ValueError: it is not, or they do not.
+        """
+        if needs_run_length(self._config) and self._total is None:
+            raise ValueError(
+                "lr_schedule, lr_warmup or kl_controller='linear' depends on the number of steps, "
+                "which step() does not know; call train(), or set schedule_steps"
+            )
+        if is_scheduled(self._config):
+            for name in self._rates:
+                self._factor(name)
+
+    def share(self, steps: int) -> float:
+        """Return the share of the schedule that is done after ``steps`` steps of PPO.
+
+        0 before the first, 1 at the last; 0 where the length of the run is not known.
+        """
+        return 0.0 if self._total is None else min(steps / max(self._total - 1, 1), 1.0)
+
+    def before_step(self, name: str, optimizer: Optimizer) -> None:
+        """Set the rate of an optimizer's next step, and count the step.
+
+        Without a schedule the rate is left alone: it may be that of the user's own scheduler.
+        """
+        if is_scheduled(self._config):
+            rate = self._rates[name] * self._factor(name)(self.done[name])
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        self.done[name] += 1
+
+    def _factor(self, name: str) -> Callable[[int], float]:
+        if name not in self._factors:
+            config, steps, epochs = self._config, self._total or 0, self._epochs
+            if name == "policy":
+                steps -= config.critic_warmup_steps
+            else:
+                epochs = config.value_epochs or epochs
+            total = max(steps, 0) * epochs * config.num_minibatches
+            self._factors[name] = rate_factor(config, total)
+        return self._factors[name]
+
+
+def current_rates(optimizers: dict[str, Optimizer]) -> dict[str, float]:
+    """Return the metrics learning_rate and, with a value function, value_learning_rate."""
+    names = {"policy": "learning_rate", "value": "value_learning_rate"}
+    return {names[name]: float(o.param_groups[0]["lr"]) for name, o in optimizers.items()}
