@@ -55,7 +55,7 @@ versions = $(1)/bin/python -c "from importlib.metadata import version as v; impo
 
 .DEFAULT_GOAL := help
 .PHONY: help install lock demo test quick oldest newest gpu-like compiled triton-versions sanitize \
-	bench baselines oracles families lint format
+	bench baselines oracles families options lint format
 .SECONDARY:
 
 help: ## this list
@@ -202,6 +202,9 @@ oracles: $(ORACLES)/set-up ## compare losses and advantages with the code of ver
 	$(ORACLES)/bin/pytest -W ignore benchmarks/oracles --confcutdir=benchmarks/oracles $(ARGS)
 
 # Half an hour, two cases at a time.
+options: $(SET_UP) ## compare PPO's options on two small tasks, 5 seeds, into docs/options.md; ONLY="sums": printed
+	PYTHONPATH=benchmarks $(BIN)/python -m options.run $(ONLY)
+
 families: $(SET_UP) ## train a tiny model of every family, into docs/families.md; with ONLY="llama" some, printed
 	PYTHONPATH=tests/helpers:benchmarks $(BIN)/python -m families.run $(ONLY)
 

@@ -135,7 +135,7 @@ TASKS = {
             reward=sentence_reward,
             token_reward=WordReward(),
             start_steps=300,
-            steps=40,
+            steps=20,
             batch_size=64,
             max_length=16,
         ),
