@@ -171,3 +171,7 @@ def in_process(task: Task, variant: Variant, seed: int) -> dict[str, float]:
         flush=True,
     )
     return result
+
+
+if __name__ == "__main__":
+    main()

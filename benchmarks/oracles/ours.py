@@ -1,9 +1,8 @@
-"""Our advantages as the trainer computes them from scores, and our policy loss."""
+"""Our advantages as the trainer computes them from rewards, and our policy loss."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 from oracles.cases import Case
@@ -14,26 +13,28 @@ from ppo_fast.critics.baselines import Baseline, BaselineName, baseline, discoun
 from ppo_fast.data.tokens import Tokens
 from ppo_fast.learning.make_experience import estimate_advantages
 from ppo_fast.ops import ppo_loss, whiten
+from ppo_fast.rewards.shaping import normalize_groups
 
 
 def advantages_of(
     name: BaselineName,
-    scores: Tensor,
     rewards: Tensor,
     tokens: Tokens,
     samples_per_prompt: int,
     *,
-    gamma: float = 1.0,
+    kl: Tensor | float = 0.0,
     whitened: bool = False,
 ) -> Tensor:
-    """Return advantages [B, T] of scores [B] and rewards [B, T] with one of our baselines."""
-    config = PPOConfig(gamma=gamma)
-    critic = Baseline(name, gamma)
-    values = discounted(baseline(scores, name, samples_per_prompt), tokens, gamma)
-    advantages, _ = estimate_advantages(rewards, values, tokens, critic, config)
-    scale = critic.advantage_scale(SimpleNamespace(samples_per_prompt=samples_per_prompt), scores)
-    if scale is not None:
-        advantages = advantages / scale[:, None]
+    """Return advantages [B, T] of rewards [B, T] with one of our baselines, and gamma 1.
+
+    ``kl`` [B, T] is a penalty that tokens pay, as with ``kl_in="reward"``.
+    """
+    critic = Baseline(name, gamma=1.0)
+    if critic.normalizes:
+        rewards = normalize_groups(rewards, tokens, samples_per_prompt)
+    values = discounted(baseline(rewards.sum(1), name, samples_per_prompt), tokens, gamma=1.0)
+    config = PPOConfig(gamma=1.0)
+    advantages, _ = estimate_advantages(rewards - kl, values, tokens, critic, config)
     return whiten(advantages, mask=tokens.response_mask) if whitened else advantages
 
 

@@ -11,11 +11,10 @@ from oracles.openrlhf_side import RemoteExperienceMaker
 from oracles.ours import advantages_of
 
 from ppo_fast.config import PPOConfig
-from ppo_fast.critics.baselines import EPSILON
 from ppo_fast.learning.coefficients import adapted_kl
 from ppo_fast.learning.make_experience import less_kl
 from ppo_fast.ops import gae, kl_estimate, value_loss, whiten
-from ppo_fast.rewards.shaping import length_penalty, place_scores, shape_rewards
+from ppo_fast.rewards.shaping import EPSILON, length_penalty, place_scores, shape_rewards
 
 # OpenRLHF takes actions from the first to the last; all of our masks but those with holes.
 NO_HOLES = ("full", "padded")
@@ -172,28 +171,22 @@ def test_advantages_of_groups(case, estimator, ours):
     found = openrlhf.experience(
         estimator, scores, kl, case.floats, samples_per_prompt=samples, kl_coef=kl_coef
     ).advantages
-    deviation = scores.view(-1, samples).std(1).repeat_interleave(samples)[:, None]
     rewards = place_scores(scores, tokens)
-    scale = scores.abs().amax() * (1 + 1 / deviation.amin()) + kl.abs().sum(1).amax()
+    mine = advantages_of(ours, rewards, tokens, samples, kl=kl_coef * kl)
     where = line("OpenRLHF", "compute_advantages_and_returns", ours, estimator)
+    scale = scores.abs().amax() + kl.abs().sum(1).amax()
     if estimator == "group_norm":
-        # It divides the score alone by the deviation, and ours the KL too.
-        mine = advantages_of(ours, scores, rewards, tokens, samples)
-        mine = mine * (deviation + EPSILON) / (deviation + 1e-9)
-        mine = mine + advantages_of("group_mean", 0 * scores, -kl_coef * kl, tokens, samples)
-        if kl_coef == 0:
-            where.agree(mine, found, scale=scale)
-            return
         where = line(
             "OpenRLHF",
             "compute_advantages_and_returns",
             ours,
-            "KL in the reward",
-            "group_norm adds 1e-9 to the standard deviation of a group, ours 1e-4; it divides the "
-            "score by it, ours the KL in the reward too",
+            "epsilon",
+            "group_norm adds 1e-9 to the standard deviation of a group, ours 1e-4",
         )
-    else:
-        mine = advantages_of(ours, scores, rewards - kl_coef * kl, tokens, samples)
+        deviation = scores.view(-1, samples).std(1).repeat_interleave(samples)[:, None]
+        of_scores = advantages_of(ours, rewards, tokens, samples)
+        mine = mine - of_scores + of_scores * (deviation + EPSILON) / (deviation + 1e-9)
+        scale = scale * (1 + 1 / deviation.amin())
     where.agree(mine, found, scale=scale)
 
 
@@ -216,7 +209,7 @@ def test_whitened_advantages(case, estimator):
     if estimator == "gae":
         plain = gae(rewards, values, mask=case.mask, gamma=1.0, lam=0.95, impl=case.impl).advantages
     else:
-        plain = advantages_of("group_mean", scores, rewards, tokens, samples)
+        plain = advantages_of("group_mean", rewards, tokens, samples)
     count, valid = int(case.mask.sum()), plain[case.mask]
     biased = whiten(plain, mask=case.mask, impl=case.impl) * (count / (count - 1)) ** 0.5
     line(

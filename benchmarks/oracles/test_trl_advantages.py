@@ -25,7 +25,7 @@ def test_advantages(case):
     spread = scores.view(-1, samples).std(1).amin()
     for scale_rewards, mine in (("group", "group_norm"), ("none", "group_mean")):
         found = trl.grpo_advantages(scores, samples, scale_rewards)
-        ours = advantages_of(mine, scores, rewards, tokens, samples)
+        ours = advantages_of(mine, rewards, tokens, samples)
         where = line("TRL", "GRPOTrainer", mine, f"scale_rewards={scale_rewards!r}")
         scale = scores.abs().amax() * (1 + 1 / spread)
         # Its standard deviation has n / (n - 1) in float32.
@@ -54,15 +54,15 @@ def test_rloo_advantages(case):
     config = PPOConfig(reward_clip=clip, kl_penalty=beta)
     finished = torch.ones(case.rows, dtype=torch.bool)
     shaped, _ = shape_rewards(place_scores(scores, tokens), tokens, finished, config)
-    rewards = less_kl(shaped, old, ref, case.mask, beta, config)
-    ours = advantages_of("baseline", shaped.sum(1), rewards, tokens, samples)[:, 0]
+    kl = shaped - less_kl(shaped, old, ref, case.mask, beta, config)
+    ours = advantages_of("baseline", shaped, tokens, samples, kl=kl)[:, 0]
     scale = scores.abs().amax() + ref.abs().sum(1).amax()
     options = "scores clipped" if clip else "scores"
     if beta == 0:
         line("TRL", "RLOOTrainer", "baseline", options).agree(ours, found, scale=scale)
         return
-    kl = ((old - ref) * case.floats).sum(1).view(-1, samples)
-    of_others = ((kl.sum(1, keepdim=True) - kl) / (samples - 1)).flatten()
+    of_rows = kl.sum(1).view(-1, samples)
+    of_others = ((of_rows.sum(1, keepdim=True) - of_rows) / (samples - 1)).flatten()
     line(
         "TRL",
         "RLOOTrainer",
@@ -70,7 +70,7 @@ def test_rloo_advantages(case):
         options + ", KL in the reward",
         "the baseline has the other samples' KL in it, and all tokens a sequence's whole KL; "
         "ours is a baseline of scores, and a token's return has the KL from there on",
-    ).agree(ours, found - beta * of_others, scale=scale)
+    ).agree(ours, found - of_others, scale=scale)
 
 
 @for_cases()

@@ -11,9 +11,8 @@ from oracles.verl_side import core_algos, groups, outcome, torch_functional
 from torch import Tensor
 
 from ppo_fast.config import PPOConfig
-from ppo_fast.critics.baselines import EPSILON
 from ppo_fast.ops import gae, whiten
-from ppo_fast.rewards.shaping import place_scores
+from ppo_fast.rewards.shaping import EPSILON, place_scores
 
 WITH_TOKENS = tuple(kind for kind in MASKS if kind != "empty rows")
 
@@ -96,7 +95,7 @@ def test_grpo(case, vectorized, by_std):
     estimator, ours = f"grpo{vectorized}", "group_norm" if by_std else "group_mean"
     samples, scores, rewards = scored(case)
     settings = {"index": groups(case.rows, samples), "norm_adv_by_std_in_grpo": by_std}
-    found = advantages_of(ours, scores, rewards, case.tokens(), samples)
+    found = advantages_of(ours, rewards, case.tokens(), samples)
     theirs = outcome(estimator, rewards, case.floats, epsilon=EPSILON, **settings)
     if vectorized:  # computes in float32
         found, theirs = found.float(), theirs.float()
@@ -118,7 +117,7 @@ def test_grpo(case, vectorized, by_std):
 @for_cases()
 def test_rloo(case, vectorized):
     samples, scores, rewards = scored(case)
-    ours = advantages_of("baseline", scores, rewards, case.tokens(), samples)
+    ours = advantages_of("baseline", rewards, case.tokens(), samples)
     index = groups(case.rows, samples)
     theirs = outcome(f"rloo{vectorized}", rewards, case.floats, index=index)
     where = line("verl", f"compute_rloo{vectorized}_outcome_advantage", "baseline", "RLOO")
@@ -147,18 +146,18 @@ def test_rloo_of_one_sample(case):
 def test_reinforce_plus_plus(case):
     """Of gamma 1: with less, ours discounts the baseline too, before whitening."""
     _, scores, rewards = scored(case, samples=1)
-    rewards = rewards + case.normal(0.1) * case.floats  # such as a KL
+    kl = case.normal(0.1) * case.floats
     if case.mask.sum() == 1:
         return
-    ours = advantages_of("batch_mean", scores, rewards, case.tokens(), 1, whitened=True)
+    ours = advantages_of("batch_mean", rewards, case.tokens(), 1, kl=kl, whitened=True)
     config = PPOConfig(gamma=1.0)
-    theirs = outcome("reinforce_plus_plus", rewards, case.floats, config=config)
-    returns = rewards.flip(1).cumsum(1).flip(1)[case.mask]
+    theirs = outcome("reinforce_plus_plus", rewards - kl, case.floats, config=config)
+    returns = (rewards - kl).flip(1).cumsum(1).flip(1)[case.mask]
     line(
         "verl",
         "compute_reinforce_plus_plus_outcome_advantage",
         "batch_mean, whitened",
-        "REINFORCE++ of gamma 1, rewards of tokens",
+        "REINFORCE++ of gamma 1, KL in the reward",
     ).agree(
         ours,
         theirs,
@@ -170,7 +169,7 @@ def test_reinforce_plus_plus(case):
 @for_cases()
 def test_reinforce_plus_plus_baseline(case):
     samples, scores, rewards = scored(case)
-    ours = advantages_of("group_mean", scores, rewards, case.tokens(), samples, whitened=True)
+    ours = advantages_of("group_mean", rewards, case.tokens(), samples, whitened=True)
     index = groups(case.rows, samples)
     theirs = outcome("reinforce_plus_plus_baseline", rewards, case.floats, index=index)
     line(
