@@ -91,7 +91,7 @@ def table() -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     notes: dict[str, int] = {}
-    for _, entry in sorted(LINES.items()):
+    for entry in (entry for _, entry in sorted(LINES.items()) if entry.comparisons):
         if entry.note:
             note = f"- {entry.library}, `{entry.function}`: {entry.note}"
             notes[note] = notes.get(note, 0) + entry.comparisons

@@ -57,6 +57,27 @@ def test_grpo(case):
     )
 
 
+@for_cases(masks=("empty rows",))
+def test_rows_without_tokens(case):
+    old, advantages = case.logprobs(), case.same_in_rows()
+    logprobs = case.near(old)
+    stub = trl.grpo(loss_type="grpo", clip=(0.2, 0.2))
+    theirs = loss_of_grpo(stub, case, advantages=advantages[:, 0], old_per_token_logps=old)
+    mine = policy_loss(case, advantages, old, aggregation="seq-mean-token-mean")
+    share = float(case.mask.any(1).sum()) / case.rows
+    loss_and_gradients_agree(
+        line(
+            "TRL",
+            GRPO_LOSS,
+            "ppo_loss",
+            "rows without tokens",
+            "the mean of grpo counts rows without a valid token, ours only by a normalizer",
+        ),
+        (x * share for x in with_gradients(mine, logprobs)),
+        with_gradients(theirs, logprobs),
+    )
+
+
 @for_cases()
 def test_sequence_ratio(case):
     loss_type = case.draw.choice(LOSSES)
@@ -164,4 +185,6 @@ def test_rloo(case):
         line("TRL", "RLOOTrainer._compute_loss", "ppo_loss ratio='sequence-product'", "RLOO"),
         (ours["seq-mean-token-mean"][0], ours["seq-mean-token-sum"][1]),
         (found, of_theirs),
+        # TRL's log-ratio is a difference of two sums.
+        slack=4 * torch.finfo(case.dtype).eps * float((old * case.floats).sum(1).abs().amax()),
     )
