@@ -199,32 +199,27 @@ void with_objective(Objective objective, F f) {
   }
 }
 
-template <Objective kObjective, typename Real>
+template <Objective kObjective, bool kWeighted, typename Real>
 void policy_terms(const PpoLossArgs& args, PpoBounds<Real> bounds, std::int64_t first,
                   std::int64_t count, PpoBlock<Real>* block) {
   const auto* logprobs = static_cast<const Real*>(args.logprobs) + first;
   const auto* advantages = static_cast<const Real*>(args.advantages) + first;
+  const auto* weights = kWeighted ? static_cast<const Real*>(args.weights) + first : nullptr;
   for (std::int64_t j = 0; j < count; ++j) {
     block->advantage[j] = masked(advantages[j], block->valid[j]);
   }
   for (std::int64_t j = 0; j < count; ++j) {
     const Real logprob =
         kObjective == Objective::cispo ? masked(logprobs[j], block->valid[j]) : Real(0);
-    const PolicyTerm<Real> term = policy_term<kObjective>(block->log_ratio[j], block->ratio[j],
-                                                          block->advantage[j], logprob, bounds);
+    PolicyTerm<Real> term = policy_term<kObjective>(block->log_ratio[j], block->ratio[j],
+                                                    block->advantage[j], logprob, bounds);
+    if (kWeighted) {  // a term of weight 0 is 0 even where it is infinite
+      const Real weight = masked(weights[j], block->valid[j]);
+      term.loss = masked(term.loss * weight, weight);
+      term.slope = masked(term.slope * weight, weight);
+    }
     block->policy_loss[j] = term.loss;
     block->slope[j] = term.slope;
-  }
-}
-
-// Multiplies the policy terms with their weights; one of weight 0 is 0 even where it is infinite.
-template <typename Real>
-void weigh(const void* weights, std::int64_t first, std::int64_t count, PpoBlock<Real>* block) {
-  const auto* weight = static_cast<const Real*>(weights) + first;
-  for (std::int64_t j = 0; j < count; ++j) {
-    const Real w = masked(weight[j], block->valid[j]);
-    block->policy_loss[j] = masked(block->policy_loss[j] * w, w);
-    block->slope[j] = masked(block->slope[j] * w, w);
   }
 }
 
@@ -308,10 +303,14 @@ PpoStats ppo_row(const PpoLossArgs& args, const PpoBounds<Real>& bounds, std::in
     extrema.fold(block.log_ratio, block.valid, count);
     if (by_row) use_row_ratio(log_ratio_of_row, count, &block);
     with_objective(args.objective, [&](auto objective) {
-      policy_terms<decltype(objective)::value>(args, bounds, first, count, &block);
-      count_clipped<decltype(objective)::value>(block, bounds, count, &stats);
+      constexpr Objective kObjective = decltype(objective)::value;
+      if (args.weights == nullptr) {
+        policy_terms<kObjective, false>(args, bounds, first, count, &block);
+      } else {
+        policy_terms<kObjective, true>(args, bounds, first, count, &block);
+      }
+      count_clipped<kObjective>(block, bounds, count, &stats);
     });
-    if (args.weights != nullptr) weigh(args.weights, first, count, &block);
     stats.at[PpoStats::policy_loss] += sum(block.policy_loss, count);
     if (args.ref_logprobs != nullptr) {
       kl_terms(args, first, count, &block);

@@ -33,16 +33,18 @@ def importance_weights(
         kind, bounds: see above.
     """
     low, high = bounds
-    log_ratios = log_ratios.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).masked_fill(~mask, 0.0)
-    weights, total = log_ratios.exp(), log_ratios.sum(1, keepdim=True)
+    log_ratios = log_ratios.masked_fill(~mask, 0.0)
+    bounded = log_ratios.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    weights = bounded.exp()
     if kind == "truncate":
         weights = weights.clamp(low, high)
     elif kind == "mask":
         weights = weights * ((weights >= low) & (weights <= high))
     elif kind == "sequence-mask":
-        mean = (total / mask.sum(1, keepdim=True).clamp_min(1)).exp()
+        mean = (bounded.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)).exp()
         weights = weights * ((mean >= low) & (mean <= high))
     else:
+        total = log_ratios.sum(1, keepdim=True)  # of all, however far: it is bounded afterwards
         product = total.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
         weights = product.clamp(low, high).expand_as(weights)
     return weights.masked_fill(~mask, 0.0)

@@ -93,3 +93,9 @@ def test_the_highest_share_of_the_tokens():
     assert torch.equal(highest(values, mask, 1.0), mask)
     assert highest(values, mask, 0.01).sum() == 1, "at least one"
     assert not highest(values, torch.zeros_like(mask), 0.5).any()
+
+
+def test_a_product_of_extreme_ratios():
+    log_ratios = torch.tensor([[25.0, -24.0, -1.5]], dtype=torch.float64)
+    found = importance_weights(log_ratios, torch.ones(1, 3) > 0, "sequence-truncate", (0.0, 2.0))
+    assert found[0].tolist() == pytest.approx([exp(-0.5)] * 3)
