@@ -117,7 +117,8 @@ def plan_memory(
     adapters: Any = getattr(policy_model, "peft_config", None) or {}
     adapter = adapter or next(iter(adapters.values()), None)
     length, k = prompt_length + config.max_length, config.num_layers_unfrozen
-    rows = min(batch_size, max(1, config.microbatch_tokens // length))
+    sequences = batch_size * config.samples_per_prompt
+    rows = min(sequences, max(1, config.microbatch_tokens // length))
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     policy = _policy(fake, model_config, config, adapter)
     value, valued = _value_weights(fake, policy, model_config, config, value_model)
@@ -134,7 +135,7 @@ def plan_memory(
     kept = computed if config.trunk_dtype is None else 2
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    slots = min(config.rollout_slots or batch_size, batch_size)
+    slots = min(config.rollout_slots or sequences, sequences)
     per_token = 2 * len(layer_types(text)) * kv_heads * head_size
     cache = computed * per_token * slots * length
     keeps = device == "cuda" and config.cuda_graphs and not adapted_layers(policy)
@@ -148,7 +149,7 @@ def plan_memory(
         if config.critic == "head"
         else max(_bytes(_trained(policy.parameters())), _bytes(valued)),
         optimizer=2 * FLOAT * _count(trained) + rounded,
-        trunk_states=0 if k is None else kept * batch_size * length * text.hidden_size,
+        trunk_states=0 if k is None else kept * sequences * length * text.hidden_size,
         cache=cache,
         copies=copies,
         kept_rollout=sum(size for size in (cache, copies) if size <= most),

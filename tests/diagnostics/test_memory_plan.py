@@ -295,3 +295,11 @@ def test_a_classifier_adds_its_weights_to_every_plan(place, capsys):
         for n in (0, weights)
     )
     assert plan.peak == without.peak + weights
+
+
+def test_samples_of_a_prompt_count_as_prompts_of_their_own():
+    config, sizes = tiny_config("llama"), {"prompt_length": 5}
+    settings = {"critic": "baseline", "max_length": 7, "num_layers_unfrozen": 1}
+    one = plan_memory(config, PPOConfig(**settings), batch_size=12, **sizes)
+    grouped = PPOConfig(samples_per_prompt=4, **settings)
+    assert plan_memory(config, grouped, batch_size=3, **sizes) == one

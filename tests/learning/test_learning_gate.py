@@ -1,7 +1,7 @@
 """The learning gate: after a short supervised start, PPO teaches a tiny model a task.
 
-The task is to write each digit of the prompt increased by one. Faults that leave every number finite
-and plausible must keep the model from learning it.
+The task is to write each digit of the prompt increased by one. Faults that leave every number
+finite and plausible must keep the model from learning it.
 """
 
 from __future__ import annotations
