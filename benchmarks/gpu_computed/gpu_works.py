@@ -153,6 +153,9 @@ WORKS = {
         "gae plain", 8192, 2048, H100="0.125 (rl-triton)"
     ),
     "ppo_loss, 512 x 2048": of_cases("ppo_loss", 512, 2048),
+    "ppo_loss with the ratio of sequences, 512 x 2048": of_cases(
+        "ppo_loss mask, by rows' means", 512, 2048
+    ),
     "value_loss, 512 x 2048": of_cases("value_loss", 512, 2048),
     "kl_estimate, 512 x 2048": of_cases("kl_estimate", 512, 2048),
     "whiten, 512 x 2048": of_cases("whiten", 512, 2048),
