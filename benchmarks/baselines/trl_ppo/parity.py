@@ -21,7 +21,6 @@ they differ); its metrics count padding, whose log-probs it sets to 1 (losses ar
 from __future__ import annotations
 
 import copy
-import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -166,11 +165,11 @@ def by_ours(
 ) -> Run:
     """Train with ppo_fast. ``late``: the score sits one token after EOS, as in TRL."""
     models = copy.deepcopy(models)
-    config = PPOConfig(
-        learning_rate=RATE, adam_eps=EPSILON, temperature=TEMPERATURE, kl_penalty=KL,
-        kl_in="reward", kl_estimator="k1", gamma=GAMMA, gae_lambda=LAMBDA, clip_epsilon=CLIP,
-        value_clip=CLIP, value_loss_coef=VALUE_COEF, max_grad_norm=math.inf, max_length=NEW,
-        num_epochs=epochs, num_minibatches=minibatches,
+    config = PPOConfig.trl(
+        learning_rate=RATE, lr_scheduler_type="constant", adam_epsilon=EPSILON, bf16=False,
+        gradient_checkpointing=False, temperature=TEMPERATURE, kl_coef=KL, gamma=GAMMA, lam=LAMBDA,
+        cliprange=CLIP, cliprange_value=CLIP, vf_coef=VALUE_COEF, response_length=NEW,
+        num_ppo_epochs=epochs, num_mini_batches=minibatches,
     )  # fmt: skip
     trainer = PPOTrainer(
         models.policy,
