@@ -18,8 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_fast.checks import check_counts, with_names_checked
 from ppo_fast.config import PPOConfig, warn_of_discount
-from ppo_fast.critics.critic import Critic, ModelCritic
-from ppo_fast.critics.make import make_critic, which_critic
+from ppo_fast.critics.critic import ModelCritic
 from ppo_fast.data.experience import Experience
 from ppo_fast.data.prompts import (
     Prompt,
@@ -29,28 +28,16 @@ from ppo_fast.data.prompts import (
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.step import Step
 from ppo_fast.diagnostics.memory_plan import MemoryPlan, plan_memory
-from ppo_fast.learning.learner import Learner
 from ppo_fast.learning.make_experience import make_experience, warn_of_disagreement, with_trunk
-from ppo_fast.models import setup
 from ppo_fast.models.attention import without_cudnn_attention
 from ppo_fast.models.checks import (
-    check_policy,
-    check_tokenizer,
-    check_vocabulary,
     context_limit,
-    resolve_device,
-    to_device,
 )
-from ppo_fast.models.precision import WeightCopies
-from ppo_fast.rewards.classifier import ClassifierReward
-from ppo_fast.rewards.score import RewardFunction, check_reward_model, check_scores
-from ppo_fast.rewards.scorer import Scorer
+from ppo_fast.parts import make_parts
+from ppo_fast.rewards.score import RewardFunction, check_scores
 from ppo_fast.rollout import Engine
-from ppo_fast.rollout.agreement import check_agreement
-from ppo_fast.rollout.local_engine import kept_bytes, make_local_engine
 from ppo_fast.rollout.resample import resample
-from ppo_fast.rollout.sampler import MakeEnvironment, Sampler
-from ppo_fast.rollout.texts import Texts
+from ppo_fast.rollout.sampler import MakeEnvironment
 from ppo_fast.runs import loop
 from ppo_fast.runs.checkpoint import checkpoint_path, read_checkpoint, write_checkpoint
 from ppo_fast.runs.progress import Progress
@@ -114,37 +101,21 @@ class PPO:
         if config is not None and not isinstance(config, PPOConfig):
             raise TypeError(f"config: got {type(config).__name__}, expected a PPOConfig(...)")
         self._config = config = config or PPOConfig()
-        check_policy(policy)
-        check_tokenizer(tokenizer)
-        check_reward_model(reward)
-        critic = which_critic(config, value_model)
-        self.device = resolve_device(device, policy)
-        models = {"policy_model": policy, "value_model": value_model, "reward_model": reward}
-        for name, model in models.items():
-            check_vocabulary(model, name, tokenizer)
-        models["reference_model"] = reference_model
-        models["classifier"] = reward.model if isinstance(reward, ClassifierReward) else None
-        for name, model in models.items():
-            to_device(model, name, self.device)
-        self.policy = setup.make_policy(policy, value_model, reward, config)
-        self.reference = setup.make_reference(self.policy, reference_model, config, value_model)
-        self.critic: Critic = make_critic(critic, self.policy, value_model, config, self.device)
-        self.scorer = Scorer(reward, self.policy, config.forward_batch_tokens)
-        setup.check_shared_weights(policy, value_model, reward, self.critic.module)
-        self.texts = Texts(policy, tokenizer, skip_special_tokens=config.skip_special_tokens)
-        self.engine = engine or make_local_engine(
-            self.policy,
+        parts = make_parts(
+            policy,
             tokenizer,
-            config,
-            keep_states=self.critic.reads_states,
-            whole_trunk=self.scorer.reads_trunk,
+            reward,
+            value_model=value_model,
+            reference_model=reference_model,
+            device=device,
+            config=config,
+            engine=engine,
+            environment=environment,
         )
-        copied = engine is not None or check_agreement(self.policy, tokenizer.pad_token_id)
-        copies = WeightCopies(
-            config.torch_dtype, kept_bytes(self.policy, config), autocast=not copied
-        )
-        self.sampler = Sampler(self.engine, self.texts, copies, environment)
-        self.learner = Learner(self.policy, self.critic, config)
+        self.device = parts.device
+        self.policy, self.reference, self.critic = parts.policy, parts.reference, parts.critic
+        self.texts, self.engine, self.sampler = parts.texts, parts.engine, parts.sampler
+        self.scorer, self.learner = parts.scorer, parts.learner
         self.progress = Progress(config.seed)
         self.newest_checkpoint: Path | None = None
         self._warned = False

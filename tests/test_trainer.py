@@ -22,7 +22,7 @@ from tiny_trainer import (
 from torch.optim import AdamW
 
 from ppo_fast import PPOConfig, PPOTrainer, ValueModel
-from ppo_fast import config as config_module
+from ppo_fast.config import settings as config_module
 
 ARGUMENTS = {
     "learning_rate": 2e-5,

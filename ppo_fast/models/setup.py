@@ -103,7 +103,7 @@ def prepare(
                 f"{name}: its half-precision weights become float32; at the learning rates of "
                 "RL most updates of a half-precision weight are lost to rounding. "
                 "compute_dtype='bfloat16' leaves frozen weights in half precision",
-                stacklevel=5,
+                stacklevel=6,
             )
             model.float()
         disable_dropout(model)

@@ -18,6 +18,7 @@ LAYERS = (
     ("models",),
     ("rollout", "rewards", "critics"),
     ("learning", "runs", "diagnostics"),
+    ("parts",),
     ("ppo",),
     ("trainer",),
     ("demo", "cli"),

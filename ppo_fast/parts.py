@@ -1,0 +1,105 @@
+"""Make the parts of a trainer from what it is given, checked before any model runs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ppo_fast.config import PPOConfig
+from ppo_fast.critics.critic import Critic
+from ppo_fast.critics.make import make_critic, which_critic
+from ppo_fast.learning.learner import Learner
+from ppo_fast.models import setup
+from ppo_fast.models.checks import (
+    check_policy,
+    check_tokenizer,
+    check_vocabulary,
+    resolve_device,
+    to_device,
+)
+from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.models.precision import WeightCopies
+from ppo_fast.rewards.classifier import ClassifierReward
+from ppo_fast.rewards.score import RewardFunction, check_reward_model
+from ppo_fast.rewards.scorer import Scorer
+from ppo_fast.rollout import Engine
+from ppo_fast.rollout.agreement import check_agreement
+from ppo_fast.rollout.local_engine import kept_bytes, make_local_engine
+from ppo_fast.rollout.sampler import MakeEnvironment, Sampler
+from ppo_fast.rollout.texts import Texts
+
+
+class Parts(NamedTuple):
+    """Parts of a trainer; ``PPO`` says what each is."""
+
+    device: torch.device
+    policy: LanguageModel
+    reference: LanguageModel
+    critic: Critic
+    texts: Texts
+    engine: Engine
+    sampler: Sampler
+    scorer: Scorer
+    learner: Learner
+
+
+def make_parts(
+    policy_model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    reward: nn.Module | RewardFunction,
+    *,
+    value_model: nn.Module | None,
+    reference_model: nn.Module | None,
+    device: torch.device | str | None,
+    config: PPOConfig,
+    engine: Engine | None,
+    environment: MakeEnvironment | None,
+) -> Parts:
+    """Make the parts of a trainer; the arguments are those of ``PPO``.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit.
+    """
+    check_policy(policy_model)
+    check_tokenizer(tokenizer)
+    check_reward_model(reward)
+    name = which_critic(config, value_model)
+    device = resolve_device(device, policy_model)
+    models: dict[str, Any] = {
+        "policy_model": policy_model, "value_model": value_model, "reward_model": reward,
+    }  # fmt: skip
+    for model_name, model in models.items():
+        check_vocabulary(model, model_name, tokenizer)
+    models["reference_model"] = reference_model
+    models["classifier"] = reward.model if isinstance(reward, ClassifierReward) else None
+    for model_name, model in models.items():
+        to_device(model, model_name, device)
+    policy = setup.make_policy(policy_model, value_model, reward, config)
+    reference = setup.make_reference(policy, reference_model, config, value_model)
+    critic: Critic = make_critic(name, policy, value_model, config, device)
+    scorer = Scorer(reward, policy, config.forward_batch_tokens)
+    setup.check_shared_weights(policy_model, value_model, reward, critic.module)
+    texts = Texts(policy_model, tokenizer, skip_special_tokens=config.skip_special_tokens)
+    copied = engine is not None or check_agreement(policy, tokenizer.pad_token_id)
+    copies = WeightCopies(config.torch_dtype, kept_bytes(policy, config), autocast=not copied)
+    engine = engine or make_local_engine(
+        policy,
+        tokenizer,
+        config,
+        keep_states=critic.reads_states,
+        whole_trunk=scorer.reads_trunk,
+    )
+    return Parts(
+        device,
+        policy,
+        reference,
+        critic,
+        texts,
+        engine,
+        Sampler(engine, texts, copies, environment),
+        scorer,
+        Learner(policy, critic, config),
+    )
