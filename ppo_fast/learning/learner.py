@@ -126,8 +126,9 @@ class Learner:
             metrics["kl_coefficient"] = terms.kl_coef
         if self.config.entropy_target is not None:
             metrics["entropy_coefficient"] = terms.entropy_coef
-        found = experience.metrics
-        self.coefficients.adapt(found["kl_sequence"], found["entropy"], len(experience.tokens))
+        if policy_epochs > 0:  # the KL of a policy that rests says nothing of the coefficient
+            found = experience.metrics
+            self.coefficients.adapt(found["kl_sequence"], found["entropy"], len(experience.tokens))
         self.reward_moments = experience.reward_moments or NO_SCORES
         self.amid_update = False
         return metrics
@@ -137,9 +138,10 @@ class Learner:
 
         Returns its metrics; ``value_loss`` and others.
         """
-        before = self.state_dict()
-        metrics = self.update(experience, policy_epochs=0, value_epochs=epochs, seed=seed)
-        self.load_state_dict(before)
+        moments = self.reward_moments
+        with self.schedule.suspended():
+            metrics = self.update(experience, policy_epochs=0, value_epochs=epochs, seed=seed)
+        self.reward_moments = moments
         return metrics
 
     def _train_on(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -70,6 +71,7 @@ class Schedule:
         self._total, self._epochs = config.schedule_steps, config.num_epochs
         self._factors: dict[str, Callable[[int], float]] = {}
         self.done = dict.fromkeys(rates, 0)
+        self._suspended = False
 
     def plan(self, total_steps: int, num_epochs: int) -> None:
         """Plan a run of ``total_steps`` steps of PPO, those already done included.
@@ -97,6 +99,8 @@ class Schedule:
         Raises:
             ValueError: it is not, or they do not.
         """
+        if self._suspended:
+            return
         if needs_run_length(self._config) and self._total is None:
             raise ValueError(
                 "lr_schedule, lr_warmup or kl_controller='linear' depends on the number of steps, "
@@ -113,16 +117,25 @@ class Schedule:
         """
         return 0.0 if self._total is None else min(steps / max(self._total - 1, 1), 1.0)
 
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Within the block, optimizer steps have the highest rate and are not counted."""
+        self._suspended = True
+        try:
+            yield
+        finally:
+            self._suspended = False
+
     def before_step(self, name: str, optimizer: Optimizer) -> None:
         """Set the rate of an optimizer's next step, and count the step.
 
         Without a schedule the rate is left alone: it may be that of the user's own scheduler.
         """
         if is_scheduled(self._config):
-            rate = self._rates[name] * self._factor(name)(self.done[name])
+            factor = 1.0 if self._suspended else self._factor(name)(self.done[name])
             for group in optimizer.param_groups:
-                group["lr"] = rate
-        self.done[name] += 1
+                group["lr"] = self._rates[name] * factor
+        self.done[name] += not self._suspended
 
     def _factor(self, name: str) -> Callable[[int], float]:
         if name not in self._factors:

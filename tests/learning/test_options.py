@@ -125,6 +125,26 @@ def test_pretraining_trains_the_critic_and_nothing_else(critic):
     assert torch.equal(*tokens), "later draws are the same"
 
 
+def test_pretraining_has_the_highest_rate_and_leaves_the_schedule_alone():
+    schedule = {"lr_schedule": "linear", "lr_warmup": 2, "schedule_steps": 5}
+    one, two = tiny_trainer(**schedule), tiny_trainer()
+    for trainer in (one, two):
+        trainer.pretrain_critic(PROMPTS, num_steps=2, batch_size=5)
+    assert not changed(one.value_model, weights(two.value_model))
+    assert one.learner.schedule.done == {"policy": 0, "value": 0}
+    metrics = one.train_step(PROMPTS)  # the second of its two optimizer steps: half of the warm-up
+    assert metrics["learning_rate"] == pytest.approx(one.config.learning_rate / 2)
+
+
+def test_coefficients_wait_while_the_policy_rests():
+    trainer = tiny_trainer(
+        critic_warmup_steps=1, kl_controller="adaptive", kl_target=1.0, kl_horizon=1
+    )
+    found = [trainer.train_step(PROMPTS)["kl_coefficient"] for _ in range(3)]
+    assert found[0] == found[1] == trainer.config.kl_penalty
+    assert found[2] != found[1]
+
+
 def test_pretraining_needs_a_value_function():
     with pytest.raises(ValueError, match="pretrain_critic: the trainer has no value function"):
         tiny_trainer(critic="baseline").pretrain_critic(PROMPTS, 1)
