@@ -41,7 +41,7 @@ TRL_NAMES = {
     "total_episodes": "num_steps of train()",
     "output_dir": "checkpoint_dir of train()",
     "local_rollout_forward_batch_size": "forward_batch_tokens",
-    "whiten_rewards": "whiten_advantages",
+    "whiten_rewards": "reward_normalization, which is over scores",
     "bf16": "compute_dtype='bfloat16'",
 }
 

@@ -28,7 +28,7 @@ from ppo_fast.rewards.scorer import Scorer
 from ppo_fast.rollout import Engine
 from ppo_fast.rollout.agreement import check_agreement
 from ppo_fast.rollout.local_engine import kept_bytes, make_local_engine
-from ppo_fast.rollout.sampler import MakeEnvironment, Sampler
+from ppo_fast.rollout.sampler import MakeEnvironment, Sampler, check_environment
 from ppo_fast.rollout.texts import Texts
 
 
@@ -66,6 +66,7 @@ def make_parts(
     check_policy(policy_model)
     check_tokenizer(tokenizer)
     check_reward_model(reward)
+    check_environment(environment, engine)
     name = which_critic(config, value_model)
     device = resolve_device(device, policy_model)
     models: dict[str, Any] = {

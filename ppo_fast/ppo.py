@@ -134,7 +134,7 @@ class PPO:
         max_length: int | None = None,
         temperature: float | None = None,
         *,
-        samples_per_prompt: int = 1,
+        samples_per_prompt: int | None = None,
         seeds: Tensor | None = None,
     ) -> Rollout:
         """Sample responses to prompts from the current policy.
@@ -143,17 +143,20 @@ class PPO:
             prompts: texts, tokenised as the tokenizer does by default, or lists of token ids.
             max_length: max response tokens; None: the config's.
             temperature: None: the config's.
-            samples_per_prompt: responses to each prompt, in rows next to one another; B in all.
+            samples_per_prompt: responses to each prompt, in rows next to one another, B in all;
+                None: the config's.
             seeds: [B] int64; each draw depends on its sequence's seed and the token's position.
                 None: new seeds, which change no draw of later steps.
         """
-        check_counts(samples_per_prompt=samples_per_prompt)
+        count = samples_per_prompt
+        count = self.config.samples_per_prompt if count is None else count
+        check_counts(samples_per_prompt=count)
         sampling = self.config.sampling(max_length, temperature)
         self._warned = self._warned or warn_of_discount(self.config.gamma, sampling.max_length)
         prompts = check_prompts(prompts)
         if seeds is None:
-            seeds = self.progress.seeds_outside(len(prompts) * samples_per_prompt)
-        return self.sampler.sample(self.policy.model, prompts, sampling, seeds, samples_per_prompt)
+            seeds = self.progress.seeds_outside(len(prompts) * count)
+        return self.sampler.sample(self.policy.model, prompts, sampling, seeds, count)
 
     @without_cudnn_attention()
     def score(self, rollout: Rollout) -> Tensor:
@@ -241,14 +244,14 @@ class PPO:
             prompts: the batch.
             num_epochs, max_length, temperature: None: the config's.
             more_prompts: with ``max_resampled_batches``, gives new prompts in place of those whose
-                samples all got one score; None: the batch's first are sampled once more.
+                samples all got one score; None: these are sampled once more.
 
         Returns:
             The Step. Its metrics are those of ``update`` and the seconds of each part, as
                 time/rollout, time/experience and time/update.
         """
         self._epochs(num_epochs)
-        self.learner.schedule.check()
+        self.learner.schedule.check(self.progress.steps)
         prompts = check_prompts(prompts)
         times = [time.perf_counter()]
         sample = partial(self._sample, max_length=max_length, temperature=temperature)
@@ -260,9 +263,10 @@ class PPO:
             rollout, scores, resampled = resample(
                 rollout,
                 scores,
+                prompts,
                 sample=sample,
                 score=self.score,
-                draw=more_prompts or (lambda count: prompts[:count]),
+                draw=more_prompts,
                 most=self.config.max_resampled_batches,
             )
         experience = self.make_experience(rollout, scores)
@@ -282,9 +286,7 @@ class PPO:
         """Sample a step's responses, and count them."""
         count = self.config.samples_per_prompt
         seeds = self.progress.step_seeds(len(prompts) * count)
-        rollout = self.rollout(
-            prompts, max_length, temperature, samples_per_prompt=count, seeds=seeds
-        )
+        rollout = self.rollout(prompts, max_length, temperature, seeds=seeds)
         self.progress.sequences_sampled += len(seeds)
         return rollout
 

@@ -240,7 +240,7 @@ class PPOTrainer(PPO):
         max_length: int | None = None,
         temperature: float | None = None,
         *,
-        samples_per_prompt: int = 1,
+        samples_per_prompt: int | None = None,
         seeds: Tensor | None = None,
     ) -> Rollout:
         """Sample as ``PPO.rollout`` does, and keep the rollout for methods that take texts."""
@@ -304,8 +304,9 @@ class PPOTrainer(PPO):
 
         ``max_length`` (150) counts response tokens, ``temperature`` is 1.0 by default.
         """
-        rollout = self.rollout(prompts, max_length, temperature)
+        rollout = self.rollout(prompts, max_length, temperature, samples_per_prompt=1)
         known = rollout.sampling_logprobs if rollout.logprobs is None else rollout.logprobs
+        assert known is not None  # engines know these
         return rollout.completions, known
 
     @without_cudnn_attention()
@@ -328,7 +329,7 @@ class PPOTrainer(PPO):
         """
         if not self.critic.trained:
             raise ValueError(
-                "compute_values: critic='baseline' has no value function; pass a value_model or "
+                "compute_values: the critic has no value function; pass a value_model or "
                 "config=PPOConfig(critic='head')"
             )
 

@@ -113,6 +113,10 @@ TOGETHER = {
         "critic_warmup_steps": 5, "schedule_steps": 5,
     },
     "dual_clip: objective='mask' has no second clip": {"dual_clip": 3.0, "objective": "mask"},
+    "importance: got 'mask' with ratio_to='sampler'": {
+        "importance": "mask", "ratio_to": "sampler",
+    },
+    "target_kl: got 0.1 with ratio_to='sampler'": {"target_kl": 0.1, "ratio_to": "sampler"},
     "entropy_bonus_share: got 0.2, but there is no bonus": {"entropy_bonus_share": 0.2},
     "value_frozen: critic='head' has no layers": {"critic": "head", "value_frozen": ("*",)},
 }  # fmt: skip
@@ -133,7 +137,7 @@ ALLOWED = {
     "seed": [0, 2**31 - 1],
     "critic": [None, "model", "head", "baseline"],
     "max_length": [1],
-    "lr_warmup": [0, 0.5, 10],
+    "lr_warmup": [0, 0.5, 10, 10.0],
     "importance_range": [(0.0, 2.0), (0.5, 5), (0.2, INF)],
     "reward_scale": [-1.0, 0.0],
     "gae_length_alpha": [None, 0.05],

@@ -45,8 +45,11 @@ def test_arguments_are_translated():
         bf16=False,
         whiten_rewards=False,
         stop_token="eos",
+        critic="head",
     )
-    assert (found.lr_schedule, found.lr_warmup, found.stop_token_ids) == ("constant", 7, (3,))
+    assert found.critic == "head"
+    assert (found.lr_schedule, found.stop_token_ids) == ("constant", (3,))
+    assert found.lr_warmup == 7 * 4, "TRL counts updates"
     assert (found.missing_eos_penalty, found.adam_betas) == (1.5, (0.9, 0.95))
     assert found.compute_dtype is None
 

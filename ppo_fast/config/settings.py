@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 from ppo_fast.checks import (
     allowed,
     check_fields,
-    is_whole,
     number,
     tuple_of,
     whole,
@@ -36,8 +35,9 @@ def _is_range(value: Any) -> bool:
 
 
 def _is_warmup(value: Any) -> bool:
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    return is_number and (0 <= float(value) < 1 or (is_whole(value) and value >= 1))
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    return 0 <= float(value) < 1 or (float(value) >= 1 and float(value).is_integer())
 
 
 Aggregation = Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "token-sum"]
@@ -147,10 +147,10 @@ class PPOConfig:
     value_epochs: int | None = whole(None, or_none=True)
     """Passes of the value function over each batch; None: num_epochs."""
     target_kl: float | None = number(None, above=0, or_none=True)
-    """KL of a token to the policy before the update, in nats, beyond which the policy rests for the
-    step's remaining epochs; None: it never does."""
+    """KL of a token to the policy before the update, in nats, beyond which the policy is not
+    trained in the step's remaining epochs; None: it always is."""
     critic_warmup_steps: int = whole(0, at_least=0)
-    """First steps, in which the value function is trained and the policy rests."""
+    """First steps, in which the value function alone is trained."""
     num_minibatches: int = whole(1)
     """Optimizer steps per epoch. The TL;DR reproduction studies found one to be best."""
     microbatch_tokens: int = whole(16384)
@@ -177,7 +177,8 @@ class PPOConfig:
     """Train only this many top layers (with the final norm and an untied LM head); the layers
     below are one frozen trunk, its activations computed once per step. None: train everything."""
     frozen: tuple[str, ...] = tuple_of((), str, 'patterns, ("*.self_attn.*",)')
-    """Patterns of names of the policy's weights that are not trained, as fnmatch reads them."""
+    """Patterns of names of the policy's weights that are not trained, as fnmatch reads them. A
+    "top" critic shares these weights."""
     value_frozen: tuple[str, ...] = tuple_of((), str, 'patterns, ("*.self_attn.*",)')
     """The same for a value function of its own ("model", "top")."""
     trunk_dtype: Literal["bfloat16"] | None = None
@@ -304,8 +305,9 @@ class PPOConfig:
     def rloo(cls, **settings: Any) -> PPOConfig:
         """Return REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv 2402.14740).
 
-        Four responses a prompt, each compared with the mean of the others; one pass over them; the
-        KL in the reward. ``settings`` override.
+        Four responses a prompt, each score compared with the mean of the others'; one pass over
+        them. The KL is in the rewards, each token's for itself and those before it, and not in what
+        scores are compared with. ``settings`` override.
         """
         recipe: dict[str, Any] = {
             "learning_rate": 1e-6,
@@ -342,10 +344,12 @@ class PPOConfig:
     def trl(cls, **arguments: Any) -> PPOConfig:
         """Return the settings of TRL's ``PPOConfig(**arguments)``, with TRL 1.12.0's defaults.
 
+        Settings of ours that TRL has not, such as ``critic="head"``, may be among the arguments.
+
         Raises:
             TypeError, ValueError: an argument has no counterpart here; it says what to do.
         """
-        return cls(**settings_from_trl(arguments))
+        return cls(**settings_from_trl(arguments, {item.name for item in fields(cls)}))
 
     @property
     def clip(self) -> tuple[float, float]:

@@ -98,6 +98,13 @@ def _check_loss(config: PPOConfig) -> None:
         raise ValueError(
             f"dual_clip: objective={config.objective!r} has no second clip; use dual_clip=None"
         )
+    if config.ratio_to == "sampler":
+        for name in ("importance", "target_kl"):
+            if getattr(config, name) is not None:
+                raise ValueError(
+                    f"{name}: got {getattr(config, name)!r} with ratio_to='sampler', whose ratios "
+                    "already have the sampler's distribution in them; use ratio_to='old'"
+                )
     has_bonus = config.entropy_coef != 0 or config.entropy_target is not None
     if config.entropy_bonus_share < 1 and not has_bonus:
         raise ValueError(

@@ -43,21 +43,21 @@ SCHEDULES = {
 }
 
 
-def settings_from_trl(arguments: dict[str, Any]) -> dict[str, Any]:
+def settings_from_trl(arguments: dict[str, Any], ours: set[str]) -> dict[str, Any]:
     """Return the settings of our PPOConfig for the arguments of TRL's; its defaults for the rest.
+
+    ``ours`` are the names of our settings, which may be among the arguments.
 
     Raises:
         TypeError: an argument has no counterpart; it says what stands for it.
         ValueError: a value has none.
     """
     for name, value in arguments.items():
-        if name in ONLY and value in ONLY[name]:
-            continue
-        if name in ONLY:
+        if name in ONLY and value not in ONLY[name]:
             raise ValueError(
                 f"{name}: got {value!r}; TRL's {ONLY[name][0]!r} alone can be had here"
             )
-        if name not in SETTINGS:
+        if name not in (*ONLY, *SETTINGS, *ours):
             raise TypeError(f"PPOConfig.trl: {name!r} has no counterpart; {_instead(name)}")
     values = {name: arguments.get(name, default) for name, (default, _) in SETTINGS.items()}
     found = {ours: values[name] for name, (_, ours) in SETTINGS.items()}
@@ -66,17 +66,25 @@ def settings_from_trl(arguments: dict[str, Any]) -> dict[str, Any]:
             f"lr_scheduler_type: got {values['lr_scheduler_type']!r}, expected one of "
             f"{', '.join(SCHEDULES)}"
         )
-    stop = values["stop_token_id"]
-    return found | {
-        "lr_schedule": SCHEDULES[values["lr_scheduler_type"]],
-        "adam_betas": (values["adam_beta1"], values["adam_beta2"]),
-        "missing_eos_penalty": values["missing_eos_penalty"] or 0.0,
-        "stop_token_ids": () if stop is None else (stop,),
-        "compute_dtype": "bfloat16" if values["bf16"] else None,
-        "kl_in": "reward",
-        # TRL's PPOTrainer has a max_grad_norm, and never clips by it
-        "max_grad_norm": math.inf,
-    }
+    stop, warmup = values["stop_token_id"], values["warmup_steps"]
+    if warmup >= 1:  # TRL counts updates, each of which has several optimizer steps
+        warmup *= values["num_ppo_epochs"] * values["num_mini_batches"]
+    own = {n: v for n, v in arguments.items() if n in ours and n not in (*SETTINGS, *ONLY)}
+    return (
+        found
+        | {
+            "lr_warmup": warmup,
+            "lr_schedule": SCHEDULES[values["lr_scheduler_type"]],
+            "adam_betas": (values["adam_beta1"], values["adam_beta2"]),
+            "missing_eos_penalty": values["missing_eos_penalty"] or 0.0,
+            "stop_token_ids": () if stop is None else (stop,),
+            "compute_dtype": "bfloat16" if values["bf16"] else None,
+            "kl_in": "reward",
+            # TRL's PPOTrainer has a max_grad_norm, and never clips by it
+            "max_grad_norm": math.inf,
+        }
+        | own
+    )
 
 
 def _instead(name: str) -> str:

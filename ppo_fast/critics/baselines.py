@@ -41,11 +41,8 @@ class Baseline:
     def values_of_rollout(
         self, rollout: Rollout, scores: Tensor, policy: LanguageModel, max_tokens: int
     ) -> Tensor:
-        if self.name in GROUP_CRITICS and rollout.samples_per_prompt == 1:
-            raise ValueError(
-                f"critic={self.name!r} compares the samples of a prompt, and the rollout has one "
-                "of each; use rollout(prompts, samples_per_prompt=...), or from_tokens with it"
-            )
+        if self.name in GROUP_CRITICS:
+            check_groups(f"critic={self.name!r}", rollout)
         if len(scores) == 1:
             warnings.warn(
                 f"critic={self.name!r} with a batch of one: there is no other sequence to compare "
@@ -55,6 +52,15 @@ class Baseline:
             )
         mean = baseline(scores, self.name, rollout.samples_per_prompt)
         return discounted(mean, rollout.tokens, self.gamma)
+
+
+def check_groups(setting: str, rollout: Rollout) -> None:
+    """Raise ValueError if a rollout has one sample of each prompt, where ``setting`` needs more."""
+    if rollout.samples_per_prompt == 1:
+        raise ValueError(
+            f"{setting} compares the samples of a prompt, and the rollout has one of each; use "
+            "rollout(prompts, samples_per_prompt=...), or from_tokens with it"
+        )
 
 
 def baseline(scores: Tensor, name: BaselineName, samples_per_prompt: int) -> Tensor:

@@ -28,6 +28,7 @@ class Experience:
 
     tokens: the ids and their masks.
     temperature: divides logits in every log-prob.
+    max_length: max tokens of a response.
     old_logprobs: [B, T], the denominator of ratios: of the policy that sampled, or the sampler's.
     ref_logprobs: [B, T], of the reference.
     values: [B, T], of the state before each token, by the old value function.
@@ -45,6 +46,7 @@ class Experience:
 
     tokens: Tokens
     temperature: float
+    max_length: int
     old_logprobs: Tensor
     ref_logprobs: Tensor
     values: Tensor

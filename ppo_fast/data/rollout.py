@@ -22,7 +22,7 @@ class Rollout:
     tokens: the ids, and all masks by their lengths.
     logprobs: [B, T] float32, of the tokens under softmax(logits / temperature), 0 beyond a
         response; None: the engine does not know them.
-    sampling_logprobs: [B, T] float32, under the distribution that was drawn from.
+    sampling_logprobs: [B, T] float32, under the distribution that was drawn from; None: unknown.
     finished: [B] bool on the CPU, whether a response ended by itself, not at its max length.
     sampling: how they were drawn.
     trunk_states: those of the policy, as decoding computed them; None without a trunk. Each row's
@@ -36,7 +36,7 @@ class Rollout:
 
     tokens: Tokens
     logprobs: Tensor | None
-    sampling_logprobs: Tensor
+    sampling_logprobs: Tensor | None
     finished: Tensor
     sampling: Sampling
     trunk_states: TrunkStates | None = None
@@ -55,6 +55,8 @@ class Rollout:
         device: torch.device | str = "cpu",
         temperature: float = 1.0,
         logprobs: Sequence[Sequence[float]] | None = None,
+        sampling_logprobs: Sequence[Sequence[float]] | None = None,
+        max_length: int | None = None,
         finished: Sequence[bool] | None = None,
         trained: Sequence[Sequence[bool]] | None = None,
         samples_per_prompt: int = 1,
@@ -68,6 +70,9 @@ class Rollout:
             temperature: by which logits were divided in sampling.
             logprobs: B lists, one number a response token: log-probs under softmax(logits /
                 temperature) of the policy that sampled. None: the trainer computes them.
+            sampling_logprobs: the same under the distribution that the tokens were drawn from, for
+                ``importance`` and ``ratio_to="sampler"``. None: ``logprobs``, if these are given.
+            max_length: number of tokens at which responses were cut off. None: the longest's.
             finished: B times, whether a response ended by itself. None: all did.
             trained: B lists, whether each response token is trained on; False for tokens that the
                 policy did not choose, such as a tool's output. None: all are.
@@ -91,18 +96,24 @@ class Rollout:
             )
         if finished is not None and len(finished) != len(tokens):
             raise ValueError(f"finished: got {len(finished)} entries, expected {len(tokens)}")
-        known = per_token("logprobs", logprobs or [[0.0] * len(r) for r in response_ids], tokens)
-        chosen = None if trained is None else per_token("trained", trained, tokens).bool()
-        if chosen is not None:
-            tokens = replace(tokens, trained=chosen)
-            known = known * chosen
+        if trained is not None:
+            tokens = replace(tokens, trained=per_token("trained", trained, tokens).bool())
+
+        def known(name: str, rows: Sequence[Sequence[float]] | None) -> Tensor | None:
+            if rows is None:
+                return None
+            found = per_token(name, rows, tokens).to(device)
+            return found.masked_fill(~tokens.response_mask, 0.0)
+
+        of_policy = known("logprobs", logprobs)
+        drawn = known("sampling_logprobs", sampling_logprobs)
         ends = [True] * len(tokens) if finished is None else [bool(x) for x in finished]
         ended = torch.tensor(ends, device="cpu")
-        length = max(len(row) for row in response_ids)
+        length = max_length or max(len(row) for row in response_ids)
         return cls(
             tokens,
-            None if logprobs is None else known.to(device),
-            known.to(device),
+            of_policy,
+            of_policy if drawn is None else drawn,
             ended,
             Sampling(length, temperature=temperature),
             samples_per_prompt=samples_per_prompt,
@@ -149,13 +160,16 @@ def select_rows(rollout: Rollout, rows: Tensor) -> Rollout:
     """Return the rows (int64 on the CPU) of a rollout, without states and trunk states."""
     tokens = rollout.tokens.select(rows)
     index, width = rows.to(tokens.device), tokens.response_ids.shape[1]
-    logprobs = None if rollout.logprobs is None else rollout.logprobs[index, :width]
+
+    def part(per_token: Tensor | None) -> Tensor | None:
+        return None if per_token is None else per_token[index, :width]
+
     chosen = rows.tolist()
     return replace(
         rollout,
         tokens=tokens,
-        logprobs=logprobs,
-        sampling_logprobs=rollout.sampling_logprobs[index, :width],
+        logprobs=part(rollout.logprobs),
+        sampling_logprobs=part(rollout.sampling_logprobs),
         finished=rollout.finished[rows],
         trunk_states=None,
         states=None,
@@ -172,14 +186,14 @@ def join(rollouts: Sequence[Rollout]) -> Rollout:
     first = rollouts[0]
     width = max(r.tokens.response_ids.shape[1] for r in rollouts)
 
-    def joined(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat([pad(x, (0, width - x.shape[1])) for x in tensors])
+    def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
+        known = [pad(x, (0, width - x.shape[1])) for x in tensors if x is not None]
+        return torch.cat(known) if len(known) == len(tensors) else None
 
-    logprobs = [r.logprobs for r in rollouts if r.logprobs is not None]
     return replace(
         first,
         tokens=join_tokens([r.tokens for r in rollouts]),
-        logprobs=joined(logprobs) if len(logprobs) == len(rollouts) else None,
+        logprobs=joined([r.logprobs for r in rollouts]),
         sampling_logprobs=joined([r.sampling_logprobs for r in rollouts]),
         finished=torch.cat([r.finished for r in rollouts]),
         trunk_states=None,

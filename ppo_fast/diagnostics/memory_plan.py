@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ppo_fast.config import PPOConfig
+from ppo_fast.critics.baselines import BASELINES
 from ppo_fast.critics.make import critic_name
 from ppo_fast.models.adapters import adapted_layers
 from ppo_fast.models.heads import ValueHead, ValueModel
@@ -27,7 +28,12 @@ from ppo_fast.models.lora import lora_config, with_adapter
 from ppo_fast.models.parts import base_of, body_of
 from ppo_fast.models.patching import replaced_forwards
 from ppo_fast.models.precision import computing_in, hold_trained_weights
-from ppo_fast.models.setup import enable_gradient_checkpointing, frozen_copy, logits_budget_bytes
+from ppo_fast.models.setup import (
+    enable_gradient_checkpointing,
+    freeze_matching,
+    frozen_copy,
+    logits_budget_bytes,
+)
 from ppo_fast.models.transformers_internals import layer_types
 from ppo_fast.models.trunk import Split, freeze_trunk
 
@@ -205,7 +211,7 @@ def plans(
     return {
         name: plan_memory(
             model_config,
-            replace(config, **way),
+            replace(config, **({"value_frozen": ()} if way["critic"] == "head" else {}) | way),
             batch_size=batch_size,
             prompt_length=prompt_length,
             adapter=adapters.get(name),
@@ -282,6 +288,7 @@ def _policy(fake: FakeTensorMode, model_config: Any, config: PPOConfig, adapter:
         base_of(policy).tie_weights()
         if config.num_layers_unfrozen is not None:
             freeze_trunk(policy, config.num_layers_unfrozen)
+        freeze_matching(policy, config.frozen, "frozen")
         hold_trained_weights(policy, config.weights_dtype)
     return policy
 
@@ -295,7 +302,7 @@ def _value_weights(
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Return the value function's own weights, and the trained ones among them."""
     critic = critic_name(config, value_model)
-    if critic == "baseline":
+    if critic in BASELINES:
         return [], []
     hidden_size = policy.config.get_text_config().hidden_size
     if critic == "model":

@@ -39,7 +39,7 @@ class Learner:
     Attributes:
         optimizers: by name: "policy" and, where the critic has weights, "value".
         coefficients: those of the KL and of the entropy bonus.
-        schedule: learning rates of the optimizers, and how many steps they made.
+        schedule: learning rates of the optimizers.
         reward_moments: of the scores of all updates, where they are normalised by these.
         amid_update: whether an update began and did not end, so that the weights are those of no
             whole step.
@@ -93,7 +93,7 @@ class Learner:
             FloatingPointError: a gradient is not finite. It changed nothing; earlier optimizer
                 steps of this update stand, including the policy's before a value model's.
         """
-        self.schedule.check()
+        self.schedule.check(steps)
         self.amid_update = True
         if self.config.gradient_checkpointing:  # transformers checkpoints in train mode alone
             self.policy.model.train()
@@ -102,9 +102,11 @@ class Learner:
         terms = Terms(
             self.config,
             kl_coef=self.kl_coefficient(steps),
-            entropy_coef=self.coefficients.entropy(experience.metrics["entropy"]),
+            entropy_coef=self.coefficients.entropy(experience.metrics.get("entropy", 0.0)),
             temperature=experience.temperature,
+            max_length=experience.max_length,
         )
+        self.schedule.begin_update(steps)
         done = _Done()
         for epoch in range(max(policy_epochs, value_epochs)):
             order = torch.randperm(len(experience.tokens), generator=generator, device="cpu")
@@ -118,17 +120,17 @@ class Learner:
                     value=self.critic.trained and epoch < value_epochs,
                 )
         metrics = done.metrics() | current_rates(self.optimizers)
-        if terms.entropy_coef == 0:
-            metrics.pop("entropy", None)  # it was not computed
+        if terms.entropy_coef == 0 or experience.high_entropy is not None:
+            metrics.pop("entropy", None)  # it was not computed, or of some tokens alone
         if self.config.target_kl is not None:
             metrics["policy_optimizer_steps"] = float(len(done.norms))
         if self.config.kl_controller != "fixed":
             metrics["kl_coefficient"] = terms.kl_coef
         if self.config.entropy_target is not None:
             metrics["entropy_coefficient"] = terms.entropy_coef
-        if policy_epochs > 0:  # the KL of a policy that rests says nothing of the coefficient
-            found = experience.metrics
-            self.coefficients.adapt(found["kl_sequence"], found["entropy"], len(experience.tokens))
+        if done.policy_stats and {"kl_sequence", "entropy"} <= experience.metrics.keys():
+            kl, entropy = (experience.metrics[name] for name in ("kl_sequence", "entropy"))
+            self.coefficients.adapt(kl, entropy, len(experience.tokens))
         self.reward_moments = experience.reward_moments or NO_SCORES
         self.amid_update = False
         return metrics
@@ -162,7 +164,9 @@ class Learner:
         """
         joint = policy and value and self.critic.reads_states
         counts = experience.tokens.trained_counts[rows]
-        units, count = terms.units(counts), max(int(counts.sum()), 1)
+        units, count = terms.units(counts), int(counts.sum())
+        if count == 0:  # all responses were cut off: Adam would move the weights all the same
+            return
         parts = batches_by_tokens(experience.tokens.lengths[rows], self.config.microbatch_tokens)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()  # what an interrupted pass, or the user, may have left
@@ -271,15 +275,14 @@ class Learner:
         """Return what the learner counts and adapts, besides the optimizers, for a checkpoint."""
         return {
             "coefficients": self.coefficients.state_dict(),
-            "optimizer_steps": dict(self.schedule.done),
             "reward_moments": list(self.reward_moments),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned; an older checkpoint's is empty."""
+        self.coefficients, self.reward_moments = Coefficients(self.config), NO_SCORES
         if state:
             self.coefficients.load_state_dict(state["coefficients"])
-            self.schedule.done.update(state["optimizer_steps"])
             self.reward_moments = Moments(*state["reward_moments"])
 
 
@@ -290,13 +293,14 @@ class Terms(NamedTuple):
     kl_coef: float
     entropy_coef: float
     temperature: float
+    max_length: int
 
     def units(self, counts: Tensor) -> float:
         """Return what a minibatch's policy loss is divided by; ``counts`` [b] are its tokens."""
         return {
-            "token-mean": max(float(counts.sum()), 1.0),
-            "seq-mean-token-mean": max(float((counts > 0).sum()), 1.0),
-            "seq-mean-token-sum": float(len(counts) * self.config.max_length),
+            "token-mean": float(counts.sum()),
+            "seq-mean-token-mean": float((counts > 0).sum()),
+            "seq-mean-token-sum": float(len(counts) * self.max_length),
             "token-sum": 1.0,
         }[self.config.aggregation]
 
@@ -318,6 +322,7 @@ class _Done:
         if self.policy_stats:
             metrics |= ppo_metrics(merge_stats(PPO_STATS, self.policy_stats))
             metrics["first_max_log_ratio"] = ppo_metrics(self.policy_stats[0])["max_log_ratio"]
+        if self.norms:
             metrics["policy_grad_norm"] = float(torch.stack(self.norms).mean())
         if self.value_stats:
             metrics |= value_metrics(merge_stats(VALUE_STATS, self.value_stats))

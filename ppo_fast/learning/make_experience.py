@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast.config import PPOConfig
+from ppo_fast.critics.baselines import check_groups
 from ppo_fast.critics.critic import Critic
 from ppo_fast.data.batches import batches_by_tokens, in_batches
 from ppo_fast.data.experience import Experience, Moments
@@ -46,7 +47,8 @@ def make_experience(
 
     Args:
         rollout: the sampled responses.
-        scores: float32 [B], one per sequence, or [B, T], one per response token.
+        scores: float32 [B], one per sequence, or [B, T], one per response token. A critic without
+            weights compares whole sequences: it takes the sums of these.
         policy: as it was when it sampled.
         reference: the frozen model that the KL is measured to.
         critic: estimates values.
@@ -63,12 +65,17 @@ def make_experience(
     if trunk_states is not None and config.trunk_dtype is not None:
         trunk_states = trunk_states.to(torch.bfloat16)
         rollout = replace(rollout, trunk_states=trunk_states)
+    if not critic.bootstraps and scores.dim() == 2:
+        scores = scores.sum(1)  # baselines compare whole responses
+    if config.reward_normalization == "group":
+        check_groups("reward_normalization='group'", rollout)
     placed = place_scores(scores, rollout.tokens)
     shaped, moments = shape_rewards(
         placed,
         rollout.tokens,
         rollout.finished,
         config,
+        max_length=rollout.sampling.max_length,
         samples_per_prompt=rollout.samples_per_prompt,
         moments=moments,
     )
@@ -78,7 +85,7 @@ def make_experience(
         rollout = replace(rollout, tokens=rollout.tokens.without_training(~rollout.finished))
     tokens, mask = rollout.tokens, rollout.tokens.response_mask
 
-    old, ref = _old_and_reference_logprobs(rollout, policy, reference, config)
+    old, ref, computed = _old_and_reference_logprobs(rollout, policy, reference, config)
     kl_coef = config.kl_penalty if kl_coef is None else kl_coef
     rewards = less_kl(shaped, old, ref, mask, kl_coef, config)
     values = critic.values_of_rollout(rollout, shaped.sum(1), policy, max_tokens).float()
@@ -89,33 +96,43 @@ def make_experience(
     if config.whiten_advantages:
         advantages = whiten(advantages, mask=mask)
 
-    if rollout.logprobs is not None and old is not rollout.logprobs:
+    if rollout.logprobs is not None and computed:
         metrics |= sampling_differences(rollout.logprobs, old, mask)
-    if old is not rollout.logprobs:
-        metrics |= mismatch_metrics(old - rollout.sampling_logprobs, mask)
+    drawn = rollout.sampling_logprobs
+    corrected = config.ratio_to == "sampler" or config.importance is not None
+    if drawn is None and corrected:
+        raise ValueError(
+            "rollout: has no sampling_logprobs, which ratio_to='sampler' and importance need; give "
+            "them to Rollout.from_tokens(..., sampling_logprobs=...)"
+        )
+    if drawn is not None and (computed or corrected):
+        metrics |= mismatch_metrics(old - drawn, mask)
     weights, high_entropy = _weights(rollout, old, policy, config)
     return Experience(
-        tokens,
-        temperature,
-        rollout.sampling_logprobs if config.ratio_to == "sampler" else old,
-        ref,
-        values,
-        placed.sum(1),
-        rewards,
-        advantages,
-        returns,
-        trunk_states,
-        metrics,
-        weights,
-        high_entropy,
-        moments if config.reward_normalization == "running" else None,
+        tokens=tokens,
+        temperature=temperature,
+        max_length=rollout.sampling.max_length,
+        old_logprobs=old if config.ratio_to == "old" or drawn is None else drawn,
+        ref_logprobs=ref,
+        values=values,
+        scores=placed.sum(1),
+        rewards=rewards,
+        advantages=advantages,
+        returns=returns,
+        trunk_states=trunk_states,
+        metrics=metrics,
+        weights=weights,
+        high_entropy=high_entropy,
+        reward_moments=moments if config.reward_normalization == "running" else None,
     )
 
 
 def _old_and_reference_logprobs(
     rollout: Rollout, policy: LanguageModel, reference: LanguageModel, config: PPOConfig
-) -> tuple[Tensor, Tensor]:
-    """Return the log-probs [B, T] of the policy before the update, and of the reference.
+) -> tuple[Tensor, Tensor, bool]:
+    """Return log-probs [B, T] of the policy before the update and of the reference.
+
+    The third is whether the policy's were computed.
 
     With another engine, truncated sampling, autocast, TF32 or rounded trunk states, the log-probs
     of the rollout are not those that the update will compute, and are computed once more.
@@ -134,10 +151,10 @@ def _old_and_reference_logprobs(
     known = config.trunk_dtype is None and computes_in_float32(policy)
     if old is None or rollout.sampling.truncates or not known:
         old, ref = in_batches(of_both, tokens, trunk_states, max_tokens)
-        return old, ref
+        return old, ref, True
     if tokens.trained is not None:
         old = old.masked_fill(~tokens.response_mask, 0.0)
-    return old, in_batches(of_reference, tokens, trunk_states, max_tokens)
+    return old, in_batches(of_reference, tokens, trunk_states, max_tokens), False
 
 
 def _weights(
@@ -147,6 +164,7 @@ def _weights(
     tokens, mask = rollout.tokens, rollout.tokens.response_mask
     weights, high_entropy = None, None
     if config.importance is not None:
+        assert rollout.sampling_logprobs is not None
         log_ratios = old - rollout.sampling_logprobs
         weights = importance_weights(log_ratios, mask, config.importance, config.importance_range)
     if config.entropy_bonus_share == 1 and config.loss_token_share == 1:
@@ -270,13 +288,14 @@ def experience_metrics(
 ) -> dict[str, float]:
     """Return a batch's metrics before the update: means over valid tokens or sequences."""
     lengths = rollout.tokens.response_lengths
-    count = max(float(rollout.tokens.trained_counts.sum()), 1.0)
+    counts = rollout.tokens.trained_counts
+    count, rows = max(float(counts.sum()), 1.0), max(float((counts > 0).sum()), 1.0)
     kl = float((old - ref).sum())
     return {
         "mean_reward": float(scores.mean()),
         "reward_std": float(scores.std(correction=0)),
         "kl_divergence": kl / count,
-        "kl_sequence": kl / len(lengths),
+        "kl_sequence": kl / rows,
         # without truncation tokens are drawn from softmax(x / t): minus their mean log-prob
         # estimates its entropy
         "entropy": -float(old.sum()) / count,

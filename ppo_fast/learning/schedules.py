@@ -56,21 +56,22 @@ def rate_factor(config: PPOConfig, total: int) -> Callable[[int], float]:
 
 
 class Schedule:
-    """Learning rates of a run's optimizers, by the optimizer steps that they made.
+    """Learning rates of a run's optimizers.
+
+    A rate follows from the number of steps of PPO that are done and the optimizer steps of the
+    update: each step of PPO has ``num_epochs`` times ``num_minibatches`` of these, even where a
+    small batch or ``target_kl`` leaves some out. So a resumed run needs no state of it.
 
     Args:
         config: the course of the rates.
         rates: the highest rate of each optimizer, by name.
-
-    Attributes:
-        done: optimizer steps made, by name.
     """
 
     def __init__(self, config: PPOConfig, rates: dict[str, float]) -> None:
         self._config, self._rates = config, rates
         self._total, self._epochs = config.schedule_steps, config.num_epochs
         self._factors: dict[str, Callable[[int], float]] = {}
-        self.done = dict.fromkeys(rates, 0)
+        self._steps, self._made = 0, dict.fromkeys(rates, 0)
         self._suspended = False
 
     def plan(self, total_steps: int, num_epochs: int) -> None:
@@ -91,13 +92,16 @@ class Schedule:
                 )
         self._total, self._epochs = config.schedule_steps or total_steps, num_epochs
         self._factors = {}
-        self.check()
+        self.check(0)
 
-    def check(self) -> None:
+    def check(self, steps: int) -> None:
         """Check that what the schedules depend on is known, and that they fit it.
 
+        Args:
+            steps: steps of PPO done.
+
         Raises:
-            ValueError: it is not, or they do not.
+            ValueError: it is not known, they do not fit, or they have ended at a rate of 0.
         """
         if self._suspended:
             return
@@ -105,6 +109,12 @@ class Schedule:
             raise ValueError(
                 "lr_schedule, lr_warmup or kl_controller='linear' depends on the number of steps, "
                 "which step() does not know; call train(), or set schedule_steps"
+            )
+        ends_at_0 = self._config.lr_schedule != "constant" and self._config.lr_floor == 0
+        if ends_at_0 and self._total is not None and steps >= self._total:
+            raise ValueError(
+                f"lr_schedule: the learning rate is 0 after the schedule's {self._total} steps, "
+                f"and {steps} are done; call train(), or raise schedule_steps"
             )
         if is_scheduled(self._config):
             for name in self._rates:
@@ -119,33 +129,40 @@ class Schedule:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Within the block, optimizer steps have the highest rate and are not counted."""
+        """Within the block, all rates are the highest."""
         self._suspended = True
         try:
             yield
         finally:
             self._suspended = False
 
+    def begin_update(self, steps: int) -> None:
+        """Begin the update after ``steps`` steps of PPO."""
+        self._steps, self._made = steps, dict.fromkeys(self._rates, 0)
+
     def before_step(self, name: str, optimizer: Optimizer) -> None:
-        """Set the rate of an optimizer's next step, and count the step.
+        """Set the rate of an optimizer's next step in the update.
 
         Without a schedule the rate is left alone: it may be that of the user's own scheduler.
         """
         if is_scheduled(self._config):
-            factor = 1.0 if self._suspended else self._factor(name)(self.done[name])
+            skipped = self._config.critic_warmup_steps if name == "policy" else 0
+            made = (self._steps - skipped) * self._per_step(name) + self._made[name]
+            factor = 1.0 if self._suspended else self._factor(name)(made)
             for group in optimizer.param_groups:
                 group["lr"] = self._rates[name] * factor
-        self.done[name] += not self._suspended
+        self._made[name] += 1
+
+    def _per_step(self, name: str) -> int:
+        """Return the number of optimizer steps in a step of PPO."""
+        epochs = self._epochs if name == "policy" else self._config.value_epochs or self._epochs
+        return epochs * self._config.num_minibatches
 
     def _factor(self, name: str) -> Callable[[int], float]:
         if name not in self._factors:
-            config, steps, epochs = self._config, self._total or 0, self._epochs
-            if name == "policy":
-                steps -= config.critic_warmup_steps
-            else:
-                epochs = config.value_epochs or epochs
-            total = max(steps, 0) * epochs * config.num_minibatches
-            self._factors[name] = rate_factor(config, total)
+            skipped = self._config.critic_warmup_steps if name == "policy" else 0
+            total = max((self._total or 0) - skipped, 0) * self._per_step(name)
+            self._factors[name] = rate_factor(self._config, total)
         return self._factors[name]
 
 

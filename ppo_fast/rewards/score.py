@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Complex, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -78,6 +79,8 @@ def check_scores(
         TypeError: they are not numbers.
         ValueError: their count is not that of ``prompts``, or one is NaN or infinite.
     """
+    if isinstance(scores, np.ndarray) and scores.ndim == 2:
+        scores = torch.as_tensor(scores, dtype=torch.float32, device="cpu")
     if isinstance(scores, Mapping):
         raise TypeError(f"{what}: got a mapping, expected a list of numbers, one a prompt")
     if isinstance(scores, Tensor):

@@ -15,9 +15,19 @@ NO_SCORES = Moments(0.0, 0.0, 0.0)
 
 
 def place_scores(scores: Tensor, tokens: Tokens) -> Tensor:
-    """Return rewards [B, T] of scores: [B], each on its response's last token, or [B, T] as is."""
+    """Return rewards [B, T] of scores: [B], each on its response's last token, or [B, T].
+
+    Of the latter, one of a token that is not trained on goes to the last before it that is, or to
+    the first of all.
+    """
     if scores.dim() == 2:
-        return scores.masked_fill(~tokens.response_mask, 0.0)
+        if tokens.trained is None:
+            return scores.masked_fill(~tokens.response_mask, 0.0)
+        mask = tokens.response_mask
+        positions = torch.arange(mask.shape[1], device=mask.device)
+        before = torch.where(mask, positions, -1).cummax(1).values
+        before = torch.where(before < 0, mask.int().argmax(1, keepdim=True), before)
+        return torch.zeros_like(scores).scatter_add(1, before, scores)
     rewards = scores.new_zeros(tokens.response_ids.shape)
     return rewards.scatter(1, _last(tokens), scores[:, None])
 
@@ -28,6 +38,7 @@ def shape_rewards(
     finished: Tensor,
     config: PPOConfig,
     *,
+    max_length: int | None = None,
     samples_per_prompt: int = 1,
     moments: Moments = NO_SCORES,
 ) -> tuple[Tensor, Moments]:
@@ -42,6 +53,7 @@ def shape_rewards(
         tokens: the sequences.
         finished: [B] bool on the CPU, whether a response ended by itself.
         config: the settings whose names begin with reward\\_, overlong\\_ or missing\\_.
+        max_length: number of tokens at which responses were cut off; None: the config's.
         samples_per_prompt: rows of a group, one after the other.
         moments: of the scores of all batches before.
 
@@ -49,7 +61,7 @@ def shape_rewards(
         The rewards [B, T], and the moments with this batch's scores.
     """
     last = _last(tokens)
-    penalty = length_penalty(tokens.response_lengths, config.max_length, config)
+    penalty = length_penalty(tokens.response_lengths, max_length or config.max_length, config)
     penalty = penalty + config.missing_eos_penalty * ~finished
     if penalty.any():
         rewards = rewards.scatter_add(1, last, -penalty.to(rewards)[:, None])

@@ -48,11 +48,12 @@ class Request(NamedTuple):
         token = drawn if self.turns is None else self.turns.take(sequence, drawn)
         response.append(token)
         replying = self.turns is not None and self.turns.replying(sequence)
-        finished = not replying and self.stops.ends(response)
+        ends = not replying and self.stops.ends(response)
         room = self.max_lengths[sequence] - len(response)
-        if finished and room > 0 and self.turns is not None:
-            finished = not self.turns.go_on(sequence, response, room)
-        return token, finished, finished or room == 0
+        if not ends or self.turns is None:
+            return token, ends, ends or room == 0
+        replies = self.turns.go_on(sequence, response, room)
+        return token, replies is None, not replies
 
     def tokens(self, responses: list[list[int]], device: torch.device) -> Tokens:
         """Return the tokens of prompts and responses; replies are not trained on."""

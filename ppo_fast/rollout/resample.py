@@ -14,10 +14,11 @@ from ppo_fast.data.rollout import Rollout, join, select_rows
 def resample(
     rollout: Rollout,
     scores: Tensor,
+    prompts: list[Prompt],
     *,
     sample: Callable[[list[Prompt]], Rollout],
     score: Callable[[Rollout], Tensor],
-    draw: Callable[[int], list[Prompt]],
+    draw: Callable[[int], list[Prompt]] | None,
     most: int,
 ) -> tuple[Rollout, Tensor, dict[str, float]]:
     """Replace the prompts from whose samples nothing can be learned: Yu et al. 2025, section 3.2.
@@ -25,9 +26,10 @@ def resample(
     Args:
         rollout: several samples a prompt.
         scores: [B] or [B, T].
+        prompts: of the rollout, each once.
         sample: samples responses to prompts.
         score: computes their scores.
-        draw: gives a number of other prompts.
+        draw: gives a number of other prompts; None: the same are sampled once more.
         most: max number of times to do it; prompts that are left then are kept.
 
     Returns:
@@ -39,15 +41,19 @@ def resample(
     for _ in range(most):
         if not flat.any():
             break
-        new = sample(draw(int(flat.sum())))
-        count += int(flat.sum())
+        again = [prompt for prompt, drop in zip(prompts, flat.tolist(), strict=True) if drop]
+        kept_prompts = [p for p, drop in zip(prompts, flat.tolist(), strict=True) if not drop]
+        again = again if draw is None else draw(len(again))
+        prompts, count = kept_prompts + again, count + len(again)
+        new = sample(again)
         new_scores = score(new)
         if flat.all():
             rollout, scores = new, new_scores
         else:
             kept = (~flat).repeat_interleave(size).nonzero().flatten()
-            scores = _joined(scores[kept.to(scores.device)], new_scores)
             rollout = join([select_rows(rollout, kept), new])
+            width = rollout.tokens.response_ids.shape[1]
+            scores = _joined(scores[kept.to(scores.device)], new_scores, width)
         flat = without_signal(scores, size)
     metrics = {
         "prompts_resampled": float(count),
@@ -63,10 +69,9 @@ def without_signal(scores: Tensor, samples_per_prompt: int) -> Tensor:
     return (groups == groups[:, :1]).all(1).cpu()
 
 
-def _joined(first: Tensor, second: Tensor) -> Tensor:
-    """Join scores [B] or [B, T], of which the narrower ones get zeros on the right."""
+def _joined(first: Tensor, second: Tensor, width: int) -> Tensor:
+    """Join scores [B] or [B, T]; the latter get ``width`` columns, zeros on the right or cut."""
     if first.dim() == 1:
         return torch.cat([first, second])
-    width = max(first.shape[1], second.shape[1])
     pad = torch.nn.functional.pad
     return torch.cat([pad(x, (0, width - x.shape[1])) for x in (first, second)])

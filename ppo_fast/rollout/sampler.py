@@ -29,16 +29,13 @@ class Sampler:
         texts: turns prompts into ids, and sampled ids into texts.
         weight_copies: what decoding computes with.
         environment: makes, for a prompt, an object that replies within its response; None: none.
-
-    Raises:
-        TypeError: ``environment`` is no function, or ``engine`` does not know turns.
     """
 
     def __init__(
         self, engine: Engine, texts: Texts, weight_copies: WeightCopies, environment: Any = None
     ) -> None:
         self.engine, self.texts, self._weight_copies = engine, texts, weight_copies
-        self._make_environment = _checked(environment, engine)
+        self._make_environment: MakeEnvironment | None = environment
 
     def sample(
         self,
@@ -61,22 +58,37 @@ class Sampler:
                 rollout = self.engine.generate(prompt_ids, sampling, seeds=seeds)
             else:
                 assert isinstance(self.engine, LocalEngine)
-                turns = self.texts.turns([self._make_environment(prompt) for prompt in prompts])
+                environments = [self._make_environment(prompt) for prompt in prompts]
+                check_environments(environments)
+                turns = self.texts.turns(environments)
                 rollout = self.engine.generate(prompt_ids, sampling, seeds=seeds, turns=turns)
         return self.texts.decode(replace(rollout, samples_per_prompt=samples_per_prompt), prompts)
 
 
-def _checked(environment: Any, engine: Engine) -> MakeEnvironment | None:
+def check_environment(environment: Any, engine: Engine | None) -> None:
+    """Check that ``environment`` makes environments, and that ``engine`` (None: local) knows turns.
+
+    Raises:
+        TypeError: it is no function, or ``engine`` does not.
+    """
     if environment is None:
-        return None
+        return
     if not callable(environment):
         raise TypeError(
             f"environment: got {type(environment).__name__}, expected a function that makes an "
             "environment for a prompt"
         )
-    if not isinstance(engine, LocalEngine):
+    if engine is not None and not isinstance(engine, LocalEngine):
         raise TypeError(
             f"environment: {type(engine).__name__} does not let an environment reply within "
             "responses; use engine=None"
         )
-    return environment
+
+
+def check_environments(environments: Sequence[Any]) -> None:
+    """Raise TypeError if one of the environments that were made cannot reply."""
+    for made in environments:
+        if not callable(getattr(made, "reply", None)):
+            raise TypeError(
+                f"environment: made {type(made).__name__}, expected an object with reply(turn)"
+            )

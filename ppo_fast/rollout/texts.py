@@ -60,10 +60,11 @@ class Texts:
 
     def turns(self, environments: Sequence[Environment]) -> Turns:
         """Return the turns of a rollout's sequences, with an environment each."""
+        ends = eos_ids(self.policy_model, self.tokenizer)
         return Turns(
             environments,
             encode=lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"],
-            to_text=lambda ids: self._decode([ids])[0],
+            to_text=lambda ids: self._decode([ids[:-1] if ids[-1] in ends else ids])[0],
             vocab_size=num_embeddings(self.policy_model),
         )
 

@@ -15,7 +15,7 @@ ToText = Callable[[list[int]], str]
 class Turn(NamedTuple):
     """What the policy wrote in one turn.
 
-    text: without special tokens.
+    text: as completions are: without the token that ended the turn.
     ids: all tokens, with the one that ended the turn.
     """
 
@@ -40,7 +40,7 @@ class Turns:
     Args:
         environments: one per sequence.
         encode: text -> ids, without special tokens.
-        to_text: ids -> text, without special tokens.
+        to_text: ids of a turn -> its text.
         vocab_size: number of the policy's tokens.
     """
 
@@ -72,10 +72,11 @@ class Turns:
         """Return whether the response's last token is a reply's."""
         return not self.chosen[sequence][-1]
 
-    def go_on(self, sequence: int, response: list[int], room: int) -> bool:
-        """Ask for a reply to a turn that has ended; return whether the response goes on.
+    def go_on(self, sequence: int, response: list[int], room: int) -> bool | None:
+        """Ask for a reply to a turn that has ended.
 
-        It does not if there is no reply, or ``room`` tokens hold no more than the reply.
+        Returns whether the response goes on; it is cut off where ``room`` tokens hold no more than
+        the reply. None: there is no reply.
 
         Raises:
             RuntimeError: the environment raised (chained).
@@ -90,7 +91,7 @@ class Turns:
             raised = f"{what} raised {type(error).__name__}: {error}"
             raise RuntimeError(f"{raised}{place_of_error(error)}") from error
         if reply is None:
-            return False
+            return None
         found = self._checked(reply, what)
         if len(found) >= room:
             return False

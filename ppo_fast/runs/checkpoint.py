@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ppo_fast.checks import plain_numbers
+from ppo_fast.runs.optimizer_state import check_optimizer, optimizer_state, restore_optimizer
 
 FORMAT, VERSION = "ppo_fast checkpoint", 2
 CONTENTS = {
@@ -65,7 +66,7 @@ def write_checkpoint(
             "reference": fingerprint(reference),
             "frozen": {name: frozen_fingerprint(module) for name, module in modules.items()},
             "models": {name: trained_state(module) for name, module in modules.items()},
-            "optimizers": {name: o.state_dict() for name, o in optimizers.items()},
+            "optimizers": {n: optimizer_state(o, modules[n]) for n, o in optimizers.items()},
             **progress,
             "random_states": random_states(),
         },
@@ -98,7 +99,7 @@ def read_checkpoint(
     for name, module in modules.items():
         check_identity(name, payload["identity"][name], module, path)
     for name, optimizer in optimizers.items():
-        check_optimizer(name, payload["optimizers"][name], optimizer, path)
+        check_optimizer(name, payload["optimizers"][name], optimizer, modules[name], path)
     for name, module in modules.items():
         check_frozen(name, payload["frozen"][name], module, path)
     if payload["reference"] != fingerprint(reference):
@@ -116,7 +117,7 @@ def read_checkpoint(
     for name, module in modules.items():
         load_trained_state(module, payload["models"][name])
     for name, optimizer in optimizers.items():
-        restore_optimizer(optimizer, payload["optimizers"][name])
+        restore_optimizer(optimizer, payload["optimizers"][name], modules[name])
     restore_random_states(payload["random_states"])
     return payload
 
@@ -201,33 +202,6 @@ def check_identity(name: str, saved: dict[str, Any], model: nn.Module, path: Pat
                 f"checkpoint: {path} is of another {name}: {weight} has shape {theirs} in the file "
                 f"and {ours} in the trainer"
             )
-
-
-def check_optimizer(
-    name: str, saved: dict[str, Any], optimizer: torch.optim.Optimizer, path: Path
-) -> None:
-    """Raise ValueError where a checkpoint's optimizer has another number of weights."""
-    groups = (saved["param_groups"], optimizer.param_groups)
-    theirs, ours = ([len(group["params"]) for group in part] for part in groups)
-    if theirs != ours:
-        raise ValueError(
-            f"checkpoint: {path} has {sum(theirs)} tensors in the optimizer of the {name}, the "
-            f"trainer's has {sum(ours)}; construct the trainer with the same num_layers_unfrozen"
-        )
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Load an optimizer's moments.
-
-    Learning rate and other settings stay those of the trainer's config, which may have been changed
-    for the rest of the run. A rate that a scheduler had set (it adds the setting "initial_lr") is
-    that of the checkpoint: the scheduler goes on from it.
-    """
-    own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    optimizer.load_state_dict(saved)
-    for group, settings in zip(optimizer.param_groups, own, strict=True):
-        scheduled = {k: group[k] for k in ("lr", "initial_lr") if "initial_lr" in group}
-        group.update(settings | scheduled)
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:

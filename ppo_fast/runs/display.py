@@ -78,7 +78,7 @@ class StepDisplay:
         left = elapsed / self.done * (self.num_steps - self.done)
         line = (
             f"step {step.number:3d}  reward {metrics['mean_reward']:+.3f}  "
-            f"KL {metrics['kl_sequence']:6.2f}/seq  clip {metrics['clip_fraction']:.3f}  "
+            f"KL {metrics['kl_sequence']:6.2f}/seq  clip {metrics.get('clip_fraction', 0.0):.3f}  "
             f"entropy {metrics['entropy']:.2f}  {tokens / parts[0]:4.0f} tok/s  "
             f"rollout {parts[0]:.1f}s experience {parts[1]:.1f}s update {parts[2]:.1f}s  "
             f"left {left / 60:.1f} min"

@@ -49,7 +49,7 @@ class Trainable(Protocol):
         self, prompts: Sequence[Prompt], max_length: int | None = None
     ) -> list[Prompt]: ...
 
-    def rollout(self, prompts: Sequence[Prompt], *, samples_per_prompt: int = 1) -> Rollout: ...
+    def rollout(self, prompts: Sequence[Prompt]) -> Rollout: ...
 
     def make_experience(self, rollout: Rollout) -> Experience: ...
 
@@ -148,11 +148,7 @@ def pretrain_critic(
         )
     prompts, drawn, found = ppo.check_prompts(prompts), Progress(ppo.config.seed), []
     for number in range(num_steps):
-        rollout = ppo.rollout(
-            drawn.next_prompts(prompts, batch_size),
-            samples_per_prompt=ppo.config.samples_per_prompt,
-        )
-        experience = ppo.make_experience(rollout)
+        experience = ppo.make_experience(ppo.rollout(drawn.next_prompts(prompts, batch_size)))
         metrics = ppo.learner.train_critic(
             experience,
             epochs=ppo.config.value_epochs or ppo.config.num_epochs,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_trainer import PROMPTS, changed, count_letters, tiny_trainer, weights
+from tiny_models import tiny_model, tiny_tokenizer
+from tiny_trainer import PROMPTS, changed, count_letters, no_model_runs, tiny_trainer, weights
 
 from ppo_fast import PPOConfig, PPOTrainer
 from ppo_fast.ops import gae
@@ -25,15 +26,14 @@ class Calculator:
 
 
 def trainer_with(environment=Calculator, reward=count_letters, **options) -> PPOTrainer:
-    base = tiny_trainer(critic="baseline")
-    policy = base.policy_model
+    policy, tokenizer = tiny_model(hidden=32), tiny_tokenizer()
     policy.generation_config.eos_token_id = EOS
     settings = {"max_length": 24, "learning_rate": 1e-3, "critic": "head"} | options
     return PPOTrainer(
         policy,
         None,
         reward,
-        base.tokenizer,
+        tokenizer,
         "cpu",
         config=PPOConfig(**settings),
         environment=environment,
@@ -111,8 +111,13 @@ def test_an_environment_for_each_sample():
 
 
 def test_wrong_environments_are_refused():
-    with pytest.raises(TypeError, match="environment: got str, expected a function that makes"):
+    with (
+        no_model_runs(),
+        pytest.raises(TypeError, match="environment: got str, expected a function that makes"),
+    ):
         trainer_with("calculator")
+    with pytest.raises(TypeError, match="environment: made NoneType, expected an object with"):
+        trainer_with(lambda prompt: None).rollout(PROMPTS)
     base = tiny_trainer(critic="baseline")
     engine = TransformersEngine(base.policy_model, eos_ids=[], pad_id=0)
     with pytest.raises(TypeError, match="environment: TransformersEngine does not let an env"):

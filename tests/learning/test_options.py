@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_trainer import (
@@ -14,7 +16,7 @@ from tiny_trainer import (
     without_times,
 )
 
-from ppo_fast import PPO, PPOConfig
+from ppo_fast import PPO, PPOConfig, Rollout
 from ppo_fast.critics.baselines import baseline
 from ppo_fast.learning.make_experience import length_lambda
 from ppo_fast.ops import gae
@@ -23,6 +25,16 @@ from ppo_fast.ops import gae
 def experience_of(trainer, scores=None, **options):
     rollout = trainer.rollout(PROMPTS, seeds=torch.arange(len(PROMPTS)), **options)
     return rollout, trainer.make_experience(rollout, scores)
+
+
+def counted(trainer) -> dict[str, int]:
+    """Return the numbers of optimizer steps from now on, by name."""
+    steps = dict.fromkeys(trainer.learner.optimizers, 0)
+    for name, optimizer in trainer.learner.optimizers.items():
+        optimizer.register_step_post_hook(
+            lambda *_, name=name: steps.update({name: steps[name] + 1})
+        )
+    return steps
 
 
 # Who is trained, and when
@@ -47,8 +59,9 @@ def test_the_policy_rests_while_the_critic_warms_up(critic):
 @pytest.mark.parametrize(("policy", "value"), [(1, 3), (3, 1), (2, 2)])
 def test_epochs_of_policy_and_critic(critic, policy, value):
     trainer = tiny_trainer(critic=critic, num_epochs=policy, value_epochs=value, num_minibatches=2)
+    steps = counted(trainer)
     trainer.train_step(PROMPTS)
-    assert trainer.learner.schedule.done == {"policy": 2 * policy, "value": 2 * value}
+    assert steps == {"policy": 2 * policy, "value": 2 * value}
 
 
 def test_more_value_epochs_leave_the_policy_as_it_would_be():
@@ -73,9 +86,10 @@ def test_the_policy_rests_beyond_target_kl_and_the_critic_goes_on(critic):
     options = {"critic": critic, "num_epochs": 6, "learning_rate": 3e-2}
     free, held = tiny_trainer(**options), tiny_trainer(target_kl=1e-4, **options)
     assert free.train_step(PROMPTS)["approx_kl_k3"] > 1e-4
+    steps = counted(held)
     metrics = held.train_step(PROMPTS)
     assert metrics["policy_optimizer_steps"] == 1.0
-    assert held.learner.schedule.done == {"policy": 1, "value": 6}
+    assert steps == {"policy": 1, "value": 6}
     never = tiny_trainer(target_kl=1e6, **options)
     never.train_step(PROMPTS)
     assert not changed(never.policy_model, weights(free.policy_model))
@@ -131,7 +145,6 @@ def test_pretraining_has_the_highest_rate_and_leaves_the_schedule_alone():
     for trainer in (one, two):
         trainer.pretrain_critic(PROMPTS, num_steps=2, batch_size=5)
     assert not changed(one.value_model, weights(two.value_model))
-    assert one.learner.schedule.done == {"policy": 0, "value": 0}
     metrics = one.train_step(PROMPTS)  # the second of its two optimizer steps: half of the warm-up
     assert metrics["learning_rate"] == pytest.approx(one.config.learning_rate / 2)
 
@@ -193,6 +206,26 @@ RESUMED = {
     "entropy_target": 100.0,
     "reward_normalization": "running",
 }
+
+
+def test_weight_decay_may_change_when_a_run_is_resumed(tmp_path):
+    first = tiny_trainer()
+    first.train_step(PROMPTS)
+    path = first.save_checkpoint(tmp_path, 1)
+    second = tiny_trainer(weight_decay=0.1)
+    second.load_checkpoint(path)
+    third = tiny_trainer(weight_decay=0.1)
+    third.load_checkpoint(second.save_checkpoint(tmp_path, 2))
+    moments = [
+        {
+            name: t.policy_optimizer.state[p]["exp_avg"]
+            for name, p in t.policy_model.named_parameters()
+        }
+        for t in (first, second, third)
+    ]
+    for name, expected in moments[0].items():
+        assert torch.equal(moments[1][name], expected)
+        assert torch.equal(moments[2][name], expected)
 
 
 @pytest.mark.parametrize("kl_in", ["loss", "reward"])
@@ -272,6 +305,18 @@ def test_a_group_of_equal_scores_leaves_the_kl_alone():
     expected = torch.where(e.tokens.response_mask, -0.3 * kl, 0.0)
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(e.advantages, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [{"critic": "group_norm"}, {"critic": "head", "reward_normalization": "group"}]
+)
+def test_rollouts_have_the_configs_samples_and_groups_need_them(options):
+    trainer = tiny_trainer(samples_per_prompt=3, **options)
+    assert trainer.rollout(PROMPTS).samples_per_prompt == 3
+    assert len(trainer.generate_responses(PROMPTS)[0]) == len(PROMPTS)
+    single = trainer.rollout(PROMPTS, samples_per_prompt=1)
+    with pytest.raises(ValueError, match="compares the samples of a prompt, and the rollout has"):
+        trainer.make_experience(single)
 
 
 def test_a_step_samples_each_prompt_several_times():
@@ -365,7 +410,50 @@ def test_a_module_may_score_tokens():
         assert e.rewards[i, :n].tolist() == pytest.approx(expected)
 
 
+def test_a_score_of_a_token_that_is_not_trained_on_goes_to_the_one_before():
+    trainer = tiny_trainer(kl_penalty=0.0)
+    trained = [[True, False, False, True], [False, True, True, False]]
+    rollout = Rollout.from_tokens([[5], [6]], [[7, 8, 9, 10]] * 2, trained=trained)
+    e = trainer.make_experience(rollout, [[1.0, 2.0, 4.0, 8.0], [1.0, 2.0, 4.0, 8.0]])
+    assert e.rewards.tolist() == [[7.0, 0.0, 0.0, 8.0], [0.0, 3.0, 12.0, 0.0]]
+    assert e.scores.tolist() == [15.0, 15.0]
+
+
+def test_critics_without_weights_compare_the_sums_of_scores_of_tokens():
+    trainer = tiny_trainer(critic="baseline", kl_penalty=0.0)
+    rollout = trainer.rollout(PROMPTS)
+    scores = torch.randn(rollout.tokens.response_ids.shape)
+    of_tokens = trainer.make_experience(rollout, scores)
+    sums = torch.where(rollout.tokens.response_mask, scores, 0.0).sum(1)
+    whole = trainer.make_experience(rollout, sums)
+    torch.testing.assert_close(of_tokens.advantages, whole.advantages)
+
+
 # Responses that were cut off
+
+
+def test_lengths_are_those_of_the_rollout_not_of_the_config():
+    settings = {"overlong_buffer": 3, "kl_penalty": 0.0, "aggregation": "seq-mean-token-sum"}
+    one, two = tiny_trainer(max_length=6, **settings), tiny_trainer(max_length=100, **settings)
+    experiences = [
+        t.make_experience(t.rollout(PROMPTS, max_length=6, seeds=torch.arange(5)))
+        for t in (one, two)
+    ]
+    assert torch.equal(experiences[0].rewards, experiences[1].rewards)
+    assert (experiences[0].rewards.sum(1) < experiences[0].scores).any()
+    norms = [t.update(e)["policy_grad_norm"] for t, e in zip((one, two), experiences, strict=True)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+
+
+def test_the_kl_of_a_sequence_is_over_those_that_are_trained_on():
+    trainer = tiny_trainer(mask_truncated=True)
+    with torch.no_grad():
+        for p in trainer.policy_model.parameters():
+            p.mul_(1.2)
+    rollout, e = experience_of(trainer, max_length=24)
+    kl = (e.old_logprobs - e.ref_logprobs).sum(1)[rollout.finished]
+    assert 0 < len(kl) < len(PROMPTS)
+    assert e.metrics["kl_sequence"] == pytest.approx(float(kl.mean()), rel=1e-5)
 
 
 def test_truncated_responses_are_left_out_of_the_losses():
@@ -385,14 +473,38 @@ def test_truncated_responses_are_left_out_of_the_losses():
 def test_a_batch_in_which_all_are_truncated_trains_nothing():
     trainer = tiny_trainer(mask_truncated=True, max_length=1, critic="head", weight_decay=0.0)
     trainer.policy_model.generation_config.eos_token_id = None
-    before = weights(trainer.policy_model)
+    for _ in range(2):  # the second with moments of the first
+        rollout = trainer.rollout(PROMPTS)
+        trainer.update(trainer.make_experience(replace(rollout, finished=rollout.finished | True)))
+    before, value = weights(trainer.policy_model), weights(trainer.critic.module)
     metrics = trainer.train_step(PROMPTS)
     assert metrics["finished_fraction"] == 0.0
     assert all(abs(x) < float("inf") for x in metrics.values())
     assert not changed(trainer.policy_model, before)
+    assert not changed(trainer.critic.module, value)
 
 
 # Weights of tokens
+
+
+@pytest.mark.parametrize(
+    "options", [{"importance": "truncate"}, {"ratio_to": "sampler", "objective": "mask"}]
+)
+def test_tokens_of_an_unknown_sampler_are_refused(options):
+    trainer = tiny_trainer(**options)
+    rollout = Rollout.from_tokens([[5, 6], [7]], [[8, 9], [10]])
+    with pytest.raises(ValueError, match="has no sampling_logprobs, which ratio_to='sampler' and"):
+        trainer.make_experience(rollout, [1.0, 2.0])
+    known = Rollout.from_tokens([[5, 6], [7]], [[8, 9], [10]], sampling_logprobs=[[-1, -2], [-3]])
+    found = trainer.make_experience(known, [1.0, 2.0])
+    assert known.logprobs is None
+    assert found.metrics["sampling_log_ratio_max"] > 0.5
+
+
+def test_tokens_of_an_unknown_sampler_have_no_metrics_of_it():
+    trainer = tiny_trainer()
+    rollout = Rollout.from_tokens([[5, 6], [7]], [[8, 9], [10]])
+    assert not any("sampl" in name for name in trainer.make_experience(rollout, [1.0, 2.0]).metrics)
 
 
 def test_importance_weights_of_a_truncated_sampler():
@@ -430,6 +542,7 @@ def test_tokens_of_highest_entropy(share):
     assert int(e.high_entropy.sum()) == count
     torch.testing.assert_close(entropy[e.high_entropy].sort(descending=True).values, chosen)
     assert torch.equal(e.weights, e.high_entropy.float())
+    assert trainer.update(e)["entropy"] == e.metrics["entropy"], "of all tokens"
 
 
 # Nothing depends on how a batch is split

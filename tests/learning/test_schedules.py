@@ -42,11 +42,14 @@ def optimizer() -> torch.optim.Optimizer:
     return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
 
 
-def run(schedule: Schedule, name: str, steps: int) -> list[float]:
+def run(schedule: Schedule, name: str, steps: int, updates: int) -> list[float]:
+    """Return the rates of ``updates`` updates of ``steps`` optimizer steps."""
     one, rates = optimizer(), []
-    for _ in range(steps):
-        schedule.before_step(name, one)
-        rates.append(one.param_groups[0]["lr"])
+    for update in range(updates):
+        schedule.begin_update(update)
+        for _ in range(steps):
+            schedule.before_step(name, one)
+            rates.append(one.param_groups[0]["lr"])
     return rates
 
 
@@ -57,24 +60,38 @@ def test_policy_and_value_function_have_schedules_of_their_own():
     schedule = Schedule(config, {"policy": 1.0, "value": 10.0})
     schedule.plan(total_steps=6, num_epochs=1)
     # 4 steps of 1 epoch of 2 minibatches; 6 steps of 3 epochs of 2 minibatches
-    assert run(schedule, "policy", 8) == pytest.approx([1 - i / 8 for i in range(8)])
-    assert run(schedule, "value", 36) == pytest.approx([10 * (1 - i / 36) for i in range(36)])
-    assert schedule.done == {"policy": 8, "value": 36}
+    found = run(schedule, "policy", 2, 6)[4:]
+    assert found == pytest.approx([1 - i / 8 for i in range(8)])
+    found = run(schedule, "value", 6, 6)
+    assert found == pytest.approx([10 * (1 - i / 36) for i in range(36)])
+
+
+def test_optimizer_steps_that_are_left_out_delay_nothing():
+    schedule = Schedule(PPOConfig(lr_schedule="linear", num_minibatches=4), {"policy": 1.0})
+    schedule.plan(total_steps=5, num_epochs=2)
+    assert run(schedule, "policy", 1, 5) == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_a_schedule_that_has_ended_at_zero_is_refused():
+    schedule = Schedule(PPOConfig(lr_schedule="linear", schedule_steps=3), {"policy": 1.0})
+    schedule.check(2)
+    with pytest.raises(ValueError, match="the learning rate is 0 after the schedule's 3 steps"):
+        schedule.check(3)
 
 
 def test_without_a_schedule_a_users_own_rate_stays():
     schedule = Schedule(PPOConfig(), {"policy": 1.0})
     schedule.plan(5, 1)
-    assert run(schedule, "policy", 3) == [0.5] * 3
+    assert run(schedule, "policy", 1, 3) == [0.5] * 3
     assert current_rates({"policy": optimizer()}) == {"learning_rate": 0.5}
 
 
 def test_step_alone_does_not_know_the_runs_length():
     schedule = Schedule(PPOConfig(lr_schedule="cosine"), {"policy": 1.0})
     with pytest.raises(ValueError, match=r"call train\(\), or set schedule_steps"):
-        schedule.check()
-    Schedule(PPOConfig(lr_schedule="cosine", schedule_steps=9), {"policy": 1.0}).check()
-    Schedule(PPOConfig(lr_warmup=4), {"policy": 1.0}).check()
+        schedule.check(0)
+    Schedule(PPOConfig(lr_schedule="cosine", schedule_steps=9), {"policy": 1.0}).check(0)
+    Schedule(PPOConfig(lr_warmup=4), {"policy": 1.0}).check(0)
 
 
 @pytest.mark.parametrize("name", ["schedule_steps", "critic_warmup_steps"])

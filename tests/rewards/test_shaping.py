@@ -41,7 +41,7 @@ def test_scores_sit_on_the_last_token_that_the_policy_chose():
     tokens = replace(TOKENS, trained=chosen)
     assert place_scores(SCORES, tokens)[2].tolist() == [2.0, 0.0, 0.0]
     of_tokens = torch.full((4, 3), 5.0)
-    assert place_scores(of_tokens, tokens)[2].tolist() == [5.0, 0.0, 0.0]
+    assert place_scores(of_tokens, tokens)[2].tolist() == [15.0, 0.0, 0.0]
 
 
 def test_a_response_that_was_cut_off_is_penalised():

@@ -32,9 +32,10 @@ def run(prompts: list[int], spare: list[int], most: int) -> tuple[list[str], dic
     rollout, scores, metrics = resample(
         first,
         score(first),
-        sample=rollout_of,
+        [[p] for p in prompts],
+        sample=lambda rows: rollout_of([p for (p,) in rows]),
         score=score,
-        draw=lambda count: [next(drawn) for _ in range(count)],
+        draw=lambda count: [[next(drawn)] for _ in range(count)],
         most=most,
     )
     assert torch.equal(scores, score(rollout))
@@ -80,10 +81,38 @@ def test_scores_of_tokens_are_joined_by_width():
     rollout, scores, _ = resample(
         first,
         scores,
-        sample=rollout_of,
+        [[1], [10]],
+        sample=lambda rows: rollout_of([p for (p,) in rows]),
         score=lambda r: torch.ones(r.tokens.response_ids.shape) * torch.tensor([[5.0], [6.0]]),
-        draw=lambda count: [2] * count,  # responses of 3 tokens
+        draw=lambda count: [[2]] * count,  # responses of 3 tokens
         most=1,
     )
     assert scores.tolist() == [[1, 1, 0], [2, 2, 0], [5, 5, 5], [6, 6, 6]]
     assert rollout.tokens.response_ids.shape == (4, 3)
+
+
+def test_scores_of_tokens_are_cut_where_the_longest_response_is_replaced():
+    first = rollout_of([1, 11])  # responses of 2 and of 3 tokens
+    scores = torch.ones(4, 3) * torch.tensor([1.0, 2.0, 3.0, 3.0])[:, None]
+    rollout, scores, _ = resample(
+        first,
+        scores,
+        [[1], [11]],
+        sample=lambda rows: rollout_of([p for (p,) in rows]),
+        score=lambda r: torch.ones(r.tokens.response_ids.shape) * torch.tensor([[5.0], [6.0]]),
+        draw=lambda count: [[3]] * count,  # responses of 1 token
+        most=1,
+    )
+    assert scores.shape == rollout.tokens.response_ids.shape == (4, 2)
+
+
+def test_without_others_the_same_prompts_are_sampled_again():
+    asked = []
+
+    def sample(rows):
+        asked.append(rows)
+        return rollout_of([p for (p,) in rows])
+
+    first = rollout_of([1, 11, 2])
+    resample(first, score(first), [[1], [11], [2]], sample=sample, score=score, draw=None, most=2)
+    assert asked == [[[11]], [[11]]]

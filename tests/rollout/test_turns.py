@@ -124,6 +124,21 @@ def test_a_reply_without_room_ends_the_response():
     rollout = sample(environments)
     assert rollout.tokens.response_mask.sum() == rollout.tokens.response_lengths.sum()
     assert all(len(environment.turns) <= 1 for environment in environments)
+    assert not rollout.finished.any(), "they were cut off"
+
+
+def test_a_turn_that_ends_at_the_last_token_is_shown_too():
+    seen = 0
+    for length in range(2, 10):
+        for replies in (0, 9):
+            environments = [Replies([[50]] * replies) for _ in PROMPTS]
+            rollout = sample(environments, max_length=length)
+            for i, row in enumerate(responses(rollout)):
+                if len(row) == length and row[-1] in EOS_IDS:
+                    seen += 1
+                    assert environments[i].turns[-1].ids[-1] == row[-1]
+                    assert bool(rollout.finished[i]) is (replies == 0)
+    assert seen >= 4
 
 
 def test_a_reply_in_text_is_tokenised():
