@@ -40,7 +40,6 @@ class Parts(NamedTuple):
     reference: LanguageModel
     critic: Critic
     texts: Texts
-    engine: Engine
     sampler: Sampler
     scorer: Scorer
     learner: Learner
@@ -99,7 +98,6 @@ def make_parts(
         reference,
         critic,
         texts,
-        engine,
         Sampler(engine, texts, copies, environment),
         scorer,
         Learner(policy, critic, config),

@@ -114,13 +114,16 @@ class PPO:
         )
         self.device = parts.device
         self.policy, self.reference, self.critic = parts.policy, parts.reference, parts.critic
-        self.texts, self.engine, self.sampler = parts.texts, parts.engine, parts.sampler
+        self.texts, self.sampler = parts.texts, parts.sampler
         self.scorer, self.learner = parts.scorer, parts.learner
         self.progress = Progress(config.seed)
         self.newest_checkpoint: Path | None = None
         self._warned = False
 
     config = property(lambda self: self._config)
+    engine = property(
+        lambda self: self.sampler.engine, lambda self, new: setattr(self.sampler, "engine", new)
+    )
     tokenizer = property(
         lambda self: self.texts.tokenizer, lambda self, new: setattr(self.texts, "tokenizer", new)
     )

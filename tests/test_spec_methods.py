@@ -319,7 +319,9 @@ def test_values_are_those_of_the_states_before_each_token(critic):
 
 
 def test_values_without_a_value_function():
-    with pytest.raises(ValueError, match=r"compute_values.*baseline.*value_model.*head"):
+    with pytest.raises(
+        ValueError, match=r"compute_values: the critic has no value.*value_model.*head"
+    ):
         tiny_trainer(critic="baseline").compute_values(*PAIRS)
 
 

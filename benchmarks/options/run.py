@@ -116,7 +116,7 @@ def one(task: Task, variant: Variant, seed: int) -> dict[str, float]:
 
 @torch.no_grad()
 def evaluate(ppo: PPO, task: Task) -> dict[str, float]:
-    rollout = ppo.rollout(task.prompts(EVALUATED, seed=2))
+    rollout = ppo.rollout(task.prompts(EVALUATED, seed=2), samples_per_prompt=1)
     scores = task.reward(rollout.prompts, rollout.completions)
     rollout = with_trunk(rollout, ppo.policy, MAX_TOKENS)
 

@@ -33,9 +33,9 @@ def check_optimizer(
         theirs, ours = [sum(theirs)], [sum(ours)]
     if theirs != ours:
         raise ValueError(
-            f"checkpoint: {path} has {theirs} tensors in the groups of the {name}'s optimizer, the "
-            f"trainer's has {ours}; construct the trainer with the same num_layers_unfrozen and "
-            "frozen"
+            f"checkpoint: {path} has {sum(theirs)} tensors in the optimizer of the {name}, the "
+            f"trainer's has {sum(ours)}; construct the trainer with the same num_layers_unfrozen "
+            "and frozen"
         )
 
 
