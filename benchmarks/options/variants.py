@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from ppo_fast import PPOConfig
 
 # Of all runs, unless a variant changes them.
 COMMON = {
@@ -32,6 +34,9 @@ class Variant:
 def variants() -> list[Variant]:
     head = {"critic": "head"}
     k = {"num_layers_unfrozen": 2}
+    # at this size: the learning rates of the other variants, half the warm-up, a larger alpha
+    rates = {name: COMMON[name] for name in ("learning_rate", "value_learning_rate")}
+    sao = recipe(PPOConfig.sao(critic="head"), **rates, critic_warmup_steps=5, gae_length_alpha=0.5)
     group = {"samples_per_prompt": 8, "kl_penalty": COMMON["kl_penalty"], "num_epochs": 4}
     return [
         Variant("batch mean of the others", {"critic": "baseline"}),
@@ -55,20 +60,11 @@ def variants() -> list[Variant]:
         Variant("Dr. GRPO, 8 samples", group | {"critic": "group_mean"}),
         Variant("GSPO, 8 samples", group | {"critic": "group_norm", "ratio": "sequence"}),
         Variant("CISPO, value head", head | {"objective": "cispo"}),
-        Variant("SAO, value head", SAO | head),
+        Variant("SAO, value head", sao),
     ]
 
 
-# PPOConfig.sao() at this size: the learning rates of the other variants, half its warm-up.
-SAO = {
-    "kl_penalty": 0.0,
-    "objective": "mask",
-    "clip_epsilon": 0.8,
-    "clip_epsilon_high": 3.0,
-    "ratio_to": "sampler",
-    "gae_lambda_value": 1.0,
-    "gae_length_alpha": 0.5,
-    "num_epochs": 1,
-    "value_epochs": 2,
-    "critic_warmup_steps": 5,
-}
+def recipe(config: PPOConfig, **changes: Any) -> dict[str, Any]:
+    """Return the settings in which a preset differs from the defaults, but for ``changes``."""
+    given, default = asdict(config), asdict(PPOConfig())
+    return {name: x for name, x in given.items() if x != default[name]} | changes
