@@ -81,21 +81,8 @@ class Rollout:
         Raises:
             ValueError: counts or lengths differ, or a list is empty.
         """
-        pairs = {"prompt_ids": prompt_ids, "response_ids": response_ids}
-        for name, rows in pairs.items():
-            if len(rows) != len(prompt_ids) or not all(map(len, rows)):
-                raise ValueError(
-                    f"{name}: got {len(rows)} lists of lengths {[len(row) for row in rows][:8]}, "
-                    f"expected {len(prompt_ids)} lists, none of them empty"
-                )
+        _check_lists(prompt_ids, response_ids, finished, samples_per_prompt)
         tokens = make_tokens(prompt_ids, response_ids, pad_id, torch.device(device))
-        if samples_per_prompt < 1 or len(tokens) % samples_per_prompt:
-            raise ValueError(
-                f"samples_per_prompt: got {samples_per_prompt} for {len(tokens)} responses, "
-                "expected a divisor"
-            )
-        if finished is not None and len(finished) != len(tokens):
-            raise ValueError(f"finished: got {len(finished)} entries, expected {len(tokens)}")
         if trained is not None:
             tokens = replace(tokens, trained=per_token("trained", trained, tokens).bool())
 
@@ -118,6 +105,29 @@ class Rollout:
             Sampling(length, temperature=temperature),
             samples_per_prompt=samples_per_prompt,
         )
+
+
+def _check_lists(
+    prompt_ids: Sequence[Sequence[int]],
+    response_ids: Sequence[Sequence[int]],
+    finished: Sequence[bool] | None,
+    samples_per_prompt: int,
+) -> None:
+    """Raise ValueError where the arguments of ``from_tokens`` do not fit one another."""
+    count = len(prompt_ids)
+    for name, rows in {"prompt_ids": prompt_ids, "response_ids": response_ids}.items():
+        if len(rows) != count or not all(map(len, rows)):
+            raise ValueError(
+                f"{name}: got {len(rows)} lists of lengths {[len(row) for row in rows][:8]}, "
+                f"expected {count} lists, none of them empty"
+            )
+    if samples_per_prompt < 1 or count % samples_per_prompt:
+        raise ValueError(
+            f"samples_per_prompt: got {samples_per_prompt} for {count} responses, expected a "
+            "divisor"
+        )
+    if finished is not None and len(finished) != count:
+        raise ValueError(f"finished: got {len(finished)} entries, expected {count}")
 
 
 def per_token(name: str, rows: Sequence[Sequence[float]], tokens: Tokens) -> Tensor:

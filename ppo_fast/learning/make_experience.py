@@ -59,16 +59,13 @@ def make_experience(
     Raises:
         ValueError: a value is NaN or infinite.
     """
-    temperature, max_tokens = rollout.sampling.temperature, config.forward_batch_tokens
+    _check(rollout, config)
+    max_tokens = config.forward_batch_tokens
     rollout = with_trunk(rollout, policy, max_tokens)
-    trunk_states = rollout.trunk_states
-    if trunk_states is not None and config.trunk_dtype is not None:
-        trunk_states = trunk_states.to(torch.bfloat16)
-        rollout = replace(rollout, trunk_states=trunk_states)
+    if rollout.trunk_states is not None and config.trunk_dtype is not None:
+        rollout = replace(rollout, trunk_states=rollout.trunk_states.to(torch.bfloat16))
     if not critic.bootstraps and scores.dim() == 2:
         scores = scores.sum(1)  # baselines compare whole responses
-    if config.reward_normalization == "group":
-        check_groups("reward_normalization='group'", rollout)
     placed = place_scores(scores, rollout.tokens)
     shaped, moments = shape_rewards(
         placed,
@@ -93,38 +90,54 @@ def make_experience(
         raise ValueError("value_model: returned NaN or infinity; values must be finite")
     advantages, returns = estimate_advantages(rewards, values, tokens, critic, config)
     metrics = experience_metrics(rollout, placed.sum(1), old, ref, advantages)
-    if config.whiten_advantages:
-        advantages = whiten(advantages, mask=mask)
-
-    if rollout.logprobs is not None and computed:
-        metrics |= sampling_differences(rollout.logprobs, old, mask)
-    drawn = rollout.sampling_logprobs
-    corrected = config.ratio_to == "sampler" or config.importance is not None
-    if drawn is None and corrected:
-        raise ValueError(
-            "rollout: has no sampling_logprobs, which ratio_to='sampler' and importance need; give "
-            "them to Rollout.from_tokens(..., sampling_logprobs=...)"
-        )
-    if drawn is not None and (computed or corrected):
-        metrics |= mismatch_metrics(old - drawn, mask)
+    metrics |= _sampling_metrics(rollout, old, config, computed=computed)
     weights, high_entropy = _weights(rollout, old, policy, config)
+    drawn = rollout.sampling_logprobs
     return Experience(
         tokens=tokens,
-        temperature=temperature,
+        temperature=rollout.sampling.temperature,
         max_length=rollout.sampling.max_length,
         old_logprobs=old if config.ratio_to == "old" or drawn is None else drawn,
         ref_logprobs=ref,
         values=values,
         scores=placed.sum(1),
         rewards=rewards,
-        advantages=advantages,
+        advantages=whiten(advantages, mask=mask) if config.whiten_advantages else advantages,
         returns=returns,
-        trunk_states=trunk_states,
+        trunk_states=rollout.trunk_states,
         metrics=metrics,
         weights=weights,
         high_entropy=high_entropy,
         reward_moments=moments if config.reward_normalization == "running" else None,
     )
+
+
+def _check(rollout: Rollout, config: PPOConfig) -> None:
+    """Raise ValueError where a rollout lacks what the config needs."""
+    if rollout.sampling_logprobs is None and _corrects(config):
+        raise ValueError(
+            "rollout: has no sampling_logprobs, which ratio_to='sampler' and importance need; give "
+            "them to Rollout.from_tokens(..., sampling_logprobs=...)"
+        )
+    if config.reward_normalization == "group":
+        check_groups("reward_normalization='group'", rollout)
+
+
+def _corrects(config: PPOConfig) -> bool:
+    """Return whether the sampler's log-probs enter the loss."""
+    return config.ratio_to == "sampler" or config.importance is not None
+
+
+def _sampling_metrics(
+    rollout: Rollout, old: Tensor, config: PPOConfig, *, computed: bool
+) -> dict[str, float]:
+    """Return how far decoding and the sampler are from ``old``, where it was ``computed`` anew."""
+    mask, metrics = rollout.tokens.response_mask, {}
+    if rollout.logprobs is not None and computed:
+        metrics = sampling_differences(rollout.logprobs, old, mask)
+    if rollout.sampling_logprobs is not None and (computed or _corrects(config)):
+        metrics |= mismatch_metrics(old - rollout.sampling_logprobs, mask)
+    return metrics
 
 
 def _old_and_reference_logprobs(
