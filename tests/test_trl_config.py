@@ -61,6 +61,7 @@ def test_arguments_are_translated():
         ({"deepspeed": "x.json"}, TypeError, "has no counterpart; docs/migrate.md"),
         ({"whiten_rewards": True}, ValueError, "whiten_rewards: got True"),
         ({"lr_scheduler_type": "polynomial"}, ValueError, "lr_scheduler_type: got 'polynomial'"),
+        ({"kl_estimator": "k2"}, ValueError, "kl_estimator: got 'k2', TRL has 'k1' and 'k3'"),
         ({"cliprange": 2.0}, ValueError, "clip_epsilon: got 2.0"),
     ],
 )

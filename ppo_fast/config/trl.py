@@ -66,6 +66,8 @@ def settings_from_trl(arguments: dict[str, Any], ours: set[str]) -> dict[str, An
             f"lr_scheduler_type: got {values['lr_scheduler_type']!r}, expected one of "
             f"{', '.join(SCHEDULES)}"
         )
+    if values["kl_estimator"] not in ("k1", "k3"):
+        raise ValueError(f"kl_estimator: got {values['kl_estimator']!r}, TRL has 'k1' and 'k3'")
     stop, warmup = values["stop_token_id"], values["warmup_steps"]
     if warmup >= 1:  # TRL counts updates, each of which has several optimizer steps
         warmup *= values["num_ppo_epochs"] * values["num_mini_batches"]
