@@ -64,6 +64,19 @@ def test_train_fills_the_output_folder(place, capsys):
     assert AutoTokenizer.from_pretrained("run/policy")("The film") == tiny_tokenizer()("The film")
 
 
+def test_options_of_several_values_and_steps_that_train_the_critic_alone(place, capsys):
+    flags = "--critic head --critic-warmup-steps 1 --lr-warmup 3 --importance truncate"
+    main(arguments(*flags.split(), "--importance-range", "0.5", "2", "--frozen", "*mlp*", "*norm*"))
+    metrics = lines(place / "run" / "metrics.jsonl")
+    assert [row["policy_loss"] == 0 for row in metrics] == [True, False]
+    settings = yaml.safe_load((place / "run" / "config.yaml").read_text("utf-8"))
+    assert settings["importance_range"] == [0.5, 2.0]
+    assert settings["frozen"] == ["*mlp*", "*norm*"]
+    assert len(re.findall(r"^step +[12]  reward", capsys.readouterr().out, re.MULTILINE)) == 2
+    main(["train", "--config", "run/config.yaml", "--resume", "--num-steps", "3"])
+    assert len(lines(place / "run" / "metrics.jsonl")) == 3
+
+
 def test_value_model_and_flags_reach_the_trainer(place):
     main(arguments("--value-model", "model", "--temperature", "0.5", num_steps=1))
     saved = torch.load("run/checkpoints/ppo_checkpoint_step_1.pt", weights_only=True)
