@@ -47,20 +47,21 @@ def main() -> None:
     minutes = (time.perf_counter() - start) / 60
     print("\n\n".join(tables), f"\n{minutes:.0f} minutes")
     if len(sys.argv) == 1:
-        PAGE.write_text(introduction(minutes) + "\n\n".join(tables) + "\n")
+        PAGE.write_text(introduction() + "\n\n".join(tables) + "\n")
         print(f"wrote {PAGE.relative_to(ROOT)}")
 
 
-def introduction(minutes: float) -> str:
+def introduction() -> str:
     """Return what stands before the tables."""
     settings = ", ".join(f"`{name}={value}`" for name, value in COMMON.items())
     seeds, kernels = len(SEEDS), _C.instruction_set()
     return f"""# Options compared on two small tasks
 
-Written by `make options` in {minutes:.0f} minutes, on two cores ({machine()}; our kernels use
-{kernels}), float32, torch {torch.__version__.split("+")[0]}. Each variant is trained with {seeds}
-seeds, from one model (3 layers of width 128) that has had a short supervised start. All have
-{settings}, unless they say otherwise: `benchmarks/options/variants.py` has each variant's settings.
+Written by `make options`, on two cores ({machine()}; our kernels use {kernels}), float32, torch
+{torch.__version__.split("+")[0]}. Each variant is trained with {seeds} seeds, from one model (3 layers
+of width 128) that has had a short supervised start. All have
+{settings},
+unless they say otherwise: `benchmarks/options/variants.py` has each variant's settings.
 
 - **sums**: sums of two numbers of two digits; the reward is 1 where the answer is right
 - **sentences**: continue three words of an artificial language. Each word has a valence in [-1, 1],
