@@ -58,8 +58,8 @@ def introduction() -> str:
     return f"""# Options compared on two small tasks
 
 Written by `make options`, on two cores ({machine()}; our kernels use {kernels}), float32, torch
-{torch.__version__.split("+")[0]}. Each variant is trained with {seeds} seeds, from one model (3 layers
-of width 128) that has had a short supervised start. All have
+{torch.__version__.split("+")[0]}. Each variant is trained with {seeds} seeds, from one model (3
+layers of width 128) that has had a short supervised start. All have
 {settings},
 unless they say otherwise: `benchmarks/options/variants.py` has each variant's settings.
 
