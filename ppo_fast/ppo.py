@@ -20,19 +20,13 @@ from ppo_fast.checks import check_counts, with_names_checked
 from ppo_fast.config import PPOConfig, warn_of_discount
 from ppo_fast.critics.critic import ModelCritic
 from ppo_fast.data.experience import Experience
-from ppo_fast.data.prompts import (
-    Prompt,
-    check_lengths,
-    check_prompts,
-)
+from ppo_fast.data.prompts import Prompt, check_lengths, check_prompts
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.step import Step
 from ppo_fast.diagnostics.memory_plan import MemoryPlan, plan_memory
 from ppo_fast.learning.make_experience import make_experience, warn_of_disagreement, with_trunk
 from ppo_fast.models.attention import without_cudnn_attention
-from ppo_fast.models.checks import (
-    context_limit,
-)
+from ppo_fast.models.checks import context_limit
 from ppo_fast.parts import make_parts
 from ppo_fast.rewards.score import RewardFunction, check_scores
 from ppo_fast.rollout import Engine
@@ -164,10 +158,13 @@ class PPO:
     @without_cudnn_attention()
     def score(self, rollout: Rollout) -> Tensor:
         """Compute the reward's scores of a rollout: [B], or [B, T], one a response token."""
-        if self.scorer.reads_trunk:
-            max_tokens = self.config.forward_batch_tokens
-            rollout = with_trunk(rollout, self.policy, max_tokens, whole=True)
-        return self.scorer.of_rollout(rollout)
+        return self.scorer.of_rollout(self._with_trunk(rollout))
+
+    def _with_trunk(self, rollout: Rollout) -> Rollout:
+        """Return ``rollout`` with the trunk states that the reward reads, if it reads any."""
+        if not self.scorer.reads_trunk:
+            return rollout
+        return with_trunk(rollout, self.policy, self.config.forward_batch_tokens, whole=True)
 
     @without_cudnn_attention()
     def make_experience(
@@ -189,7 +186,9 @@ class PPO:
         if not rollout.prompts:  # made from tokens
             self.texts.check(rollout.tokens, self.device)
             rollout = self.texts.decode(rollout)
-        scores = self.score(rollout) if scores is None else scores
+        if scores is None:
+            rollout = self._with_trunk(rollout)
+            scores = self.score(rollout)
         lengths = rollout.tokens.response_lengths
         return make_experience(
             rollout,
@@ -260,6 +259,7 @@ class PPO:
         sample = partial(self._sample, max_length=max_length, temperature=temperature)
         rollout = sample(prompts)
         times.append(time.perf_counter())
+        rollout = self._with_trunk(rollout)
         scores = self.score(rollout)
         resampled: dict[str, float] = {}
         if self.config.max_resampled_batches > 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from ppo_fast.checks import check_counts, with_names_checked
 from ppo_fast.config import PPOConfig
 from ppo_fast.data.batches import in_batches
 from ppo_fast.data.experience import Experience
-from ppo_fast.data.prompts import Prompt, check_lengths, check_prompts
+from ppo_fast.data.prompts import Prompt, check_lengths
 from ppo_fast.data.rollout import Rollout, sampled_ids
-from ppo_fast.data.tokens import Tokens, make_tokens
+from ppo_fast.data.step import Step
+from ppo_fast.data.tokens import Tokens
 from ppo_fast.models.attention import without_cudnn_attention
 from ppo_fast.models.checks import context_limit, to_device
 from ppo_fast.models.language_model import LanguageModel
@@ -206,6 +207,26 @@ class PPOTrainer(PPO):
             on_step=on_step,
         )
 
+    def step(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_epochs: int | None = None,
+        max_length: int | None = None,
+        temperature: float | None = None,
+        more_prompts: Callable[[int], list[Prompt]] | None = None,
+    ) -> Step:
+        """Run a step as ``PPO.step`` does, and keep its rollout for methods that take texts."""
+        step = super().step(
+            prompts,
+            num_epochs=num_epochs,
+            max_length=max_length,
+            temperature=temperature,
+            more_prompts=more_prompts,
+        )
+        self.last_rollout = step.rollout
+        return step
+
     def train_step(
         self,
         prompts: Sequence[Prompt],
@@ -382,28 +403,7 @@ class PPOTrainer(PPO):
 
     def _pairs(self, prompts: Sequence[str], responses: Sequence[str]) -> Tokens:
         """Return the tokens of pairs of texts: as they were sampled last, else encoded."""
-        check_prompts(prompts)
-        if len(prompts) != len(responses):
-            raise ValueError(
-                f"responses: got {len(responses)}, expected {len(prompts)}, one a prompt"
-            )
-        sampled = sampled_ids(self.last_rollout)
-        prompt_ids, response_ids = [], []
-        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            if rows := sampled.get((prompt, response)):
-                # the same pair may have been sampled twice, from different tokens
-                pair = rows.pop(0) if len(rows) > 1 else rows[0]
-            else:
-                encoded = self.tokenizer(response, add_special_tokens=False)["input_ids"]
-                pair = (self.texts.encode([prompt], 0)[0], encoded)
-            if not pair[1]:
-                raise ValueError(
-                    f"responses[{i}]: {response!r} is empty after tokenisation; a response has at "
-                    "least one token"
-                )
-            prompt_ids.append(pair[0])
-            response_ids.append(pair[1])
-        tokens = make_tokens(prompt_ids, response_ids, self.tokenizer.pad_token_id, self.device)
+        tokens = self.texts.pairs(prompts, responses, self.last_rollout, self.device)
         limit = context_limit({"policy_model": self.policy_model, **self._readers()})
         check_lengths(tokens.lengths.tolist(), limit)
         return tokens

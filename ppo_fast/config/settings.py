@@ -19,6 +19,7 @@ from ppo_fast.checks import (
     with_names_checked,
 )
 from ppo_fast.config.class_doc import ClassDoc
+from ppo_fast.config.recipes import GRPO, RLOO, SAO
 from ppo_fast.config.together import check_together
 from ppo_fast.config.trl import settings_from_trl
 from ppo_fast.data.sampling import Sampling
@@ -284,40 +285,18 @@ class PPOConfig:
         advantages lambda by length. The policy's ratio is to the sampler, and tokens outside of
         [0.2, 4] are left out. ``settings`` override.
         """
-        recipe: dict[str, Any] = {
-            "learning_rate": 1e-6,
-            "value_learning_rate": 5e-6,
-            "kl_penalty": 0.0,
-            "objective": "mask",
-            "clip_epsilon": 0.8,
-            "clip_epsilon_high": 3.0,
-            "ratio_to": "sampler",
-            "gae_lambda_value": 1.0,
-            "gae_length_alpha": 0.05,
-            "num_epochs": 1,
-            "value_epochs": 2,
-            "critic_warmup_steps": 10,
-            "value_frozen": ("*attn*",) if settings.get("critic") in (None, "model") else (),
-        }
-        return cls(**recipe | settings)
+        own_layers = settings.get("critic") in (None, "model")
+        return cls(**SAO | ({} if own_layers else {"value_frozen": ()}) | settings)
 
     @classmethod
     def rloo(cls, **settings: Any) -> PPOConfig:
         """Return REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv 2402.14740).
 
         Four responses a prompt, each score compared with the mean of the others'; one pass over
-        them. The KL is in the rewards, each token's for itself and those before it, and not in what
-        scores are compared with. ``settings`` override.
+        them. The KL is in the rewards: a token's return has the KL from there on, and the scores
+        that it is compared with have none. ``settings`` override.
         """
-        recipe: dict[str, Any] = {
-            "learning_rate": 1e-6,
-            "critic": "baseline",
-            "samples_per_prompt": 4,
-            "num_epochs": 1,
-            "whiten_advantages": False,
-            "aggregation": "seq-mean-token-sum",
-        }
-        return cls(**recipe | settings)
+        return cls(**RLOO | settings)
 
     @classmethod
     def grpo(cls, **settings: Any) -> PPOConfig:
@@ -327,18 +306,7 @@ class PPOConfig:
         pass over them; k3 of the KL in the loss, times 0.04; means over responses of their tokens'
         means. ``settings`` override.
         """
-        recipe: dict[str, Any] = {
-            "learning_rate": 1e-6,
-            "critic": "group_norm",
-            "samples_per_prompt": 8,
-            "num_epochs": 1,
-            "kl_in": "loss",
-            "kl_estimator": "k3",
-            "kl_penalty": 0.04,
-            "whiten_advantages": False,
-            "aggregation": "seq-mean-token-mean",
-        }
-        return cls(**recipe | settings)
+        return cls(**GRPO | settings)
 
     @classmethod
     def trl(cls, **arguments: Any) -> PPOConfig:

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from ppo_fast.data.sampling import Sampling
 from ppo_fast.data.tokens import Tokens, join_tokens, make_tokens
-from ppo_fast.data.trunk_states import TrunkStates
+from ppo_fast.data.trunk_states import TrunkStates, join_trunk_states
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def sampled_ids(
 
 
 def select_rows(rollout: Rollout, rows: Tensor) -> Rollout:
-    """Return the rows (int64 on the CPU) of a rollout, without states and trunk states."""
+    """Return the rows (int64 on the CPU) of a rollout."""
     tokens = rollout.tokens.select(rows)
     index, width = rows.to(tokens.device), tokens.response_ids.shape[1]
 
@@ -181,24 +181,22 @@ def select_rows(rollout: Rollout, rows: Tensor) -> Rollout:
         logprobs=part(rollout.logprobs),
         sampling_logprobs=part(rollout.sampling_logprobs),
         finished=rollout.finished[rows],
-        trunk_states=None,
-        states=None,
+        trunk_states=None if rollout.trunk_states is None else rollout.trunk_states.rows(rows),
+        states=part(rollout.states),
         prompts=[rollout.prompts[i] for i in chosen],
         completions=[rollout.completions[i] for i in chosen],
     )
 
 
 def join(rollouts: Sequence[Rollout]) -> Rollout:
-    """Return the rows of all rollouts, without states and trunk states.
-
-    They were sampled alike, and know the same log-probs.
-    """
+    """Return the rows of all rollouts, with what is known of all of them."""
     first = rollouts[0]
     width = max(r.tokens.response_ids.shape[1] for r in rollouts)
 
     def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
-        known = [pad(x, (0, width - x.shape[1])) for x in tensors if x is not None]
-        return torch.cat(known) if len(known) == len(tensors) else None
+        known = [x for x in tensors if x is not None]
+        padded = [pad(x, (*(0, 0) * (x.dim() - 2), 0, width - x.shape[1])) for x in known]
+        return torch.cat(padded) if len(known) == len(tensors) else None
 
     return replace(
         first,
@@ -206,8 +204,8 @@ def join(rollouts: Sequence[Rollout]) -> Rollout:
         logprobs=joined([r.logprobs for r in rollouts]),
         sampling_logprobs=joined([r.sampling_logprobs for r in rollouts]),
         finished=torch.cat([r.finished for r in rollouts]),
-        trunk_states=None,
-        states=None,
+        trunk_states=join_trunk_states([r.trunk_states for r in rollouts]),
+        states=joined([r.states for r in rollouts]),
         prompts=[prompt for r in rollouts for prompt in r.prompts],
         completions=[completion for r in rollouts for completion in r.completions],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,10 @@ class TrunkStates:
     def to(self, dtype: torch.dtype) -> TrunkStates:
         return TrunkStates(self.states.to(dtype), self.first, self.whole)
 
+    def rows(self, rows: Tensor) -> TrunkStates:
+        """Return the trunk states of ``rows`` (int64 on the CPU); all remain in memory."""
+        return TrunkStates(self.states, self.first[rows], self.whole)
+
     def select(self, tokens: Tokens, rows: Tensor) -> Tensor:
         """Return the states [b, l, D] of ``rows`` (int64 on the CPU), padded on the right.
 
@@ -46,3 +51,15 @@ class TrunkStates:
             torch.arange(int(lengths.max()), device="cpu"), lengths[:, None] - 1
         )
         return self.states[(self.first[rows][:, None] + positions).to(self.states.device)]
+
+
+def join_trunk_states(parts: Sequence[TrunkStates | None]) -> TrunkStates | None:
+    """Return the trunk states of all parts' rows; None where a part has none."""
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    counts = torch.tensor([len(part.states) for part in known], device="cpu")
+    starts = counts.cumsum(0) - counts
+    first = [part.first + start for part, start in zip(known, starts, strict=True)]
+    whole = all(part.whole for part in known)
+    return TrunkStates(torch.cat([part.states for part in known]), torch.cat(first), whole)

@@ -307,7 +307,7 @@ class Terms(NamedTuple):
 
 @dataclass
 class _Done:
-    """What an update has computed so far.
+    """Statistics and gradient norms of an update's minibatches so far.
 
     far: whether the policy has gone beyond ``target_kl``.
     """

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ppo_fast.data.prompts import Prompt, check_prompt_ids, encode_prompts
-from ppo_fast.data.rollout import Rollout
-from ppo_fast.data.tokens import Tokens
+from ppo_fast.data.prompts import Prompt, check_prompt_ids, check_prompts, encode_prompts
+from ppo_fast.data.rollout import Rollout, sampled_ids
+from ppo_fast.data.tokens import Tokens, make_tokens
 from ppo_fast.models.checks import context_limit
 from ppo_fast.models.parts import num_embeddings
 from ppo_fast.rollout.engine import eos_ids
@@ -57,6 +57,41 @@ class Texts:
         vocab_size = num_embeddings(self.policy_model)
         check_prompt_ids(prompts, ids, max_length, limit, vocab_size=vocab_size)
         return ids
+
+    def pairs(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        last_rollout: Rollout | None,
+        device: torch.device,
+    ) -> Tokens:
+        """Return the tokens of pairs of texts: as ``last_rollout`` has them, else encoded.
+
+        Raises:
+            ValueError: their numbers differ, or a response is empty.
+        """
+        check_prompts(prompts)
+        if len(prompts) != len(responses):
+            raise ValueError(
+                f"responses: got {len(responses)}, expected {len(prompts)}, one a prompt"
+            )
+        sampled = sampled_ids(last_rollout)
+        prompt_ids, response_ids = [], []
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            if rows := sampled.get((prompt, response)):
+                # the same pair may have been sampled twice, from different tokens
+                pair = rows.pop(0) if len(rows) > 1 else rows[0]
+            else:
+                encoded = self.tokenizer(response, add_special_tokens=False)["input_ids"]
+                pair = (self.encode([prompt], 0)[0], encoded)
+            if not pair[1]:
+                raise ValueError(
+                    f"responses[{i}]: {response!r} is empty after tokenisation; a response has at "
+                    "least one token"
+                )
+            prompt_ids.append(pair[0])
+            response_ids.append(pair[1])
+        return make_tokens(prompt_ids, response_ids, self.tokenizer.pad_token_id, device)
 
     def turns(self, environments: Sequence[Environment]) -> Turns:
         """Return the turns of a rollout's sequences, with an environment each."""

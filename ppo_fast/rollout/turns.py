@@ -13,7 +13,7 @@ ToText = Callable[[list[int]], str]
 
 
 class Turn(NamedTuple):
-    """What the policy wrote in one turn.
+    """A turn of the policy: the text and the tokens that it wrote.
 
     text: as completions are: without the token that ended the turn.
     ids: all tokens, with the one that ended the turn.

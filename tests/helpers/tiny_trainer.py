@@ -109,3 +109,18 @@ def one_line(error: Any) -> bool:
 def names(folder: Path) -> list[str]:
     """The names of a folder's files; that of its lock begins with a dot."""
     return sorted(path.name for path in folder.iterdir() if path.name[0] != ".")
+
+
+def experience_of(trainer, scores=None, **options):
+    rollout = trainer.rollout(PROMPTS, seeds=torch.arange(len(PROMPTS)), **options)
+    return rollout, trainer.make_experience(rollout, scores)
+
+
+def counted(trainer) -> dict[str, int]:
+    """Return the numbers of optimizer steps from now on, by name."""
+    steps = dict.fromkeys(trainer.learner.optimizers, 0)
+    for name, optimizer in trainer.learner.optimizers.items():
+        optimizer.register_step_post_hook(
+            lambda *_, name=name: steps.update({name: steps[name] + 1})
+        )
+    return steps
