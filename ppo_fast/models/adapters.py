@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ppo_fast.models.parts import base_of
+from ppo_fast.models.quantized import bits_of
 
 
 class Adapted(NamedTuple):
@@ -70,6 +71,8 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
 def _is_mergeable(layer: Any) -> bool:
     """Return False for quantised weights, and for experts' weights, which have wrappers alone."""
     weight = getattr(layer.base_layer, "weight", None)
+    if bits_of(layer.base_layer) is not None:  # 4 bits may be stored as bfloat16
+        return False
     return weight is not None and weight.is_floating_point()
 
 

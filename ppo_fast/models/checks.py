@@ -10,6 +10,7 @@ from torch import nn
 
 from ppo_fast.data.prompts import Limit
 from ppo_fast.models.parts import num_embeddings
+from ppo_fast.models.quantized import quantized_layers
 from ppo_fast.models.transformers_internals import context_limit_of
 
 
@@ -139,6 +140,13 @@ def to_device(model: Any, name: str, device: torch.device) -> None:
             "load it without device_map"
         )
     where = next(iter(found), device)
+    if quantized_layers(model):
+        if where.type != device.type:
+            raise ValueError(
+                f"{name}: is quantised and lies on {where}, but device={device}; load it there: "
+                f"from_pretrained(..., device_map={{'': {str(device)!r}}})"
+            )
+        return
     if where.type not in ("cpu", device.type) or (
         where.type == device.type and None not in (where.index, device.index) and where != device
     ):

@@ -12,6 +12,7 @@ from torch import nn
 
 from ppo_fast.models.parts import num_embeddings
 from ppo_fast.models.precision import computing_in
+from ppo_fast.models.quantized import shared_states
 from ppo_fast.models.transformers_internals import output_of
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,8 @@ def copy_of_what_is_trained(module: nn.Module, compute_dtype: torch.dtype | None
         ValueError: another such function remains, so that the copy would compute with the weights
             that are trained.
     """
-    frozen = {id(p): p for p in module.parameters() if not p.requires_grad}
+    frozen: dict[int, Any] = {id(p): p for p in module.parameters() if not p.requires_grad}
+    frozen |= {id(state): state for state in shared_states(module)}
     copied = copy.deepcopy(module, frozen)
     originals = dict(module.named_modules())
     for name, part in copied.named_modules():

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ppo_fast.models.quantized import bits_of, quantized_layers
+
 # Names of a layer's weights by the kernel's names; a layer may lack those of LAYER_OPTIONAL.
 LAYER_WEIGHTS = {
     "attention_norm": "input_layernorm.weight",
@@ -70,6 +72,8 @@ def why_not_llama_like(layer: nn.Module) -> str | None:
 
     A layer of that kind has the parts of a Llama layer and nothing else that computes.
     """
+    if quantized := quantized_layers(layer):
+        return f"its weights are in {bits_of(quantized[0])} bits"
     names, expected = {name for name, _ in layer.named_parameters()}, set(LAYER_WEIGHTS.values())
     if missing := sorted(expected - names):
         return f"it has no {missing[0]}"

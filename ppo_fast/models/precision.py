@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from ppo_fast.models.quantized import bits_of, packed_weights
 from ppo_fast.models.transformers_internals import Conv1D
 
 HALF = (torch.float16, torch.bfloat16)
@@ -46,7 +47,9 @@ def hold_products_in(dtype: torch.dtype, model: nn.Module, *, without: nn.Module
     """
     shared = {*without.parameters(), model.get_input_embeddings().weight}  # type: ignore[operator]
     for module in model.modules():
-        if isinstance(module, (nn.Linear, Conv1D)) and module.weight not in shared:
+        if not isinstance(module, (nn.Linear, Conv1D)) or bits_of(module) is not None:
+            continue
+        if module.weight not in shared:
             module.weight.data = module.weight.data.to(dtype)
 
 
@@ -73,7 +76,12 @@ class WeightCopies:
             with computing_in(self.dtype, next(model.parameters()).device):
                 yield
             return
-        cast = [p for p in model.parameters() if self.dtype and p.dtype == torch.float32]
+        packed = packed_weights(model)
+        cast = [
+            p
+            for p in model.parameters()
+            if self.dtype and p.dtype == torch.float32 and p not in packed
+        ]
         held = [parameter.data for parameter in cast]
         copies, self._kept = self._kept, {}
         try:

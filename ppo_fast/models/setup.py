@@ -25,6 +25,7 @@ from ppo_fast.models.precision import (
     hold_trained_weights,
 )
 from ppo_fast.models.probe import probe_tokens, relative_difference
+from ppo_fast.models.quantized import packed_weights, prepare_quantized, to_float32
 from ppo_fast.models.trunk import Split, freeze_trunk, run, share_trunk
 from ppo_fast.ops.linear_logprobs.api import LOGITS_BUDGET_BYTES
 
@@ -58,11 +59,11 @@ def make_reference(
     if reference_model is None:
         return _language_model(frozen_copy(policy.model, config), config)
     check_policy(reference_model, "reference_model")
-    ours, theirs = (model.get_output_embeddings() for model in (policy.model, reference_model))  # type: ignore[operator]
-    if ours.weight.shape[0] != theirs.weight.shape[0]:
+    ours, theirs = map(_vocabulary, (policy.model, reference_model))
+    if ours != theirs:
         raise ValueError(
-            f"reference_model: its vocabulary has {theirs.weight.shape[0]} tokens, the policy's "
-            f"{ours.weight.shape[0]}; the KL compares probabilities of the same tokens"
+            f"reference_model: its vocabulary has {theirs} tokens, the policy's {ours}; the KL "
+            "compares probabilities of the same tokens"
         )
     for name, model in (("policy_model", policy.model), ("value_model", value_model)):
         trained = {id(p) for p in model.parameters() if p.requires_grad} if model else set()
@@ -72,9 +73,16 @@ def make_reference(
                 "trains; give it a copy (copy.deepcopy), or None: a copy of the policy"
             )
     disable_dropout(reference_model)
+    prepare_quantized(reference_model, config.torch_dtype)
     return LanguageModel(
         reference_model.requires_grad_(False).eval(), compute_dtype=config.torch_dtype
     )
+
+
+def _vocabulary(model: Any) -> int:
+    """Return the number of logits; a quantised head's weight has another shape."""
+    head = model.get_output_embeddings()
+    return getattr(head, "out_features", None) or head.weight.shape[0]
 
 
 def _language_model(model: nn.Module, config: PPOConfig) -> LanguageModel:
@@ -98,14 +106,17 @@ def prepare(
     for name, model in (("policy_model", policy_model), ("value_model", value_model)):
         if model is None:
             continue
-        if config.compute_dtype is None and any(p.dtype in HALF for p in model.parameters()):
+        prepare_quantized(model, config.torch_dtype)
+        packed = packed_weights(model)
+        half = any(p.dtype in HALF and p not in packed for p in model.parameters())
+        if config.compute_dtype is None and half:
             warnings.warn(
                 f"{name}: its half-precision weights become float32; at the learning rates of "
                 "RL most updates of a half-precision weight are lost to rounding. "
                 "compute_dtype='bfloat16' leaves frozen weights in half precision",
                 stacklevel=6,
             )
-            model.float()
+            to_float32(model)
         disable_dropout(model)
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(model, name)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ppo_fast.checks import plain_numbers
+from ppo_fast.models.quantized import constant_names
 from ppo_fast.runs.optimizer_state import check_optimizer, optimizer_state, restore_optimizer
 
 FORMAT, VERSION = "ppo_fast checkpoint", 2
@@ -183,7 +184,9 @@ def load(path: Path) -> dict[str, Any]:
 
 def identity(model: nn.Module) -> dict[str, Any]:
     """Return a model's class and the shape of each of its weights."""
-    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    constants = constant_names(model)  # one of them is a text, of any length
+    state = model.state_dict().items()
+    shapes = {name: list(tensor.shape) for name, tensor in state if name not in constants}
     return {"class": type(model).__name__, "shapes": shapes}
 
 
@@ -212,7 +215,8 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def load_trained_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Load what ``trained_state`` returned, into a model with the same frozen weights."""
-    frozen = {name: model.state_dict()[name] for name in _frozen_names(model)}
+    names = _frozen_names(model) - constant_names(model)
+    frozen = {name: model.state_dict()[name] for name in names}
     model.load_state_dict(frozen | state)
 
 
@@ -232,9 +236,13 @@ def frozen_fingerprint(model: nn.Module) -> str:
 
 
 def _frozen_names(model: nn.Module) -> set[str]:
-    """Return the names of frozen weights in the state of ``model``; a tied weight has several."""
+    """Return the names of frozen weights in the state of ``model``; a tied weight has several.
+
+    The constants of quantised weights are frozen too.
+    """
     named = model.named_parameters(remove_duplicate=False)
-    return {name for name, p in named if not p.requires_grad} & model.state_dict().keys()
+    frozen = {name for name, p in named if not p.requires_grad} & model.state_dict().keys()
+    return frozen | constant_names(model)
 
 
 def fingerprint(model: nn.Module) -> str:
