@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ppo_fast.data.prompts import encode_prompts
 from ppo_fast.data.tokens import position_ids
 from ppo_fast.models.parts import body_of
 from ppo_fast.models.transformers_internals import output_of
+
+logger = logging.getLogger(__name__)
 
 
 def _head(hidden_size: int) -> nn.Sequential:
@@ -87,6 +91,10 @@ class RewardModel(nn.Module):
         hidden_size: D, the width of its states.
     """
 
+    append_eos = False
+    """Whether ``get_rewards`` tokenises a response apart from its prompt and puts EOS after it, as
+    a policy samples them; ``train_reward_model`` sets it where the model was trained so."""
+
     def __init__(self, base_model: nn.Module, hidden_size: int = 768) -> None:
         super().__init__()
         _check_hidden_size(base_model, hidden_size)
@@ -122,10 +130,17 @@ class RewardModel(nn.Module):
     ) -> Tensor:
         """Compute scores [B] of texts, prompt and response joined, in eval mode.
 
-        Of a text of more than ``max_length`` tokens, the beginning is cut.
+        Of a text of more than ``max_length`` tokens, the beginning is cut, with a warning.
         """
-        texts = [p + r for p, r in zip(prompts, responses, strict=True)]
-        rows = [torch.tensor(ids[-max_length:]) for ids in tokenizer(texts)["input_ids"]]
+        found = self._tokenize(prompts, responses, tokenizer)
+        if long := sum(len(ids) > max_length for ids in found):
+            logger.warning(
+                "get_rewards: the beginning of %d of %d texts is cut, to max_length=%d tokens",
+                long,
+                len(found),
+                max_length,
+            )
+        rows = [torch.tensor(ids[-max_length:]) for ids in found]
         input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
         last = torch.tensor([len(row) - 1 for row in rows], device=device)
         training = self.training
@@ -133,6 +148,23 @@ class RewardModel(nn.Module):
             return self.eval()(input_ids, last=last)
         finally:
             self.train(training)
+
+    def _tokenize(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> list[list[int]]:
+        if not self.append_eos:
+            texts = [p + r for p, r in zip(prompts, responses, strict=True)]
+            return tokenizer(texts, verbose=False)["input_ids"]
+        before = encode_prompts(tokenizer, prompts)
+        after = tokenizer(list(responses), add_special_tokens=False, verbose=False)["input_ids"]
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        return [
+            [*prompt.ids, *ids, *(end if ids[-1:] != end else [])]
+            for prompt, ids in zip(before, after, strict=True)
+        ]
 
     def read(self, states: Tensor, last: Tensor) -> Tensor:
         """Compute scores [B] from the body's last states [B, L, D] at the indices ``last`` [B]."""

@@ -6,10 +6,18 @@ import logging
 
 import torch
 from torch import Tensor
-from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.configuration_utils import PreTrainedConfig
 
-from ppo_fast.models.checks import context_limit
+from ppo_fast.checks import check_counts
+from ppo_fast.rewards.encoding import (
+    FORMAT_ATTRIBUTE,
+    LENGTH_ATTRIBUTE,
+    Chat,
+    Encoder,
+    Format,
+    TooLong,
+)
 from ppo_fast.rewards.score import check_reward_model
 
 logger = logging.getLogger(__name__)
@@ -18,9 +26,9 @@ logger = logging.getLogger(__name__)
 class ClassifierReward:
     """A sequence classifier with a tokenizer of its own, as a reward function.
 
-    The texts, prompt and completion joined, are tokenised for the classifier, so it need not share
-    the policy's vocabulary. Of a text longer than the classifier takes, the beginning is cut: the
-    completion is what is judged.
+    The texts are tokenised for the classifier, so it need not share the policy's vocabulary. Of a
+    text longer than the classifier takes, the beginning of the prompt is cut, and never the
+    completion, which is what is judged.
 
     Args:
         model: ``AutoModelForSequenceClassification``.
@@ -28,10 +36,16 @@ class ClassifierReward:
         label: name or index of the label whose log-odds are the score, log p / (1 - p) with p its
             probability among all. None: the model has one label, whose logit is the score.
         batch_size: number of texts in one call.
+        format: "joined": prompt and completion in one text; "pair": the tokenizer's two segments,
+            with token_type_ids where the model has them; "chat": the chat template of
+            ``tokenizer`` over the messages; "policy": the prompt's tokens, the completion's and
+            EOS, one after another. None: what the model was trained with, as
+            ``train_reward_model`` notes in its config (``reward_format``), else "joined".
+        cut_completions: of a completion that does not fit, judge its end.
 
     Raises:
         ValueError: the model has several labels and ``label`` is None or none of them, or the
-            tokenizer has no pad token.
+            tokenizer has no pad token, or no chat template for ``format="chat"``.
     """
 
     def __init__(
@@ -41,7 +55,10 @@ class ClassifierReward:
         *,
         label: str | int | None = None,
         batch_size: int = 32,
+        format: Format | None = None,
+        cut_completions: bool = False,
     ) -> None:
+        check_counts(batch_size=batch_size)
         self.label = _index_of(label, model.config)
         check_reward_model(model, labels=model.config.num_labels)
         if tokenizer.pad_token_id is None:
@@ -50,12 +67,14 @@ class ClassifierReward:
                 "tokenizer.pad_token = tokenizer.eos_token"
             )
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
-        limit = context_limit({"reward": model})
-        # positions of RoBERTa's kind begin after the pad id
-        table = getattr(model.base_model, "embeddings", None)
-        padding = getattr(getattr(table, "position_embeddings", None), "padding_idx", None)
-        taken = 0 if padding is None else padding + 1
-        self.max_length = min(tokenizer.model_max_length, limit.tokens - taken if limit else 10**9)
+        self._encoder = Encoder(
+            model,
+            tokenizer,
+            format or getattr(model.config, FORMAT_ATTRIBUTE, None) or "joined",
+            max_length=getattr(model.config, LENGTH_ATTRIBUTE, None),
+            cut_completions=cut_completions,
+        )
+        self.format, self.max_length = self._encoder.format, self._encoder.max_length
         self._warned = False
 
     def to(self, device: torch.device | str) -> ClassifierReward:
@@ -64,16 +83,38 @@ class ClassifierReward:
         return self
 
     @torch.no_grad()
-    def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
-        texts = [p + c for p, c in zip(prompts, completions, strict=True)]
-        scores: list[float] = []
-        for start in range(0, len(texts), self.batch_size):
-            batch = self._encode(texts[start : start + self.batch_size]).to(self.model.device)
+    def __call__(
+        self,
+        prompts: list[str],
+        completions: list[str],
+        messages: list[Chat] | None = None,
+    ) -> list[float]:
+        """Return a score for each completion; ``messages``, whole chats, are for "chat" alone.
+
+        Raises:
+            ValueError: a completion alone is longer than the classifier takes, or a format "chat"
+                has no messages.
+        """
+        try:
+            rows, cut = self._encoder.encode(prompts, completions, messages)
+        except TooLong as error:
+            raise ValueError(
+                f"completions[{error.index}]: has {error.tokens} tokens for the classifier, which "
+                f"takes {error.room} beside special ones (max_length {self.max_length}); lower "
+                "the policy's max_length, or pass cut_completions=True to judge the end"
+            ) from error
+        self._warn(cut, len(rows))
+        # long rows first: a batch is as wide as its longest row
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
+        scores = torch.empty(len(rows), dtype=torch.float32, device="cpu")
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            batch = self._encoder.pad([rows[i] for i in chosen], self.model.device)
             logits = self.model(**batch).logits.float()
             if self.label is not None:
                 logits = self._log_odds(logits)
-            scores += logits.flatten().tolist()
-        return scores
+            scores[chosen] = logits.flatten().cpu()
+        return scores.tolist()
 
     def _log_odds(self, logits: Tensor) -> Tensor:
         """Return the log-odds [n] of the label."""
@@ -82,32 +123,16 @@ class ClassifierReward:
         others = [i for i in range(logits.shape[1]) if i != self.label]
         return logits[:, self.label] - logits[:, others].logsumexp(-1)
 
-    def _encode(self, texts: list[str]) -> BatchEncoding:
-        """Tokenise texts, without the beginning of those that are too long, and pad them."""
-        # a text from a chat template may begin with the BOS token that the tokenizer adds
-        bos = self.tokenizer.bos_token
-        if bos and self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]:
-            texts = [text.removeprefix(bos) for text in texts]
-        side, self.tokenizer.truncation_side = self.tokenizer.truncation_side, "left"
-        try:
-            batch = self.tokenizer(
-                texts,
-                padding=True,
-                padding_side="right",
-                truncation=True,
-                max_length=self.max_length,
-                return_tensors="pt",
-            )
-        finally:
-            self.tokenizer.truncation_side = side
-        if not self._warned and batch["input_ids"].shape[1] == self.max_length:
+    def _warn(self, cut: int, count: int) -> None:
+        if cut and not self._warned:
             self._warned = True
             logger.warning(
-                "ClassifierReward scores the last %d tokens of longer texts: its model takes no "
-                "more",
+                "ClassifierReward scores the last %d tokens of longer texts, the beginning of the "
+                "prompt is cut (%d of %d texts here): its model takes no more",
                 self.max_length,
+                cut,
+                count,
             )
-        return batch
 
 
 def _index_of(label: str | int | None, config: PreTrainedConfig) -> int | None:
