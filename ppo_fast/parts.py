@@ -22,9 +22,8 @@ from ppo_fast.models.checks import (
 )
 from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.models.precision import WeightCopies
-from ppo_fast.rewards.classifier import ClassifierReward
-from ppo_fast.rewards.score import RewardFunction, check_reward_model
-from ppo_fast.rewards.scorer import Scorer
+from ppo_fast.rewards.place import place_reward
+from ppo_fast.rewards.scorer import Scorer, named_rewards
 from ppo_fast.rollout import Engine
 from ppo_fast.rollout.agreement import check_agreement
 from ppo_fast.rollout.local_engine import kept_bytes, make_local_engine
@@ -48,11 +47,12 @@ class Parts(NamedTuple):
 def make_parts(
     policy_model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    reward: nn.Module | RewardFunction,
+    reward: Any,
     *,
     value_model: nn.Module | None,
     reference_model: nn.Module | None,
     device: torch.device | str | None,
+    reward_device: torch.device | str | None,
     config: PPOConfig,
     engine: Engine | None,
     environment: MakeEnvironment | None,
@@ -64,25 +64,41 @@ def make_parts(
     """
     check_policy(policy_model)
     check_tokenizer(tokenizer)
-    check_reward_model(reward)
+    rewards = named_rewards(reward, config.reward_weights)
     check_environment(environment, engine)
     name = which_critic(config, value_model)
     device = resolve_device(device, policy_model)
-    models: dict[str, Any] = {
-        "policy_model": policy_model, "value_model": value_model, "reward_model": reward,
-    }  # fmt: skip
+    models: dict[str, Any] = {"policy_model": policy_model, "value_model": value_model}
     for model_name, model in models.items():
         check_vocabulary(model, model_name, tokenizer)
+    for one in rewards.values():
+        check_vocabulary(one, "reward_model", tokenizer)
     models["reference_model"] = reference_model
-    models["classifier"] = reward.model if isinstance(reward, ClassifierReward) else None
     for model_name, model in models.items():
         to_device(model, model_name, device)
-    policy = setup.make_policy(policy_model, value_model, reward, config)
+    for one in rewards.values():
+        place_reward(one, device, reward_device)
+    policy = setup.make_policy(policy_model, value_model, None, config)
     reference = setup.make_reference(policy, reference_model, config, value_model)
     critic: Critic = make_critic(name, policy, value_model, config, device)
-    scorer = Scorer(reward, policy, config.forward_batch_tokens)
-    setup.check_shared_weights(policy_model, value_model, reward, critic.module)
-    texts = Texts(policy_model, tokenizer, skip_special_tokens=config.skip_special_tokens)
+    scorer = Scorer(
+        reward,
+        policy,
+        config.forward_batch_tokens,
+        config.reward_weights,
+        reference=reference,
+        tokenizer=tokenizer,
+    )
+    setup.check_shared_weights(policy_model, value_model, None, critic.module)
+    for one in scorer.modules.values():
+        setup.check_shared_weights(policy_model, value_model, one, critic.module)
+    texts = Texts(
+        policy_model,
+        tokenizer,
+        skip_special_tokens=config.skip_special_tokens,
+        long_prompts=config.long_prompts,
+        max_prompt_length=config.max_prompt_length,
+    )
     copied = engine is not None or check_agreement(policy, tokenizer.pad_token_id)
     copies = WeightCopies(config.torch_dtype, kept_bytes(policy, config), autocast=not copied)
     engine = engine or make_local_engine(

@@ -5,8 +5,9 @@ prompts --rollout--> Rollout --make_experience--> Experience --update--> metrics
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,22 +20,35 @@ from transformers import PreTrainedTokenizerBase
 from ppo_fast.checks import check_counts, with_names_checked
 from ppo_fast.config import PPOConfig, warn_of_discount
 from ppo_fast.critics.critic import ModelCritic
+from ppo_fast.data.examples import Example, Prompt, Stream, as_examples, is_stream
 from ppo_fast.data.experience import Experience
-from ppo_fast.data.prompts import Prompt, check_lengths, check_prompts
+from ppo_fast.data.prompts import check_lengths
 from ppo_fast.data.rollout import Rollout
+from ppo_fast.data.scores import Scores
 from ppo_fast.data.step import Step
 from ppo_fast.diagnostics.memory_plan import MemoryPlan, plan_memory
 from ppo_fast.learning.make_experience import make_experience, warn_of_disagreement, with_trunk
 from ppo_fast.models.attention import without_cudnn_attention
 from ppo_fast.models.checks import context_limit
 from ppo_fast.parts import make_parts
-from ppo_fast.rewards.score import RewardFunction, check_scores
+from ppo_fast.rewards.functions import RewardFunction
+from ppo_fast.rewards.score import check_scores
 from ppo_fast.rollout import Engine
 from ppo_fast.rollout.resample import resample
 from ppo_fast.rollout.sampler import MakeEnvironment
 from ppo_fast.runs import loop
 from ppo_fast.runs.checkpoint import checkpoint_path, read_checkpoint, write_checkpoint
 from ppo_fast.runs.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+Reward = (
+    nn.Module
+    | RewardFunction
+    | Sequence[nn.Module | RewardFunction]
+    | Mapping[str, nn.Module | RewardFunction]
+)
+Prompts = Iterable[Prompt | Example | Mapping[str, Any]]
 
 
 class PPO:
@@ -44,15 +58,18 @@ class PPO:
         policy: the transformers causal LM that is trained. It is moved to ``device``, its dropout
             is switched off and weights stored in half precision become float32.
         tokenizer: the policy's, with a pad token.
-        reward: a function ``f(prompts, completions) -> list[float]``, or a module that gives one
-            score per sequence (``ppo_fast.RewardModel``, a transformers classifier with one label,
-            your own).
+        reward: a function ``f(prompts, completions, **columns) -> list[float]``, which gets those
+            columns of the prompts' rows that it names; a module that gives one score per sequence
+            (``ppo_fast.RewardModel``, a transformers classifier with one label, your own); or a
+            list or dict of these, added with ``config.reward_weights`` (docs/rewards.md).
         value_model: for ``critic="model"``: a module ``forward(input_ids, attention_mask)`` that
             gives one value per token [B, L] (``ppo_fast.ValueModel``) or per sequence [B].
         reference_model: the model that the KL is measured to, of the policy's vocabulary; it is
             frozen. None: the policy as it is now.
         device: where everything runs; models on the CPU are moved there. None: where the policy is;
             "auto": a GPU if there is one.
+        reward_device: where reward models run; None: on ``device``, or where they are if that is
+            another one than the CPU.
         config: every setting; None: ``PPOConfig()``.
         engine: samples responses (``ppo_fast.rollout``); None: the policy does, in this process.
         environment: makes, for a prompt, an object whose ``reply(turn)`` continues a response after
@@ -83,11 +100,12 @@ class PPO:
         self,
         policy: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
-        reward: nn.Module | RewardFunction,
+        reward: Reward,
         *,
         value_model: nn.Module | None = None,
         reference_model: nn.Module | None = None,
         device: torch.device | str | None = None,
+        reward_device: torch.device | str | None = None,
         config: PPOConfig | None = None,
         engine: Engine | None = None,
         environment: MakeEnvironment | None = None,
@@ -102,6 +120,7 @@ class PPO:
             value_model=value_model,
             reference_model=reference_model,
             device=device,
+            reward_device=reward_device,
             config=config,
             engine=engine,
             environment=environment,
@@ -127,7 +146,7 @@ class PPO:
     @without_cudnn_attention()
     def rollout(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Prompts,
         max_length: int | None = None,
         temperature: float | None = None,
         *,
@@ -137,7 +156,8 @@ class PPO:
         """Sample responses to prompts from the current policy.
 
         Args:
-            prompts: texts, tokenised as the tokenizer does by default, or lists of token ids.
+            prompts: texts, tokenised as the tokenizer does by default; lists of token ids; chats,
+                by the tokenizer's chat template; or rows of data with one of these in "prompt".
             max_length: max response tokens; None: the config's.
             temperature: None: the config's.
             samples_per_prompt: responses to each prompt, in rows next to one another, B in all;
@@ -150,14 +170,17 @@ class PPO:
         check_counts(samples_per_prompt=count)
         sampling = self.config.sampling(max_length, temperature)
         self._warned = self._warned or warn_of_discount(self.config.gamma, sampling.max_length)
-        prompts = check_prompts(prompts)
+        examples = as_examples(prompts)
         if seeds is None:
-            seeds = self.progress.seeds_outside(len(prompts) * count)
-        return self.sampler.sample(self.policy.model, prompts, sampling, seeds, count)
+            seeds = self.progress.seeds_outside(len(examples) * count)
+        return self.sampler.sample(self.policy.model, examples, sampling, seeds, count)
+
+    def score(self, rollout: Rollout) -> Tensor:
+        """Compute the rewards' scores of a rollout: [B], or [B, T], one a response token."""
+        return self._scores(rollout).total
 
     @without_cudnn_attention()
-    def score(self, rollout: Rollout) -> Tensor:
-        """Compute the reward's scores of a rollout: [B], or [B, T], one a response token."""
+    def _scores(self, rollout: Rollout) -> Scores:
         return self.scorer.of_rollout(self._with_trunk(rollout))
 
     def _with_trunk(self, rollout: Rollout) -> Rollout:
@@ -170,7 +193,7 @@ class PPO:
     def make_experience(
         self,
         rollout: Rollout,
-        scores: Tensor | Sequence[float] | Sequence[Sequence[float]] | None = None,
+        scores: Scores | Tensor | Sequence[float] | Sequence[Sequence[float]] | None = None,
     ) -> Experience:
         """Compute rewards, values, advantages and returns of a rollout.
 
@@ -188,11 +211,13 @@ class PPO:
             rollout = self.texts.decode(rollout)
         if scores is None:
             rollout = self._with_trunk(rollout)
-            scores = self.score(rollout)
-        lengths = rollout.tokens.response_lengths
-        return make_experience(
+            scores = self._scores(rollout)
+        if not isinstance(scores, Scores):
+            lengths = rollout.tokens.response_lengths
+            scores = Scores(check_scores(scores, rollout.prompts, lengths=lengths))
+        experience = make_experience(
             rollout,
-            check_scores(scores, rollout.prompts, lengths=lengths).to(self.device),
+            scores.total.to(self.device),
             policy=self.policy,
             reference=self.reference,
             critic=self.critic,
@@ -200,6 +225,7 @@ class PPO:
             kl_coef=self.learner.kl_coefficient(self.progress.steps),
             moments=self.learner.reward_moments,
         )
+        return replace(experience, metrics=experience.metrics | scores.metrics())
 
     @without_cudnn_attention()
     def update(self, experience: Experience, num_epochs: int | None = None) -> dict[str, float]:
@@ -233,12 +259,12 @@ class PPO:
 
     def step(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Prompts,
         *,
         num_epochs: int | None = None,
         max_length: int | None = None,
         temperature: float | None = None,
-        more_prompts: Callable[[int], list[Prompt]] | None = None,
+        more_prompts: Callable[[int], list[Example]] | None = None,
     ) -> Step:
         """Run one step of PPO: sample, score, update.
 
@@ -254,21 +280,22 @@ class PPO:
         """
         self._epochs(num_epochs)
         self.learner.schedule.check(self.progress.steps)
-        prompts = check_prompts(prompts)
+        examples = as_examples(prompts)
+        self.scorer.check_columns({name for e in examples for name in e.columns})
         times = [time.perf_counter()]
         sample = partial(self._sample, max_length=max_length, temperature=temperature)
-        rollout = sample(prompts)
+        rollout = sample(examples)
         times.append(time.perf_counter())
         rollout = self._with_trunk(rollout)
-        scores = self.score(rollout)
+        scores = self._scores(rollout)
         resampled: dict[str, float] = {}
         if self.config.max_resampled_batches > 0:
             rollout, scores, resampled = resample(
                 rollout,
                 scores,
-                prompts,
+                examples,
                 sample=sample,
-                score=self.score,
+                score=self._scores,
                 draw=more_prompts,
                 most=self.config.max_resampled_batches,
             )
@@ -281,10 +308,10 @@ class PPO:
         for part, start, end in zip(parts, times, times[1:], strict=False):
             metrics[f"time/{part}"] = end - start
         light = replace(rollout, trunk_states=None, states=None)
-        return Step(self.progress.steps, metrics, light, experience.scores)
+        return Step(self.progress.steps, metrics, light, experience.scores, scores.parts)
 
     def _sample(
-        self, prompts: list[Prompt], *, max_length: int | None, temperature: float | None
+        self, prompts: list[Example], *, max_length: int | None, temperature: float | None
     ) -> Rollout:
         """Sample a step's responses, and count them."""
         count = self.config.samples_per_prompt
@@ -294,7 +321,7 @@ class PPO:
         return rollout
 
     def pretrain_critic(
-        self, prompts: Sequence[Prompt], num_steps: int, batch_size: int = 16
+        self, prompts: Prompts, num_steps: int, batch_size: int = 16
     ) -> list[dict[str, float]]:
         """Train the value function alone, on rollouts of the policy as it is.
 
@@ -308,7 +335,7 @@ class PPO:
 
     def train(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Prompts | Stream,
         num_steps: int = 100,
         batch_size: int = 16,
         *,
@@ -327,7 +354,8 @@ class PPO:
         writes one too before it is raised.
 
         Args:
-            prompts: the texts, or lists of token ids, to draw from.
+            prompts: to draw from, as in ``rollout``; a datasets.Dataset, or one that is streamed,
+                which is read in its own order.
             num_steps: steps to run, after those already done.
             batch_size: prompts per step; more than there are means all of them.
             num_epochs, max_length, temperature: as in ``step``.
@@ -404,14 +432,34 @@ class PPO:
     # Checks and construction
 
     def check_prompts(
-        self, prompts: Sequence[Prompt], max_length: int | None = None
-    ) -> list[Prompt]:
-        """Check all prompts before the first step, and return them as a list."""
+        self, prompts: Prompts | Stream, max_length: int | None = None
+    ) -> list[Example] | Stream:
+        """Check all prompts, and what rewards take of their rows, before the first step.
+
+        Returns them as examples, without those that ``long_prompts="drop"`` drops. Of a stream,
+        the first is checked now, and the others when they are read.
+        """
         length = self.config.max_length if max_length is None else max_length
-        prompts = check_prompts(prompts)
         check_counts(max_length=length)
-        self.texts.encode(prompts, length, self._readers())
-        return prompts
+        fitting = partial(self.texts.fitting, max_length=length, others=self._readers())
+        if isinstance(prompts, Stream) or is_stream(prompts):
+            stream = prompts if isinstance(prompts, Stream) else Stream(prompts)
+            stream = Stream(stream.rows, stream.column, fitting)
+            examples, _ = stream.take(0, 1)
+            self.scorer.check(examples[0].columns)
+            return stream
+        examples = as_examples(prompts)
+        self.scorer.check({name for example in examples for name in example.columns})
+        found = fitting(examples)
+        if not found:
+            raise ValueError(f"prompts: all {len(examples)} are too long; see max_prompt_length")
+        if len(found) < len(examples):
+            logger.warning(
+                "long_prompts='drop': %d of %d prompts are too long and dropped",
+                len(examples) - len(found),
+                len(examples),
+            )
+        return found
 
     def plan_run(self, num_steps: int, num_epochs: int | None = None) -> None:
         """Tell the schedules that ``num_steps`` more steps will follow; ``train`` does it.
@@ -437,7 +485,9 @@ class PPO:
 
     def _readers(self) -> dict[str, Any]:
         """Return the models besides the policy that read its sequences."""
-        return {"value_model": self.critic.module, "reward_model": self.scorer.reward}
+        rewards = self.scorer.modules
+        names = {k: "reward_model" if len(rewards) == 1 else f"reward_model {k}" for k in rewards}
+        return {"value_model": self.critic.module, **{names[k]: m for k, m in rewards.items()}}
 
     def _epochs(self, num_epochs: int | None) -> int:
         epochs = self.config.num_epochs if num_epochs is None else num_epochs

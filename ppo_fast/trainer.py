@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from ppo_fast.checks import check_counts, with_names_checked
 from ppo_fast.config import PPOConfig
 from ppo_fast.data.batches import in_batches
+from ppo_fast.data.examples import Example, Stream, as_examples
 from ppo_fast.data.experience import Experience
-from ppo_fast.data.prompts import Prompt, check_lengths
+from ppo_fast.data.prompts import check_lengths, encode_prompts
 from ppo_fast.data.rollout import Rollout, sampled_ids
 from ppo_fast.data.step import Step
 from ppo_fast.data.tokens import Tokens
@@ -25,8 +26,7 @@ from ppo_fast.models.checks import context_limit, to_device
 from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.models.setup import make_reference
 from ppo_fast.ops import gae, ppo_loss
-from ppo_fast.ppo import PPO
-from ppo_fast.rewards.score import RewardFunction, check_reward_model
+from ppo_fast.ppo import PPO, Prompts, Reward
 from ppo_fast.rewards.scorer import Scorer
 from ppo_fast.rewards.shaping import place_scores
 from ppo_fast.rollout import Engine
@@ -66,6 +66,7 @@ class PPOTrainer(PPO):
         reference_model: the model that the KL is measured to, of the policy's vocabulary; None: the
             policy as it is at construction.
         environment: makes an object that replies within responses; see ``PPO``.
+        reward_device: where reward models run; see ``PPO``.
 
     Attributes:
         policy_model, value_model, reward_model, tokenizer, device: as given.
@@ -85,7 +86,7 @@ class PPOTrainer(PPO):
         self,
         policy_model: nn.Module,
         value_model: nn.Module | None,
-        reward_model: nn.Module | RewardFunction,
+        reward_model: Reward,
         tokenizer: PreTrainedTokenizerBase,
         device: torch.device | str,
         learning_rate: float | None = None,
@@ -100,6 +101,7 @@ class PPOTrainer(PPO):
         engine: Engine | None = None,
         reference_model: nn.Module | None = None,
         environment: MakeEnvironment | None = None,
+        reward_device: torch.device | str | None = None,
     ) -> None:
         if config is not None and not isinstance(config, PPOConfig):
             raise TypeError(f"config: got {type(config).__name__}, expected a PPOConfig(...)")
@@ -123,6 +125,7 @@ class PPOTrainer(PPO):
             engine=engine,
             reference_model=reference_model,
             environment=environment,
+            reward_device=reward_device,
         )
         self._value_model = value_model
         self.last_rollout: Rollout | None = None
@@ -135,9 +138,15 @@ class PPOTrainer(PPO):
         return self.scorer.reward
 
     @reward_model.setter
-    def reward_model(self, reward_model: nn.Module | RewardFunction) -> None:
-        check_reward_model(reward_model)
-        self.scorer = Scorer(reward_model, self.policy, self.config.forward_batch_tokens)
+    def reward_model(self, reward_model: Reward) -> None:
+        self.scorer = Scorer(
+            reward_model,
+            self.policy,
+            self.config.forward_batch_tokens,
+            self.config.reward_weights,
+            reference=self.reference,
+            tokenizer=self.tokenizer,
+        )
 
     @property
     def reference_model(self) -> nn.Module:
@@ -176,7 +185,7 @@ class PPOTrainer(PPO):
 
     def train(  # type: ignore[override]
         self,
-        prompts: Sequence[Prompt],
+        prompts: Prompts | Stream,
         num_steps: int = 100,
         batch_size: int = 4,
         num_epochs_per_batch: int | None = None,
@@ -209,12 +218,12 @@ class PPOTrainer(PPO):
 
     def step(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Prompts,
         *,
         num_epochs: int | None = None,
         max_length: int | None = None,
         temperature: float | None = None,
-        more_prompts: Callable[[int], list[Prompt]] | None = None,
+        more_prompts: Callable[[int], list[Example]] | None = None,
     ) -> Step:
         """Run a step as ``PPO.step`` does, and keep its rollout for methods that take texts."""
         step = super().step(
@@ -229,7 +238,7 @@ class PPOTrainer(PPO):
 
     def train_step(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Prompts,
         num_epochs_per_batch: int | None = None,
         max_length: int | None = None,
         temperature: float | None = None,
@@ -257,7 +266,7 @@ class PPOTrainer(PPO):
 
     def rollout(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Prompts,
         max_length: int | None = None,
         temperature: float | None = None,
         *,
@@ -317,7 +326,7 @@ class PPOTrainer(PPO):
 
     def generate_responses(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Prompts,
         max_length: int | None = None,
         temperature: float | None = None,
     ) -> tuple[list[str], Tensor]:
@@ -337,8 +346,10 @@ class PPOTrainer(PPO):
         A reward model that gives one score a token gives those.
         """
         tokens = self._pairs(prompts, responses)
-        scores = self.scorer.of_tokens(tokens, list(prompts), list(responses))
-        return place_scores(scores, tokens)
+        examples = as_examples(prompts)
+        texts = [p.text or "" for p in encode_prompts(self.tokenizer, examples)]
+        scores = self.scorer.of_tokens(tokens, texts, list(responses), examples)
+        return place_scores(scores.total, tokens)
 
     @without_cudnn_attention()
     @torch.no_grad()
@@ -392,7 +403,8 @@ class PPOTrainer(PPO):
         t = self.config.temperature if temperature is None else temperature
         if temperature is None and self.last_rollout is not None:
             sampled = sampled_ids(self.last_rollout)
-            if all(pair in sampled for pair in zip(prompts, responses, strict=True)):
+            texts = [p.text or "" for p in encode_prompts(self.tokenizer, prompts)]
+            if all(pair in sampled for pair in zip(texts, responses, strict=True)):
                 t = self.last_rollout.sampling.temperature
         return in_batches(
             lambda part, _: model.logprobs(model.forward(part), part, temperature=t).logprobs,

@@ -72,7 +72,7 @@ CONSTRUCTION = {
     "reward model elsewhere": (
         {"reward_model": lambda: tiny_reward_model().to("meta")},
         ValueError,
-        rf"reward_model: {ON_META}",
+        r"reward_model: lies on meta, and has no weights; load them",
     ),
     "value model a function": (
         {"value_model": lambda: count_letters},

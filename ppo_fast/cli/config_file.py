@@ -78,6 +78,11 @@ def _run_value(name: str, value: Any) -> Any:
     if value is None and NoneType in kinds:
         return None
     kind = kinds[0]
+    if get_origin(hint) is tuple:  # of texts
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if all(isinstance(item, str) for item in values):
+            return tuple(values)
+        raise ValueError(f"{name}: got {value!r}, expected a text or a list of texts")
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind in (str, Path) and (isinstance(value, str) or is_number):
         return kind(str(value))  # a folder may be called 1

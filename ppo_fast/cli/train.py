@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,8 @@ from rich.console import Console
 
 from ppo_fast.checks import check_counts
 from ppo_fast.config import PPOConfig
-from ppo_fast.data.prompts import read_prompts
+from ppo_fast.data.examples import Example, Stream
+from ppo_fast.data.files import hold_out, hold_out_where, read_prompts
 from ppo_fast.models.pretrained import check_model, load_pretrained
 from ppo_fast.rewards.load import function_of
 from ppo_fast.runs.plain_text import plain
@@ -26,18 +26,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Train:
-    """Train a policy on a file of prompts. Every field of PPOConfig is a flag."""
+    """Train a policy on prompts. Every field of PPOConfig is a flag."""
 
     policy: str = ""
     """The policy: a model directory or a hub name. Required."""
-    prompts: Path = Path()
-    """Prompts: .txt (one per line), .jsonl or .csv (their "prompt" field). Required."""
-    reward: str = ""
-    """module:function or file.py:function, f(prompts, completions) -> list[float], or the
-    directory or hub name of a sequence classifier. Required."""
+    prompts: str = ""
+    """Prompts: a .txt (one per line), .jsonl, .csv or .parquet file, a folder with a data set, or a
+    data set's name on the hub. Other columns than the prompt's reach the rewards. Required."""
+    prompt_column: str | None = None
+    """Column with the prompts, texts or chats; None: "prompt", or else "messages"."""
+    prompts_split: str = "train"
+    """Split of a data set."""
+    stream: bool = False
+    """Read a data set of the hub while training, in its own order."""
+    held_out: str | None = None
+    """Prompts to evaluate on before and after, with none of them trained on: a share such as 0.1,
+    column=value, or another file or data set; None: none."""
+    reward: tuple[str, ...] = ()
+    """One or several, each module:function or file.py:function, f(prompts, completions, **columns)
+    -> list[float], or the directory or hub name of a sequence classifier. Required. Weights:
+    reward_weights."""
     reward_label: str | None = None
     """Name or index of the classifier's label whose log-odds are the score; None: the classifier
     has one label, whose logit is the score."""
+    reward_device: str | None = None
+    """Device of reward models; None: device."""
     value_model: str | None = None
     """A causal LM whose body becomes the value model; None: see critic."""
     lora_rank: int | None = None
@@ -62,21 +75,22 @@ class Train:
     def run(self, console: Console) -> None:
         """Run the command."""
         self._check()
-        prompts = _prompts(self.prompts)
+        prompts, held_out = self._prompts()
 
-        from ppo_fast.rewards.load import load_reward
+        from ppo_fast.rewards.load import load_rewards
         from ppo_fast.runs.folder import RunFolder
 
         device = self._device()
-        reward = load_reward(self.reward, device, self.reward_label)
+        reward = load_rewards(self.reward, self.reward_device or device, self.reward_label)
         with RunFolder(self.output_dir) as folder:
-            self._train(console, folder, prompts, reward, device)
+            self._train(console, folder, prompts, held_out, reward, device)
 
     def _train(
         self,
         console: Console,
         folder: RunFolder,
-        prompts: list[str],
+        prompts: list[Example] | Stream,
+        held_out: list[Example],
         reward: Any,
         device: torch.device,
     ) -> None:
@@ -105,6 +119,7 @@ class Train:
         }
         folder.write_config(ppo.config, **settings)
         folder.forget_after(done)
+        before = self._evaluate(console, ppo, held_out, "before")
         with StepDisplay(console, self.num_steps - done) as display:
             ppo.train(
                 prompts,
@@ -116,18 +131,53 @@ class Train:
                 on_step=step_logger(folder, display),
             )
         ppo.save_checkpoint(checkpoints, ppo.progress.steps)
+        if held_out:
+            after = self._evaluate(console, ppo, held_out, "after")
+            folder.write_json("evaluation.json", {"before": before, "after": after})
         save_policy(ppo.policy.model, ppo.tokenizer, self.output_dir / "policy")
         console.print(plain(f"trained policy: {self.output_dir / 'policy'}"), soft_wrap=True)
 
+    def _evaluate(
+        self, console: Console, ppo: PPO, held_out: list[Example], when: str
+    ) -> dict[str, float]:
+        """Evaluate on the held-out prompts, if there are any, and print the result."""
+        if not held_out:
+            return {}
+        from ppo_fast.runs.evaluation import evaluate
+
+        found = evaluate(ppo, held_out)
+        line = f"{when}: reward {found['reward']:+.3f} ± {found['standard_error']:.3f}"
+        console.print(f"{line} on {len(held_out)} held-out prompts", highlight=False)
+        return found
+
+    def _prompts(self) -> tuple[list[Example] | Stream, list[Example]]:
+        """Read the prompts to train on and those held out."""
+        options: dict[str, Any] = {"column": self.prompt_column, "split": self.prompts_split}
+        found = read_prompts(self.prompts, what="--prompts", stream=self.stream, **options)
+        if self.held_out is None:
+            return found, []
+        column, equals, value = self.held_out.partition("=")
+        share = _share(self.held_out)
+        if share is None and not equals:
+            held_out = read_prompts(self.held_out, what="--held-out", **options)
+            assert not isinstance(held_out, Stream)
+            return found, held_out
+        if isinstance(found, Stream):
+            raise ValueError(
+                f"--held-out: got {self.held_out!r} with --stream; name another file or data set"
+            )
+        return hold_out_where(found, column, value) if equals else hold_out(found, share or 0.0)
+
     def _check(self) -> None:
         for name in ("policy", "prompts", "reward"):
-            if getattr(self, name) in ("", Path()):
+            if not getattr(self, name):
                 raise ValueError(f"--{name}: is required")
         check_model("policy", self.policy)
         if self.value_model is not None:
             check_model("value-model", self.value_model)
-        if function_of(self.reward) is None:
-            check_model("reward", self.reward)
+        for reward in self.reward:
+            if function_of(reward) is None:
+                check_model("reward", reward)
         check_counts(lora_rank=1 if self.lora_rank is None else self.lora_rank)
 
     def _device(self) -> torch.device:
@@ -160,16 +210,19 @@ class Train:
             base = load_pretrained("value-model", AutoModel, self.value_model, dtype=torch.float32)
             value_model = ValueModel(base, base.config.get_text_config().hidden_size)
         return PPO(
-            policy, tokenizer, reward, value_model=value_model, device=device, config=self.ppo
+            policy,
+            tokenizer,
+            reward,
+            value_model=value_model,
+            device=device,
+            reward_device=self.reward_device,
+            config=self.ppo,
         )
 
 
-def _prompts(path: Path) -> list[str]:
-    """Read the prompts, however long they are; csv's own limit is 131,072 characters."""
-    before = csv.field_size_limit(2**31 - 1)
+def _share(held_out: str) -> float | None:
+    """Return a share as a number; None for anything else."""
     try:
-        return read_prompts(path)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompts: {path} cannot be read ({error})") from error
-    finally:
-        csv.field_size_limit(before)
+        return float(held_out)
+    except ValueError:
+        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, fields
 from numbers import Real
@@ -33,6 +34,11 @@ def _are_betas(value: Any) -> bool:
 def _is_range(value: Any) -> bool:
     pair = isinstance(value, tuple) and len(value) == 2
     return pair and all(isinstance(end, Real) for end in value) and 0 <= value[0] < value[1]
+
+
+def _are_weights(value: Any) -> bool:
+    numbers = isinstance(value, tuple) and all(isinstance(x, Real) for x in value)
+    return numbers and all(math.isfinite(x) for x in value)
 
 
 def _is_warmup(value: Any) -> bool:
@@ -217,6 +223,8 @@ class PPOConfig:
     reward_normalization: Literal["batch", "group", "running"] | None = None
     """Subtract the mean of the scores and divide by their standard deviation: of the batch, of the
     prompt's samples, or of all batches so far."""
+    reward_weights: tuple[float, ...] = allowed((), _are_weights, "a finite number for each reward")
+    """Weights of several rewards, in their order; none: 1 each."""
     reward_scale: float = number(1.0)
     """Factor of the scores (after normalisation)."""
     reward_clip: float | None = number(None, above=0, or_none=True)
@@ -232,6 +240,11 @@ class PPOConfig:
     """Leave responses that were cut off at max_length out of the losses."""
     max_length: int = 150
     """Max tokens of a response."""
+    max_prompt_length: int | None = whole(None, or_none=True)
+    """Max tokens of a prompt; None: what the models' contexts leave beside max_length."""
+    long_prompts: Literal["refuse", "cut", "drop"] = "refuse"
+    """Prompts that are too long: an error before the first step; their beginning is cut; or train()
+    drops them, and says how many."""
     temperature: float = 1.0
     """The logits are divided by it, when sampling and in every log-prob."""
     top_k: int = 0

@@ -1,19 +1,11 @@
-"""Prompts: read from a file, and checked before any model runs."""
+"""Prompts as token ids, checked before any model runs."""
 
 from __future__ import annotations
 
-import csv
-import io
-import itertools
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from ppo_fast.checks import is_whole
-
-# A text, or its token ids.
-Prompt = str | list[int]
+from ppo_fast.data.examples import Example, as_examples
 
 
 class Limit(NamedTuple):
@@ -23,111 +15,95 @@ class Limit(NamedTuple):
     of: str
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Read prompts from a .txt (one a line, empty lines skipped), .jsonl or .csv file ("prompt").
+class PromptTokens(NamedTuple):
+    """A prompt as the model reads it: its ids, and its text where it was not given as ids."""
+
+    ids: list[int]
+    text: str | None
+
+
+def encode_prompts(tokenizer: Any, prompts: Iterable[Any]) -> list[PromptTokens]:
+    """Tokenise prompts for a model that continues them.
+
+    Ids stay as they are. Texts are tokenised as the tokenizer does by default. Of a BOS token that
+    both a text and the tokenizer put first, one remains. An EOS token that the tokenizer appends is
+    removed: a response follows. Chats become texts by the tokenizer's chat template, with what
+    begins a response at their end, and get no other special tokens; a chat whose last message is
+    the assistant's is continued within this message. Columns "tools" and "chat_template_kwargs" of
+    a chat's row reach the template.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: another ending, a line without a "prompt", or no prompts at all.
+        ValueError: there is a chat, and no chat template, or the template refuses it.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"--prompts: no file {path}")
-    text = path.read_text("utf-8-sig")
-    if path.suffix == ".txt":
-        prompts = [line for line in text.split("\n") if line.strip()]
-    elif path.suffix == ".jsonl":
-        # not splitlines: JSON strings may hold U+2028 and its like
-        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-        prompts = [_prompt_of(_json(line, path, n), path, n) for n, line in lines]
-    elif path.suffix == ".csv":
-        rows = csv.DictReader(io.StringIO(text))
-        prompts = [_prompt_of(row, path, n) for n, row in enumerate(rows, 2)]
-    else:
-        raise ValueError(f"--prompts: {path} ends in {path.suffix!r}, expected .txt, .jsonl, .csv")
-    if not prompts:
-        raise ValueError(f"--prompts: {path} holds no prompts")
-    return prompts
-
-
-def _json(line: str, path: Path, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--prompts: {path} line {number} is not JSON: {error}") from error
-
-
-def _prompt_of(record: Any, path: Path, number: int) -> str:
-    prompt = record.get("prompt") if isinstance(record, dict) else None
-    if not isinstance(prompt, str):
-        raise ValueError(f'--prompts: {path} line {number} has no "prompt" that is a string')
-    return prompt
-
-
-def check_prompts(prompts: Any) -> list[Prompt]:
-    """Check that ``prompts`` are strings or lists of ids, at least one, and return them as a list.
-
-    Raises:
-        TypeError: ``prompts`` is one string or no list, has no end, or holds something else.
-        ValueError: there are none.
-    """
-    if isinstance(prompts, str):
-        raise TypeError("prompts: got one string, expected a list of strings; pass [prompt]")
-    if not isinstance(prompts, Iterable) or isinstance(prompts, Mapping):
-        raise TypeError(f"prompts: got {type(prompts).__name__}, expected a list of strings")
-    if isinstance(prompts, (itertools.cycle, itertools.count, itertools.repeat)):
-        raise TypeError(
-            f"prompts: got itertools.{type(prompts).__name__}, which has no end; pass the list "
-            "itself, from which train() draws again and again"
-        )
-    prompts = [_plain_ids(prompt) for prompt in prompts]
-    if not prompts:
-        raise ValueError("prompts: got an empty list, expected at least one prompt")
-    for i, prompt in enumerate(prompts):
-        is_ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
-        if not isinstance(prompt, str) and not is_ids:
-            raise TypeError(
-                f"prompts[{i}]: got {type(prompt).__name__}, expected a string or a list of ids"
-            )
-    return prompts
-
-
-def _plain_ids(prompt: Any) -> Any:
-    """Return ids in a tensor, an array or a tuple as a list; anything else as it is."""
-    if hasattr(prompt, "tolist") and not isinstance(prompt, str):
-        return prompt.tolist()
-    if isinstance(prompt, (list, tuple)):
-        return [int(token) if is_whole(token) else token for token in prompt]
-    return prompt
-
-
-def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Tokenise prompts as the tokenizer does by default, for a model that continues them.
-
-    Prompts that are ids stay as they are. Of a BOS token that both the text (from a chat template)
-    and the tokenizer put first, one remains. An EOS token that the tokenizer appends is removed: a
-    response follows.
-    """
-    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    of_texts = iter(tokenizer(texts)["input_ids"] if texts else [])
-    bos, eos = tokenizer.bos_token, tokenizer.eos_token
-    encoded: list[list[int]] = []
-    for prompt in prompts:
-        if not isinstance(prompt, str):
-            encoded.append(list(prompt))
-            continue
-        ids = list(next(of_texts))
-        if bos and prompt.startswith(bos) and ids[:2] == [tokenizer.bos_token_id] * 2:
-            written_twice = prompt.startswith(bos * 2)
-            ids = ids if written_twice else ids[1:]
-        if eos and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(eos):
-            ids = ids[:-1]
-        encoded.append(ids)
+    examples = as_examples(prompts)
+    texts = [
+        _chat_text(tokenizer, example, i) if _is_chat(example) else example.prompt
+        for i, example in enumerate(examples)
+    ]
+    plain = [text for text, e in zip(texts, examples, strict=True) if isinstance(e.prompt, str)]
+    chats = [text for text, e in zip(texts, examples, strict=True) if _is_chat(e)]
+    of_plain = iter(tokenizer(plain)["input_ids"] if plain else [])
+    of_chats = iter(tokenizer(chats, add_special_tokens=False)["input_ids"] if chats else [])
+    encoded = []
+    for text, example in zip(texts, examples, strict=True):
+        if not isinstance(text, str):
+            encoded.append(PromptTokens([*text], None))
+        elif _is_chat(example):
+            encoded.append(PromptTokens(list(next(of_chats)), text))
+        else:
+            encoded.append(PromptTokens(_without_extra(tokenizer, text, next(of_plain)), text))
     return encoded
 
 
+def _is_chat(example: Example) -> bool:
+    return not isinstance(example.prompt, str) and bool(example.messages)
+
+
+def _without_extra(tokenizer: Any, text: str, ids: Sequence[int]) -> list[int]:
+    """Return a text's ids without a second BOS token and without an EOS token of the tokenizer."""
+    bos, eos, ids = tokenizer.bos_token, tokenizer.eos_token, list(ids)
+    if bos and text.startswith(bos) and ids[:2] == [tokenizer.bos_token_id] * 2:
+        written_twice = text.startswith(bos * 2)
+        ids = ids if written_twice else ids[1:]
+    if eos and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(eos):
+        ids = ids[:-1]
+    return ids
+
+
+def _chat_text(tokenizer: Any, example: Example, number: int) -> str:
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            f"prompts[{number}]: is a chat, and the tokenizer has no chat template; set "
+            "tokenizer.chat_template, or pass texts"
+        )
+    goes_on = example.messages[-1]["role"] == "assistant"
+    try:
+        return tokenizer.apply_chat_template(
+            example.messages,
+            tools=example.columns.get("tools"),
+            tokenize=False,
+            add_generation_prompt=not goes_on,
+            continue_final_message=goes_on,
+            **(example.columns.get("chat_template_kwargs") or {}),
+        )
+    except Exception as error:  # jinja's, and whatever a template raises by itself
+        raise ValueError(
+            f"prompts[{number}]: the tokenizer's chat template refuses it "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def cut_left(ids: list[int], room: int, bos_id: int | None) -> list[int]:
+    """Return the last ``room`` ids; a BOS token at the start stays there."""
+    if len(ids) <= room or room < 1:
+        return ids
+    if ids[0] == bos_id and room > 1:
+        return [ids[0], *ids[len(ids) - room + 1 :]]
+    return ids[len(ids) - room :]
+
+
 def check_prompt_ids(
-    prompts: Sequence[Prompt],
-    prompt_ids: Sequence[Sequence[int]],
+    prompts: Sequence[PromptTokens],
     max_length: int,
     limit: Limit | None,
     *,
@@ -135,16 +111,15 @@ def check_prompt_ids(
 ) -> None:
     """Check that no prompt is empty, and that each leaves room for ``max_length`` response tokens.
 
-
     Raises:
         ValueError: a prompt is empty, leaves no room, or holds an id that is not below
             ``vocab_size``; it is named.
     """
-    for i, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True)):
+    for i, (ids, text) in enumerate(prompts):
         if not ids:
             raise ValueError(
-                f"prompts[{i}]: {prompt!r} is empty after tokenisation; remove it, or give the "
-                "model something to start from"
+                f"prompts[{i}]: {text if text is not None else ids!r} is empty after tokenisation; "
+                "remove it, or give the model something to start from"
             )
         if not 0 <= min(ids) <= max(ids) < vocab_size:
             wrong = next(token for token in ids if not 0 <= token < vocab_size)
@@ -153,12 +128,12 @@ def check_prompt_ids(
                 "the policy's vocabulary"
             )
         if limit is not None and len(ids) + max_length > limit.tokens:
-            text = prompt if isinstance(prompt, str) else str(prompt)
-            short = text if len(text) <= 60 else text[:57] + "..."
+            words = text if text is not None else str(ids)
+            short = words if len(words) <= 60 else words[:57] + "..."
             raise ValueError(
                 f"prompts[{i}]: {short!r} has {len(ids)} tokens; with max_length={max_length} "
-                f"that exceeds {limit.of}; shorten the prompt or lower max_length to "
-                f"{max(limit.tokens - len(ids), 0)}"
+                f"that exceeds {limit.of}; shorten the prompt, lower max_length to "
+                f"{max(limit.tokens - len(ids), 0)}, or set long_prompts to 'cut' or 'drop'"
             )
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ppo_fast.data.examples import Example, Message
 from ppo_fast.data.sampling import Sampling
 from ppo_fast.data.tokens import Tokens, join_tokens, make_tokens
 from ppo_fast.data.trunk_states import TrunkStates, join_trunk_states
@@ -32,6 +34,7 @@ class Rollout:
         where they were not asked for, or the model gives logits alone.
     prompts, completions: B texts, for reward functions and for reading; never tokenised again.
     samples_per_prompt: responses to each prompt, in rows next to one another.
+    examples: B prompts as they were given, with the other columns of their rows; empty: unknown.
     """
 
     tokens: Tokens
@@ -44,6 +47,24 @@ class Rollout:
     prompts: list[str] = field(default_factory=list)
     completions: list[str] = field(default_factory=list)
     samples_per_prompt: int = 1
+    examples: list[Example] = field(default_factory=list)
+
+    @property
+    def columns(self) -> dict[str, list[Any]]:
+        """The other columns of the prompts' rows, B entries each; None where a row has none."""
+        names = dict.fromkeys(name for e in self.examples for name in e.columns)
+        return {name: [e.columns.get(name) for e in self.examples] for name in names}
+
+    @property
+    def messages(self) -> list[list[Message]]:
+        """B chats: the prompt's messages, and the completion as the assistant's.
+
+        A prompt of text is one message of the user. A completion that goes on with a message of the
+        assistant's is joined to it.
+        """
+        examples = self.examples or [Example(text) for text in self.prompts]
+        rows = zip(examples, self.prompts, self.completions, strict=True)
+        return [_with_answer(e.messages or Example(p).messages, c) for e, p, c in rows]
 
     @classmethod
     def from_tokens(
@@ -60,6 +81,7 @@ class Rollout:
         finished: Sequence[bool] | None = None,
         trained: Sequence[Sequence[bool]] | None = None,
         samples_per_prompt: int = 1,
+        columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> Rollout:
         """Make a rollout of tokens that were sampled elsewhere, for ``PPO.make_experience``.
 
@@ -77,11 +99,13 @@ class Rollout:
             trained: B lists, whether each response token is trained on; False for tokens that the
                 policy did not choose, such as a tool's output. None: all are.
             samples_per_prompt: responses to each prompt, next to one another.
+            columns: for rewards, by name, B entries each. None: none.
 
         Raises:
             ValueError: counts or lengths differ, or a list is empty.
         """
-        _check_lists(prompt_ids, response_ids, finished, samples_per_prompt)
+        columns = columns or {}
+        _check_lists(prompt_ids, response_ids, finished, samples_per_prompt, columns)
         tokens = make_tokens(prompt_ids, response_ids, pad_id, torch.device(device))
         if trained is not None:
             tokens = replace(tokens, trained=per_token("trained", trained, tokens).bool())
@@ -104,7 +128,18 @@ class Rollout:
             ended,
             Sampling(length, temperature=temperature),
             samples_per_prompt=samples_per_prompt,
+            examples=[
+                Example(list(ids), {name: column[i] for name, column in columns.items()})
+                for i, ids in enumerate(prompt_ids)
+            ],
         )
+
+
+def _with_answer(messages: list[Message], completion: str) -> list[Message]:
+    last = messages[-1]
+    if last["role"] == "assistant":
+        return [*messages[:-1], last | {"content": (last.get("content") or "") + completion}]
+    return [*messages, {"role": "assistant", "content": completion}]
 
 
 def _check_lists(
@@ -112,9 +147,13 @@ def _check_lists(
     response_ids: Sequence[Sequence[int]],
     finished: Sequence[bool] | None,
     samples_per_prompt: int,
+    columns: Mapping[str, Sequence[Any]],
 ) -> None:
     """Raise ValueError where the arguments of ``from_tokens`` do not fit one another."""
     count = len(prompt_ids)
+    for name, column in columns.items():
+        if len(column) != count:
+            raise ValueError(f"columns[{name!r}]: got {len(column)} entries, expected {count}")
     for name, rows in {"prompt_ids": prompt_ids, "response_ids": response_ids}.items():
         if len(rows) != count or not all(map(len, rows)):
             raise ValueError(
@@ -185,6 +224,7 @@ def select_rows(rollout: Rollout, rows: Tensor) -> Rollout:
         states=part(rollout.states),
         prompts=[rollout.prompts[i] for i in chosen],
         completions=[rollout.completions[i] for i in chosen],
+        examples=[rollout.examples[i] for i in chosen] if rollout.examples else [],
     )
 
 
@@ -208,4 +248,7 @@ def join(rollouts: Sequence[Rollout]) -> Rollout:
         states=joined([r.states for r in rollouts]),
         prompts=[prompt for r in rollouts for prompt in r.prompts],
         completions=[completion for r in rollouts for completion in r.completions],
+        examples=[e for r in rollouts for e in r.examples]
+        if all(r.examples for r in rollouts)
+        else [],
     )

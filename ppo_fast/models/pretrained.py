@@ -6,8 +6,7 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-HUB_TIMEOUT = 10
-"""Seconds to wait for the hub's answer."""
+from ppo_fast.hub import why_not_on_hub
 
 
 def check_model(flag: str, model: str) -> None:
@@ -30,7 +29,7 @@ def check_model(flag: str, model: str) -> None:
     missing = f"--{flag}: no folder {model}{_nearest(path)}"
     if _is_path(model):
         raise FileNotFoundError(missing)
-    if reason := _why_not_on_hub(model):
+    if reason := why_not_on_hub(model):
         raise FileNotFoundError(f"{missing}, and {reason}")
 
 
@@ -64,32 +63,3 @@ def _nearest(path: Path) -> str:
         return ""
     near = difflib.get_close_matches(path.name, names, 1)
     return f" (did you mean {path.parent / near[0]}?)" if near else ""
-
-
-def _why_not_on_hub(model: str) -> str | None:
-    """Return why the hub cannot give ``model``; None where it may, or a copy is on this machine."""
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        if isinstance(try_to_load_from_cache(model, "config.json"), str):
-            return None
-        if constants.HF_HUB_OFFLINE:
-            return "HF_HUB_OFFLINE is set"
-        HfApi().model_info(model, timeout=HUB_TIMEOUT)
-    except HFValidationError:
-        return "this is no name of the hub's"
-    except GatedRepoError:
-        return None
-    except RepositoryNotFoundError:
-        return "the hub has no model of this name that you may read"
-    except HfHubHTTPError:
-        return None  # it answers: from_pretrained gets the files, or says why not
-    except Exception as error:  # of the libraries that huggingface_hub calls
-        return f"the hub cannot be reached ({error})"
-    return None

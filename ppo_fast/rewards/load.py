@@ -6,12 +6,31 @@ import difflib
 import importlib
 import importlib.util
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ppo_fast.models.pretrained import load_pretrained
 from ppo_fast.user_code import place_of_error
+
+
+def load_rewards(rewards: Sequence[str], device: Any, label: str | None = None) -> Any:
+    """Load one reward as itself, or several as a list; see ``load_reward``.
+
+    Raises:
+        ValueError: there are several, and a label, which can be of one classifier alone.
+    """
+    if len(rewards) == 1:
+        return load_reward(rewards[0], device, label)
+    classifiers = [reward for reward in rewards if function_of(reward) is None]
+    if label is not None and len(classifiers) != 1:
+        raise ValueError(
+            f"--reward-label: got {label!r} for {len(classifiers)} classifiers, expected one"
+        )
+    return [
+        load_reward(reward, device, label if reward in classifiers else None) for reward in rewards
+    ]
 
 
 def load_reward(reward: str, device: Any, label: str | None = None) -> Any:

@@ -1,9 +1,9 @@
-"""Scores of whole responses, from a module, a transformers classifier or a Python function."""
+"""Scores of responses, from a module, a transformers classifier or a Python function."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Complex, Real
 from typing import Any
 
@@ -13,16 +13,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ppo_fast.data.batches import batches_by_tokens
+from ppo_fast.data.scores import Scores
 from ppo_fast.data.tokens import Tokens
 from ppo_fast.data.trunk_states import TrunkStates
 from ppo_fast.models.call_on_rows import call_on_rows, takes_padding
 from ppo_fast.models.heads import RewardModel
 from ppo_fast.models.trunk import Split
-from ppo_fast.user_code import place_of_error
+from ppo_fast.rewards.functions import RewardFunction, call_function, name_of
 
 LARGEST_SCORE = 1e15
-
-RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
 
 
 def score(
@@ -34,37 +33,71 @@ def score(
     max_tokens: int,
     split: Split | None = None,
     trunk_states: TrunkStates | None = None,
-) -> Tensor:
+    columns: Mapping[str, Any] | None = None,
+) -> Scores:
     """Compute a score for each sequence, or for each response token.
 
     Args:
         reward_model: a module ``forward(input_ids, attention_mask)`` -> [B] or [B, 1], or [B, L]
             (or [B, L, 1]) with a score for each token, a tuple or an object with ``.logits``, run
-            on the sampled tokens; or a function ``f(prompts, completions) -> list[float]``.
+            on the sampled tokens; or a function ``f(prompts, completions, **columns)`` that returns
+            a number for each (None: it does not judge this one), or a mapping of such lists, whose
+            sum is the score.
         max_tokens: max tokens in one call of a module.
         split: Split of a RewardModel whose lower layers are the policy's trunk; None: they are not.
         trunk_states: the trunk states, those of last tokens too; needed with ``split``.
+        columns: what functions may ask for by name.
 
     Returns:
-        [B] or [B, T] float32 on the device of ``tokens``, finite.
+        The total [B] or [B, T] on the device of ``tokens``, finite, 0 where nothing is judged; the
+            parts of a mapping, by name; under "" the score itself, NaN where it is not judged.
 
     Raises:
-        ValueError: a wrong count or shape, NaN or infinity (the prompt is named).
+        ValueError: a wrong count or shape, NaN or infinity (the prompt is named); a column that the
+            function takes is not among ``columns``.
         TypeError: something that is not numbers.
         RuntimeError: the reward model or function raised (chained).
     """
-    what = f"reward_model {getattr(reward_model, '__name__', type(reward_model).__name__)}"
+    what = f"reward_model {name_of(reward_model)}"
+    parts: dict[str, Any] = {}
     if split is not None:
         assert isinstance(reward_model, RewardModel)
         assert trunk_states is not None
         assert trunk_states.whole
-        scores = _scores_from_trunk(reward_model, split, tokens, trunk_states, max_tokens)
+        parts[""] = _scores_from_trunk(reward_model, split, tokens, trunk_states, max_tokens)
     elif isinstance(reward_model, nn.Module):
-        scores = _module_scores(reward_model, tokens, what, max_tokens)
+        parts[""] = _module_scores(reward_model, tokens, what, max_tokens)
     else:
-        scores = _function_scores(reward_model, prompts, completions, what)
-    lengths = tokens.response_lengths
-    return check_scores(scores, prompts, what, lengths=lengths).to(tokens.device)
+        found = call_function(reward_model, prompts, completions, columns or {}, what)
+        parts = dict(found) if isinstance(found, Mapping) else {"": found}
+        if not parts:
+            raise ValueError(f"{what}: returned an empty mapping, expected lists of numbers")
+    lengths, total = tokens.response_lengths, torch.zeros((), dtype=torch.float32, device="cpu")
+    judged: dict[str, Tensor] = {}
+    for name, values in parts.items():
+        named = what if name == "" else f"{what}, part {name!r}"
+        numbers, known = _without_none(values)
+        scores = check_scores(numbers, prompts, named, lengths=lengths)
+        if total.dim() and scores.dim() != total.dim():
+            raise ValueError(
+                f"{named}: got scores of shape {list(scores.shape)}, and others before"
+            )
+        total = total + scores
+        sums = scores if scores.dim() == 1 else scores.sum(1)
+        judged[str(name)] = sums.masked_fill(~known, math.nan) if known is not None else sums
+    if "" not in judged:
+        known = ~torch.stack(list(judged.values())).isnan().all(0)
+        sums = total if total.dim() == 1 else total.sum(1)
+        judged = {"": sums.masked_fill(~known, math.nan)} | judged
+    return Scores(total.to(tokens.device), judged)
+
+
+def _without_none(values: Any) -> tuple[Any, Tensor | None]:
+    """Return scores with 0 for None, and which [B] are numbers; None: all are."""
+    if not isinstance(values, (list, tuple)) or all(value is not None for value in values):
+        return values, None
+    known = torch.tensor([value is not None for value in values], device="cpu")
+    return [0.0 if value is None else value for value in values], known
 
 
 def check_scores(
@@ -166,7 +199,7 @@ def check_reward_model(reward_model: Any, labels: int = 1) -> None:
         raise TypeError(
             f"reward_model: got {type(reward_model).__name__}, expected a torch.nn.Module with "
             "forward(input_ids, attention_mask) or a function f(prompts, completions) -> "
-            "list[float]"
+            "list[float], or a list or dict of these"
         )
     if isinstance(reward_model, type):
         raise TypeError(
@@ -207,8 +240,11 @@ def _scores_from_trunk(
 
 @torch.no_grad()
 def _module_scores(module: nn.Module, tokens: Tokens, what: str, max_tokens: int) -> Tensor:
-    sequences = tokens.sequences()
+    sequences, weight = tokens.sequences(), next(module.parameters(), None)
+    if weight is not None:  # it may live on a device of its own
+        sequences = [ids.to(weight.device) for ids in sequences]
     rows = call_on_rows(module, sequences, max_tokens=max_tokens, what=what)
+    rows = [row.to(tokens.device) for row in rows]
     if all(row.numel() == 1 for row in rows):
         return torch.stack([row.reshape(()) for row in rows])
     for row, ids in zip(rows, sequences, strict=True):
@@ -219,14 +255,3 @@ def _module_scores(module: nn.Module, tokens: Tokens, what: str, max_tokens: int
             )
     # a token's score is read after it, where a value is read before it
     return tokens.at_response([row.reshape(-1)[1:] for row in rows])
-
-
-def _function_scores(
-    function: RewardFunction, prompts: list[str], completions: list[str], what: str
-) -> Any:
-    try:
-        scores = function(list(prompts), list(completions))
-        return list(scores) if isinstance(scores, Iterator) else scores  # it may raise here
-    except (Exception, SystemExit) as error:
-        raised = f"{what} raised {type(error).__name__}: {error}"
-        raise RuntimeError(f"{raised}{place_of_error(error)}") from error

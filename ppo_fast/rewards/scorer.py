@@ -1,58 +1,223 @@
-"""Scorer: calls the reward of a trainer."""
+"""Scorer: calls the rewards of a trainer, and adds them with weights."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
+from ppo_fast.data.examples import Example
 from ppo_fast.data.rollout import Rollout
+from ppo_fast.data.sampling import Sampling
+from ppo_fast.data.scores import Scores
 from ppo_fast.data.tokens import Tokens
 from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.models.setup import put_on_trunk
-from ppo_fast.rewards.score import score
+from ppo_fast.models.trunk import Split
+from ppo_fast.rewards.functions import missing_columns, missing_message, name_of
+from ppo_fast.rewards.score import check_reward_model, score
 
 
 class Scorer:
-    """Scores whole responses.
+    """Scores responses by one reward or by several with weights.
 
     Args:
-        reward: a module or a function; see ``score``. A RewardModel whose lower layers equal the
-            policy's frozen trunk shares them from now on.
+        reward: a module or a function (see ``score``), a list of these, or a dict of them by name.
+            A RewardModel whose lower layers equal the policy's frozen trunk shares them from now
+            on.
         policy: the policy.
         max_tokens: max tokens in one call of a module.
+        weights: of the rewards in the list or dict; empty: 1 each.
+        reference, tokenizer: for rewards that ask the frozen reference in words.
+
+    Attributes:
+        reward: as given.
+        rewards: by name.
+
+    Raises:
+        TypeError, ValueError: a reward is none, or the number of weights is another.
     """
 
-    def __init__(self, reward: Any, policy: LanguageModel, max_tokens: int) -> None:
+    def __init__(
+        self,
+        reward: Any,
+        policy: LanguageModel,
+        max_tokens: int,
+        weights: Sequence[float] = (),
+        *,
+        reference: LanguageModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
         self.reward, self.max_tokens = reward, max_tokens
-        self.split = put_on_trunk(reward, policy)
+        self.rewards = named_rewards(reward, weights)
+        self.weights = dict(zip(self.rewards, weights or [1.0] * len(self.rewards), strict=True))
+        self._splits = {name: _split(model, policy) for name, model in self.rewards.items()}
+        for one in self.rewards.values():
+            if reference is not None and hasattr(one, "use_reference"):
+                one.use_reference(reference.model, tokenizer)
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The rewards that are modules and read the policy's tokens, by name."""
+        return {name: one for name, one in self.rewards.items() if isinstance(one, nn.Module)}
 
     @property
     def reads_trunk(self) -> bool:
         """Whether scores are computed from trunk states, those of last tokens included."""
-        return self.split is not None
+        return any(split is not None for split in self._splits.values())
 
     def nbytes(self) -> int:
-        """Return the size in bytes of a reward model's weights; 0 for a function."""
-        own = self.reward if isinstance(self.reward, nn.Module) else None
-        model = own or getattr(self.reward, "model", None)
-        return sum(p.nbytes for p in model.parameters()) if isinstance(model, nn.Module) else 0
+        """Return the size in bytes of reward models' weights; 0 for functions."""
+        models = [getattr(one, "model", one) for one in self.rewards.values()]
+        models = [m for m in models if isinstance(m, nn.Module)]
+        return sum(p.nbytes for model in models for p in model.parameters())
 
-    def of_rollout(self, rollout: Rollout) -> Tensor:
-        """Compute the score of each response, [B], or of each of its tokens, [B, T], float32.
+    def check(self, columns: Collection[str]) -> None:
+        """Check before a run that the data has every column that a reward takes.
 
-        With ``reads_trunk``, the rollout must have a whole trunk.
+        Rewards with a ``check()``, such as servers, are asked whether they answer.
+
+        Raises:
+            ValueError: a column is missing.
         """
-        return score(
-            self.reward,
-            rollout.tokens,
-            rollout.prompts,
-            rollout.completions,
-            max_tokens=self.max_tokens,
-            split=self.split,
-            trunk_states=rollout.trunk_states,
-        )
+        self.check_columns(columns)
+        for one in self.rewards.values():
+            if not isinstance(one, nn.Module) and callable(getattr(one, "check", None)):
+                one.check()
 
-    def of_tokens(self, tokens: Tokens, prompts: list[str], completions: list[str]) -> Tensor:
-        """Compute the same from tokens and texts alone."""
-        return score(self.reward, tokens, prompts, completions, max_tokens=self.max_tokens)
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Raise ValueError if a reward takes a column that is not among ``columns``."""
+        for name, one in self.rewards.items():
+            if isinstance(one, nn.Module):
+                continue
+            if missing := missing_columns(one, columns):
+                raise ValueError(missing_message(f"reward_model {name}", missing, columns))
+
+    def of_rollout(self, rollout: Rollout) -> Scores:
+        """Compute the scores of each response, or of each of its tokens.
+
+        With ``reads_trunk``, the rollout must have a whole trunk, or none.
+        """
+        columns = rollout.columns | _always(rollout)
+        trunk_states = rollout.trunk_states
+        found = {
+            name: score(
+                one,
+                rollout.tokens,
+                rollout.prompts,
+                rollout.completions,
+                max_tokens=self.max_tokens,
+                split=self._splits[name] if trunk_states is not None else None,
+                trunk_states=trunk_states,
+                columns=columns,
+            )
+            for name, one in self.rewards.items()
+        }
+        parts: dict[str, Tensor] = {}
+        for name, scores in found.items():
+            parts |= {f"{name}/{k}" if k else name: v for k, v in scores.parts.items()}
+        _check_judged(torch.stack([parts[name] for name in found]), rollout.prompts)
+        totals = [self.weights[name] * scores.total for name, scores in found.items()]
+        return Scores(_sum(totals, rollout.tokens), parts)
+
+    def of_tokens(
+        self,
+        tokens: Tokens,
+        prompts: list[str],
+        completions: list[str],
+        examples: list[Example] | None = None,
+    ) -> Scores:
+        """Compute the same from tokens, texts and the columns of ``examples``."""
+        ended = torch.ones(len(tokens), dtype=torch.bool, device="cpu")
+        rollout = Rollout(
+            tokens,
+            None,
+            None,
+            ended,
+            Sampling(1),
+            prompts=prompts,
+            completions=completions,
+            examples=examples or [],
+        )
+        return self.of_rollout(rollout)
+
+
+def named_rewards(reward: Any, weights: Sequence[float] = ()) -> dict[str, Any]:
+    """Return the rewards by name, coroutine functions wrapped, and check them and their weights."""
+    if isinstance(reward, Mapping):
+        rewards = {str(name): one for name, one in reward.items()}
+    else:
+        several = reward if isinstance(reward, (list, tuple)) else [reward]
+        rewards = {}
+        for one in several:
+            name, number = name_of(one), 2
+            while name in rewards:
+                name, number = f"{name_of(one)}_{number}", number + 1
+            rewards[name] = one
+    if not rewards:
+        raise ValueError("reward: got no reward, expected at least one")
+    for one in rewards.values():
+        check_reward_model(one)
+    if weights and len(weights) != len(rewards):
+        raise ValueError(
+            f"reward_weights: got {len(weights)} weights for {len(rewards)} rewards "
+            f"({', '.join(rewards)}), expected one each"
+        )
+    return {name: _callable_at_once(one) for name, one in rewards.items()}
+
+
+def _callable_at_once(reward: Any) -> Any:
+    """Return a coroutine function wrapped so that it can be called on a batch."""
+    call = reward if inspect.isfunction(reward) else getattr(reward, "__call__", None)  # noqa: B004
+    if isinstance(reward, nn.Module) or not inspect.iscoroutinefunction(call):
+        return reward
+    from ppo_fast.rewards.asynchronous import AsyncReward
+
+    return AsyncReward(reward)
+
+
+def _split(reward: Any, policy: LanguageModel) -> Split | None:
+    """Put a reward on the policy's trunk if it can be; it may live on another device."""
+    if isinstance(reward, nn.Module):
+        weight = next(reward.parameters(), None)
+        if weight is not None and weight.device != policy.device:
+            return None
+    return put_on_trunk(reward, policy)
+
+
+def _always(rollout: Rollout) -> dict[str, Any]:
+    """Return what rewards can ask for whatever the data has."""
+    tokens = rollout.tokens
+    pairs = zip(tokens.response_ids.tolist(), tokens.response_lengths.tolist(), strict=True)
+    return {
+        "messages": rollout.messages,
+        "completion_ids": [ids[:length] for ids, length in pairs],
+        "tokens": tokens,
+    }
+
+
+def _check_judged(parts: Tensor, prompts: Sequence[str]) -> None:
+    for prompt, none in zip(prompts, parts.isnan().all(0).tolist(), strict=True):
+        if none:
+            raise ValueError(
+                f"reward: no reward judges the response to the prompt {prompt!r}: all returned "
+                "None; give it a number"
+            )
+
+
+def _sum(totals: Sequence[Tensor], tokens: Tokens) -> Tensor:
+    """Add scores [B] or [B, T]; with the latter, the former stand on each response's last token."""
+    if len({total.dim() for total in totals}) == 1:
+        return torch.stack(list(totals)).sum(0)
+    last = tokens.last_trained.to(tokens.device)[:, None]
+    placed = [
+        total
+        if total.dim() == 2
+        else total.new_zeros(tokens.response_ids.shape).scatter(1, last, total[:, None])
+        for total in totals
+    ]
+    return torch.stack(placed).sum(0)

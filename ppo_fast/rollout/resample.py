@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from ppo_fast.data.prompts import Prompt
+from ppo_fast.data.examples import Example
 from ppo_fast.data.rollout import Rollout, join, select_rows
+from ppo_fast.data.scores import Scores, join_scores
 
 
 def resample(
     rollout: Rollout,
-    scores: Tensor,
-    prompts: list[Prompt],
+    scores: Scores,
+    prompts: list[Example],
     *,
-    sample: Callable[[list[Prompt]], Rollout],
-    score: Callable[[Rollout], Tensor],
-    draw: Callable[[int], list[Prompt]] | None,
+    sample: Callable[[list[Example]], Rollout],
+    score: Callable[[Rollout], Scores],
+    draw: Callable[[int], list[Example]] | None,
     most: int,
-) -> tuple[Rollout, Tensor, dict[str, float]]:
+) -> tuple[Rollout, Scores, dict[str, float]]:
     """Replace the prompts from whose samples nothing can be learned: Yu et al. 2025, section 3.2.
 
     Args:
         rollout: several samples a prompt.
-        scores: [B] or [B, T].
+        scores: those of the rollout.
         prompts: of the rollout, each once.
         sample: samples responses to prompts.
         score: computes their scores.
@@ -37,7 +37,7 @@ def resample(
             prompts_without_signal (share of those that were kept).
     """
     size, count = rollout.samples_per_prompt, 0
-    flat = without_signal(scores, size)
+    flat = without_signal(scores.total, size)
     for _ in range(most):
         if not flat.any():
             break
@@ -53,8 +53,8 @@ def resample(
             kept = (~flat).repeat_interleave(size).nonzero().flatten()
             rollout = join([select_rows(rollout, kept), new])
             width = rollout.tokens.response_ids.shape[1]
-            scores = _joined(scores[kept.to(scores.device)], new_scores, width)
-        flat = without_signal(scores, size)
+            scores = join_scores([scores.select(kept), new_scores], width)
+        flat = without_signal(scores.total, size)
     metrics = {
         "prompts_resampled": float(count),
         "prompts_without_signal": float(flat.float().mean()),
@@ -67,11 +67,3 @@ def without_signal(scores: Tensor, samples_per_prompt: int) -> Tensor:
     totals = scores if scores.dim() == 1 else scores.sum(1)
     groups = totals.view(-1, samples_per_prompt)
     return (groups == groups[:, :1]).all(1).cpu()
-
-
-def _joined(first: Tensor, second: Tensor, width: int) -> Tensor:
-    """Join scores [B] or [B, T]; the latter get ``width`` columns, zeros on the right or cut."""
-    if first.dim() == 1:
-        return torch.cat([first, second])
-    pad = torch.nn.functional.pad
-    return torch.cat([pad(x, (0, width - x.shape[1])) for x in (first, second)])

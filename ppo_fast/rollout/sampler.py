@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ppo_fast.data.prompts import Prompt
+from ppo_fast.data.examples import Example
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.sampling import Sampling
 from ppo_fast.data.tokens import check_seeds
@@ -17,8 +17,10 @@ from ppo_fast.rollout.engine import Engine
 from ppo_fast.rollout.local_engine import LocalEngine
 from ppo_fast.rollout.texts import Texts
 from ppo_fast.rollout.turns import Environment
+from ppo_fast.user_code import taken
 
-MakeEnvironment = Callable[[Prompt], Environment]
+# Given a prompt, and the columns of its row that it takes by name.
+MakeEnvironment = Callable[..., Environment]
 
 
 class Sampler:
@@ -40,7 +42,7 @@ class Sampler:
     def sample(
         self,
         policy_model: nn.Module,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Example],
         sampling: Sampling,
         seeds: Tensor,
         samples_per_prompt: int = 1,
@@ -49,20 +51,25 @@ class Sampler:
 
         ``seeds`` [B] int64 are one for each response.
         """
-        prompts = [prompt for prompt in prompts for _ in range(samples_per_prompt)]
-        prompt_ids = self.texts.encode(prompts, sampling.max_length)
-        check_seeds(seeds, len(prompts))
+        examples = [example for example in prompts for _ in range(samples_per_prompt)]
+        read = self.texts.encode(examples, sampling.max_length)
+        prompt_ids = [prompt.ids for prompt in read]
+        check_seeds(seeds, len(examples))
         with self._weight_copies.in_use(policy_model):
             self.engine.sync_weights(policy_model)
             if self._make_environment is None:
                 rollout = self.engine.generate(prompt_ids, sampling, seeds=seeds)
             else:
                 assert isinstance(self.engine, LocalEngine)
-                environments = [self._make_environment(prompt) for prompt in prompts]
+                make = self._make_environment
+                environments = [
+                    make(e.prompt, **taken(make, e.columns, positional=1)) for e in examples
+                ]
                 check_environments(environments)
                 turns = self.texts.turns(environments)
                 rollout = self.engine.generate(prompt_ids, sampling, seeds=seeds, turns=turns)
-        return self.texts.decode(replace(rollout, samples_per_prompt=samples_per_prompt), prompts)
+        rollout = replace(rollout, samples_per_prompt=samples_per_prompt, examples=examples)
+        return self.texts.decode(rollout, [prompt.text for prompt in read])
 
 
 def check_environment(environment: Any, engine: Engine | None) -> None:

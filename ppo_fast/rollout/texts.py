@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ppo_fast.data.prompts import Prompt, check_prompt_ids, check_prompts, encode_prompts
+from ppo_fast.data.examples import Example, as_examples
+from ppo_fast.data.prompts import (
+    Limit,
+    PromptTokens,
+    check_prompt_ids,
+    cut_left,
+    encode_prompts,
+)
 from ppo_fast.data.rollout import Rollout, sampled_ids
 from ppo_fast.data.tokens import Tokens, make_tokens
 from ppo_fast.models.checks import context_limit
 from ppo_fast.models.parts import num_embeddings
 from ppo_fast.rollout.engine import eos_ids
 from ppo_fast.rollout.turns import Environment, Turns
+
+logger = logging.getLogger(__name__)
+
+LongPrompts = Literal["refuse", "cut", "drop"]
 
 
 class Texts:
@@ -27,6 +39,8 @@ class Texts:
         tokenizer: its tokenizer.
         skip_special_tokens: whether to leave all special tokens out of texts. If not, only the EOS
             token at a response's end is left out.
+        long_prompts: what to do with prompts that are too long: "refuse", "cut" or "drop".
+        max_prompt_length: max tokens of a prompt; None: what the models' contexts leave.
     """
 
     def __init__(
@@ -35,32 +49,82 @@ class Texts:
         tokenizer: PreTrainedTokenizerBase,
         *,
         skip_special_tokens: bool,
+        long_prompts: LongPrompts = "refuse",
+        max_prompt_length: int | None = None,
     ) -> None:
         self.policy_model, self.tokenizer = policy_model, tokenizer
         self.skip_special_tokens = skip_special_tokens
+        self.long_prompts, self.max_prompt_length = long_prompts, max_prompt_length
+        self._said_cut = False
 
     def encode(
-        self, prompts: Sequence[Prompt], max_length: int, others: Mapping[str, Any] | None = None
-    ) -> list[list[int]]:
-        """Return the ids of prompts, checked to leave room for ``max_length`` response tokens.
+        self, prompts: Iterable[Any], max_length: int, others: Mapping[str, Any] | None = None
+    ) -> list[PromptTokens]:
+        """Return the tokens of prompts, checked to leave room for ``max_length`` response tokens.
+
+        With ``long_prompts="cut"``, the beginning of longer ones is cut.
 
         Args:
-            prompts: texts, or lists of ids, which stay as they are.
+            prompts: texts, lists of ids, chats, rows or Examples.
             max_length: max response tokens.
             others: other models, by name, that will read the sequences.
 
         Raises:
             ValueError: a prompt is empty, too long, or holds an id outside the vocabulary.
         """
-        ids = encode_prompts(self.tokenizer, prompts)
-        limit = context_limit({"policy_model": self.policy_model, **(others or {})})
+        found = encode_prompts(self.tokenizer, prompts)
+        limit = self._limit(max_length, others)
+        if self.long_prompts == "cut" and limit is not None:
+            found = self._cut(found, limit.tokens - max_length)
         vocab_size = num_embeddings(self.policy_model)
-        check_prompt_ids(prompts, ids, max_length, limit, vocab_size=vocab_size)
-        return ids
+        check_prompt_ids(found, max_length, limit, vocab_size=vocab_size)
+        return found
+
+    def fitting(
+        self, prompts: Sequence[Example], max_length: int, others: Mapping[str, Any] | None = None
+    ) -> list[Example]:
+        """Return the prompts without those to be dropped, after a check of all as in ``encode``.
+
+        With ``long_prompts="drop"``, those that are too long are dropped.
+        """
+        limit = self._limit(max_length, others)
+        if self.long_prompts != "drop" or limit is None:
+            self.encode(prompts, max_length, others)
+            return list(prompts)
+        room, found = limit.tokens - max_length, encode_prompts(self.tokenizer, prompts)
+        check_prompt_ids(found, 0, None, vocab_size=num_embeddings(self.policy_model))
+        return [e for e, f in zip(prompts, found, strict=True) if len(f.ids) <= room]
+
+    def _limit(self, max_length: int, others: Mapping[str, Any] | None) -> Limit | None:
+        """Return the limit of a sequence with ``max_length`` response tokens."""
+        limit = context_limit({"policy_model": self.policy_model, **(others or {})})
+        longest = self.max_prompt_length
+        if longest is None or (limit is not None and limit.tokens <= longest + max_length):
+            return limit
+        return Limit(longest + max_length, f"max_prompt_length={longest}")
+
+    def _cut(self, prompts: list[PromptTokens], room: int) -> list[PromptTokens]:
+        bos = self.tokenizer.bos_token_id
+        cut = [PromptTokens(cut_left(p.ids, room, bos), p.text) for p in prompts]
+        count = sum(len(c.ids) < len(p.ids) for c, p in zip(cut, prompts, strict=True))
+        if count and not self._said_cut:
+            self._said_cut = True
+            logger.warning(
+                "long_prompts='cut': %d of %d prompts lose their beginning, beyond %d tokens; "
+                "later ones are cut without a word",
+                count,
+                len(prompts),
+                room,
+            )
+        # rewards see the text that the policy read
+        return [
+            c if len(c.ids) == len(p.ids) else PromptTokens(c.ids, None)
+            for c, p in zip(cut, prompts, strict=True)
+        ]
 
     def pairs(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Any],
         responses: Sequence[str],
         last_rollout: Rollout | None,
         device: torch.device,
@@ -70,20 +134,21 @@ class Texts:
         Raises:
             ValueError: their numbers differ, or a response is empty.
         """
-        check_prompts(prompts)
-        if len(prompts) != len(responses):
+        examples = as_examples(prompts)
+        if len(examples) != len(responses):
             raise ValueError(
-                f"responses: got {len(responses)}, expected {len(prompts)}, one a prompt"
+                f"responses: got {len(responses)}, expected {len(examples)}, one a prompt"
             )
         sampled = sampled_ids(last_rollout)
         prompt_ids, response_ids = [], []
-        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            if rows := sampled.get((prompt, response)):
+        read = encode_prompts(self.tokenizer, examples)
+        for i, (prompt, response) in enumerate(zip(read, responses, strict=True)):
+            if rows := sampled.get((prompt.text or "", response)):
                 # the same pair may have been sampled twice, from different tokens
                 pair = rows.pop(0) if len(rows) > 1 else rows[0]
             else:
                 encoded = self.tokenizer(response, add_special_tokens=False)["input_ids"]
-                pair = (self.encode([prompt], 0)[0], encoded)
+                pair = (self.encode([examples[i]], 0)[0].ids, encoded)
             if not pair[1]:
                 raise ValueError(
                     f"responses[{i}]: {response!r} is empty after tokenisation; a response has at "
@@ -121,17 +186,17 @@ class Texts:
                 f"{vocab_size - 1}, the policy's vocabulary"
             )
 
-    def decode(self, rollout: Rollout, prompts: Sequence[Prompt] = ()) -> Rollout:
+    def decode(self, rollout: Rollout, prompts: Sequence[str | None] = ()) -> Rollout:
         """Return ``rollout`` with the texts of its prompts and responses.
 
-        ``prompts`` are its prompts as they were given: a text stays as it is. Empty: all are
-        decoded.
+        ``prompts`` are the texts that its prompts were tokenised from; None, or none at all: they
+        are decoded.
         """
         prompt_rows, rows = _rows(rollout.tokens)
         ends = eos_ids(self.policy_model, self.tokenizer)
         rows = [ids[:-1] if ids and ids[-1] in ends else ids for ids in rows]
         texts = self._decode(prompt_rows)
-        given = [p if isinstance(p, str) else t for p, t in zip(prompts, texts, strict=False)]
+        given = [t if p is None else p for p, t in zip(prompts, texts, strict=False)]
         completions = self._continuations(prompt_rows, rows, texts)
         return replace(rollout, prompts=given or texts, completions=completions)
 

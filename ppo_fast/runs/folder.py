@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import Tensor
 
 from ppo_fast.config import PPOConfig
-from ppo_fast.data.rollout import Rollout
+from ppo_fast.data.step import Step
 from ppo_fast.runs.lock import FolderLock
 
 
@@ -53,8 +52,9 @@ class RunFolder:
     def write_config(self, config: PPOConfig, **run: Any) -> None:
         """Write the resolved settings to config.yaml, which ``ppo-fast train --config`` reads."""
         settings = {key: str(v) if isinstance(v, Path) else v for key, v in run.items()}
-        fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
-        text = yaml.safe_dump(settings | fields, sort_keys=False)
+        both = settings | asdict(config)
+        fields = {k: list(v) if isinstance(v, tuple) else v for k, v in both.items()}
+        text = yaml.safe_dump(fields, sort_keys=False)
         (self.folder / "config.yaml").write_text(text, "utf-8")
 
     def write_metrics(self, step: int, metrics: dict[str, float]) -> None:
@@ -62,17 +62,36 @@ class RunFolder:
 
         Numbers that are not finite, which JSON does not have, become null.
         """
-        numbers = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
+        numbers = {name: _or_none(value) for name, value in metrics.items()}
         self._append("metrics.jsonl", {"step": step, "time": time.time()} | numbers)
 
-    def write_samples(self, step: int, rollout: Rollout, scores: Tensor) -> None:
-        """Append a line to samples.jsonl for each sequence."""
-        rows = zip(rollout.prompts, rollout.completions, scores.tolist(), strict=True)
-        for prompt, completion, score in rows:
-            self._append(
-                "samples.jsonl",
-                {"step": step, "prompt": prompt, "completion": completion, "score": score},
-            )
+    def write_samples(self, step: Step) -> None:
+        """Append a line to samples.jsonl for each sequence.
+
+        It has the score, that of each reward (null where it does not judge), and the other columns
+        of the prompt's row.
+        """
+        rollout = step.rollout
+        rewards = {name: part.tolist() for name, part in step.rewards.items()}
+        columns = rollout.columns
+        rows = zip(rollout.prompts, rollout.completions, step.scores.tolist(), strict=True)
+        for i, (prompt, completion, score) in enumerate(rows):
+            line: dict[str, Any] = {
+                "step": step.number, "prompt": prompt, "completion": completion, "score": score,
+            }  # fmt: skip
+            if len(rewards) > 1:
+                line["rewards"] = {
+                    k: v[i] if math.isfinite(v[i]) else None for k, v in rewards.items()
+                }
+            if columns:
+                line["columns"] = {name: values[i] for name, values in columns.items()}
+            self._append("samples.jsonl", line)
+
+    def write_json(self, name: str, contents: Any) -> None:
+        """Write a file of JSON, whole or not at all."""
+        new = self.folder / f"{name}.partial"
+        new.write_text(json.dumps(contents, indent=2, ensure_ascii=False), "utf-8")
+        new.replace(self.folder / name)
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of steps after ``step``, which a resumed run computes again."""
@@ -86,7 +105,12 @@ class RunFolder:
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+
+
+def _or_none(value: float) -> float | None:
+    """Return None for a number that JSON does not have."""
+    return value if math.isfinite(value) else None
 
 
 def _step_of(line: str) -> float:

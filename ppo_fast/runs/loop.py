@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from ppo_fast.checks import check_counts
 from ppo_fast.config import PPOConfig
+from ppo_fast.data.examples import Example, Stream
 from ppo_fast.data.experience import Experience
-from ppo_fast.data.prompts import Prompt
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.sampling import Sampling
 from ppo_fast.data.step import Step
@@ -46,21 +46,21 @@ class Trainable(Protocol):
         ...
 
     def check_prompts(
-        self, prompts: Sequence[Prompt], max_length: int | None = None
-    ) -> list[Prompt]: ...
+        self, prompts: Any, max_length: int | None = None
+    ) -> list[Example] | Stream: ...
 
-    def rollout(self, prompts: Sequence[Prompt]) -> Rollout: ...
+    def rollout(self, prompts: Any) -> Rollout: ...
 
     def make_experience(self, rollout: Rollout) -> Experience: ...
 
     def step(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Any,
         *,
         num_epochs: int | None = None,
         max_length: int | None = None,
         temperature: float | None = None,
-        more_prompts: Callable[[int], list[Prompt]] | None = None,
+        more_prompts: Callable[[int], list[Example]] | None = None,
     ) -> Step: ...
 
     def plan_run(self, num_steps: int, num_epochs: int | None) -> None: ...
@@ -70,7 +70,7 @@ class Trainable(Protocol):
 
 def train(
     ppo: Trainable,
-    prompts: Sequence[Prompt],
+    prompts: Any,
     *,
     num_steps: int,
     batch_size: int,
@@ -137,7 +137,7 @@ def train(
 
 
 def pretrain_critic(
-    ppo: Trainable, prompts: Sequence[Prompt], num_steps: int, batch_size: int
+    ppo: Trainable, prompts: Any, num_steps: int, batch_size: int
 ) -> list[dict[str, float]]:
     """Train the value function alone; see ``PPO.pretrain_critic``."""
     check_counts(num_steps=num_steps, batch_size=batch_size)
@@ -167,7 +167,7 @@ def _note(history: dict[str, list[float]], step: Step) -> None:
 
 def _step(
     ppo: Trainable,
-    prompts: list[Prompt],
+    prompts: list[Example] | Stream,
     batch_size: int,
     checkpoint_dir: str | Path | None,
     **options: Any,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppo_fast.data.prompts import Prompt
+from ppo_fast.data.examples import Example, Stream
 
 # Lists of the classic interface, with a number for each step, and the metric that is listed.
 LISTS = {
@@ -39,7 +39,8 @@ class Progress:
 
     Attributes:
         stats: total_steps, and the lists of LISTS.
-        prompts_drawn: number of prompts that steps took from the training set.
+        prompts_drawn: number of prompts that steps took from the training set; of a stream, the
+            number of its rows that were read.
         sequences_sampled: number of responses that steps sampled.
         sequences_outside: number of responses sampled outside of steps. These have seeds of their
             own: an evaluation changes no later draw of the training.
@@ -66,10 +67,17 @@ class Progress:
         means = {name: _mean(self.stats[numbers]) for name, numbers in AVERAGES.items()}
         return _copied(self.stats) | means
 
-    def next_prompts(self, prompts: list[Prompt], batch_size: int) -> list[Prompt]:
-        """Return the next batch of an endless sequence of random permutations of ``prompts``."""
+    def next_prompts(self, prompts: list[Example] | Stream, batch_size: int) -> list[Example]:
+        """Return the next batch of an endless sequence of random permutations of ``prompts``.
+
+        A stream has an order of its own.
+        """
+        if isinstance(prompts, Stream):
+            batch, read = prompts.take(self.prompts_drawn, batch_size)
+            self.prompts_drawn += read
+            return batch
         size = min(batch_size, len(prompts))
-        batch: list[Prompt] = []
+        batch = []
         while len(batch) < size:
             round_, first = divmod(self.prompts_drawn + len(batch), len(prompts))
             generator = torch.Generator().manual_seed(self.seed_of("prompts", round_))

@@ -14,7 +14,7 @@ def step_logger(folder: RunFolder, display: StepDisplay) -> Callable[[Step], Non
 
     def log(step: Step) -> None:
         folder.write_metrics(step.number, step.metrics)
-        folder.write_samples(step.number, step.rollout, step.scores)
+        folder.write_samples(step)
         display.show(step)
 
     return log

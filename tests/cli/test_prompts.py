@@ -9,22 +9,26 @@ import pytest
 from command_line import PROMPTS, arguments, fails_in_a_line, lines, write
 
 from ppo_fast.cli.main import main
-from ppo_fast.data.prompts import read_prompts
+from ppo_fast.data.files import read_prompts
+
+
+def texts_of(path):
+    return [example.prompt for example in read_prompts(path)]
 
 
 def test_prompts_of_every_format(tmp_path):
     odd = 'one "quoted", \u2028 with\x85breaks'
     records = [{"prompt": text, "more": 1} for text in ("ä b", odd, "last")]
     jsonl = "\n\n".join(json.dumps(record, ensure_ascii=False) for record in records)
-    assert read_prompts(write(tmp_path / "a.jsonl", jsonl)) == ["ä b", odd, "last"]
-    assert read_prompts(write(tmp_path / "a.txt", f"ä b\n\n{odd}\r\n  \nlast")) == [
+    assert texts_of(write(tmp_path / "a.jsonl", jsonl)) == ["ä b", odd, "last"]
+    assert texts_of(write(tmp_path / "a.txt", f"ä b\n\n{odd}\r\n  \nlast")) == [
         "ä b",
         odd,
         "last",
     ]
     table = f'id,prompt\n1,ä b\n2,"{odd.replace(chr(34), chr(34) * 2)}"\n3,"two\nlines"\n'
-    assert read_prompts(write(tmp_path / "a.csv", table)) == ["ä b", odd, "two\nlines"]
-    assert read_prompts(write(tmp_path / "b.csv", "\ufeffprompt\nfrom a spreadsheet\n")) == [
+    assert texts_of(write(tmp_path / "a.csv", table)) == ["ä b", odd, "two\nlines"]
+    assert texts_of(write(tmp_path / "b.csv", "\ufeffprompt\nfrom a spreadsheet\n")) == [
         "from a spreadsheet"
     ]
 
@@ -44,11 +48,11 @@ def test_train_reads_jsonl_and_csv(place, name):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("p.json", "[]", r"--prompts: .*p\.json ends in '\.json', expected \.txt, \.jsonl, \.csv"),
+        ("p.json", "[]", r"--prompts: .*p\.json ends in '\.json', expected \.txt, \.jsonl, \.csv, \.par"),
         ("p.txt", "\n  \n", r"--prompts: .*p\.txt holds no prompts"),
         ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}', r'p\.jsonl line 2 has no "prompt"'),
         ("p.jsonl", '{"prompt": "a"}\n\n{"prompt"', r"p\.jsonl line 3 is not JSON"),
-        ("p.jsonl", '{"prompt": 3}', r'line 1 has no "prompt" that is a string'),
+        ("p.jsonl", '{"prompt": 3}', r'line 1 has no "prompt" that is a string, a list of ids or'),
         ("p.csv", "text\na\n", r'p\.csv line 2 has no "prompt"'),
     ],
 )

@@ -12,7 +12,7 @@ DOCUMENT = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- drawn by tests/helpers/imports.py -->\n", "<!-- end -->\n"
 
 LAYERS = (
-    ("checks", "user_code"),
+    ("checks", "user_code", "hub"),
     ("ops", "data"),
     ("config",),
     ("models",),
@@ -21,7 +21,7 @@ LAYERS = (
     ("parts",),
     ("ppo",),
     ("trainer",),
-    ("demo", "cli"),
+    ("demo", "cli", "classic"),
 )
 LAYER = {folder: number for number, folders in enumerate(LAYERS) for folder in folders}
 

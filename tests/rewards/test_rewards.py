@@ -30,7 +30,8 @@ def tokens(pad_id: int = PAD_ID) -> Tokens:
 
 
 def scores_of(reward_model, *, pad_id: int = PAD_ID, max_tokens: int = 1000) -> torch.Tensor:
-    return score(reward_model, tokens(pad_id), PROMPTS, COMPLETIONS, max_tokens=max_tokens)
+    found = score(reward_model, tokens(pad_id), PROMPTS, COMPLETIONS, max_tokens=max_tokens)
+    return found.total
 
 
 # Functions
@@ -80,7 +81,7 @@ def test_a_wrong_count_or_shape_is_refused(values):
         scores_of(constant(values))
 
 
-@pytest.mark.parametrize("values", [None, 1.0, ["good", "bad", "good"], [1.0, None, 2.0], "abc"])
+@pytest.mark.parametrize("values", [None, 1.0, ["good", "bad", "good"], "abc"])
 def test_what_is_not_numbers_is_refused(values):
     with pytest.raises(TypeError, match=r"reward_model rate: expected a list of numbers"):
         scores_of(constant(values))
@@ -229,8 +230,9 @@ def test_a_classifier_is_padded_with_its_own_pad_id():
     """A classifier finds the last token by its own config's pad id, not the policy tokenizer's."""
     model = tiny_classifier("gpt2", pad_token_id=9)
     other = tokens(pad_id=44)
-    expected = score(model, tokens(pad_id=9), PROMPTS, COMPLETIONS, max_tokens=1000)
-    assert torch.equal(score(model, other, PROMPTS, COMPLETIONS, max_tokens=1000), expected)
+    expected = score(model, tokens(pad_id=9), PROMPTS, COMPLETIONS, max_tokens=1000).total
+    found = score(model, other, PROMPTS, COMPLETIONS, max_tokens=1000).total
+    assert torch.equal(found, expected)
 
 
 def test_two_labels_are_refused_before_any_model_runs():

@@ -8,34 +8,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from bos_tokenizer import sentencepiece_like
 from tiny_models import EOS_ID, PAD_ID, tiny_tokenizer
 from tiny_trainer import PROMPTS, tiny_trainer
-from tokenizers import Tokenizer, decoders, models, normalizers, processors
-from transformers import PreTrainedTokenizerFast
 
-from ppo_fast.data.prompts import check_prompts, encode_prompts
+from ppo_fast.data.examples import as_examples
+from ppo_fast.data.prompts import encode_prompts
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.rollout.texts import Texts
-
-WORDS = ["<s>", "</s>", "<think>", "▁the", "▁film", "▁was", "n't", "▁", "g", "ood"]
-
-
-def sentencepiece_like(template="<s> $A </s>"):
-    """A tokenizer whose decoder drops the space before the first word, as Llama 2's does."""
-    vocabulary = {word: i for i, word in enumerate(WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="▁"))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    special = [("<s>", 0), ("</s>", 1)]
-    tokenizer.post_processor = processors.TemplateProcessing(template, special_tokens=special)
-    tokenizer.add_special_tokens(WORDS[:3])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    )
 
 
 def completions(prompt_ids, response_ids, *, skip_special_tokens=True):
@@ -68,15 +48,19 @@ def test_the_trainer_keeps_special_tokens_where_asked():
     assert found[False] == trainer.tokenizer.pad_token + found[True]
 
 
+def ids_of(tokenizer, *prompts):
+    return [prompt.ids for prompt in encode_prompts(tokenizer, prompts)]
+
+
 def test_one_bos_and_no_eos():
     tokenizer = sentencepiece_like()
     plain = [0, *tokenizer("the", add_special_tokens=False)["input_ids"]]
-    assert encode_prompts(tokenizer, ["the", "<s>the"])[0] == plain
-    assert [ids.count(0) for ids in encode_prompts(tokenizer, ["the", "<s>the"])] == [1, 1]
-    assert all(ids[-1] != 1 for ids in encode_prompts(tokenizer, ["the", "<s>the"]))
-    assert encode_prompts(tokenizer, ["<s><s>the"])[0].count(0) == 3, "as it was written"
-    assert encode_prompts(tokenizer, ["the</s>"])[0][-1] == 1, "as it was written"
-    assert encode_prompts(sentencepiece_like("$A"), ["the"])[0] == plain[1:]
+    assert ids_of(tokenizer, "the", "<s>the")[0] == plain
+    assert [ids.count(0) for ids in ids_of(tokenizer, "the", "<s>the")] == [1, 1]
+    assert all(ids[-1] != 1 for ids in ids_of(tokenizer, "the", "<s>the"))
+    assert ids_of(tokenizer, "<s><s>the")[0].count(0) == 3, "as it was written"
+    assert ids_of(tokenizer, "the</s>")[0][-1] == 1, "as it was written"
+    assert ids_of(sentencepiece_like("$A"), "the")[0] == plain[1:]
 
 
 @pytest.mark.parametrize("kind", [list, tuple, torch.tensor, lambda row: [*map(np.int64, row)]])
@@ -98,9 +82,9 @@ def test_prompts_as_token_ids(kind):
         ([[5, 6], [3, 307]], ValueError, r"prompts\[1\]: holds the id 307, .* 0 to 306"),
         ([[5, -1]], ValueError, "holds the id -1"),
         ([[5], []], ValueError, r"prompts\[1\]: .* is empty"),
-        ([[5.0]], TypeError, r"prompts\[0\]: got list, expected a string or a list of ids"),
+        ([[5.0]], TypeError, r"prompts\[0\]: got list, expected a string, a list of ids, a chat"),
         ([[True]], TypeError, r"prompts\[0\]: got list"),
-        ([{"text": "a"}], TypeError, r"prompts\[0\]: got dict"),
+        ([{"text": "a"}], ValueError, r'prompts\[0\] has no "prompt"; it has the columns text'),
         (itertools.cycle(PROMPTS), TypeError, "itertools.cycle, which has no end; pass the list"),
     ],
 )
@@ -111,7 +95,7 @@ def test_bad_prompts(prompts, error, match):
 
 
 def test_prompts_come_back_as_a_list():
-    assert check_prompts(iter(["a", (1, 2)])) == ["a", [1, 2]]
+    assert [example.prompt for example in as_examples(iter(["a", (1, 2)]))] == ["a", [1, 2]]
 
 
 def rollout_of(sampled, **options):

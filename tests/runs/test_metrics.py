@@ -95,8 +95,8 @@ def test_samples_are_a_line_per_sequence(tmp_path):
     texts = ['a "quote"\nand a break', "naïve 😀 \u2028", ""]
     rollout = replace(rollout, completions=texts)
     folder = RunFolder(tmp_path)
-    folder.write_samples(1, rollout, torch.tensor([1.0, -0.5, 0.0]))
-    folder.write_samples(2, rollout, torch.tensor([2.0, 3.0, 4.0]))
+    folder.write_samples(Step(1, {}, rollout, torch.tensor([1.0, -0.5, 0.0])))
+    folder.write_samples(Step(2, {}, rollout, torch.tensor([2.0, 3.0, 4.0])))
     rows = records(tmp_path / "samples.jsonl")
     assert [row["step"] for row in rows] == [1, 1, 1, 2, 2, 2]
     assert [row["prompt"] for row in rows] == PROMPTS[:3] * 2
@@ -114,6 +114,7 @@ def test_config_holds_every_setting(tmp_path):
         "stop_token_ids": [7],
         "stop_strings": [],
         "frozen": [],
+        "reward_weights": [],
         "value_frozen": [],
         "importance_range": [0.0, 2.0],
     }
