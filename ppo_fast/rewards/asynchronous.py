@@ -25,7 +25,11 @@ CANCEL_SECONDS = 5.0
 T = TypeVar("T")
 
 
-class TryAgain(Exception):
+class CallError(Exception):
+    """Raised by an async reward, with a message that says all: it is not tried again."""
+
+
+class TryAgain(CallError):
     """Raised by an async reward: this call may succeed later, so it is tried again.
 
     Args:
@@ -271,7 +275,7 @@ async def _with_tries(
         if tries > limits.retries or not (isinstance(last, Exception) and limits.waits_for(last)):
             break
         await asyncio.sleep(limits.seconds(tries, last))
-    what = f"{type(last).__name__}: {last}"
+    what = str(last) if isinstance(last, CallError) else f"{type(last).__name__}: {last}"
     if isinstance(last, TimeoutError) and not str(last):
         what = f"no answer in {limits.timeout:g} s"
     kind = TimeoutError if isinstance(last, TimeoutError) else RuntimeError
