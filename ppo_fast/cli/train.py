@@ -119,7 +119,10 @@ class Train:
         }
         folder.write_config(ppo.config, **settings)
         folder.forget_after(done)
-        before = self._evaluate(console, ppo, held_out, "before")
+        evaluations = folder.read_json("evaluation.json") if done else {}
+        if held_out and "before" not in evaluations:
+            evaluations["before"] = self._evaluate(console, ppo, held_out, "before")
+            folder.write_json("evaluation.json", evaluations)
         with StepDisplay(console, self.num_steps - done) as display:
             ppo.train(
                 prompts,
@@ -132,17 +135,15 @@ class Train:
             )
         ppo.save_checkpoint(checkpoints, ppo.progress.steps)
         if held_out:
-            after = self._evaluate(console, ppo, held_out, "after")
-            folder.write_json("evaluation.json", {"before": before, "after": after})
+            evaluations["after"] = self._evaluate(console, ppo, held_out, "after")
+            folder.write_json("evaluation.json", evaluations)
         save_policy(ppo.policy.model, ppo.tokenizer, self.output_dir / "policy")
         console.print(plain(f"trained policy: {self.output_dir / 'policy'}"), soft_wrap=True)
 
     def _evaluate(
         self, console: Console, ppo: PPO, held_out: list[Example], when: str
     ) -> dict[str, float]:
-        """Evaluate on the held-out prompts, if there are any, and print the result."""
-        if not held_out:
-            return {}
+        """Evaluate on the held-out prompts, and print the result."""
         from ppo_fast.runs.evaluation import evaluate
 
         found = evaluate(ppo, held_out)

@@ -130,10 +130,13 @@ def check_prompt_ids(
         if limit is not None and len(ids) + max_length > limit.tokens:
             words = text if text is not None else str(ids)
             short = words if len(words) <= 60 else words[:57] + "..."
+            found = f"prompts[{i}]: {short!r} has {len(ids)} tokens"
+            others = "or set long_prompts to 'cut' or 'drop'"
+            if limit.of.startswith("max_prompt_length"):
+                raise ValueError(f"{found}, which exceeds {limit.of}; raise it, {others}")
             raise ValueError(
-                f"prompts[{i}]: {short!r} has {len(ids)} tokens; with max_length={max_length} "
-                f"that exceeds {limit.of}; shorten the prompt, lower max_length to "
-                f"{max(limit.tokens - len(ids), 0)}, or set long_prompts to 'cut' or 'drop'"
+                f"{found}; with max_length={max_length} that exceeds {limit.of}; shorten the "
+                f"prompt, lower max_length to {max(limit.tokens - len(ids), 0)}, {others}"
             )
 
 

@@ -87,6 +87,11 @@ class RunFolder:
                 line["columns"] = {name: values[i] for name, values in columns.items()}
             self._append("samples.jsonl", line)
 
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Return what ``write_json`` wrote; empty if there is no such file."""
+        path = self.folder / name
+        return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
     def write_json(self, name: str, contents: Any) -> None:
         """Write a file of JSON, whole or not at all."""
         new = self.folder / f"{name}.partial"
