@@ -89,7 +89,7 @@ def train_reward_model(
         FloatingPointError: a loss or gradient was not finite; the weights are those of the step
             before.
     """
-    config = config or RewardModelConfig()
+    config = RewardModelConfig() if config is None else config
     if not isinstance(config, RewardModelConfig):
         raise TypeError(f"config: got {type(config).__name__}, expected a RewardModelConfig(...)")
     check_tokenizer(tokenizer)
@@ -116,6 +116,41 @@ def train_reward_model(
         merge_adapters(reward_model)
     _note(reward_model, encoder)
     return RewardModelResult(reward_model, run.history, evaluation)
+
+
+def evaluate_reward_model(
+    model: PreTrainedModel | RewardModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Iterable[Any],
+    *,
+    config: RewardModelConfig | None = None,
+    device: torch.device | str | None = None,
+) -> Metrics:
+    """Compute the metrics of pairs under a reward model, as ``train_reward_model`` does.
+
+    Args:
+        model: a sequence classifier of transformers with one label, or a ``RewardModel``.
+        tokenizer, pairs, config, device: as in ``train_reward_model``.
+
+    Returns:
+        loss, accuracy, margin, calibration, reward_mean, reward_std.
+    """
+    config = RewardModelConfig() if config is None else config
+    check_tokenizer(tokenizer)
+    read = read_pairs(pairs, use_margin=config.use_margin)
+    reward_model = as_reward_model(model, tokenizer, config.seed)
+    if reward_model is not model:
+        raise TypeError(f"model: got {type(model).__name__}, which gives no reward")
+    check_vocabulary(model, "model", tokenizer)
+    chosen_format = _format(model, tokenizer, read, config)
+    encoder = Encoder(model, tokenizer, chosen_format, max_length=config.max_length)
+    data = encode_pairs(encoder, read)
+    model.to(resolve_device(device, model))
+    was_training = model.training
+    try:
+        return _Run(model.eval(), encoder, config, None).evaluate(data)
+    finally:
+        model.train(was_training)
 
 
 def _format(
@@ -171,7 +206,7 @@ class _Run:
             scheduler.step()
             is_due = step % (config.eval_steps or per_epoch) == 0 or step == total
             if is_due and held_out.chosen:
-                evaluation = self._evaluate(held_out, step)
+                evaluation = self.evaluate(held_out, step)
                 best.see(evaluation, self.trained)
                 metrics |= {f"held_out/{name}": value for name, value in evaluation.items()}
             self.history.append(metrics)
@@ -205,6 +240,7 @@ class _Run:
             order = torch.randperm(count, generator=generator)
             yield from order.split(self.config.batch_size)
 
+    @torch.enable_grad()
     def _step(self, data: PairTokens, rows: Tensor, optimizer: AdamW, step: int) -> Metrics:
         """Run an optimizer step on the pairs ``rows``.
 
@@ -245,7 +281,7 @@ class _Run:
         return rewards.view(2, -1)
 
     @torch.no_grad()
-    def _evaluate(self, data: PairTokens, step: int) -> Metrics:
+    def evaluate(self, data: PairTokens, step: int = 0) -> Metrics:
         """Compute the metrics of pairs that are not trained on."""
         every = torch.arange(len(data.chosen))
         rewards = torch.zeros(2, len(every), device="cpu")
