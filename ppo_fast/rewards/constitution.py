@@ -155,7 +155,7 @@ class Constitution:
             questions = [question for _, question in asked for _ in completions]
             n = len(asked)
             odds = self.judge.ask(questions, read * n, list(completions) * n)
-            rows = torch.tensor(odds).sigmoid().view(n, -1).tolist()
+            rows = torch.tensor(odds).sigmoid().view(n, len(completions)).tolist()
             found = {name: row for (name, _), row in zip(asked, rows, strict=True)}
         for principle in self.active:
             if principle.question is None:

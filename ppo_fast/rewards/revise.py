@@ -127,14 +127,12 @@ def preference_pairs(
     """
     if not 0 <= min_difference < 1:
         raise ValueError(f"min_difference: got {min_difference!r}, expected a number in [0, 1)")
-    rows = _pairs(_pairs(prompts, first, "first"), second, "second")
-    triples = [(p, a, b) for (p, a), b in rows if a != b]
-    equal = len(rows) - len(triples)
-    prompts, texts = [p for p, _, _ in triples], [*zip(*triples, strict=True)][1:] or [(), ()]
-    scores = constitution.scores([*prompts, *prompts], [*texts[0], *texts[1]])
-    halves = scores[: len(prompts)], scores[len(prompts) :]
+    rows = [(*row, b) for row, b in _pairs(_pairs(prompts, first, "first"), second, "second")]
+    different = [(prompt, a, b) for prompt, a, b in rows if a != b]
+    asked = [prompt for prompt, _, _ in different]
+    scores = (constitution.scores(asked, [row[i] for row in different]) for i in (1, 2))
     pairs = []
-    for (prompt, a, b), x, y in zip(triples, *halves, strict=True):
+    for (prompt, a, b), x, y in zip(different, *scores, strict=True):
         if abs(x - y) > min_difference:
             chosen, rejected = (a, b) if x > y else (b, a)
             row: dict[str, Any] = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
@@ -143,7 +141,13 @@ def preference_pairs(
         logger.warning(
             "preference_pairs: left out %d of %d pairs: %d of equal responses, %d with scores that "
             "differ by no more than %g",
-            *(len(rows) - len(pairs), len(rows), equal, len(triples) - len(pairs), min_difference),
+            *(
+                len(rows) - len(pairs),
+                len(rows),
+                len(rows) - len(different),
+                len(different) - len(pairs),
+                min_difference,
+            ),
         )
     return pairs
 
