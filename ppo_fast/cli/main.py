@@ -1,4 +1,4 @@
-"""The command line: ``ppo-fast train``, ``demo``, ``env``, ``doctor`` and ``plan``."""
+"""The command line: ``ppo-fast train``, ``reward``, ``demo``, ``env``, ``doctor`` and ``plan``."""
 
 from __future__ import annotations
 
@@ -21,19 +21,23 @@ from ppo_fast.cli.demo import Demo
 from ppo_fast.cli.doctor import Doctor
 from ppo_fast.cli.env import Env
 from ppo_fast.cli.plan import Plan
+from ppo_fast.cli.reward import Reward
 from ppo_fast.cli.train import Train
 from ppo_fast.config import PPOConfig
+from ppo_fast.rewards.fit.settings import RewardModelConfig
 from ppo_fast.runs.plain_text import visible
 
 Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Reward, tyro.conf.subcommand("reward")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
     | Annotated[Env, tyro.conf.subcommand("env")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
 )
-COMMANDS = ("train", "demo", "env", "doctor", "plan")
-FLAGS = {item.name for part in (Train, Demo, Env, Doctor, Plan, PPOConfig) for item in fields(part)}
+COMMANDS = ("train", "reward", "demo", "env", "doctor", "plan")
+PARTS = (Train, Reward, Demo, Env, Doctor, Plan, PPOConfig, RewardModelConfig)
+FLAGS = {item.name for part in PARTS for item in fields(part)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -52,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from error
 
 
-def parse(arguments: list[str]) -> Train | Demo | Env | Doctor | Plan:
+def parse(arguments: list[str]) -> Train | Reward | Demo | Env | Doctor | Plan:
     """Parse the arguments to a command, with the defaults of its ``--config`` file, if any.
 
     Raises:

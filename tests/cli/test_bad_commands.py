@@ -26,7 +26,7 @@ from ppo_fast.rewards.load import load_reward
     [
         ("trian", "did you mean train?"),
         ("dmeo", "did you mean demo?"),
-        ("qqq", "expected one of train, demo, env, doctor, plan"),
+        ("qqq", "expected one of train, reward, demo, env, doctor, plan"),
     ],
 )
 def test_an_unknown_command_names_the_nearest(capsys, given, hint):
