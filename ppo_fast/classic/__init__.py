@@ -1,0 +1,1 @@
+"""The interfaces of the original project around its trainer, kept word for word."""
