@@ -35,6 +35,8 @@ class Plan:
     """Available memory in GB; the table then says which plans fit."""
     lora_rank: int = 16
     """LoRA rank of the plans with LoRA, which are shown if peft is installed."""
+    quantization: Literal["4bit", "8bit"] | None = None
+    """Bits of the weights under LoRA adapters, in the plans with LoRA; None: as they are."""
     device: Literal["cuda", "cpu"] = "cuda"
     """Device to plan for: on the CPU, a rollout also copies the weights that have LoRA adapters."""
     ppo: tyro.conf.OmitArgPrefixes[PPOConfig] = field(default_factory=PPOConfig)
@@ -49,7 +51,7 @@ class Plan:
         names = ("batch_size", "prompt_length", "lora_rank")
         sizes: dict[str, Any] = {name: getattr(self, name) for name in names}
         check_counts(**sizes)
-        sizes["device"] = self.device
+        sizes |= {"device": self.device, "quantization": self.quantization}
         if self.reward is not None and function_of(self.reward) is None:
             check_model("reward", self.reward)
             sizes["reward_bytes"] = classifier_bytes(

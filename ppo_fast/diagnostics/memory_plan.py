@@ -28,13 +28,14 @@ from ppo_fast.models.lora import lora_config, with_adapter
 from ppo_fast.models.parts import base_of, body_of
 from ppo_fast.models.patching import replaced_forwards
 from ppo_fast.models.precision import computing_in, hold_trained_weights
+from ppo_fast.models.quantized import Quantization, packed_bytes, quantization_of
 from ppo_fast.models.setup import (
     enable_gradient_checkpointing,
     freeze_matching,
     frozen_copy,
     logits_budget_bytes,
 )
-from ppo_fast.models.transformers_internals import layer_types
+from ppo_fast.models.transformers_internals import Conv1D, layer_types
 from ppo_fast.models.trunk import Split, freeze_trunk
 
 FLOAT = 4
@@ -100,6 +101,7 @@ def plan_memory(
     value_model: nn.Module | None = None,
     policy_model: nn.Module | None = None,
     adapter: Any = None,
+    quantization: Quantization | None = None,
     reward_bytes: int = 0,
     device: str = "cuda",
 ) -> MemoryPlan:
@@ -113,6 +115,7 @@ def plan_memory(
         value_model: for ``critic="model"``; None: a ``ValueModel`` over a copy of the policy.
         policy_model: the policy, whose trunk ``value_model`` may share; None: it shares nothing.
         adapter: peft's config of a new adapter of the policy; None: that of ``policy_model``.
+        quantization: bits of the linear layers under the adapter; None: those of ``policy_model``.
         reward_bytes: the weights of a reward that is a model (``classifier_bytes``).
         device: type of the device to train on.
 
@@ -122,11 +125,13 @@ def plan_memory(
     text: Any = model_config.get_text_config()
     adapters: Any = getattr(policy_model, "peft_config", None) or {}
     adapter = adapter or next(iter(adapters.values()), None)
+    quantization = quantization or (policy_model and quantization_of(policy_model)) or None
     length, k = prompt_length + config.max_length, config.num_layers_unfrozen
     sequences = batch_size * config.samples_per_prompt
     rows = min(sequences, max(1, config.microbatch_tokens // length))
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     policy = _policy(fake, model_config, config, adapter)
+    packed = [] if quantization is None else _quantizable(policy)
     value, valued = _value_weights(fake, policy, model_config, config, value_model)
     with fake, warnings.catch_warnings():
         # torch's own copying of a parameter warns of it, without need
@@ -134,7 +139,7 @@ def plan_memory(
         # new adapters are left out, others copied: they are small
         reference = None if adapter is not None else frozen_copy(policy, config)
         activations = _kept(policy, k, rows, length, config)
-        copies = _bytes(_copied(policy, config, device))
+        copies = _bytes(_copied(policy, config, device, packed))
     trained = [*_trained(policy.parameters()), *valued]
     rounded = 2 * _count(trained) if config.trained_weights == "kahan" else 0
     computed = FLOAT if config.compute_dtype is None else 2
@@ -147,7 +152,8 @@ def plan_memory(
     keeps = device == "cuda" and config.cuda_graphs and not adapted_layers(policy)
     most = config.kept_rollout_bytes if keeps else 0
     return MemoryPlan(
-        policy=_bytes(policy.parameters()),
+        policy=_bytes(set(policy.parameters()) - set(packed))
+        + sum(packed_bytes(weight, quantization) for weight in packed if quantization),
         reference=0 if reference is None else _bytes(_own(reference, policy)),
         value_function=_bytes(set(value) - set(policy_model.parameters() if policy_model else ())),
         # a head has gradients together with the policy, a value model after the policy
@@ -179,12 +185,13 @@ def plans(
     batch_size: int,
     prompt_length: int,
     lora_rank: int = 16,
+    quantization: Quantization | None = None,
     reward_bytes: int = 0,
     device: str = "cuda",
 ) -> dict[str, MemoryPlan]:
     """Plan several ways to train a policy; return the plans by name.
 
-    Plans with LoRA are made where peft is installed.
+    Plans with LoRA are made where peft is installed; ``quantization`` is of the weights under it.
     """
     layers = model_config.get_text_config().num_hidden_layers
     k = min(config.num_layers_unfrozen or TOP, layers - 1)
@@ -201,11 +208,12 @@ def plans(
     if importlib.util.find_spec("peft"):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config)
-        name = f"LoRA of rank {lora_rank}, a value head"
+        bits = "" if quantization is None else f" on {quantization[0]} bits"
+        name = f"LoRA of rank {lora_rank}{bits}, a value head"
         ways[name] = {"critic": "head", "num_layers_unfrozen": None}
         adapters[name] = lora_config(model, lora_rank)
         if k > 0:
-            name = f"LoRA on {k} top layers, a value head"
+            name = f"LoRA on {k} top layers{bits and f', {quantization}'}, a value head"
             ways[name] = {"critic": "head", "num_layers_unfrozen": k}
             adapters[name] = lora_config(model, lora_rank, k)
     return {
@@ -215,6 +223,7 @@ def plans(
             batch_size=batch_size,
             prompt_length=prompt_length,
             adapter=adapters.get(name),
+            quantization=quantization if name in adapters else None,
             reward_bytes=reward_bytes,
             device=device,
         )
@@ -330,11 +339,26 @@ def _lm_head(value_model: nn.Module) -> set[nn.Parameter]:
     return set() if head is None else {*head.parameters()} - {base.get_input_embeddings().weight}
 
 
-def _copied(policy: Any, config: PPOConfig, device: str) -> Iterator[torch.Tensor]:
-    """Yield the weights that a rollout copies."""
+def _quantizable(policy: Any) -> list[Any]:
+    """Return the weights that a quantised policy has in 4 or 8 bits: of layers under adapters."""
+    head = policy.get_output_embeddings()
+    return [
+        module.weight
+        for module in policy.modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+        and module is not head
+        and not module.weight.requires_grad
+    ]
+
+
+def _copied(
+    policy: Any, config: PPOConfig, device: str, packed: list[Any]
+) -> Iterator[torch.Tensor]:
+    """Yield the weights that a rollout copies; those in 4 or 8 bits are not among them."""
+    own = set(policy.parameters()) - set(packed)
     if config.compute_dtype is not None:
-        yield from (p.bfloat16() for p in policy.parameters() if p.dtype == torch.float32)
-    if device == "cpu":
+        yield from (p.bfloat16() for p in own if p.dtype == torch.float32)
+    if device == "cpu" and not packed:
         merged = (adapted.layer.base_layer.weight for adapted in adapted_layers(policy))
         yield from (w if config.compute_dtype is None else w.bfloat16() for w in merged)
 

@@ -1,10 +1,10 @@
 """Models with frozen weights in 4 or 8 bits by bitsandbytes, under adapters that are trained.
 
-With 4 bits it is QLoRA (Dettmers et al. 2023): the weights are in NF4, in blocks of 64 with quantised
-constants. With 8 bits each row of a weight has a scale (LLM.int8(), Dettmers et al. 2022, section
-2.1), and products are those of the dequantised weights. bitsandbytes alone would quantise the inputs
-of a product too, so that a token's log-prob while sampling and in the update differ by the rounding
-of 8 bits.
+With 4 bits it is QLoRA (Dettmers et al. 2023): the weights are in NF4, in blocks of 64 with
+quantised constants. With 8 bits each row of a weight has a scale (LLM.int8(), Dettmers et al. 2022,
+section 2.1), and products are those of the dequantised weights. bitsandbytes alone would quantise
+the inputs of a product too, so that a token's log-prob while sampling and in the update differ by
+the rounding of 8 bits.
 """
 
 from __future__ import annotations
@@ -100,6 +100,12 @@ def bits_of(module: nn.Module) -> int | None:
     kinds = type(module).__mro__
     names = {kind.__name__ for kind in kinds if kind.__module__.startswith("bitsandbytes.")}
     return 4 if "Linear4bit" in names else 8 if "Linear8bitLt" in names else None
+
+
+def quantization_of(model: nn.Module) -> Quantization | None:
+    """Return how the layers of ``model`` are quantised; None: they are not."""
+    layers = quantized_layers(model)
+    return None if not layers else "4bit" if bits_of(layers[0]) == 4 else "8bit"
 
 
 def constant_names(model: nn.Module) -> set[str]:
