@@ -23,7 +23,7 @@ from ppo_fast.models.transformers_internals import output_of
 logger = logging.getLogger(__name__)
 
 # The judge says so little of both words together that their ratio means little.
-LOW_MASS = 0.01
+LOW_MASS = 0.001
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -340,8 +340,12 @@ def answer_ids(
     Raises:
         ValueError: a word has no such token.
     """
-    firsts = [_first_ids(tokenizer, word) for word in (yes, no)]
-    found = [sorted(firsts[0] - firsts[1]), sorted(firsts[1] - firsts[0])]
+    rows = [_spellings(tokenizer, word) for word in (yes, no)]
+    firsts = [{row[0] for row in of_word} for of_word in rows]
+    own = [firsts[0] - firsts[1], firsts[1] - firsts[0]]
+    # a whole word is nothing else; the first part of one may be
+    whole = [{row[0] for row in of_word if len(row) == 1} for of_word in rows]
+    found = [sorted(ids & words or ids) for ids, words in zip(own, whole, strict=True)]
     if not all(found):
         raise ValueError(
             f"yes, no: {yes!r} and {no!r} begin with the same tokens for this tokenizer; choose "
@@ -350,11 +354,10 @@ def answer_ids(
     return found[0], found[1]
 
 
-def _first_ids(tokenizer: PreTrainedTokenizerBase, word: str) -> set[int]:
-    """Return the first ids of a word's spellings: of those that are one token, if there are any."""
+def _spellings(tokenizer: PreTrainedTokenizerBase, word: str) -> list[list[int]]:
+    """Return the ids of a word in several spellings, with and without a space before it."""
     word = word.strip()
     forms = {word, word.lower(), word.upper(), word.capitalize()}
-    spellings = [f"{space}{form}" for form in sorted(forms) for space in ("", " ")]
-    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in spellings]
-    rows = [row for row in rows if row]
-    return {row[0] for row in rows if len(row) == 1} or {row[0] for row in rows}
+    texts = [f"{space}{form}" for form in sorted(forms) for space in ("", " ")]
+    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    return [row for row in rows if row]
