@@ -7,22 +7,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ppo_fast.config import PPOConfig
+    from ppo_fast.data.examples import Example
     from ppo_fast.data.experience import Experience
+    from ppo_fast.data.files import read_prompts
     from ppo_fast.data.rollout import Rollout
     from ppo_fast.models.heads import RewardModel, ValueModel
     from ppo_fast.ppo import PPO
     from ppo_fast.rewards.classifier import ClassifierReward
+    from ppo_fast.rewards.fit.settings import RewardModelConfig
+    from ppo_fast.rewards.fit.train import train_reward_model
+    from ppo_fast.runs.evaluation import evaluate
     from ppo_fast.trainer import PPOTrainer
 
 __all__ = [
     "PPO",
     "ClassifierReward",
+    "Example",
     "Experience",
     "PPOConfig",
     "PPOTrainer",
     "RewardModel",
+    "RewardModelConfig",
     "Rollout",
     "ValueModel",
+    "evaluate",
+    "read_prompts",
+    "train_reward_model",
 ]
 
 # Let torch's OpenMP threads spin for about 0.1 ms before they sleep. By default they spin for some
@@ -35,12 +45,17 @@ os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 _MODULES = {
     "PPO": "ppo_fast.ppo",
     "ClassifierReward": "ppo_fast.rewards.classifier",
+    "Example": "ppo_fast.data.examples",
     "Experience": "ppo_fast.data.experience",
     "PPOConfig": "ppo_fast.config",
     "PPOTrainer": "ppo_fast.trainer",
     "RewardModel": "ppo_fast.models.heads",
+    "RewardModelConfig": "ppo_fast.rewards.fit.settings",
     "Rollout": "ppo_fast.data.rollout",
     "ValueModel": "ppo_fast.models.heads",
+    "evaluate": "ppo_fast.runs.evaluation",
+    "read_prompts": "ppo_fast.data.files",
+    "train_reward_model": "ppo_fast.rewards.fit.train",
 }
 
 try:

@@ -5,7 +5,6 @@ prompts --rollout--> Rollout --make_experience--> Experience --update--> metrics
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from ppo_fast.checks import check_counts, with_names_checked
 from ppo_fast.config import PPOConfig, warn_of_discount
 from ppo_fast.critics.critic import ModelCritic
-from ppo_fast.data.examples import Example, Prompt, Stream, as_examples, is_stream
+from ppo_fast.data.examples import Example, Prompt, Stream, as_examples
 from ppo_fast.data.experience import Experience
 from ppo_fast.data.prompts import check_lengths
 from ppo_fast.data.rollout import Rollout
@@ -39,8 +38,7 @@ from ppo_fast.rollout.sampler import MakeEnvironment
 from ppo_fast.runs import loop
 from ppo_fast.runs.checkpoint import checkpoint_path, read_checkpoint, write_checkpoint
 from ppo_fast.runs.progress import Progress
-
-logger = logging.getLogger(__name__)
+from ppo_fast.runs.prompts import check_run_prompts
 
 Reward = (
     nn.Module
@@ -440,26 +438,7 @@ class PPO:
         the first is checked now, and the others when they are read.
         """
         length = self.config.max_length if max_length is None else max_length
-        check_counts(max_length=length)
-        fitting = partial(self.texts.fitting, max_length=length, others=self._readers())
-        if isinstance(prompts, Stream) or is_stream(prompts):
-            stream = prompts if isinstance(prompts, Stream) else Stream(prompts)
-            stream = Stream(stream.rows, stream.column, fitting)
-            examples, _ = stream.take(0, 1)
-            self.scorer.check(examples[0].columns)
-            return stream
-        examples = as_examples(prompts)
-        self.scorer.check({name for example in examples for name in example.columns})
-        found = fitting(examples)
-        if not found:
-            raise ValueError(f"prompts: all {len(examples)} are too long; see max_prompt_length")
-        if len(found) < len(examples):
-            logger.warning(
-                "long_prompts='drop': %d of %d prompts are too long and dropped",
-                len(examples) - len(found),
-                len(examples),
-            )
-        return found
+        return check_run_prompts(prompts, self.texts, self.scorer, length, self._readers())
 
     def plan_run(self, num_steps: int, num_epochs: int | None = None) -> None:
         """Tell the schedules that ``num_steps`` more steps will follow; ``train`` does it.

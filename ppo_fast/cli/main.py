@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
 import sys
@@ -43,6 +44,8 @@ FLAGS = {item.name for part in PARTS for item in fields(part)}
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``ppo-fast``. On bad input, print one line on stderr and exit with status 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # where it is installed, it says on some CPUs, asked or not, that a faster kernel is to be had
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # texts may hold what the terminal's encoding has not
             stream.reconfigure(errors="backslashreplace")

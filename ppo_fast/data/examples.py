@@ -145,6 +145,9 @@ class Stream:
         rows: an iterable that can be read again and again, such as a datasets.IterableDataset.
         column: name of the column with the prompt; see ``as_example``.
         fit: takes some examples and returns those that can be used.
+
+    Attributes:
+        passed_over: number of rows that were read and did not fit.
     """
 
     def __init__(
@@ -154,6 +157,7 @@ class Stream:
         fit: Callable[[list[Example]], list[Example]] | None = None,
     ) -> None:
         self.rows, self.column, self.fit = rows, column, fit
+        self.passed_over = 0  # rows that did not fit
         self._iterator: Iterator[Any] = iter(())
         self._position: int | None = None
 
@@ -176,6 +180,7 @@ class Stream:
             read += 1
             example = as_example(row, f"prompts: row {start + read - 1}", self.column)
             fitting = [example] if self.fit is None else self.fit([example])
+            self.passed_over += not fitting
             misses = 0 if fitting else misses + ended
             if misses > 1:  # a whole pass
                 raise ValueError("prompts: no row of the stream fits")

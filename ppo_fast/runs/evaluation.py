@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ppo_fast.data.examples import Example
+from ppo_fast.data.examples import Example, Prompt, as_examples
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.rewards.scorer import Scorer
 
@@ -21,21 +21,30 @@ class Evaluable(Protocol):
     scorer: Scorer
 
     def rollout(
-        self, prompts: Sequence[Example], *, samples_per_prompt: int, seeds: Tensor
+        self, prompts: Iterable[Any], *, samples_per_prompt: int, seeds: Tensor
     ) -> Rollout: ...
 
 
 def evaluate(
-    ppo: Evaluable, prompts: Sequence[Example], samples_per_prompt: int = 1
+    ppo: Evaluable,
+    prompts: Iterable[Prompt | Example | Mapping[str, Any]],
+    samples_per_prompt: int = 1,
 ) -> dict[str, float]:
     """Sample and score responses, always with the same seeds, which change no draw of the training.
+
+    Args:
+        ppo: a PPO or PPOTrainer.
+        prompts: as ``PPO.rollout`` takes them.
+        samples_per_prompt: responses to each.
 
     Returns:
         reward (mean), standard_error (of the mean over responses), response_length (mean, in
             tokens), finished_fraction, and the mean and deviation of each reward.
     """
-    seeds = EVALUATION_SEED + torch.arange(len(prompts) * samples_per_prompt, device="cpu")
-    rollout = ppo.rollout(prompts, samples_per_prompt=samples_per_prompt, seeds=seeds)
+    examples = as_examples(prompts)
+    ppo.scorer.check_columns({name for example in examples for name in example.columns})
+    seeds = EVALUATION_SEED + torch.arange(len(examples) * samples_per_prompt, device="cpu")
+    rollout = ppo.rollout(examples, samples_per_prompt=samples_per_prompt, seeds=seeds)
     scores = ppo.scorer.of_rollout(rollout)
     totals = scores.total if scores.total.dim() == 1 else scores.total.sum(1)
     count = len(totals)

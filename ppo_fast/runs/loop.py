@@ -126,6 +126,11 @@ def train(
             if stopped := interrupted():
                 _keep(ppo, checkpoint_dir, "Ctrl-C")
                 break
+    if isinstance(prompts, Stream) and prompts.passed_over:
+        logger.warning(
+            "long_prompts='drop': %d rows of the stream were too long and dropped",
+            prompts.passed_over,
+        )
     statistics = ppo.progress.statistics()
     return {
         "training_history": history,

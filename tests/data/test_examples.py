@@ -244,6 +244,14 @@ def test_a_run_on_a_stream_resumes_where_it_was(tmp_path):
     assert run(2, tmp_path / "ppo_checkpoint_step_2.pt") == whole[2:]
 
 
+def test_rows_of_a_stream_that_are_dropped_are_counted(caplog):
+    trainer = tiny_trainer(critic="baseline", max_prompt_length=12, long_prompts="drop")
+    rows = [{"prompt": text} for text in ("She", LONG, "There", LONG)]
+    trainer.train(stream_of(rows), num_steps=2, batch_size=2, progress=False)
+    assert set(trainer.last_rollout.prompts) == {"She", "There"}
+    assert "3 rows of the stream were too long and dropped" in caplog.text
+
+
 def test_a_stream_is_no_batch():
     with pytest.raises(TypeError, match="got a stream, which train"):
         tiny_trainer(critic="baseline").rollout(Stream(ROWS))

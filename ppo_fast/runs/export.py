@@ -1,0 +1,234 @@
+"""Save a run's policy and critic in forms that transformers and peft load without ppo_fast."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForTokenClassification, PreTrainedModel
+
+from ppo_fast.models.adapters import merged_adapters
+from ppo_fast.models.heads import TopValue, ValueHead, ValueModel
+from ppo_fast.models.parts import base_of, body_of
+from ppo_fast.models.probe import probe_tokens, relative_difference
+from ppo_fast.models.quantized import quantized_layers
+from ppo_fast.models.trunk import run
+from ppo_fast.ppo import PPO
+from ppo_fast.runs.checkpoint import trained_state
+from ppo_fast.runs.folder import save_policy
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+# Largest relative difference between a saved classifier's logits and the critic's values: rounding.
+TOLERANCE = 1e-4
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """Within the block, write to the yielded folder; then it takes the place of ``folder``.
+
+    If the block raises, a ``folder`` that was there stays as it was.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        new = Path(temporary) / folder.name
+        new.mkdir()
+        yield new
+        if folder.exists():
+            shutil.move(folder, Path(temporary) / "old")
+        shutil.move(new, folder)
+
+
+def export_policy(policy: Any, tokenizer: Any, folder: Path, *, adapter_only: bool = False) -> str:
+    """Save a policy and its tokenizer: a whole model, or its adapter alone.
+
+    A whole model has its adapters merged, and ``AutoModelForCausalLM`` loads it. An adapter is
+    loaded by ``peft.PeftModel.from_pretrained(base, folder)``. Of a quantised base, whose weights
+    cannot take the adapter in, the adapter alone is saved.
+
+    Args:
+        policy: the transformers model, or peft's wrapper of it.
+        tokenizer: the policy's.
+        folder: replaced when the new one is complete.
+        adapter_only: save the adapter alone.
+
+    Returns:
+        "policy" or "adapter": what was saved.
+
+    Raises:
+        ValueError: ``adapter_only`` of a policy that is in no wrapper of peft's.
+    """
+    quantized = bool(quantized_layers(policy))
+    if not adapter_only and not quantized:
+        save_policy(policy, tokenizer, folder)
+        return "policy"
+    if base_of(policy) is policy or not hasattr(policy, "peft_config"):
+        raise ValueError(
+            f"policy: {type(policy).__name__} has no adapter of peft to save; use "
+            "adapter_only=False, or peft.get_peft_model(model, ...)"
+        )
+    if quantized:
+        logger.info("the base is quantised: its adapter is saved, not a whole model")
+    with written_whole(folder) as new:
+        # "auto" would ask the hub for the base model's vocabulary
+        policy.save_pretrained(new, save_embedding_layers=False)
+        tokenizer.save_pretrained(new)
+    return "adapter"
+
+
+def save_critic(ppo: PPO, folder: Path, *, whole: bool = False) -> None:
+    """Save the critic's weights, or a whole classifier of tokens with one label.
+
+    By default the folder gets the weights that were trained, by their names in
+    ``ppo.critic.module``, in model.safetensors, and a config.json that says what they are.
+
+    With ``whole``, ``AutoModelForTokenClassification.from_pretrained(folder)`` gives logits
+    [B, L, 1]: at each token the value of the state that ends with it, which is the value before the
+    next token.
+
+    Args:
+        ppo: the trainer.
+        folder: replaced when the new one is complete.
+        whole: copy the backbone too.
+
+    Raises:
+        ValueError: the critic has no weights, or ``whole`` and transformers has no class that
+            computes its values.
+    """
+    module = ppo.critic.module
+    if not ppo.critic.trained:
+        raise ValueError(f"critic: {type(ppo.critic).__name__} has no weights to save")
+    if whole:
+        model = token_classifier(ppo)
+        with written_whole(folder) as new:
+            model.save_pretrained(new)
+            ppo.tokenizer.save_pretrained(new)
+        return
+    state = {name: w.detach().cpu().clone() for name, w in trained_state(module).items()}
+    base: Any = base_of(ppo.policy.model)
+    description = {
+        "ppo_fast_critic": type(module).__name__,
+        "hidden_size": ppo.policy.states_size,
+        "base_model": base.config.name_or_path,
+        "states": _states_read(module),
+        "num_layers_unfrozen": ppo.config.num_layers_unfrozen,
+    }
+    with written_whole(folder) as new:
+        save_file(state, new / WEIGHTS, {"format": "pt"})
+        (new / CONFIG).write_text(json.dumps(description, indent=2), "utf-8")
+
+
+def load_critic(module: nn.Module, folder: Path) -> None:
+    """Load what ``save_critic`` wrote (without ``whole``) into a critic: ``ppo.critic.module``.
+
+    Raises:
+        FileNotFoundError: the folder has no such files.
+        ValueError: they are of another kind of critic, or of other sizes.
+    """
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        raise FileNotFoundError(f"critic: {folder} holds no {CONFIG} and {WEIGHTS}")
+    saved = json.loads((folder / CONFIG).read_text("utf-8")).get("ppo_fast_critic")
+    if saved != type(module).__name__:
+        raise ValueError(f"critic: {folder} holds a {saved}, expected a {type(module).__name__}")
+    state, own = load_file(folder / WEIGHTS), trained_state(module)
+    shapes, expected = ({n: tuple(w.shape) for n, w in s.items()} for s in (state, own))
+    if different := sorted(set(shapes.items()) ^ set(expected.items())):
+        name = different[0][0]
+        raise ValueError(
+            f"critic: in {folder}, {name} has shape {shapes.get(name)}, expected "
+            f"{expected.get(name)}"
+        )
+    module.load_state_dict(state, strict=False)  # frozen weights are the base model's
+
+
+@torch.no_grad()
+def token_classifier(ppo: PPO) -> PreTrainedModel:
+    """Return a transformers token classifier whose logits [B, L, 1] are the critic's values.
+
+    Raises:
+        ValueError: the critic's head is not linear, its backbone is quantised, or transformers has
+            no such class for the family, or one that computes something else.
+    """
+    body, head = _body_and_head(ppo)
+    if quantized_layers(body):
+        raise ValueError(
+            "critic: its backbone is quantised, and has no whole copy; use whole=False"
+        )
+    with merged_adapters(body):
+        state = body.state_dict()
+        config = copy.deepcopy(body.config)
+        config.num_labels, config.id2label, config.label2id = 1, {0: "value"}, {"value": 0}
+        if type(config) not in AutoModelForTokenClassification._model_mapping:
+            raise ValueError(
+                f"critic: transformers has no token classifier for {config.model_type!r}; use "
+                "whole=False"
+            )
+        dtypes = {weight.dtype for weight in state.values() if weight.is_floating_point()}
+        dtype = torch.float32 if torch.float32 in dtypes else next(iter(dtypes))
+        model = AutoModelForTokenClassification.from_config(config, dtype=dtype).eval()
+        model.to(ppo.device)
+        getattr(model, model.base_model_prefix).load_state_dict(state)
+        own = _linear_with_one_output(model)
+        own.weight.copy_(head.weight)
+        if own.bias is not None:
+            own.bias.copy_(0.0 if head.bias is None else head.bias)
+        tokens = probe_tokens(model)
+        states = run(body.eval(), tokens).last_hidden_state
+        expected = head(states.to(head.weight.dtype))
+    found, real = run(model, tokens).logits, tokens.attention_mask.bool()
+    difference = relative_difference(found[real].float(), expected[real].float())
+    if not difference <= TOLERANCE * (1 if dtype == torch.float32 else 100):
+        raise ValueError(
+            f"critic: {type(model).__name__} gives other values (by {difference:.1e}); use "
+            "whole=False"
+        )
+    return model
+
+
+def _body_and_head(ppo: PPO) -> tuple[Any, nn.Linear]:
+    """Return the transformer whose last states, after its final norm, the linear head reads."""
+    module = ppo.critic.module
+    if isinstance(module, ValueHead):
+        assert ppo.policy.body is not None
+        return ppo.policy.body, module.linear
+    if isinstance(module, TopValue):
+        return module.body, module.head.linear
+    if isinstance(module, ValueModel) and isinstance(module.value_head, nn.Linear):
+        return body_of(module.base_model), module.value_head
+    head = "a small MLP" if isinstance(module, ValueModel) else "not known"
+    raise ValueError(
+        f"critic: the head of a {type(module).__name__} is {head}, for which transformers has no "
+        "class; use whole=False"
+    )
+
+
+def _linear_with_one_output(model: nn.Module) -> nn.Linear:
+    heads = [
+        child
+        for child in model.children()
+        if isinstance(child, nn.Linear) and child.out_features == 1
+    ]
+    if len(heads) != 1:
+        raise ValueError(f"critic: {type(model).__name__} has no linear head; use whole=False")
+    return heads[0]
+
+
+def _states_read(module: nn.Module) -> str:
+    what = {
+        ValueHead: "the policy's last hidden states, after its final norm",
+        TopValue: "the last hidden states, after the final norm, of top layers of its own above the "
+        "policy's trunk",
+    }
+    before = "; the state before a token gives its value"
+    return what.get(type(module), "its own") + before
