@@ -10,20 +10,22 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForTokenClassification, PreTrainedModel
 
+from ppo_fast.config import PPOConfig
+from ppo_fast.critics.critic import Critic
 from ppo_fast.models.adapters import merged_adapters
 from ppo_fast.models.heads import TopValue, ValueHead, ValueModel
+from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.models.parts import base_of, body_of
 from ppo_fast.models.probe import probe_tokens, relative_difference
 from ppo_fast.models.quantized import quantized_layers
 from ppo_fast.models.trunk import run
-from ppo_fast.ppo import PPO
 from ppo_fast.runs.checkpoint import trained_state
 from ppo_fast.runs.folder import save_policy
 
@@ -32,6 +34,19 @@ logger = logging.getLogger(__name__)
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # Largest relative difference between a saved classifier's logits and the critic's values: rounding.
 TOLERANCE = 1e-4
+
+
+class Trained(Protocol):
+    """Interface of PPO that saving its critic uses."""
+
+    policy: LanguageModel
+    critic: Critic
+
+    @property
+    def config(self) -> PPOConfig: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
 
 
 @contextmanager
@@ -87,7 +102,7 @@ def export_policy(policy: Any, tokenizer: Any, folder: Path, *, adapter_only: bo
     return "adapter"
 
 
-def save_critic(ppo: PPO, folder: Path, *, whole: bool = False) -> None:
+def save_critic(ppo: Trained, folder: Path, *, whole: bool = False) -> None:
     """Save the critic's weights, or a whole classifier of tokens with one label.
 
     By default the folder gets the weights that were trained, by their names in
@@ -153,7 +168,7 @@ def load_critic(module: nn.Module, folder: Path) -> None:
 
 
 @torch.no_grad()
-def token_classifier(ppo: PPO) -> PreTrainedModel:
+def token_classifier(ppo: Trained) -> PreTrainedModel:
     """Return a transformers token classifier whose logits [B, L, 1] are the critic's values.
 
     Raises:
@@ -163,7 +178,7 @@ def token_classifier(ppo: PPO) -> PreTrainedModel:
     body, head = _body_and_head(ppo)
     if quantized_layers(body):
         raise ValueError(
-            "critic: its backbone is quantised, and has no whole copy; use whole=False"
+            "critic: its backbone is quantised, so that no whole is saved; use whole=False"
         )
     with merged_adapters(body):
         state = body.state_dict()
@@ -177,7 +192,7 @@ def token_classifier(ppo: PPO) -> PreTrainedModel:
         dtypes = {weight.dtype for weight in state.values() if weight.is_floating_point()}
         dtype = torch.float32 if torch.float32 in dtypes else next(iter(dtypes))
         model = AutoModelForTokenClassification.from_config(config, dtype=dtype).eval()
-        model.to(ppo.device)
+        model.to(ppo.policy.device)
         getattr(model, model.base_model_prefix).load_state_dict(state)
         own = _linear_with_one_output(model)
         own.weight.copy_(head.weight)
@@ -196,7 +211,7 @@ def token_classifier(ppo: PPO) -> PreTrainedModel:
     return model
 
 
-def _body_and_head(ppo: PPO) -> tuple[Any, nn.Linear]:
+def _body_and_head(ppo: Trained) -> tuple[Any, nn.Linear]:
     """Return the transformer whose last states, after its final norm, the linear head reads."""
     module = ppo.critic.module
     if isinstance(module, ValueHead):
@@ -227,8 +242,8 @@ def _linear_with_one_output(model: nn.Module) -> nn.Linear:
 def _states_read(module: nn.Module) -> str:
     what = {
         ValueHead: "the policy's last hidden states, after its final norm",
-        TopValue: "the last hidden states, after the final norm, of top layers of its own above the "
-        "policy's trunk",
+        TopValue: "the last hidden states of its own top layers on the policy's trunk, after its "
+        "own final norm",
     }
     before = "; the state before a token gives its value"
     return what.get(type(module), "its own") + before
