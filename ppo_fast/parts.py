@@ -22,6 +22,7 @@ from ppo_fast.models.checks import (
 )
 from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.models.precision import WeightCopies
+from ppo_fast.rewards.load import with_loaded
 from ppo_fast.rewards.place import place_reward
 from ppo_fast.rewards.scorer import Scorer, named_rewards
 from ppo_fast.rollout import Engine
@@ -64,6 +65,7 @@ def make_parts(
     """
     check_policy(policy_model)
     check_tokenizer(tokenizer)
+    reward = with_loaded(reward)
     rewards = named_rewards(reward, config.reward_weights)
     check_environment(environment, engine)
     name = which_critic(config, value_model)

@@ -40,12 +40,9 @@ from ppo_fast.runs.checkpoint import checkpoint_path, read_checkpoint, write_che
 from ppo_fast.runs.progress import Progress
 from ppo_fast.runs.prompts import check_run_prompts
 
-Reward = (
-    nn.Module
-    | RewardFunction
-    | Sequence[nn.Module | RewardFunction]
-    | Mapping[str, nn.Module | RewardFunction]
-)
+# A string or path is that of a classifier's directory.
+OneReward = nn.Module | RewardFunction | str | Path
+Reward = OneReward | Sequence[OneReward] | Mapping[str, OneReward]
 Prompts = Iterable[Prompt | Example | Mapping[str, Any]]
 
 
@@ -58,8 +55,9 @@ class PPO:
         tokenizer: the policy's, with a pad token.
         reward: a function ``f(prompts, completions, **columns) -> list[float]``, which gets those
             columns of the prompts' rows that it names; a module that gives one score per sequence
-            (``ppo_fast.RewardModel``, a transformers classifier with one label, your own); or a
-            list or dict of these, added with ``config.reward_weights`` (docs/rewards.md).
+            (``ppo_fast.RewardModel``, a transformers classifier with one label, your own); the
+            directory of a classifier, which is then asked through its own tokenizer; or a list or
+            dict of these, added with ``config.reward_weights`` (docs/rewards.md).
         value_model: for ``critic="model"``: a module ``forward(input_ids, attention_mask)`` that
             gives one value per token [B, L] (``ppo_fast.ValueModel``) or per sequence [B].
         reference_model: the model that the KL is measured to, of the policy's vocabulary; it is

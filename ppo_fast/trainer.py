@@ -27,6 +27,7 @@ from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.models.setup import make_reference
 from ppo_fast.ops import gae, ppo_loss
 from ppo_fast.ppo import PPO, Prompts, Reward
+from ppo_fast.rewards.load import with_loaded
 from ppo_fast.rewards.scorer import Scorer
 from ppo_fast.rewards.shaping import place_scores
 from ppo_fast.rollout import Engine
@@ -140,7 +141,7 @@ class PPOTrainer(PPO):
     @reward_model.setter
     def reward_model(self, reward_model: Reward) -> None:
         self.scorer = Scorer(
-            reward_model,
+            with_loaded(reward_model),
             self.policy,
             self.config.forward_batch_tokens,
             self.config.reward_weights,

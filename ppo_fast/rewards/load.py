@@ -6,13 +6,35 @@ import difflib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ppo_fast.models.pretrained import load_pretrained
+from ppo_fast.models.pretrained import check_model, load_pretrained
 from ppo_fast.user_code import place_of_error
+
+
+def with_loaded(reward: Any) -> Any:
+    """Return a reward, or a list or dict of several, with those that are names loaded.
+
+    A name is a classifier's directory or hub name, or ``file.py:function``; see ``load_reward``.
+
+    Raises:
+        ValueError, FileNotFoundError: it cannot be loaded.
+    """
+    if isinstance(reward, Mapping):
+        return {name: with_loaded(one) for name, one in reward.items()}
+    if isinstance(reward, (list, tuple)):
+        return [with_loaded(one) for one in reward]
+    if not isinstance(reward, (str, Path)):
+        return reward
+    try:
+        if function_of(str(reward)) is None:
+            check_model("reward", str(reward))
+        return load_reward(str(reward), "cpu")
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(str(error).replace("--reward", "reward")) from error
 
 
 def load_rewards(rewards: Sequence[str], device: Any, label: str | None = None) -> Any:

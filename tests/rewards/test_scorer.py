@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from tiny_models import tiny_classifier, tiny_tokenizer
 from tiny_trainer import (
     PROMPTS,
     changed,
@@ -18,7 +19,7 @@ from tiny_trainer import (
 )
 from torch import nn
 
-from ppo_fast import PPO, PPOConfig
+from ppo_fast import PPO, ClassifierReward, PPOConfig
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.runs.folder import RunFolder
 
@@ -258,6 +259,20 @@ def test_a_model_and_a_function_together_read_the_same_responses():
     both = trainer_of([model, lengths], reward_weights=(2.0, 1.0)).score(rollout)
     own = torch.tensor([float(len(c)) for c in rollout.completions])
     torch.testing.assert_close(both, 2 * alone.score(rollout) + own)
+
+
+def test_a_reward_can_be_a_directory(tmp_path):
+    tiny_classifier("gpt2").save_pretrained(tmp_path / "liked")
+    tiny_tokenizer().save_pretrained(tmp_path / "liked")
+    trainer = trainer_of([str(tmp_path / "liked"), lengths])
+    assert isinstance(trainer.reward_model[0], ClassifierReward)
+    assert list(trainer.scorer.rewards) == ["ClassifierReward", "lengths"]
+    rollout = trainer.rollout(PROMPTS)
+    scores = trainer.reward_model[0](rollout.prompts, rollout.completions)
+    own = torch.tensor([float(len(c)) for c in rollout.completions])
+    torch.testing.assert_close(trainer.score(rollout), torch.tensor(scores) + own)
+    with pytest.raises(FileNotFoundError, match=r"^reward: the folder .* holds no model"):
+        trainer_of(str(tmp_path))
 
 
 # Async functions, servers, the reference
