@@ -130,3 +130,18 @@ def test_wrong_environments_are_refused():
             engine=engine,
             environment=Calculator,
         )
+
+
+def test_environments_get_the_columns_that_they_name():
+    made = []
+
+    class Knows:
+        def __init__(self, prompt, answer, *, unit="m"):
+            made.append((prompt, answer, unit))
+
+        def reply(self, turn):
+            return None
+
+    rows = [{"prompt": text, "answer": i, "other": 0} for i, text in enumerate(PROMPTS)]
+    trainer_with(Knows).rollout(rows)
+    assert made == [(text, i, "m") for i, text in enumerate(PROMPTS)]
