@@ -286,8 +286,10 @@ def test_a_forked_child_has_a_loop_of_its_own():
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
     child = context.Process(target=of_child, args=(queue,))
-    child.start()
-    child.join(30)
+    with asynchronous._lock:  # as another thread may at any moment
+        child.start()
+    child.join(20)
+    child.kill()
     assert child.exitcode == 0
     assert queue.get() == [9.0, 8.0, 4.0]
     assert AsyncReward(length)(PROMPTS, COMPLETIONS) == [9.0, 8.0, 4.0]

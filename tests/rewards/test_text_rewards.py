@@ -82,6 +82,7 @@ def score(reward, completion, **columns):
         ("f(x)-3", 3.0),
         ("3 glasses of H2O", 3.0),
         ("1,2,3", 3.0),
+        ("1,2345", 2345.0),
         ("12,34", 34.0),
         ("12abc", 12.0),
         ("first 1, then 2", 2.0),
@@ -133,6 +134,7 @@ def test_numeric_match():
         ("50", "50%", 1.0),
         ("50%", "0.5%", 0.0),
         ("0.0000001", "50%", 0.0),
+        ("0.500004", "50%", 0.0),
         ("9" * 400, "42", 0.0),
         ("42", None, None),
     ]:
@@ -163,7 +165,7 @@ def test_exact_match():
     assert score(exact_match, "Paris.", answer="Paris") == 0.0
     assert score(exact_match, "7", answer=7) == 1.0
     assert score(exact_match, "None", answer=None) is None
-    assert score(ExactMatch(ignore_case=True), "STRASSE", answer="straße") == 1.0
+    assert score(ExactMatch(ignore_case=True), " STRASSE\n", answer="straße") == 1.0
 
 
 def test_exact_match_of_what_is_extracted():
