@@ -3,7 +3,7 @@
     python examples/http_reward.py
 
 The server, here a thread of this script, scores how kindly reviews go on. Expect the mean reward to
-rise from about 0.18 (the first three steps) to about 0.42 (the last three) in 3 minutes on two cores.
+rise from about 0.18 (the first three steps) to 0.42 (the last three) in 3 minutes on two cores.
 """
 
 from __future__ import annotations
