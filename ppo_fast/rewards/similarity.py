@@ -129,7 +129,7 @@ class SimilarityReward:
         mask = batch["attention_mask"].unsqueeze(-1)
         # masked_fill: states of the padding may be anything
         sums = states.masked_fill(mask == 0, 0.0).sum(1)
-        return nn.functional.normalize(sums / mask.sum(1).clamp(min=1), dim=-1).cpu()
+        return nn.functional.normalize(sums, dim=-1).cpu()  # of sums, as of means
 
     def _warn(self, lengths: list[int]) -> None:
         if not self._warned and max(lengths) >= self.max_length:
