@@ -31,6 +31,7 @@ def held(policy):
     return sum(t.nbytes for t in [*policy.parameters(), *constants])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
 @pytest.mark.parametrize("compute_dtype", [None, "bfloat16"])
 def test_a_plan_counts_the_bits(tmp_path, quantization, compute_dtype):

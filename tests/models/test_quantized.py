@@ -87,6 +87,7 @@ def plain(policy):
     return model
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize(
     ("k", "options"),

@@ -116,6 +116,7 @@ assert "ppo_fast" not in sys.modules
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["head", "top", "gpt2 top", "plain", "model"])
 def test_a_whole_critic_is_a_token_classifier(name, tmp_path):
     ppo = critics(name)
