@@ -48,16 +48,23 @@ def test_the_default_principles_ask_with_texts_of_their_own():
 
 
 def test_supervised_pairs_revise_by_every_principle(caplog):
+    asked = []
+
     def generate(requests):
-        kinds = {"C": "why", "R": "better ", "p": "first"}
-        return [
-            "" if "empty" in text else kinds[text[0]] + text[1:3] * (text[0] == "R")
-            for text in requests
-        ]
+        asked.extend(requests)
+        kinds = {"C": "why", "R": f"better {len(asked)}", "p": "first"}
+        return ["" if "empty" in text else kinds[text[0]] for text in requests]
 
     with caplog.at_level(logging.WARNING):
         rows = supervised_pairs(generate, ["p", "p empty"], [POLITE, POLITE])
-    assert rows == [{"prompt": "p", "completion": "better  p"}]
+    assert rows == [{"prompt": "p", "completion": "better 10"}]
+    assert asked[::2] == [
+        "p",
+        "C p first It is polite.",
+        "R p first why It is polite.",
+        "C p better 6 It is polite.",
+        "R p better 6 why It is polite.",
+    ]
     assert "left out 1 of 2 responses" in caplog.text
     rows = supervised_pairs(echo, ["p"], [], responses=["mine"])
     assert rows == [{"prompt": "p", "completion": "mine"}]
