@@ -24,7 +24,7 @@ from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.models.precision import WeightCopies
 from ppo_fast.rewards.load import with_loaded
 from ppo_fast.rewards.place import place_reward
-from ppo_fast.rewards.scorer import Scorer, named_rewards
+from ppo_fast.rewards.scorer import Scorer, named_rewards, without_wrapper
 from ppo_fast.rollout import Engine
 from ppo_fast.rollout.agreement import check_agreement
 from ppo_fast.rollout.local_engine import kept_bytes, make_local_engine
@@ -66,34 +66,30 @@ def make_parts(
     check_policy(policy_model)
     check_tokenizer(tokenizer)
     reward = with_loaded(reward)
-    rewards = named_rewards(reward, config.reward_weights)
+    named_rewards(reward, config.reward_weights)
     check_environment(environment, engine)
     name = which_critic(config, value_model)
     device = resolve_device(device, policy_model)
     models: dict[str, Any] = {"policy_model": policy_model, "value_model": value_model}
     for model_name, model in models.items():
         check_vocabulary(model, model_name, tokenizer)
-    for one in rewards.values():
-        check_vocabulary(one, "reward_model", tokenizer)
+    place_rewards(reward, tokenizer, device, reward_device)
     models["reference_model"] = reference_model
     for model_name, model in models.items():
         to_device(model, model_name, device)
-    for one in rewards.values():
-        place_reward(one, device, reward_device)
     policy = setup.make_policy(policy_model, value_model, None, config)
     reference = setup.make_reference(policy, reference_model, config, value_model)
     critic: Critic = make_critic(name, policy, value_model, config, device)
-    scorer = Scorer(
-        reward,
-        policy,
-        config.forward_batch_tokens,
-        config.reward_weights,
-        reference=reference,
-        tokenizer=tokenizer,
-    )
     setup.check_shared_weights(policy_model, value_model, None, critic.module)
-    for one in scorer.modules.values():
-        setup.check_shared_weights(policy_model, value_model, one, critic.module)
+    scorer = make_scorer(
+        reward,
+        policy=policy,
+        reference=reference,
+        critic=critic,
+        value_model=value_model,
+        tokenizer=tokenizer,
+        config=config,
+    )
     texts = Texts(
         policy_model,
         tokenizer,
@@ -120,3 +116,43 @@ def make_parts(
         scorer,
         Learner(policy, critic, config),
     )
+
+
+def place_rewards(
+    reward: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    reward_device: torch.device | str | None,
+) -> None:
+    """Check that rewards know the policy's tokens, and move them to their device."""
+    for one in map(without_wrapper, named_rewards(reward).values()):
+        check_vocabulary(one, "reward_model", tokenizer)
+        place_reward(one, device, reward_device)
+
+
+def make_scorer(
+    reward: Any,
+    *,
+    policy: LanguageModel,
+    reference: LanguageModel,
+    critic: Critic,
+    value_model: nn.Module | None,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PPOConfig,
+) -> Scorer:
+    """Make the scorer of rewards that are in their place.
+
+    Raises:
+        TypeError, ValueError: one is no reward, or shares weights that are trained.
+    """
+    scorer = Scorer(
+        reward,
+        policy,
+        config.forward_batch_tokens,
+        config.reward_weights,
+        reference=reference,
+        tokenizer=tokenizer,
+    )
+    for one in scorer.modules.values():
+        setup.check_shared_weights(policy.model, value_model, one, critic.module)
+    return scorer

@@ -121,7 +121,7 @@ class PPO:
             engine=engine,
             environment=environment,
         )
-        self.device = parts.device
+        self.device, self.reward_device = parts.device, reward_device
         self.policy, self.reference, self.critic = parts.policy, parts.reference, parts.critic
         self.texts, self.sampler = parts.texts, parts.sampler
         self.scorer, self.learner = parts.scorer, parts.learner
@@ -169,14 +169,17 @@ class PPO:
         examples = as_examples(prompts)
         if seeds is None:
             seeds = self.progress.seeds_outside(len(examples) * count)
-        return self.sampler.sample(self.policy.model, examples, sampling, seeds, count)
+        return self.sampler.sample(
+            self.policy.model, examples, sampling, seeds, count, self._readers()
+        )
 
     def score(self, rollout: Rollout) -> Tensor:
         """Compute the rewards' scores of a rollout: [B], or [B, T], one a response token."""
-        return self._scores(rollout).total
+        return self.scores(rollout).total
 
     @without_cudnn_attention()
-    def _scores(self, rollout: Rollout) -> Scores:
+    def scores(self, rollout: Rollout) -> Scores:
+        """Compute the scores of a rollout, and those of each reward and of its parts."""
         return self.scorer.of_rollout(self._with_trunk(rollout))
 
     def _with_trunk(self, rollout: Rollout) -> Rollout:
@@ -207,7 +210,7 @@ class PPO:
             rollout = self.texts.decode(rollout)
         if scores is None:
             rollout = self._with_trunk(rollout)
-            scores = self._scores(rollout)
+            scores = self.scores(rollout)
         if not isinstance(scores, Scores):
             lengths = rollout.tokens.response_lengths
             scores = Scores(check_scores(scores, rollout.prompts, lengths=lengths))
@@ -277,13 +280,13 @@ class PPO:
         self._epochs(num_epochs)
         self.learner.schedule.check(self.progress.steps)
         examples = as_examples(prompts)
-        self.scorer.check_columns({name for e in examples for name in e.columns})
+        self._check_columns({name for e in examples for name in e.columns})
         times = [time.perf_counter()]
         sample = partial(self._sample, max_length=max_length, temperature=temperature)
         rollout = sample(examples)
         times.append(time.perf_counter())
         rollout = self._with_trunk(rollout)
-        scores = self._scores(rollout)
+        scores = self.scores(rollout)
         resampled: dict[str, float] = {}
         if self.config.max_resampled_batches > 0:
             rollout, scores, resampled = resample(
@@ -291,7 +294,7 @@ class PPO:
                 scores,
                 examples,
                 sample=sample,
-                score=self._scores,
+                score=self.scores,
                 draw=more_prompts,
                 most=self.config.max_resampled_batches,
             )
@@ -436,7 +439,13 @@ class PPO:
         the first is checked now, and the others when they are read.
         """
         length = self.config.max_length if max_length is None else max_length
-        return check_run_prompts(prompts, self.texts, self.scorer, length, self._readers())
+        return check_run_prompts(
+            prompts, self.texts, self.scorer, self._check_columns, length, self._readers()
+        )
+
+    def _check_columns(self, columns: set[str]) -> None:
+        self.scorer.check_columns(columns)
+        self.sampler.check_columns(columns)
 
     def plan_run(self, num_steps: int, num_epochs: int | None = None) -> None:
         """Tell the schedules that ``num_steps`` more steps will follow; ``train`` does it.

@@ -17,8 +17,8 @@ from ppo_fast.config import PPOConfig
 from ppo_fast.data.batches import in_batches
 from ppo_fast.data.examples import Example, Stream, as_examples
 from ppo_fast.data.experience import Experience
-from ppo_fast.data.prompts import check_lengths, encode_prompts
-from ppo_fast.data.rollout import Rollout, sampled_ids
+from ppo_fast.data.prompts import check_lengths
+from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.step import Step
 from ppo_fast.data.tokens import Tokens
 from ppo_fast.models.attention import without_cudnn_attention
@@ -26,12 +26,14 @@ from ppo_fast.models.checks import context_limit, to_device
 from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.models.setup import make_reference
 from ppo_fast.ops import gae, ppo_loss
+from ppo_fast.parts import make_scorer, place_rewards
 from ppo_fast.ppo import PPO, Prompts, Reward
 from ppo_fast.rewards.load import with_loaded
-from ppo_fast.rewards.scorer import Scorer
+from ppo_fast.rewards.scorer import named_rewards
 from ppo_fast.rewards.shaping import place_scores
 from ppo_fast.rollout import Engine
 from ppo_fast.rollout.sampler import MakeEnvironment
+from ppo_fast.rollout.texts import Pairs
 from ppo_fast.runs.loop import OnStep
 
 
@@ -140,13 +142,17 @@ class PPOTrainer(PPO):
 
     @reward_model.setter
     def reward_model(self, reward_model: Reward) -> None:
-        self.scorer = Scorer(
-            with_loaded(reward_model),
-            self.policy,
-            self.config.forward_batch_tokens,
-            self.config.reward_weights,
+        reward = with_loaded(reward_model)
+        named_rewards(reward, self.config.reward_weights)
+        place_rewards(reward, self.tokenizer, self.device, self.reward_device)
+        self.scorer = make_scorer(
+            reward,
+            policy=self.policy,
             reference=self.reference,
+            critic=self.critic,
+            value_model=self.value_model,
             tokenizer=self.tokenizer,
+            config=self.config,
         )
 
     @property
@@ -341,20 +347,19 @@ class PPOTrainer(PPO):
         return rollout.completions, known
 
     @without_cudnn_attention()
-    def compute_rewards(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+    def compute_rewards(self, prompts: Sequence[Any], responses: Sequence[str]) -> Tensor:
         """Compute [B, T]: the reward model's score on each response's last token, 0 elsewhere.
 
         A reward model that gives one score a token gives those.
         """
-        tokens = self._pairs(prompts, responses)
+        pairs = self._pairs(prompts, responses)
         examples = as_examples(prompts)
-        texts = [p.text or "" for p in encode_prompts(self.tokenizer, examples)]
-        scores = self.scorer.of_tokens(tokens, texts, list(responses), examples)
-        return place_scores(scores.total, tokens)
+        scores = self.scorer.of_tokens(pairs.tokens, pairs.prompts, list(responses), examples)
+        return place_scores(scores.total, pairs.tokens)
 
     @without_cudnn_attention()
     @torch.no_grad()
-    def compute_values(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+    def compute_values(self, prompts: Sequence[Any], responses: Sequence[str]) -> Tensor:
         """Compute the values [B, T] of the state before each response token.
 
         Raises:
@@ -370,12 +375,12 @@ class PPOTrainer(PPO):
             states = self.policy.forward(part).states if self.critic.reads_states else None
             return self.critic.values(part, states)
 
-        tokens = self._pairs(prompts, responses)
+        tokens = self._pairs(prompts, responses).tokens
         return in_batches(values, tokens, None, self.config.forward_batch_tokens)
 
     def get_logprobs(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Any],
         responses: Sequence[str],
         temperature: float | None = None,
     ) -> Tensor:
@@ -384,7 +389,7 @@ class PPOTrainer(PPO):
 
     def get_reference_logprobs(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Any],
         responses: Sequence[str],
         temperature: float | None = None,
     ) -> Tensor:
@@ -396,17 +401,14 @@ class PPOTrainer(PPO):
     def _logprobs(
         self,
         model: LanguageModel,
-        prompts: Sequence[str],
+        prompts: Sequence[Any],
         responses: Sequence[str],
         temperature: float | None,
     ) -> Tensor:
-        tokens = self._pairs(prompts, responses)
+        tokens, _, sampled = self._pairs(prompts, responses)
         t = self.config.temperature if temperature is None else temperature
-        if temperature is None and self.last_rollout is not None:
-            sampled = sampled_ids(self.last_rollout)
-            texts = [p.text or "" for p in encode_prompts(self.tokenizer, prompts)]
-            if all(pair in sampled for pair in zip(texts, responses, strict=True)):
-                t = self.last_rollout.sampling.temperature
+        if temperature is None and sampled and self.last_rollout is not None:
+            t = self.last_rollout.sampling.temperature
         return in_batches(
             lambda part, _: model.logprobs(model.forward(part), part, temperature=t).logprobs,
             tokens,
@@ -414,9 +416,9 @@ class PPOTrainer(PPO):
             self.config.forward_batch_tokens,
         )
 
-    def _pairs(self, prompts: Sequence[str], responses: Sequence[str]) -> Tokens:
+    def _pairs(self, prompts: Sequence[Any], responses: Sequence[str]) -> Pairs:
         """Return the tokens of pairs of texts: as they were sampled last, else encoded."""
-        tokens = self.texts.pairs(prompts, responses, self.last_rollout, self.device)
+        pairs = self.texts.pairs(prompts, responses, self.last_rollout, self.device)
         limit = context_limit({"policy_model": self.policy_model, **self._readers()})
-        check_lengths(tokens.lengths.tolist(), limit)
-        return tokens
+        check_lengths(pairs.tokens.lengths.tolist(), limit)
+        return pairs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from ppo_fast.checks import check_counts
 from ppo_fast.config import PPOConfig
-from ppo_fast.data.examples import Example, Stream
+from ppo_fast.data.examples import Example, Stream, key_of
 from ppo_fast.data.files import hold_out, hold_out_where, read_prompts
 from ppo_fast.models.pretrained import check_model, load_pretrained
 from ppo_fast.rewards.load import function_of
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
     from ppo_fast.ppo import PPO
     from ppo_fast.runs.folder import RunFolder
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -159,9 +163,10 @@ class Train:
             return found, []
         column, equals, value = self.held_out.partition("=")
         share = _share(self.held_out)
-        if share is None and not equals:
+        if not self.held_out or Path(self.held_out).exists() or (share is None and not equals):
             held_out = read_prompts(self.held_out, what="--held-out", **options)
             assert not isinstance(held_out, Stream)
+            _warn_of_overlap(found, held_out)
             return found, held_out
         if isinstance(found, Stream):
             raise ValueError(
@@ -219,6 +224,16 @@ class Train:
             reward_device=self.reward_device,
             config=self.ppo,
         )
+
+
+def _warn_of_overlap(prompts: list[Example] | Stream, held_out: list[Example]) -> None:
+    """Warn where prompts that are held out are among those to train on."""
+    if isinstance(prompts, Stream):
+        return
+    trained = {key_of(example.prompt) for example in prompts}
+    count = sum(key_of(example.prompt) in trained for example in held_out)
+    if count:
+        logger.warning("--held-out: %d of %d prompts are trained on too", count, len(held_out))
 
 
 def _share(held_out: str) -> float | None:

@@ -223,7 +223,9 @@ class PPOConfig:
     reward_normalization: Literal["batch", "group", "running"] | None = None
     """Subtract the mean of the scores and divide by their standard deviation: of the batch, of the
     prompt's samples, or of all batches so far."""
-    reward_weights: tuple[float, ...] = allowed((), _are_weights, "a finite number for each reward")
+    reward_weights: tuple[float, ...] = allowed(
+        (), _are_weights, "a list of finite numbers, one for each reward"
+    )
     """Weights of several rewards, in their order; none: 1 each."""
     reward_scale: float = number(1.0)
     """Factor of the scores (after normalisation)."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,13 +54,20 @@ def as_examples(prompts: Any) -> list[Example]:
         raise TypeError("prompts: got one string, expected a list of strings; pass [prompt]")
     if isinstance(prompts, Stream):
         raise TypeError("prompts: got a stream, which train() reads; take a list of its rows")
+    if type(prompts).__name__ == "DataFrame":  # of pandas: it iterates over the columns' names
+        prompts = prompts.to_dict("records")
     if not isinstance(prompts, Iterable) or isinstance(prompts, Mapping):
-        raise TypeError(f"prompts: got {type(prompts).__name__}, expected a list of strings")
+        splits = isinstance(prompts, Mapping) and type(prompts).__name__.endswith("DatasetDict")
+        hint = f"; pass one of its splits: {', '.join(map(str, prompts))}" if splits else ""
+        raise TypeError(f"prompts: got {type(prompts).__name__}, expected a list of strings{hint}")
     if isinstance(prompts, (itertools.cycle, itertools.count, itertools.repeat)):
         raise TypeError(
             f"prompts: got itertools.{type(prompts).__name__}, which has no end; pass the list "
             "itself, from which train() draws again and again"
         )
+    prompts = list(prompts)
+    if prompts and all(isinstance(m, Mapping) and m.keys() >= {"role", "content"} for m in prompts):
+        raise TypeError("prompts: got one chat, expected a list of them; pass [chat]")
     examples = [as_example(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
     if not examples:
         raise ValueError("prompts: got an empty list, expected at least one prompt")
@@ -75,11 +83,15 @@ def as_example(given: Any, what: str, column: str | None = None) -> Example:
         column: name of a row's column with the prompt; None: "prompt" or else "messages".
     """
     if isinstance(given, Example):
-        return given
+        checked = as_example(given.prompt, what)
+        return given if checked.prompt is given.prompt else Example(checked.prompt, given.columns)
     if isinstance(given, Mapping):
         return _example_of_row(given, what, column)
     prompt = _plain(given)
-    if isinstance(prompt, str) or _is_ids(prompt):
+    if isinstance(prompt, str):
+        check_text(prompt, what)
+        return Example(prompt)
+    if _is_ids(prompt):
         return Example(prompt)
     if isinstance(prompt, list) and prompt and all(isinstance(m, Mapping) for m in prompt):
         return Example(_chat(prompt, what))
@@ -89,7 +101,17 @@ def as_example(given: Any, what: str, column: str | None = None) -> Example:
     )
 
 
+def key_of(prompt: Prompt) -> Hashable:
+    """Return what tells a prompt from others, and can be a dict's key: a text is its own."""
+    if isinstance(prompt, str):
+        return prompt
+    return json.dumps(prompt, sort_keys=True, default=str)
+
+
 def _example_of_row(row: Mapping[str, Any], what: str, column: str | None) -> Example:
+    for name in row:
+        if not isinstance(name, str):
+            raise TypeError(f"{what}: has a column named {name!r}, expected a text")
     found = column or next((name for name in PROMPT_COLUMNS if name in row), None)
     if found is None or row.get(found) is None:
         raise ValueError(
@@ -98,6 +120,8 @@ def _example_of_row(row: Mapping[str, Any], what: str, column: str | None) -> Ex
     if isinstance(row[found], Mapping):
         raise TypeError(f'{what}: its "{found}" is a mapping, expected a text, ids or messages')
     example = as_example(row[found], f'{what}: its "{found}"')
+    if found == "messages" and not example.messages:
+        raise ValueError(f'{what}: its "messages" hold no message')
     if found == "messages" and example.messages[-1]["role"] == "assistant":
         raise ValueError(
             f'{what}: its "messages" end with one of the assistant, which is what the policy has '
@@ -115,7 +139,19 @@ def _chat(messages: Sequence[Mapping[str, Any]], what: str) -> list[Message]:
             raise ValueError(
                 f'{what}[{i}]: its "content" is a {type(content).__name__}, expected a text'
             )
+        check_text(content or "", f"{what}[{i}]")
     return [dict(message) for message in messages]
+
+
+def check_text(text: str, what: str) -> None:
+    """Raise ValueError if a text holds half of a character, which tokenizers do not take."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what}: holds {text[error.start]!r} at {error.start}, half of a pair of UTF-16 that "
+            "is no character by itself; repair the text"
+        ) from error
 
 
 def _is_ids(prompt: Any) -> bool:
@@ -147,7 +183,7 @@ class Stream:
         fit: takes some examples and returns those that can be used.
 
     Attributes:
-        passed_over: number of rows that were read and did not fit.
+        dropped: numbers of the rows that were read and did not fit.
     """
 
     def __init__(
@@ -157,9 +193,10 @@ class Stream:
         fit: Callable[[list[Example]], list[Example]] | None = None,
     ) -> None:
         self.rows, self.column, self.fit = rows, column, fit
-        self.passed_over = 0  # rows that did not fit
+        self.dropped: set[int] = set()
         self._iterator: Iterator[Any] = iter(())
         self._position: int | None = None
+        self._row = -1  # of the current pass
 
     def take(self, start: int, count: int) -> tuple[list[Example], int]:
         """Return ``count`` examples from row ``start`` on, and the number of rows that they took.
@@ -170,7 +207,7 @@ class Stream:
             ValueError: the stream is empty, or no row of it fits.
         """
         if self._position != start:
-            self._iterator, self._position = iter(self.rows), 0
+            self._iterator, self._position, self._row = iter(self.rows), 0, -1
             for _ in range(start):
                 self._next()
         found: list[Example] = []
@@ -180,7 +217,8 @@ class Stream:
             read += 1
             example = as_example(row, f"prompts: row {start + read - 1}", self.column)
             fitting = [example] if self.fit is None else self.fit([example])
-            self.passed_over += not fitting
+            if not fitting:
+                self.dropped.add(self._row)
             misses = 0 if fitting else misses + ended
             if misses > 1:  # a whole pass
                 raise ValueError("prompts: no row of the stream fits")
@@ -191,11 +229,12 @@ class Stream:
         """Return the next row, and whether it is the first of a new pass."""
         assert self._position is not None
         self._position += 1
+        self._row += 1
         missing = object()
         row = next(self._iterator, missing)
         if row is not missing:
             return row, False
-        self._iterator = iter(self.rows)
+        self._iterator, self._row = iter(self.rows), 0
         row = next(self._iterator, missing)
         if row is missing:
             raise ValueError("prompts: the stream is empty, expected at least one row")

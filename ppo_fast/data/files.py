@@ -38,18 +38,21 @@ def read_prompts(
         ValueError: another ending, a row without a prompt, no prompts at all, or a library that is
             missing.
     """
+    if stream and Path(name).is_file():
+        raise ValueError(f"{what}: {name} is a file, which is read whole; leave stream out")
     if stream:
         return Stream(_data_set(str(name), split, what, stream=True), column)
     examples = []
     for where, row in _rows(str(name), split, what):
         if isinstance(row, dict) and column is not None and column not in row:
             raise ValueError(
-                f'{what}: {where} has no "{column}"; it has the columns {", ".join(row)}'
+                f'{what}: {where} has no "{column}"; it has the columns {", ".join(map(str, row))}'
             )
         try:
             examples.append(as_example(row, f"{what}: {where}", column))
         except TypeError as error:
-            named = column or next((c for c in PROMPT_COLUMNS if c in row), "prompt")
+            known = row if isinstance(row, dict) else ()
+            named = column or next((c for c in PROMPT_COLUMNS if c in known), "prompt")
             raise ValueError(
                 f'{what}: {where} has no "{named}" that is a string, a list of ids or messages'
             ) from error
@@ -108,6 +111,11 @@ def hold_out_where(
     held_out = [e for e in examples if str(e.columns.get(column)) == value]
     rest = [e for e in examples if str(e.columns.get(column)) != value]
     if not held_out or not rest:
+        columns = sorted({name for e in examples for name in e.columns})
+        if column not in columns:
+            raise ValueError(
+                f"held_out: there is no column {column!r}; there are {', '.join(columns) or 'none'}"
+            )
         known = sorted({str(e.columns.get(column)) for e in examples})[:8]
         raise ValueError(
             f"held_out: the column {column!r} reads {value!r} in {len(held_out)} of "
@@ -140,8 +148,7 @@ def _rows_of_file(path: Path, what: str) -> Iterator[tuple[str, Any]]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{what}: {path} cannot be read ({error})") from error
     if path.suffix == ".csv":
-        for number, row in enumerate(_csv(text, path, what), 2):
-            yield f"{path} line {number}", row
+        yield from _csv(text, path, what)
         return
     # not splitlines: JSON strings may hold U+2028 and its like
     for number, line in enumerate(text.split("\n"), 1):
@@ -154,17 +161,33 @@ def _rows_of_file(path: Path, what: str) -> Iterator[tuple[str, Any]]:
 def _json(line: str, path: Path, number: int, what: str) -> Any:
     try:
         return json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # digits and depth without end are not its own
         raise ValueError(f"{what}: {path} line {number} is not JSON: {error}") from error
 
 
-def _csv(text: str, path: Path, what: str) -> list[dict[str, Any]]:
+def _csv(text: str, path: Path, what: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read a table, however long its texts are; csv's own limit is 131,072 characters."""
     before = csv.field_size_limit(2**31 - 1)
+    rows = csv.reader(io.StringIO(text), strict=True)
     try:
-        return list(csv.DictReader(io.StringIO(text)))
+        header = next(rows, [])
+        if len(set(header)) < len(header):
+            raise ValueError(f"{what}: {path} has two columns of one name: {', '.join(header)}")
+        for row in rows:
+            if not row:
+                continue
+            if len(row) != len(header):
+                raise ValueError(
+                    f"{what}: {path} line {rows.line_num} has {len(row)} fields, expected "
+                    f"{len(header)} ({', '.join(header)}); a text with commas or line breaks "
+                    "needs quotes"
+                )
+            yield f"{path} line {rows.line_num}", dict(zip(header, row, strict=True))
     except csv.Error as error:
-        raise ValueError(f"{what}: {path} cannot be read ({error})") from error
+        raise ValueError(
+            f"{what}: {path} line {rows.line_num} cannot be read ({error}); look for a quote that "
+            "does not end"
+        ) from error
     finally:
         csv.field_size_limit(before)
 
@@ -199,12 +222,17 @@ def _data_set(name: str, split: str, what: str, *, stream: bool = False) -> Iter
         if (Path(name) / "state.json").is_file():
             return datasets.load_from_disk(name)
         if (Path(name) / "dataset_dict.json").is_file():
-            return datasets.load_from_disk(name)[split]
+            splits = datasets.load_from_disk(name)
+            if split not in splits:
+                raise ValueError(f"no split {split!r}; it has {', '.join(splits)}")
+            return splits[split]
         if not Path(name).is_dir() and (reason := why_not_on_hub(name, "dataset")):
             raise FileNotFoundError(reason)
         return datasets.load_dataset(name, split=split, streaming=stream)
     except Exception as error:  # of the hub, the files' formats, and what is in them
         line = (str(error) or type(error).__name__).splitlines()[0]
+        if Path(name).is_dir():
+            raise ValueError(f"{what}: the folder {name} cannot be read ({line})") from error
         raise ValueError(
             f"{what}: no file {name}, and no data set of this name ({line})"
         ) from error

@@ -108,8 +108,11 @@ def check_prompt_ids(
     limit: Limit | None,
     *,
     vocab_size: int,
+    mend: str = "",
 ) -> None:
     """Check that no prompt is empty, and that each leaves room for ``max_length`` response tokens.
+
+    ``mend`` ends the error for one that does not.
 
     Raises:
         ValueError: a prompt is empty, leaves no room, or holds an id that is not below
@@ -131,12 +134,13 @@ def check_prompt_ids(
             words = text if text is not None else str(ids)
             short = words if len(words) <= 60 else words[:57] + "..."
             found = f"prompts[{i}]: {short!r} has {len(ids)} tokens"
-            others = "or set long_prompts to 'cut' or 'drop'"
             if limit.of.startswith("max_prompt_length"):
-                raise ValueError(f"{found}, which exceeds {limit.of}; raise it, {others}")
+                raise ValueError(f"{found}, which exceeds {limit.of}; raise it{mend}")
+            room = limit.tokens - len(ids)
+            lower = f", lower max_length to {room}" if room > 0 else ""
             raise ValueError(
                 f"{found}; with max_length={max_length} that exceeds {limit.of}; shorten the "
-                f"prompt, lower max_length to {max(limit.tokens - len(ids), 0)}, {others}"
+                f"prompt{lower}{mend}"
             )
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ppo_fast.data.examples import Example, Message
+from ppo_fast.data.examples import Example, Message, key_of
 from ppo_fast.data.sampling import Sampling
 from ppo_fast.data.tokens import Tokens, join_tokens, make_tokens
 from ppo_fast.data.trunk_states import TrunkStates, join_trunk_states
@@ -136,6 +136,7 @@ class Rollout:
 
 
 def _with_answer(messages: list[Message], completion: str) -> list[Message]:
+    messages = [dict(message) for message in messages]  # rewards may change what they get
     last = messages[-1]
     if last["role"] == "assistant":
         return [*messages[:-1], last | {"content": (last.get("content") or "") + completion}]
@@ -187,21 +188,34 @@ def per_token(name: str, rows: Sequence[Sequence[float]], tokens: Tokens) -> Ten
     return found
 
 
-def sampled_ids(
-    rollout: Rollout | None,
-) -> dict[tuple[str, str], list[tuple[list[int], list[int]]]]:
-    """Return the ids (of prompt, of response) of a rollout by (prompt, completion)."""
+class Sampled(NamedTuple):
+    """A prompt and a response of a rollout: their ids, and the prompt's text."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    text: str
+
+
+def sampled_pairs(rollout: Rollout | None) -> dict[tuple[Hashable, str], list[Sampled]]:
+    """Return what a rollout sampled by (prompt, completion).
+
+    The prompt is the ``key_of`` what was given, or its text.
+    """
     found = defaultdict(list)
     if rollout is not None:
+        given = [key_of(example.prompt) for example in rollout.examples] or rollout.prompts
         rows = zip(
+            given,
             rollout.prompts,
             rollout.completions,
             rollout.tokens.sequences(),
             rollout.tokens.prompt_lengths.tolist(),
             strict=True,
         )
-        for prompt, completion, ids, n in rows:
-            found[prompt, completion].append((ids[:n].tolist(), ids[n:].tolist()))
+        for key, text, completion, ids, n in rows:
+            pair = Sampled(ids[:n].tolist(), ids[n:].tolist(), text)
+            for name in {key, text}:
+                found[name, completion].append(pair)
     return dict(found)
 
 

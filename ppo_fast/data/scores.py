@@ -45,7 +45,10 @@ def join_scores(scores: Sequence[Scores], width: int) -> Scores:
     totals = [s.total for s in scores]
     if totals[0].dim() == 2:
         totals = [pad(total, (0, width - total.shape[1])) for total in totals]
-    names = scores[0].parts
-    return Scores(
-        torch.cat(totals), {name: torch.cat([s.parts[name] for s in scores]) for name in names}
-    )
+    names = dict.fromkeys(name for s in scores for name in s.parts)
+    unknown = [torch.full((len(s.total),), float("nan"), device="cpu") for s in scores]
+    parts = {
+        name: torch.cat([s.parts.get(name, nan) for s, nan in zip(scores, unknown, strict=True)])
+        for name in names
+    }
+    return Scores(torch.cat(totals), parts)

@@ -137,6 +137,7 @@ class AsyncReward:
         self.needs: tuple[str, ...] = tuple(getattr(function, "needs", ()))
         found, columns = parameters(function), _columns_of(function)
         self._takes_all, self._columns = found.any, [c.name for c in columns]
+        self._positional = found.positional[:2]  # of the two texts
         # which of both texts it takes by name; none: it is called once a response
         by_name = "completions" in found.names
         self._texts = [n for n in ("prompts", "completions") if by_name and n in found.names]
@@ -166,6 +167,7 @@ class AsyncReward:
             calls = [lambda: self.function(**given, **columns)]
             return run(lambda: call_all(calls, self.limits, self.name, [_batch(prompts)]))[0]
         columns.pop("tokens", None)  # not by response
+        columns = {name: c for name, c in columns.items() if name not in self._positional}
         calls = [
             _bound(self.function, p, c, {name: column[i] for name, column in columns.items()})
             for i, (p, c) in enumerate(zip(prompts, completions, strict=True))

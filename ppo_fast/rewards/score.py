@@ -72,11 +72,14 @@ def score(
         parts = dict(found) if isinstance(found, Mapping) else {"": found}
         if not parts:
             raise ValueError(f"{what}: returned an empty mapping, expected lists of numbers")
+        for name in parts if isinstance(found, Mapping) else ():
+            if not isinstance(name, str) or not name:
+                raise ValueError(f"{what}: named a part {name!r}, expected a text")
     lengths, total = tokens.response_lengths, torch.zeros((), dtype=torch.float32, device="cpu")
     judged: dict[str, Tensor] = {}
     for name, values in parts.items():
         named = what if name == "" else f"{what}, part {name!r}"
-        numbers, known = _without_none(values)
+        numbers, known = _without_none(values, lengths)
         scores = check_scores(numbers, prompts, named, lengths=lengths)
         if total.dim() and scores.dim() != total.dim():
             raise ValueError(
@@ -84,7 +87,8 @@ def score(
             )
         total = total + scores
         sums = scores if scores.dim() == 1 else scores.sum(1)
-        judged[str(name)] = sums.masked_fill(~known, math.nan) if known is not None else sums
+        known = None if known is None else known[: len(sums)]
+        judged[name] = sums if known is None else sums.masked_fill(~known, math.nan)
     if "" not in judged:
         known = ~torch.stack(list(judged.values())).isnan().all(0)
         sums = total if total.dim() == 1 else total.sum(1)
@@ -92,12 +96,21 @@ def score(
     return Scores(total.to(tokens.device), judged)
 
 
-def _without_none(values: Any) -> tuple[Any, Tensor | None]:
+def _without_none(values: Any, lengths: Tensor) -> tuple[Any, Tensor | None]:
     """Return scores with 0 for None, and which [B] are numbers; None: all are."""
-    if not isinstance(values, (list, tuple)) or all(value is not None for value in values):
+    if not isinstance(values, Tensor) and hasattr(values, "tolist"):
+        values = values.tolist()  # of numpy or pandas, which may hold objects
+    if not isinstance(values, (list, tuple)):
         return values, None
-    known = torch.tensor([value is not None for value in values], device="cpu")
-    return [0.0 if value is None else value for value in values], known
+    rows = [v.tolist() if getattr(v, "ndim", 0) == 1 and len(v) != 1 else v for v in values]
+    if all(row is not None for row in rows):
+        return rows, None
+    known = torch.tensor([row is not None for row in rows], device="cpu")
+    for_tokens = any(isinstance(row, (list, tuple)) for row in rows)
+    zeros = [[0.0] * n if for_tokens else 0.0 for n in lengths.tolist()]
+    # lists of the wrong length are an error of check_scores
+    pairs = zip(rows, zeros, strict=False)
+    return [zero if row is None else row for row, zero in pairs] + rows[len(zeros) :], known
 
 
 def check_scores(
@@ -183,7 +196,7 @@ def _number(score: Any) -> float:
     is_complex = isinstance(score, Complex) and not isinstance(score, Real)
     if is_complex or isinstance(score, (str, bytes)):
         raise TypeError(f"got {score!r}")
-    return float(score)
+    return float(score.detach() if isinstance(score, Tensor) else score)
 
 
 def check_reward_model(reward_model: Any, labels: int = 1) -> None:
@@ -200,6 +213,10 @@ def check_reward_model(reward_model: Any, labels: int = 1) -> None:
             f"reward_model: got {type(reward_model).__name__}, expected a torch.nn.Module with "
             "forward(input_ids, attention_mask) or a function f(prompts, completions) -> "
             "list[float], or a list or dict of these"
+        )
+    if isinstance(reward_model, nn.Module) and type(reward_model).forward is nn.Module.forward:
+        raise TypeError(
+            f"reward_model: {type(reward_model).__name__} has no forward(input_ids, attention_mask)"
         )
     if isinstance(reward_model, type):
         raise TypeError(

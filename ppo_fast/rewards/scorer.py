@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -18,8 +18,19 @@ from ppo_fast.data.tokens import Tokens
 from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.models.setup import put_on_trunk
 from ppo_fast.models.trunk import Split
-from ppo_fast.rewards.functions import missing_columns, missing_message, name_of
+from ppo_fast.rewards.asynchronous import AsyncReward, is_async
+from ppo_fast.rewards.functions import (
+    ALWAYS,
+    TEXTS,
+    check_arity,
+    missing_columns,
+    missing_message,
+    name_of,
+    takes,
+)
 from ppo_fast.rewards.score import check_reward_model, score
+
+logger = logging.getLogger(__name__)
 
 
 class Scorer:
@@ -56,7 +67,9 @@ class Scorer:
         self.rewards = named_rewards(reward, weights)
         self.weights = dict(zip(self.rewards, weights or [1.0] * len(self.rewards), strict=True))
         self._splits = {name: _split(model, policy) for name, model in self.rewards.items()}
-        for one in self.rewards.values():
+        self._warned: set[str] = set()
+        self._calls = {name: _callable_at_once(one) for name, one in self.rewards.items()}
+        for one in map(without_wrapper, self.rewards.values()):
             if reference is not None and hasattr(one, "use_reference"):
                 one.use_reference(reference.model, tokenizer)
 
@@ -73,29 +86,38 @@ class Scorer:
     def nbytes(self) -> int:
         """Return the size in bytes of reward models' weights; 0 for functions."""
         models = [getattr(one, "model", one) for one in self.rewards.values()]
-        models = [m for m in models if isinstance(m, nn.Module)]
-        return sum(p.nbytes for model in models for p in model.parameters())
+        weights = {p for m in models if isinstance(m, nn.Module) for p in m.parameters()}
+        return sum(p.nbytes for p in weights)
 
-    def check(self, columns: Collection[str]) -> None:
-        """Check before a run that the data has every column that a reward takes.
+    @property
+    def functions(self) -> dict[str, Any]:
+        """The rewards that are called with texts and columns, by name."""
+        return {n: call for n, call in self._calls.items() if not isinstance(call, nn.Module)}
 
-        Rewards with a ``check()``, such as servers, are asked whether they answer.
-
-        Raises:
-            ValueError: a column is missing.
-        """
-        self.check_columns(columns)
-        for one in self.rewards.values():
-            if not isinstance(one, nn.Module) and callable(getattr(one, "check", None)):
+    def check_servers(self) -> None:
+        """Call ``check()`` of the rewards that have one, such as servers, before a run."""
+        for one in map(without_wrapper, self.functions.values()):
+            if callable(getattr(one, "check", None)):
                 one.check()
 
     def check_columns(self, columns: Collection[str]) -> None:
-        """Raise ValueError if a reward takes a column that is not among ``columns``."""
-        for name, one in self.rewards.items():
-            if isinstance(one, nn.Module):
-                continue
-            if missing := missing_columns(one, columns):
+        """Raise ValueError if a reward takes a column that is not among ``columns``.
+
+        Warns once of columns whose names stand for something else.
+        """
+        for name, function in self.functions.items():
+            if missing := missing_columns(function, columns):
                 raise ValueError(missing_message(f"reward_model {name}", missing, columns))
+        shadowed = {name for name in {*TEXTS, *ALWAYS} & set(columns) if self.takes(name)}
+        for name in sorted(shadowed - self._warned):
+            logger.warning(
+                "rewards get ppo_fast's own %r, not the data's column of that name", name
+            )
+        self._warned |= shadowed
+
+    def takes(self, column: str) -> bool:
+        """Return whether a reward is given the column of this name."""
+        return any(takes(function, column) for function in self.functions.values())
 
     def of_rollout(self, rollout: Rollout) -> Scores:
         """Compute the scores of each response, or of each of its tokens.
@@ -115,7 +137,7 @@ class Scorer:
                 trunk_states=trunk_states,
                 columns=columns,
             )
-            for name, one in self.rewards.items()
+            for name, one in self._calls.items()
         }
         parts: dict[str, Tensor] = {}
         for name, scores in found.items():
@@ -147,9 +169,15 @@ class Scorer:
 
 
 def named_rewards(reward: Any, weights: Sequence[float] = ()) -> dict[str, Any]:
-    """Return the rewards by name, coroutine functions wrapped, and check them and their weights."""
+    """Return the rewards by name, and check them and their weights."""
     if isinstance(reward, Mapping):
-        rewards = {str(name): one for name, one in reward.items()}
+        rewards = dict(reward)
+        for name in rewards:
+            if not isinstance(name, str) or not name or "/" in name:
+                raise ValueError(
+                    f"reward: got the name {name!r}, expected a text without '/', which parts two "
+                    "names of metrics"
+                )
     else:
         several = reward if isinstance(reward, (list, tuple)) else [reward]
         rewards = {}
@@ -160,24 +188,27 @@ def named_rewards(reward: Any, weights: Sequence[float] = ()) -> dict[str, Any]:
             rewards[name] = one
     if not rewards:
         raise ValueError("reward: got no reward, expected at least one")
-    for one in rewards.values():
+    for name, one in rewards.items():
         check_reward_model(one)
+        if not isinstance(one, nn.Module):
+            check_arity(one, f"reward_model {name}")
     if weights and len(weights) != len(rewards):
         raise ValueError(
             f"reward_weights: got {len(weights)} weights for {len(rewards)} rewards "
             f"({', '.join(rewards)}), expected one each"
         )
-    return {name: _callable_at_once(one) for name, one in rewards.items()}
+    return rewards
+
+
+def without_wrapper(reward: Any) -> Any:
+    """Return the object of an AsyncReward, whose own methods matter; any other reward as it is."""
+    return reward.function if isinstance(reward, AsyncReward) else reward
 
 
 def _callable_at_once(reward: Any) -> Any:
-    """Return a coroutine function wrapped so that it can be called on a batch."""
-    call = reward if inspect.isfunction(reward) else getattr(reward, "__call__", None)  # noqa: B004
-    if isinstance(reward, nn.Module) or not inspect.iscoroutinefunction(call):
-        return reward
-    from ppo_fast.rewards.asynchronous import AsyncReward
-
-    return AsyncReward(reward)
+    """Return an async function wrapped so that it can be called on a batch."""
+    is_module = isinstance(reward, nn.Module)
+    return AsyncReward(reward) if not is_module and is_async(reward) else reward
 
 
 def _split(reward: Any, policy: LanguageModel) -> Split | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from ppo_fast.rollout.engine import Engine
 from ppo_fast.rollout.local_engine import LocalEngine
 from ppo_fast.rollout.texts import Texts
 from ppo_fast.rollout.turns import Environment
-from ppo_fast.user_code import taken
+from ppo_fast.user_code import arguments, lacking
 
 # Given a prompt, and the columns of its row that it takes by name.
 MakeEnvironment = Callable[..., Environment]
@@ -46,13 +46,15 @@ class Sampler:
         sampling: Sampling,
         seeds: Tensor,
         samples_per_prompt: int = 1,
+        readers: Mapping[str, Any] | None = None,
     ) -> Rollout:
         """Sample ``samples_per_prompt`` responses to each prompt, in rows next to one another.
 
-        ``seeds`` [B] int64 are one for each response.
+        ``seeds`` [B] int64 are one for each response. ``readers`` are the models besides the policy
+        that will read the sequences: prompts that are cut leave room for these too.
         """
         examples = [example for example in prompts for _ in range(samples_per_prompt)]
-        read = self.texts.encode(examples, sampling.max_length)
+        read = self.texts.encode(examples, sampling.max_length, cut_for=readers)
         prompt_ids = [prompt.ids for prompt in read]
         check_seeds(seeds, len(examples))
         with self._weight_copies.in_use(policy_model):
@@ -62,14 +64,25 @@ class Sampler:
             else:
                 assert isinstance(self.engine, LocalEngine)
                 make = self._make_environment
-                environments = [
-                    make(e.prompt, **taken(make, e.columns, positional=1)) for e in examples
-                ]
+                self.check_columns({name for e in examples for name in e.columns})
+                given = (arguments(make, [e.prompt], e.columns) for e in examples)
+                environments = [make(*by_position, **named) for by_position, named in given]
                 check_environments(environments)
                 turns = self.texts.turns(environments)
                 rollout = self.engine.generate(prompt_ids, sampling, seeds=seeds, turns=turns)
         rollout = replace(rollout, samples_per_prompt=samples_per_prompt, examples=examples)
         return self.texts.decode(rollout, [prompt.text for prompt in read])
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Raise ValueError if the environment takes a column that is not among ``columns``."""
+        if self._make_environment is None:
+            return
+        if missing := lacking(self._make_environment, 1, columns):
+            raise ValueError(
+                f"environment: takes the column {missing[0]!r}, which the data lacks (its columns "
+                f"beside the prompt: {', '.join(columns) or 'none'}); add it to the rows of the "
+                "prompts, or give the parameter a default"
+            )
 
 
 def check_environment(environment: Any, engine: Engine | None) -> None:

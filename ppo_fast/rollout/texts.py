@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ppo_fast.data.examples import Example, as_examples
+from ppo_fast.data.examples import Example, as_examples, key_of
 from ppo_fast.data.prompts import (
     Limit,
     PromptTokens,
@@ -19,7 +19,7 @@ from ppo_fast.data.prompts import (
     cut_left,
     encode_prompts,
 )
-from ppo_fast.data.rollout import Rollout, sampled_ids
+from ppo_fast.data.rollout import Rollout, Sampled, sampled_pairs
 from ppo_fast.data.tokens import Tokens, make_tokens
 from ppo_fast.models.checks import context_limit
 from ppo_fast.models.parts import num_embeddings
@@ -29,6 +29,18 @@ from ppo_fast.rollout.turns import Environment, Turns
 logger = logging.getLogger(__name__)
 
 LongPrompts = Literal["refuse", "cut", "drop"]
+
+
+class Pairs(NamedTuple):
+    """Prompts and responses as tokens.
+
+    prompts: the prompts' texts, as the policy reads them.
+    sampled: whether all are pairs of the last rollout.
+    """
+
+    tokens: Tokens
+    prompts: list[str]
+    sampled: bool
 
 
 class Texts:
@@ -58,7 +70,12 @@ class Texts:
         self._said_cut = False
 
     def encode(
-        self, prompts: Iterable[Any], max_length: int, others: Mapping[str, Any] | None = None
+        self,
+        prompts: Iterable[Any],
+        max_length: int,
+        others: Mapping[str, Any] | None = None,
+        *,
+        cut_for: Mapping[str, Any] | None = None,
     ) -> list[PromptTokens]:
         """Return the tokens of prompts, checked to leave room for ``max_length`` response tokens.
 
@@ -68,16 +85,22 @@ class Texts:
             prompts: texts, lists of ids, chats, rows or Examples.
             max_length: max response tokens.
             others: other models, by name, that will read the sequences.
+            cut_for: others for whose contexts longer prompts are cut, but not refused.
 
         Raises:
             ValueError: a prompt is empty, too long, or holds an id outside the vocabulary.
         """
         found = encode_prompts(self.tokenizer, prompts)
-        limit = self._limit(max_length, others)
-        if self.long_prompts == "cut" and limit is not None:
-            found = self._cut(found, limit.tokens - max_length)
-        vocab_size = num_embeddings(self.policy_model)
-        check_prompt_ids(found, max_length, limit, vocab_size=vocab_size)
+        least = self._limit(max_length, {**(others or {}), **(cut_for or {})})
+        if self.long_prompts == "cut" and least is not None:
+            found = self._cut(found, least.tokens - max_length)
+        limit, vocab_size = self._limit(max_length, others), num_embeddings(self.policy_model)
+        mend = {
+            "refuse": ", or set long_prompts to 'cut' or 'drop'",
+            "cut": "",
+            "drop": "; train() drops it",
+        }[self.long_prompts]
+        check_prompt_ids(found, max_length, limit, vocab_size=vocab_size, mend=mend)
         return found
 
     def fitting(
@@ -128,8 +151,8 @@ class Texts:
         responses: Sequence[str],
         last_rollout: Rollout | None,
         device: torch.device,
-    ) -> Tokens:
-        """Return the tokens of pairs of texts: as ``last_rollout`` has them, else encoded.
+    ) -> Pairs:
+        """Return the tokens of prompts and texts: as ``last_rollout`` has them, else encoded.
 
         Raises:
             ValueError: their numbers differ, or a response is empty.
@@ -139,24 +162,31 @@ class Texts:
             raise ValueError(
                 f"responses: got {len(responses)}, expected {len(examples)}, one a prompt"
             )
-        sampled = sampled_ids(last_rollout)
-        prompt_ids, response_ids = [], []
-        read = encode_prompts(self.tokenizer, examples)
-        for i, (prompt, response) in enumerate(zip(read, responses, strict=True)):
-            if rows := sampled.get((prompt.text or "", response)):
+        sampled = sampled_pairs(last_rollout)
+        found: list[Sampled] = []
+        known = True
+        for i, (example, response) in enumerate(zip(examples, responses, strict=True)):
+            if rows := sampled.get((key_of(example.prompt), response)):
                 # the same pair may have been sampled twice, from different tokens
-                pair = rows.pop(0) if len(rows) > 1 else rows[0]
-            else:
-                encoded = self.tokenizer(response, add_special_tokens=False)["input_ids"]
-                pair = (self.encode([examples[i]], 0)[0].ids, encoded)
-            if not pair[1]:
+                found.append(rows.pop(0) if len(rows) > 1 else rows[0])
+                continue
+            known = False
+            (prompt,) = self.encode([example], 0)
+            ids = self.tokenizer(response, add_special_tokens=False)["input_ids"]
+            if not ids:
                 raise ValueError(
                     f"responses[{i}]: {response!r} is empty after tokenisation; a response has at "
                     "least one token"
                 )
-            prompt_ids.append(pair[0])
-            response_ids.append(pair[1])
-        return make_tokens(prompt_ids, response_ids, self.tokenizer.pad_token_id, device)
+            text = self._decode([prompt.ids])[0] if prompt.text is None else prompt.text
+            found.append(Sampled(prompt.ids, ids, text))
+        tokens = make_tokens(
+            [pair.prompt_ids for pair in found],
+            [pair.response_ids for pair in found],
+            self.tokenizer.pad_token_id,
+            device,
+        )
+        return Pairs(tokens, [pair.text for pair in found], known)
 
     def turns(self, environments: Sequence[Environment]) -> Turns:
         """Return the turns of a rollout's sequences, with an environment each."""

@@ -8,17 +8,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ppo_fast.data.examples import Example, Prompt, as_examples
+from ppo_fast.data.examples import Example, Prompt, Stream
 from ppo_fast.data.rollout import Rollout
-from ppo_fast.rewards.scorer import Scorer
+from ppo_fast.data.scores import Scores
 
-EVALUATION_SEED = 1 << 40  # of the first sequence: far from the draws of the training
+# Of the first sequence; the others' are below it. Those of the training are not negative.
+EVALUATION_SEED = -1
 
 
 class Evaluable(Protocol):
     """Interface of PPO that an evaluation uses."""
 
-    scorer: Scorer
+    def check_prompts(self, prompts: Any) -> list[Example] | Stream: ...
+
+    def scores(self, rollout: Rollout) -> Scores: ...
 
     def rollout(
         self, prompts: Iterable[Any], *, samples_per_prompt: int, seeds: Tensor
@@ -41,11 +44,17 @@ def evaluate(
         reward (mean), standard_error (of the mean over responses), response_length (mean, in
             tokens), finished_fraction, and the mean and deviation of each reward.
     """
-    examples = as_examples(prompts)
-    ppo.scorer.check_columns({name for example in examples for name in example.columns})
-    seeds = EVALUATION_SEED + torch.arange(len(examples) * samples_per_prompt, device="cpu")
-    rollout = ppo.rollout(examples, samples_per_prompt=samples_per_prompt, seeds=seeds)
-    scores = ppo.scorer.of_rollout(rollout)
+    examples = ppo.check_prompts(prompts)
+    if isinstance(examples, Stream):
+        raise TypeError("prompts: got a stream, expected a list: an evaluation reads all of it")
+    seeds = EVALUATION_SEED - torch.arange(len(examples) * samples_per_prompt, device="cpu")
+    last = getattr(ppo, "last_rollout", None)
+    try:
+        rollout = ppo.rollout(examples, samples_per_prompt=samples_per_prompt, seeds=seeds)
+    finally:
+        if hasattr(ppo, "last_rollout"):
+            ppo.last_rollout = last  # of the training, for methods that take texts
+    scores = ppo.scores(rollout)
     totals = scores.total if scores.total.dim() == 1 else scores.total.sum(1)
     count = len(totals)
     return {

@@ -9,8 +9,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,7 +28,7 @@ from ppo_fast.models.probe import probe_tokens, relative_difference
 from ppo_fast.models.quantized import quantized_layers
 from ppo_fast.models.trunk import run
 from ppo_fast.runs.checkpoint import trained_state
-from ppo_fast.runs.folder import save_policy
+from ppo_fast.runs.model_card import ModelCard
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,14 @@ def written_whole(folder: Path) -> Iterator[Path]:
         shutil.move(new, folder)
 
 
-def export_policy(policy: Any, tokenizer: Any, folder: Path, *, adapter_only: bool = False) -> str:
+def export_policy(
+    policy: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    adapter_only: bool = False,
+    card: ModelCard | None = None,
+) -> Literal["policy", "adapter"]:
     """Save a policy and its tokenizer: a whole model, or its adapter alone.
 
     A whole model has its adapters merged, and ``AutoModelForCausalLM`` loads it. An adapter is
@@ -77,32 +85,43 @@ def export_policy(policy: Any, tokenizer: Any, folder: Path, *, adapter_only: bo
         tokenizer: the policy's.
         folder: replaced when the new one is complete.
         adapter_only: save the adapter alone.
+        card: written as README.md, with its kind set to what is saved; None: none of ours.
 
     Returns:
-        "policy" or "adapter": what was saved.
+        What was saved.
 
     Raises:
         ValueError: ``adapter_only`` of a policy that is in no wrapper of peft's.
     """
     quantized = bool(quantized_layers(policy))
-    if not adapter_only and not quantized:
-        save_policy(policy, tokenizer, folder)
-        return "policy"
+    kind: Literal["policy", "adapter"] = "adapter" if adapter_only or quantized else "policy"
+    if kind == "adapter":
+        _check_has_adapter(policy)
+    if quantized:
+        logger.info("the base is quantised: its adapter is saved, not a whole model")
+    with written_whole(folder) as new:
+        if kind == "policy":
+            with merged_adapters(policy):
+                base_of(policy).save_pretrained(new)
+        else:  # "auto" would ask the hub for the base model's vocabulary
+            policy.save_pretrained(new, save_embedding_layers=False)
+        tokenizer.save_pretrained(new)
+        if card is not None:
+            replace(card, kind=kind).write(new)
+    return kind
+
+
+def _check_has_adapter(policy: Any) -> None:
     if base_of(policy) is policy or not hasattr(policy, "peft_config"):
         raise ValueError(
             f"policy: {type(policy).__name__} has no adapter of peft to save; use "
             "adapter_only=False, or peft.get_peft_model(model, ...)"
         )
-    if quantized:
-        logger.info("the base is quantised: its adapter is saved, not a whole model")
-    with written_whole(folder) as new:
-        # "auto" would ask the hub for the base model's vocabulary
-        policy.save_pretrained(new, save_embedding_layers=False)
-        tokenizer.save_pretrained(new)
-    return "adapter"
 
 
-def save_critic(ppo: Trained, folder: Path, *, whole: bool = False) -> None:
+def save_critic(
+    ppo: Trained, folder: Path, *, whole: bool = False, card: ModelCard | None = None
+) -> None:
     """Save the critic's weights, or a whole classifier of tokens with one label.
 
     By default the folder gets the weights that were trained, by their names in
@@ -116,6 +135,7 @@ def save_critic(ppo: Trained, folder: Path, *, whole: bool = False) -> None:
         ppo: the trainer.
         folder: replaced when the new one is complete.
         whole: copy the backbone too.
+        card: written as README.md; None: none.
 
     Raises:
         ValueError: the critic has no weights, or ``whole`` and transformers has no class that
@@ -129,6 +149,8 @@ def save_critic(ppo: Trained, folder: Path, *, whole: bool = False) -> None:
         with written_whole(folder) as new:
             model.save_pretrained(new)
             ppo.tokenizer.save_pretrained(new)
+            if card is not None:
+                card.write(new)
         return
     state = {name: w.detach().cpu().clone() for name, w in trained_state(module).items()}
     base: Any = base_of(ppo.policy.model)
@@ -142,6 +164,8 @@ def save_critic(ppo: Trained, folder: Path, *, whole: bool = False) -> None:
     with written_whole(folder) as new:
         save_file(state, new / WEIGHTS, {"format": "pt"})
         (new / CONFIG).write_text(json.dumps(description, indent=2), "utf-8")
+        if card is not None:
+            card.write(new)
 
 
 def load_critic(module: nn.Module, folder: Path) -> None:

@@ -84,7 +84,7 @@ class RunFolder:
                     k: v[i] if math.isfinite(v[i]) else None for k, v in rewards.items()
                 }
             if columns:
-                line["columns"] = {name: values[i] for name, values in columns.items()}
+                line["columns"] = {name: _as_json(values[i]) for name, values in columns.items()}
             self._append("samples.jsonl", line)
 
     def read_json(self, name: str) -> dict[str, Any]:
@@ -109,13 +109,24 @@ class RunFolder:
                 new.replace(path)
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
-        with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+        # half a character, which UTF-8 has not, becomes the escape that JSON has for it
+        path = self.folder / name
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def _or_none(value: float) -> float | None:
     """Return None for a number that JSON does not have."""
     return value if math.isfinite(value) else None
+
+
+def _as_json(value: Any) -> Any:
+    """Return ``value``, or as a text if JSON does not have it."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return str(value)
+    return value
 
 
 def _step_of(line: str) -> float:

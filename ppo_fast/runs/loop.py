@@ -22,6 +22,7 @@ from ppo_fast.runs.display import ProgressBar
 from ppo_fast.runs.interrupt import finish_step_on_interrupt
 from ppo_fast.runs.lock import FolderLock
 from ppo_fast.runs.progress import LISTS, Progress
+from ppo_fast.runs.prompts import counted_drops
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ def train(
         nullcontext()
         if checkpoint_dir is None
         else FolderLock(Path(checkpoint_dir), "checkpoint_dir"),
+        counted_drops(prompts),
         finish_step_on_interrupt() as interrupted,
         ProgressBar(num_steps, shown=progress) as bar,
     ):
@@ -126,11 +128,6 @@ def train(
             if stopped := interrupted():
                 _keep(ppo, checkpoint_dir, "Ctrl-C")
                 break
-    if isinstance(prompts, Stream) and prompts.passed_over:
-        logger.warning(
-            "long_prompts='drop': %d rows of the stream were too long and dropped",
-            prompts.passed_over,
-        )
     statistics = ppo.progress.statistics()
     return {
         "training_history": history,

@@ -42,6 +42,7 @@ model = AutoModelForTokenClassification.from_pretrained("FOLDER")
 model = AutoModelForSequenceClassification.from_pretrained("FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")""",
 }
+ARTICLES = {"adapter": "An"}
 LIBRARIES = ("ppo_fast", "torch", "transformers", "peft", "bitsandbytes")
 ROWS, SAMPLE_CHARACTERS = 12, 400
 WIDTH, HEIGHT, MARGIN = 640, 240, 44
@@ -94,7 +95,7 @@ class ModelCard:
         files = {Path(name).name: count for name, count in self.data.items()}
         sections = [
             f"# {escaped(self.title)}",
-            f"A {self.kind} trained with ppo_fast{self._from()}.",
+            f"{ARTICLES.get(self.kind, 'A')} {self.kind} trained with ppo_fast{self._from()}.",
             _section("How to load it", _code(self._loading(), "python")),
             _section("How it was trained", _code(self.command, "sh") if self.command else ""),
             _section("Data", _table(("file", "examples"), files)),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,12 @@ logger = logging.getLogger(__name__)
 
 
 def check_run_prompts(
-    prompts: Any, texts: Texts, scorer: Scorer, max_length: int, others: Mapping[str, Any]
+    prompts: Any,
+    texts: Texts,
+    scorer: Scorer,
+    check_columns: Callable[[set[str]], None],
+    max_length: int,
+    others: Mapping[str, Any],
 ) -> list[Example] | Stream:
     """Check all prompts of a run, and that rewards find their columns and servers.
 
@@ -24,6 +30,7 @@ def check_run_prompts(
         prompts: as ``PPO.train`` takes them.
         texts: turns them into ids.
         scorer: calls the rewards.
+        check_columns: raises ValueError if a reward or the environment lacks one.
         max_length: max tokens of a response.
         others: models besides the policy that read the sequences, by name.
 
@@ -40,10 +47,22 @@ def check_run_prompts(
         stream = prompts if isinstance(prompts, Stream) else Stream(prompts)
         stream = Stream(stream.rows, stream.column, fitting)
         examples, _ = stream.take(0, 1)
-        scorer.check(examples[0].columns)
+        check_columns(set(examples[0].columns))
+        scorer.check_servers()
         return stream
     examples = as_examples(prompts)
-    scorer.check({name for example in examples for name in example.columns})
+    columns = {name for example in examples for name in example.columns}
+    check_columns(columns)
+    scorer.check_servers()
+    for name in sorted(columns):
+        count = sum(name not in example.columns for example in examples)
+        if count and scorer.takes(name):
+            logger.warning(
+                "%d of %d rows have no column %r: rewards get None there",
+                count,
+                len(examples),
+                name,
+            )
     found = fitting(examples)
     if not found:
         raise ValueError(f"prompts: all {len(examples)} are too long; see max_prompt_length")
@@ -54,3 +73,16 @@ def check_run_prompts(
             len(examples),
         )
     return found
+
+
+@contextmanager
+def counted_drops(prompts: list[Example] | Stream) -> Iterator[None]:
+    """After the block, log how many rows of a stream were dropped."""
+    try:
+        yield
+    finally:
+        if isinstance(prompts, Stream) and prompts.dropped:
+            logger.warning(
+                "long_prompts='drop': %d rows of the stream were too long and dropped",
+                len(prompts.dropped),
+            )

@@ -249,7 +249,23 @@ def test_rows_of_a_stream_that_are_dropped_are_counted(caplog):
     rows = [{"prompt": text} for text in ("She", LONG, "There", LONG)]
     trainer.train(stream_of(rows), num_steps=2, batch_size=2, progress=False)
     assert set(trainer.last_rollout.prompts) == {"She", "There"}
-    assert "3 rows of the stream were too long and dropped" in caplog.text
+    assert "2 rows of the stream were too long and dropped" in caplog.text, "each counts once"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "error", "match"),
+    [
+        (CHAT, TypeError, r"got one chat, expected a list of them; pass \[chat\]"),
+        (datasets.DatasetDict({"train": stream_of}), TypeError, "pass one of its splits: train"),
+        ([{"prompt": "a", 1: "b"}], TypeError, "has a column named 1, expected a text"),
+        ([Example(5)], TypeError, r"prompts\[0\]: got int"),
+        (["a\ud83d"], ValueError, r"prompts\[0\]: holds .* at 1, half of a pair"),
+    ],
+)
+def test_what_is_no_list_of_prompts(prompts, error, match):
+    with pytest.raises(error, match=match) as caught:
+        as_examples(prompts)
+    assert one_line(caught)
 
 
 def test_a_stream_is_no_batch():

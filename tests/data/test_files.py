@@ -98,6 +98,60 @@ def test_libraries_that_are_missing(place, monkeypatch):
             read_rows(name)
 
 
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (
+            'prompt,answer\n"The,1\nShe,2\n',
+            "t.csv line 3 cannot be read .*a quote that does not end",
+        ),
+        ("prompt,answer\nThe,1,2\n", r"t.csv line 2 has 3 fields, expected 2 \(prompt, answer\)"),
+        ("prompt,answer\nThe\n", "t.csv line 2 has 1 fields, expected 2"),
+        ("prompt,prompt\nThe,1\n", "two columns of one name: prompt, prompt"),
+        ('prompt,n\n"two\nlines",1\nx\n', "t.csv line 4 has 1 fields"),
+    ],
+)
+def test_tables_that_are_damaged(tmp_path, text, match):
+    path = tmp_path / "t.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=match) as caught:
+        read_prompts(path)
+    assert one_line(caught)
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        ("5", 'line 1 has no "prompt" that is a string, a list of ids or messages'),
+        ("null", 'line 1 has no "prompt" that is'),
+        ('{"messages": []}', 'line 1: its "messages" hold no message'),
+        ('{"prompt": "\\ud83d"}', "holds .* at 0, half of a pair of UTF-16"),
+        ("[" * 100_000, "line 1 is not JSON"),
+        ("1" * 5000, "line 1 is not JSON"),
+    ],
+)
+def test_lines_that_are_no_prompts(tmp_path, line, match):
+    path = tmp_path / "t.jsonl"
+    path.write_text(line)
+    with pytest.raises(ValueError, match=match) as caught:
+        read_prompts(path)
+    assert one_line(caught)
+
+
+def test_a_file_is_no_stream(place):
+    with pytest.raises(ValueError, match=r"rows.jsonl is a file, which is read whole; leave stre"):
+        read_prompts("rows.jsonl", stream=True)
+
+
+def test_a_table_of_pandas():
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"prompt": ["a", "b"], "answer": [1, 2]})
+    assert [(e.prompt, e.columns) for e in as_examples(table)] == [
+        ("a", {"answer": 1}),
+        ("b", {"answer": 2}),
+    ]
+
+
 def test_rows_are_mappings(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("[1]\n")
@@ -122,6 +176,8 @@ def test_rows_of_a_column_are_held_out():
     rest, held_out = hold_out_where(examples, "split", "test")
     assert [e.columns["answer"] for e in held_out] == [0, 4]
     assert len(rest) == 6
+    with pytest.raises(ValueError, match="there is no column 'none'; there are answer, question,"):
+        hold_out_where(examples, "none", "dev")
     with pytest.raises(ValueError, match=r"'split' reads 'dev' in 0 of 8 rows; it has test, train"):
         hold_out_where(examples, "split", "dev")
 
