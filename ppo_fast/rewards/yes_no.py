@@ -59,9 +59,9 @@ class Question:
 class YesNoModel:
     """A causal language model that answers questions about texts with yes or no, in one pass.
 
-    The answer to a question is log p(yes) - log p(no) at the token that follows it. Words are known
-    by their first tokens: " Yes", "Yes", "yes" and so on, where these are single tokens, are
-    summed; a token that begins both words counts for neither.
+    The answer to a question is log p(yes) - log p(no) at the token that follows it, in float32. A
+    word's probability is the sum over its spellings (" Yes", "Yes", "yes" and so on) that are one
+    token; if none is, over their first tokens. A token that begins both words counts for neither.
 
     A question longer than the model takes loses the beginning of its prompt, then that of its
     completion; a warning says so once.
@@ -148,7 +148,8 @@ class YesNoModel:
 
         Raises:
             RuntimeError: there is no model yet.
-            ValueError: a question alone is longer than the model takes, or its words begin alike.
+            ValueError: a question alone is longer than the model takes, or its words begin alike;
+                or the model's logits are not finite.
         """
         if self.model is None:
             raise RuntimeError(
@@ -173,14 +174,18 @@ class YesNoModel:
                 "hardly answers the question",
                 mass,
             )
-        return (answers[:, 0] - answers[:, 1]).tolist()
+        odds = answers[:, 0] - answers[:, 1]
+        if not odds.isfinite().all():
+            raise ValueError("judge: its logits are not finite; check its weights and its dtype")
+        return odds.tolist()
 
     @torch.no_grad()
     def _next_logprobs(self, rows: list[list[int]]) -> Tensor:
         """Return the log-probs [n, V] float32 of the token after each row."""
-        ids = pad_left(rows, int(self.tokenizer.pad_token_id), self.model.device)
-        lengths = torch.tensor([len(row) for row in rows], device=ids.device)
-        mask = torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - lengths[:, None]
+        device = next(self.model.parameters()).device
+        ids = pad_left(rows, int(self.tokenizer.pad_token_id), device)
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        mask = torch.arange(ids.shape[1], device=device) >= ids.shape[1] - lengths[:, None]
         arguments: dict[str, Any] = {"attention_mask": mask.long(), **self._arguments}
         if self._takes_positions:
             arguments["position_ids"] = position_ids(mask)

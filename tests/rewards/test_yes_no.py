@@ -197,6 +197,14 @@ def test_a_judge_that_hardly_answers_is_reported(caplog):
     assert "its two words together a probability of" in record.getMessage()
 
 
+def test_logits_that_are_not_finite_are_refused():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="judge: its logits are not finite"):
+        YesNoJudge("{completion}", model, tokenizer)(["a"], ["b"])
+
+
 def test_prompts_are_read_from_messages():
     user, answer = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
     chats = [[user, answer], [{"role": "system", "content": "Be kind."}, user, answer]]
