@@ -135,7 +135,7 @@ def save_critic(
         ppo: the trainer.
         folder: replaced when the new one is complete.
         whole: copy the backbone too.
-        card: written as README.md; None: none.
+        card: written as README.md, with its kind set; None: none.
 
     Raises:
         ValueError: the critic has no weights, or ``whole`` and transformers has no class that
@@ -150,7 +150,7 @@ def save_critic(
             model.save_pretrained(new)
             ppo.tokenizer.save_pretrained(new)
             if card is not None:
-                card.write(new)
+                replace(card, kind="critic").write(new)
         return
     state = {name: w.detach().cpu().clone() for name, w in trained_state(module).items()}
     base: Any = base_of(ppo.policy.model)
@@ -165,7 +165,7 @@ def save_critic(
         save_file(state, new / WEIGHTS, {"format": "pt"})
         (new / CONFIG).write_text(json.dumps(description, indent=2), "utf-8")
         if card is not None:
-            card.write(new)
+            replace(card, kind="critic's weights").write(new)
 
 
 def load_critic(module: nn.Module, folder: Path) -> None:

@@ -14,12 +14,13 @@ from typing import Any, Literal
 
 import yaml
 
-Kind = Literal["policy", "adapter", "critic", "reward model"]
+Kind = Literal["policy", "adapter", "critic", "critic's weights", "reward model"]
 # What the hub calls a model's task, and the library that loads it.
 TASKS = {
     "policy": ("text-generation", "transformers"),
     "adapter": ("text-generation", "peft"),
     "critic": ("token-classification", "transformers"),
+    "critic's weights": ("reinforcement-learning", "ppo_fast"),
     "reward model": ("text-classification", "transformers"),
 }
 LOADING = {
@@ -37,12 +38,16 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")""",
 
 model = AutoModelForTokenClassification.from_pretrained("FOLDER")
 # logits [B, L, 1]: at each token, the value of the state that ends with it""",
+    "critic's weights": """from pathlib import Path
+
+from ppo_fast.runs.export import load_critic
+
+load_critic(ppo.critic.module, Path("FOLDER"))""",
     "reward model": """from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 model = AutoModelForSequenceClassification.from_pretrained("FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")""",
 }
-ARTICLES = {"adapter": "An"}
 LIBRARIES = ("ppo_fast", "torch", "transformers", "peft", "bitsandbytes")
 ROWS, SAMPLE_CHARACTERS = 12, 400
 WIDTH, HEIGHT, MARGIN = 640, 240, 44
@@ -95,7 +100,7 @@ class ModelCard:
         files = {Path(name).name: count for name, count in self.data.items()}
         sections = [
             f"# {escaped(self.title)}",
-            f"{ARTICLES.get(self.kind, 'A')} {self.kind} trained with ppo_fast{self._from()}.",
+            f"{'An' if self.kind == 'adapter' else 'A'} {self.kind} trained with ppo_fast{self._from()}.",
             _section("How to load it", _code(self._loading(), "python")),
             _section("How it was trained", _code(self.command, "sh") if self.command else ""),
             _section("Data", _table(("file", "examples"), files)),
@@ -114,7 +119,7 @@ class ModelCard:
         if "/" in self.base_model and _is_hub_name(self.base_model):
             found["base_model"] = self.base_model
         slugs = [re.sub(r"[^\w.:-]+", "-", tag) for tag in self.tags]
-        return found | {"tags": ["ppo", "rlhf", "ppo_fast", self.kind.replace(" ", "-"), *slugs]}
+        return found | {"tags": ["ppo", "rlhf", "ppo_fast", re.sub(r"\W+", "-", self.kind), *slugs]}
 
     def _base(self) -> str:
         return self.base_model if _is_hub_name(self.base_model) else Path(self.base_model).name

@@ -20,6 +20,7 @@ from ppo_fast.models.lora import with_lora
 from ppo_fast.models.quantized import load_quantized
 from ppo_fast.runs import export
 from ppo_fast.runs.export import export_policy, load_critic, save_critic, written_whole
+from ppo_fast.runs.model_card import ModelCard
 
 IDS = torch.arange(12).reshape(2, 6)
 
@@ -54,7 +55,14 @@ def values_of(ppo):
 def test_an_adapter_loads_by_peft(family, tmp_path):
     ppo = trained(adapted(family))
     base_model(family).save_pretrained(tmp_path / "base")
-    kind = export_policy(ppo.policy.model, ppo.tokenizer, tmp_path / "out", adapter_only=True)
+    kind = export_policy(
+        ppo.policy.model,
+        ppo.tokenizer,
+        tmp_path / "out",
+        adapter_only=True,
+        card=ModelCard("a run", "policy"),
+    )
+    assert "An adapter trained with" in (tmp_path / "out" / "README.md").read_text()
     assert kind == "adapter"
     saved = names(tmp_path / "out")
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {*saved}
@@ -71,7 +79,10 @@ def test_an_adapter_loads_by_peft(family, tmp_path):
 
 def test_a_whole_policy_has_its_adapters_merged(tmp_path):
     ppo = trained(adapted())
-    assert export_policy(ppo.policy.model, ppo.tokenizer, tmp_path / "out") == "policy"
+    card = ModelCard("a run", "adapter")
+    kind = export_policy(ppo.policy.model, ppo.tokenizer, tmp_path / "out", card=card)
+    assert kind == "policy"
+    assert "A policy trained with" in (tmp_path / "out" / "README.md").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     expected = ppo.policy.model(IDS).logits
     torch.testing.assert_close(loaded(IDS).logits, expected, rtol=1e-4, atol=1e-4)
@@ -121,7 +132,8 @@ assert "ppo_fast" not in sys.modules
 def test_a_whole_critic_is_a_token_classifier(name, tmp_path):
     ppo = critics(name)
     before = weights(ppo.policy.model)
-    save_critic(ppo, tmp_path / "critic", whole=True)
+    save_critic(ppo, tmp_path / "critic", whole=True, card=ModelCard("a run", "critic"))
+    assert (tmp_path / "critic" / "README.md").exists()
     assert all(torch.equal(w, before[n]) for n, w in ppo.policy.model.state_dict().items())
     tokens, expected = values_of(ppo)
     model = AutoModelForTokenClassification.from_pretrained(tmp_path / "critic")
@@ -156,8 +168,9 @@ def test_the_trained_weights_of_a_critic_come_back(critic, tmp_path):
         return trained(base_model(), value_model, critic=critic, num_layers_unfrozen=k, **options)
 
     ppo, other = make(), make(value_learning_rate=5e-2)
-    save_critic(ppo, tmp_path / "critic")
-    assert names(tmp_path / "critic") == ["config.json", "model.safetensors"]
+    save_critic(ppo, tmp_path / "critic", card=ModelCard("a run", "critic"))
+    assert names(tmp_path / "critic") == ["README.md", "config.json", "model.safetensors"]
+    assert "load_critic(" in (tmp_path / "critic" / "README.md").read_text()
     described = json.loads((tmp_path / "critic" / "config.json").read_text())
     assert described["hidden_size"] == 32
     expected, found = weights(ppo.critic.module), weights(other.critic.module)

@@ -61,6 +61,7 @@ def test_a_card_says_what_it_is_and_how_it_was_trained():
     [
         ("adapter", "text-generation", "peft", 'PeftModel.from_pretrained(base, "FOLDER")'),
         ("critic", "token-classification", "transformers", "AutoModelForTokenClassification"),
+        ("critic's weights", "reinforcement-learning", "ppo_fast", "load_critic(ppo.critic.module"),
         ("reward model", "text-classification", "transformers", "ForSequenceClassification"),
     ],
 )
