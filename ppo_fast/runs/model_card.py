@@ -97,10 +97,12 @@ class ModelCard:
         """Return README.md: YAML metadata, as the hub reads it, and Markdown."""
         versions = {name: found for name in LIBRARIES if (found := _version(name))}
         versions["python"] = platform.python_version()
+        irregular = {"adapter": "An adapter", "critic's weights": "Weights of a critic"}
+        what = irregular.get(self.kind, f"A {self.kind}")
         files = {Path(name).name: count for name, count in self.data.items()}
         sections = [
             f"# {escaped(self.title)}",
-            f"{'An' if self.kind == 'adapter' else 'A'} {self.kind} trained with ppo_fast{self._from()}.",
+            f"{what} trained with ppo_fast{self._from()}.",
             _section("How to load it", _code(self._loading(), "python")),
             _section("How it was trained", _code(self.command, "sh") if self.command else ""),
             _section("Data", _table(("file", "examples"), files)),
