@@ -108,6 +108,13 @@ class Constitution:
             if hasattr(principle.evaluator, "use_reference"):
                 principle.evaluator.use_reference(model, tokenizer)
 
+    def check(self) -> None:
+        """Let evaluators that have a ``check()``, such as servers, say whether they answer."""
+        for principle in self.active:
+            check = getattr(principle.evaluator, "check", None)
+            if callable(check):
+                check()
+
     def to(self, device: torch.device | str) -> Constitution:
         """Move models of its own to ``device``."""
         self.judge.to(device)

@@ -89,7 +89,7 @@ def _check_reward(evaluator: Any) -> None:
             "f(prompts, completions) -> list of numbers in [0, 1], or ClassifierReward(...)"
         )
     if inspect.iscoroutinefunction(call):
-        raise TypeError("evaluator: got an async function, expected one that returns numbers")
+        raise TypeError("evaluator: got an async function; pass AsyncReward(it)")
 
 
 class WordRules:

@@ -103,6 +103,29 @@ def test_log_odds_of_classifiers_become_probabilities():
     assert moved == ["cpu"]
 
 
+def test_evaluators_are_checked_and_given_the_reference():
+    class Server:
+        def __init__(self):
+            self.calls = []
+
+        def check(self):
+            self.calls.append("check")
+
+        def use_reference(self, model, tokenizer):
+            self.calls.append(model)
+
+        def __call__(self, prompts, completions):
+            return [0.5] * len(prompts)
+
+    on, off = Server(), Server()
+    found = Constitution([Principle("on", "On.", on), Principle("off", "Off.", off, enabled=False)])
+    model = tiny_model()
+    found.check()
+    found.use_reference(model, tiny_tokenizer())
+    assert on.calls == ["check", model]
+    assert off.calls == []
+
+
 def test_what_evaluators_give_is_checked():
     def scores_of(values):
         return Constitution([Principle("p", "P.", lambda prompts, completions: values)])
@@ -132,7 +155,7 @@ def test_bad_arguments():
         Principle("p", "", GOOD)
     with pytest.raises(TypeError, match="evaluator: got Linear, expected a question"):
         Principle("p", "P.", torch.nn.Linear(1, 1))
-    with pytest.raises(TypeError, match="evaluator: got an async function"):
+    with pytest.raises(TypeError, match="evaluator: got an async function; pass AsyncReward"):
         Principle("p", "P.", later)
     with pytest.raises(TypeError, match="principles: got a str, expected Principle"):
         Constitution(["harm"])
