@@ -6,7 +6,7 @@ import difflib
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -78,6 +78,11 @@ def _run_value(name: str, value: Any) -> Any:
     if value is None and NoneType in kinds:
         return None
     kind = kinds[0]
+    if get_origin(kind) is Literal:
+        if value in get_args(kind):
+            return value
+        none = ", or null" if NoneType in kinds else ""
+        raise ValueError(f"{name}: got {value!r}, expected one of {get_args(kind)}{none}")
     if get_origin(hint) is tuple:  # of texts
         values = value if isinstance(value, (list, tuple)) else [value]
         if all(isinstance(item, str) for item in values):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -16,6 +16,7 @@ from ppo_fast.data.examples import Example, Stream, key_of
 from ppo_fast.data.files import hold_out, hold_out_where, read_prompts
 from ppo_fast.models.pretrained import check_model, load_pretrained
 from ppo_fast.rewards.load import function_of
+from ppo_fast.runs.hub import check_repo
 from ppo_fast.runs.plain_text import plain
 
 if TYPE_CHECKING:
@@ -60,8 +61,20 @@ class Train:
     lora_rank: int | None = None
     """Train LoRA adapters of this rank on all layers, or on those of num_layers_unfrozen, with
     alpha twice the rank; None: train the weights themselves."""
+    quantization: Literal["4bit", "8bit"] | None = None
+    """Load the policy's frozen weights in 4 or 8 bits, under the adapters of lora_rank; None: as
+    they are."""
     output_dir: Path = Path("runs/train")
-    """Folder for metrics.jsonl, samples.jsonl, config.yaml, checkpoints/ and the final policy/."""
+    """Folder for metrics.jsonl, samples.jsonl, config.yaml, checkpoints/ and, at the end, policy/
+    and critic/."""
+    adapter_only: bool = False
+    """Save the policy's adapter alone, without the base model. That of a quantised model is always
+    saved so."""
+    save_critic: Literal["weights", "whole", "none"] = "weights"
+    """What critic/ gets: the trained weights; a whole token classifier of transformers, with a copy
+    of the backbone; or nothing."""
+    push_to_hub: str | None = None
+    """Name on the hub, owner/model, that policy/ is pushed to at the end; None: it is not."""
     num_steps: int = 100
     """Steps of the whole run, including those before a resume."""
     batch_size: int = 16
@@ -98,8 +111,9 @@ class Train:
         reward: Any,
         device: torch.device,
     ) -> None:
+        from ppo_fast.cli.results import save_results
         from ppo_fast.runs.display import StepDisplay
-        from ppo_fast.runs.folder import newest_checkpoint, save_policy
+        from ppo_fast.runs.folder import newest_checkpoint
         from ppo_fast.runs.trackers import step_logger
 
         checkpoints = self.output_dir / "checkpoints"
@@ -117,11 +131,7 @@ class Train:
             raise ValueError(
                 f"--num-steps: got {self.num_steps}, expected more than the {done} done"
             )
-        # settings of a --config file are among these fields
-        settings = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("ppo", "config")
-        }
-        folder.write_config(ppo.config, **settings)
+        folder.write_config(ppo.config, **self._own_settings())
         folder.forget_after(done)
         evaluations = folder.read_json("evaluation.json") if done else {}
         if held_out and "before" not in evaluations:
@@ -141,8 +151,16 @@ class Train:
         if held_out:
             evaluations["after"] = self._evaluate(console, ppo, held_out, "after")
             folder.write_json("evaluation.json", evaluations)
-        save_policy(ppo.policy.model, ppo.tokenizer, self.output_dir / "policy")
-        console.print(plain(f"trained policy: {self.output_dir / 'policy'}"), soft_wrap=True)
+        save_results(console, self, ppo, prompts, len(held_out))
+
+    def settings(self) -> dict[str, Any]:
+        """Return every setting of the run by its name."""
+        return self._own_settings() | asdict(self.ppo)
+
+    def _own_settings(self) -> dict[str, Any]:
+        """Return the settings that are not PPOConfig's; those of a --config file are among them."""
+        names = [f.name for f in fields(self) if f.name not in ("ppo", "config")]
+        return {name: getattr(self, name) for name in names}
 
     def _evaluate(
         self, console: Console, ppo: PPO, held_out: list[Example], when: str
@@ -185,6 +203,12 @@ class Train:
             if function_of(reward) is None:
                 check_model("reward", reward)
         check_counts(lora_rank=1 if self.lora_rank is None else self.lora_rank)
+        for name in ("quantization", "adapter_only"):
+            if getattr(self, name) and self.lora_rank is None:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag}: needs adapters to train; add --lora-rank 16")
+        if self.push_to_hub is not None:
+            check_repo(self.push_to_hub)
 
     def _device(self) -> torch.device:
         from torch import nn
@@ -200,14 +224,20 @@ class Train:
 
         from ppo_fast.models.heads import ValueModel
         from ppo_fast.models.lora import with_lora
+        from ppo_fast.models.quantized import load_quantized
         from ppo_fast.ppo import PPO
 
         set_seed(self.ppo.seed)  # new adapters and value heads are drawn from it
         tokenizer = load_pretrained("policy", AutoTokenizer, self.policy)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        dtype = torch.float32 if self.ppo.compute_dtype is None else "auto"
-        policy = load_pretrained("policy", AutoModelForCausalLM, self.policy, dtype=dtype)
+        if self.quantization is not None:
+            policy = load_quantized(
+                self.policy, self.quantization, device, compute_dtype=self.ppo.torch_dtype
+            )
+        else:
+            dtype = torch.float32 if self.ppo.compute_dtype is None else "auto"
+            policy = load_pretrained("policy", AutoModelForCausalLM, self.policy, dtype=dtype)
         if self.lora_rank is not None:
             policy = with_lora(policy, self.lora_rank, self.ppo.num_layers_unfrozen)
         value_model = None

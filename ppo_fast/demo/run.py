@@ -23,7 +23,8 @@ from ppo_fast.demo.smollm2 import load_smollm2
 from ppo_fast.demo.task import distinct_2, load_prompts, plot_curves, positivity
 from ppo_fast.ppo import PPO
 from ppo_fast.runs.display import StepDisplay
-from ppo_fast.runs.folder import RunFolder, save_policy
+from ppo_fast.runs.export import export_policy
+from ppo_fast.runs.folder import RunFolder
 from ppo_fast.runs.plain_text import plain
 from ppo_fast.runs.trackers import step_logger
 
@@ -143,7 +144,8 @@ def _run(
             progress=False,
             on_step=on_step,
         )
-    save_policy(ppo.policy.model, tokenizer, output_dir / "policy")  # before all that may fail
+    # before all that may fail
+    export_policy(ppo.policy.model, tokenizer, output_dir / "policy")
     console.print(f"Sampling {count} continuations again, with the same seeds ...")
     after = evaluate(ppo, held_out)
     numbers = {"before": before.summary(), "after": after.summary()}

@@ -48,7 +48,7 @@ def test_train_reads_jsonl_and_csv(place, name):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("p.json", "[]", r"--prompts: .*p\.json ends in '\.json', expected \.txt, \.jsonl, \.csv, \.par"),
+        ("p.json", "[]", r"--prompts: .*p\.json ends in '\.json', expected \.txt, \.jsonl, \.csv"),
         ("p.txt", "\n  \n", r"--prompts: .*p\.txt holds no prompts"),
         ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}', r'p\.jsonl line 2 has no "prompt"'),
         ("p.jsonl", '{"prompt": "a"}\n\n{"prompt"', r"p\.jsonl line 3 is not JSON"),

@@ -1,0 +1,65 @@
+"""What a run of ``ppo-fast train`` leaves: its policy, its critic, cards, a copy on the hub."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from ppo_fast.data.examples import Example, Stream
+from ppo_fast.runs.plain_text import plain
+
+if TYPE_CHECKING:
+    from ppo_fast.cli.train import Train
+    from ppo_fast.ppo import PPO
+
+
+def save_results(
+    console: Console, run: Train, ppo: PPO, prompts: list[Example] | Stream, held_out: int
+) -> None:
+    """Save policy/ and critic/ in the run's folder, each with a card, and push the policy.
+
+    Args:
+        run: the command.
+        ppo: the trainer, at the end of its training.
+        prompts: what it was trained on.
+        held_out: number of prompts that were held out.
+    """
+    from ppo_fast.runs.export import export_policy, save_critic
+    from ppo_fast.runs.hub import push_to_hub
+    from ppo_fast.runs.model_card import ModelCard, card_of_run
+
+    data = {} if isinstance(prompts, Stream) else {Path(run.prompts).name: len(prompts)}
+    if held_out:
+        data["held out"] = held_out
+
+    def card(kind: str) -> ModelCard:
+        return card_of_run(
+            run.output_dir,
+            kind,  # type: ignore[arg-type]
+            title=f"{Path(run.policy).name}, trained by PPO",
+            base_model=run.policy,
+            command=" ".join(["ppo-fast", *sys.argv[1:]]) if sys.argv[1:2] == ["train"] else "",
+            settings=run.settings(),
+            data=data,
+        )
+
+    folder = run.output_dir / "policy"
+    kind = export_policy(
+        ppo.policy.model,
+        ppo.tokenizer,
+        folder,
+        adapter_only=run.adapter_only,
+        card=card("policy"),
+    )
+    if ppo.critic.trained and run.save_critic != "none":
+        whole = run.save_critic == "whole"
+        critic_card = card("critic" if whole else "critic's weights")
+        save_critic(ppo, run.output_dir / "critic", whole=whole, card=critic_card)
+    what = "trained policy" if kind == "policy" else "trained adapter"
+    console.print(plain(f"{what}: {folder}"), soft_wrap=True)
+    if run.push_to_hub is not None:
+        url = push_to_hub(folder, run.push_to_hub)
+        console.print(plain(f"pushed: {url}"), soft_wrap=True)

@@ -1,0 +1,88 @@
+"""What ppo-fast train leaves, and that it loads without ppo_fast."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from command_line import arguments, fails_in_a_line
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+
+from ppo_fast.cli.main import main
+
+
+def test_a_card_says_how_the_policy_was_trained(place, monkeypatch):
+    argv = arguments("--critic", "head")
+    monkeypatch.setattr("sys.argv", ["ppo-fast", *argv])
+    main(argv)
+    card = (place / "run/policy/README.md").read_text("utf-8")
+    assert "ppo-fast train --policy model" in card
+    assert "prompts.txt" in card
+    assert "learning_rate" in card
+    assert "library_name: transformers" in card
+    AutoModelForCausalLM.from_pretrained("run/policy")
+    weights = load_file("run/critic/model.safetensors")
+    assert {tuple(w.shape) for w in weights.values()} == {(1, 32), (1,)}
+    assert json.loads((place / "run/critic/config.json").read_text())["hidden_size"] == 32
+
+
+def test_a_whole_critic_is_a_token_classifier(place):
+    main(arguments("--critic", "head", "--save-critic", "whole"))
+    model = AutoModelForTokenClassification.from_pretrained("run/critic")
+    assert model(torch.tensor([[5, 6, 7]])).logits.shape == (1, 3, 1)
+
+
+@pytest.mark.parametrize("flags", [["--save-critic", "none"], []])
+def test_no_critic_where_there_is_none_or_none_is_wanted(place, flags):
+    critic = "head" if flags else "baseline"
+    main(arguments("--critic", critic, *flags))
+    assert not (place / "run/critic").exists()
+
+
+@pytest.mark.parametrize("flags", [["--adapter-only"], ["--quantization", "8bit"]])
+def test_an_adapter_is_saved_alone(place, capsys, flags):
+    peft = pytest.importorskip("peft")
+    if "8bit" in flags:
+        pytest.importorskip("bitsandbytes")
+    main(arguments("--critic", "head", "--lora-rank", "2", *flags))
+    assert "trained adapter: run/policy" in capsys.readouterr().out
+    assert not (place / "run/policy/model.safetensors").exists()
+    base = AutoModelForCausalLM.from_pretrained("model")
+    peft.PeftModel.from_pretrained(base, "run/policy")
+    # and the run goes on from its checkpoint
+    main(["train", "--config", "run/config.yaml", "--resume", "--num-steps", "3"])
+
+
+def test_the_policy_is_pushed(place, monkeypatch, capsys):
+    pushed = []
+
+    def push(folder, repo_id):
+        pushed.append((sorted(path.name for path in folder.iterdir()), repo_id))
+        return "https://hub/me/kind"
+
+    monkeypatch.setattr("ppo_fast.runs.hub.push_to_hub", push)
+    main(arguments("--push-to-hub", "me/kind"))
+    ((files, name),) = pushed
+    assert name == "me/kind"
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(files)
+    assert "pushed: https://hub/me/kind" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--adapter-only"], "--adapter-only: needs adapters to train; add --lora-rank 16"),
+        (["--quantization", "4bit"], "--quantization: needs adapters to train; add --lora-rank"),
+        (["--push-to-hub", "no owner"], "--push-to-hub: got 'no owner', expected a name such as"),
+    ],
+)
+def test_bad_flags_of_results(place, capsys, flags, message):
+    assert fails_in_a_line(capsys, *arguments(*flags)).startswith(message)
+
+
+def test_choices_in_a_config_file(place, capsys):
+    (place / "run.yaml").write_text("save_critic: all\n")
+    said = fails_in_a_line(capsys, *arguments("--config", "run.yaml"))
+    assert "save_critic: got 'all', expected one of ('weights', 'whole', 'none')" in said
