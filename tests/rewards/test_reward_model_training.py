@@ -30,6 +30,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
+slow = pytest.mark.slow
+
 
 def fit(model, pairs=PAIRS, *, held_out=None, tokenizer=TOKENIZER, on_step=None, **settings):
     config = RewardModelConfig(**({"learning_rate": 3e-3} | settings))
@@ -50,14 +52,23 @@ def reward_model(seed=0, **options):
 @pytest.mark.parametrize(
     ("make", "settings"),
     [
-        (tiny_model, {}),
-        (lambda: tiny_model("gpt2"), {}),
-        (tiny_classifier, {}),
-        (reward_model, {}),
-        (lambda: tiny_classifier("qwen2"), {"lora_rank": 4, "learning_rate": 1e-2}),
-        (reward_model, {"num_layers_unfrozen": 1, "compute_dtype": "bfloat16"}),
+        pytest.param(tiny_model, {}, id="llama"),
+        pytest.param(reward_model, {}, id="RewardModel"),
+        pytest.param(tiny_classifier, {}, id="classifier", marks=slow),
+        pytest.param(lambda: tiny_model("gpt2"), {}, id="gpt2", marks=slow),
+        pytest.param(
+            lambda: tiny_classifier("qwen2"),
+            {"lora_rank": 4, "learning_rate": 1e-2},
+            id="lora",
+            marks=slow,
+        ),
+        pytest.param(
+            reward_model,
+            {"num_layers_unfrozen": 1, "compute_dtype": "bfloat16"},
+            id="top in bfloat16",
+            marks=slow,
+        ),
     ],
-    ids=["llama", "gpt2", "classifier", "RewardModel", "lora", "top in bfloat16"],
 )
 def test_separable_pairs_are_told_apart(make, settings):
     result = fit(make(), held_out=OTHERS, num_epochs=2, **settings)
@@ -135,12 +146,16 @@ def test_microbatches_change_rounding_alone():
             assert one == pytest.approx(two, rel=2e-3, abs=2e-4)
 
 
-@pytest.mark.parametrize("settings", [{}, {"lora_rank": 2}], ids=["all", "lora"])
-def test_equal_seeds_give_equal_weights(settings):
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [(tiny_model, {}), (tiny_model, {"lora_rank": 2}), (tiny_classifier, {})],
+    ids=["head", "adapters", "order of pairs"],
+)
+def test_equal_seeds_give_equal_weights(make, settings):
     models = []
     for chance, seed in enumerate((3, 3, 4)):
         torch.manual_seed(chance)  # what torch draws elsewhere has no part in it
-        models.append(fit(tiny_model(), PAIRS[:30], seed=seed, **settings).model)
+        models.append(fit(make(), PAIRS[:30], seed=seed, **settings).model)
     assert not changed(models[0], weights(models[1]))
     assert changed(models[0], weights(models[2]))
 
