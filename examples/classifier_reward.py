@@ -2,10 +2,9 @@
 
     python examples/classifier_reward.py
 
-The classifier is SmolLM2's body with a linear head of two labels; the reward is the log-odds of
-POSITIVE. VADER, which neither of them has seen, judges the policy before and after.
-Expect the classifier's mean to go from +1.5 to +2.9, and VADER's from +0.21 to +0.28 (standard error
-0.06), in two and a half minutes of processor time.
+It is SmolLM2's body with a linear head; the reward is the log-odds of POSITIVE. Expect its mean to
+go from +1.5 to +2.9, and VADER's, which neither has seen, from +0.21 to +0.28 (standard error
+0.06), in 2.5 minutes of processor time.
 """
 
 from __future__ import annotations
