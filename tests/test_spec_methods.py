@@ -255,7 +255,7 @@ def test_logprobs_of_other_text():
     with torch.no_grad():
         for p in trainer.policy_model.parameters():
             p.mul_(1.1)
-    tokens = trainer._pairs(*PAIRS)
+    tokens = trainer._pairs(*PAIRS).tokens
     for model, method in (
         (trainer.policy_model, trainer.get_logprobs),
         (trainer.reference_model, trainer.get_reference_logprobs),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,7 +42,7 @@ def save_results(
             kind,  # type: ignore[arg-type]
             title=f"{Path(run.policy).name}, trained by PPO",
             base_model=run.policy,
-            command=" ".join(["ppo-fast", *sys.argv[1:]]) if sys.argv[1:2] == ["train"] else "",
+            command=shlex.join(["ppo-fast", *sys.argv[1:]]) if sys.argv[1:2] == ["train"] else "",
             settings=run.settings(),
             data=data,
         )

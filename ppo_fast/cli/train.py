@@ -94,10 +94,13 @@ class Train:
         self._check()
         prompts, held_out = self._prompts()
 
+        from ppo_fast.models.quantized import check_quantization
         from ppo_fast.rewards.load import load_rewards
         from ppo_fast.runs.folder import RunFolder
 
         device = self._device()
+        if self.quantization is not None:
+            check_quantization(self.quantization, device)
         reward = load_rewards(self.reward, self.reward_device or device, self.reward_label)
         with RunFolder(self.output_dir) as folder:
             self._train(console, folder, prompts, held_out, reward, device)

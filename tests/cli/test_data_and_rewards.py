@@ -99,7 +99,7 @@ def test_chats_from_a_file(place):
         (["--held-out", "none.jsonl"], "--held-out: no file none.jsonl"),
         (["--prompt-column", "q"], '--prompts: rows.jsonl line 1 has no "q"; it has the columns q'),
         (["--reward-weights", "1", "2"], "--reward-weights: got 2 weights for 1 rewards (right)"),
-        (["--max-prompt-length", "1"], "prompts[0]: 'The film was' has 7 tokens, which exceeds max_pro"),
+        (["--max-prompt-length", "1"], "prompts[0]: 'The film was' has 7 tokens, which exc"),
         (
             ["--reward", "more.py:right", "more.py:long", "--reward-label", "x"],
             "--reward-label: got 'x' for 0 classifiers, expected one",

@@ -72,7 +72,9 @@ def test_scores_and_values_from_the_trunk_are_those_of_whole_models(family, slot
         assert (trainer.critic.split is not None) == shared
         found = [without_times(trainer.train_step(PROMPTS)) for _ in range(2)]
         # its own class has another name
-        steps.append([{k.replace("OwnR", "R"): v for k, v in m.items()} for m in found])
+        steps.append(
+            [{k.replace("OwnReward", "RewardModel"): v for k, v in m.items()} for m in found]
+        )
     for mine, other in zip(*steps, strict=True):
         assert mine == pytest.approx(other, rel=1e-3, abs=1e-5)
 
