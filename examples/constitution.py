@@ -34,7 +34,6 @@ def main(num_steps: int = 12, batch_size: int = 32) -> None:
     prompts, held_out = load_prompts()
     judge = YesNoModel(copy.deepcopy(model), tokenizer, chat=False)  # PPO does not change it
     constitution = Constitution([KINDNESS], judge=judge)
-
     config = demo_config(seed=0)  # it trains the 4 top layers
     sampler = PPO(model, tokenizer, constitution, config=config)
     rollout = sampler.rollout(prompts[: 2 * batch_size], samples_per_prompt=6)
