@@ -116,19 +116,19 @@ class Train:
     ) -> None:
         from ppo_fast.cli.results import save_results
         from ppo_fast.runs.display import StepDisplay
-        from ppo_fast.runs.folder import newest_checkpoint
+        from ppo_fast.runs.kept import checkpoints_in, load_newest
         from ppo_fast.runs.trackers import step_logger
 
         checkpoints = self.output_dir / "checkpoints"
-        newest = newest_checkpoint(checkpoints)
-        if newest is not None and not self.resume:
+        found = [path.name for path in checkpoints_in(checkpoints).values()]
+        if found and not self.resume:
             raise ValueError(
-                f"--output-dir: {self.output_dir} holds a run ({newest.name}); continue it with "
+                f"--output-dir: {self.output_dir} holds a run ({found[0]}); continue it with "
                 "--resume, or name another folder"
             )
         ppo = self._make_ppo(reward, device)
-        if newest is not None:
-            console.print(plain(f"resumed {newest} after step {ppo.load_checkpoint(newest)}"))
+        if (newest := load_newest(checkpoints, ppo.load_checkpoint)) is not None:
+            console.print(plain(f"resumed {newest} after step {ppo.progress.steps}"))
         done = ppo.progress.steps
         if self.num_steps <= done:
             raise ValueError(

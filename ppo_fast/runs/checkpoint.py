@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
-import tempfile
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,11 +13,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from ppo_fast.checks import plain_numbers
+from ppo_fast.checks import is_whole, plain_numbers
 from ppo_fast.models.quantized import constant_names
+from ppo_fast.runs.contents import check_contents, check_finite
+from ppo_fast.runs.files import written
+from ppo_fast.runs.manifest import MANIFEST, find_damage, make_manifest
 from ppo_fast.runs.optimizer_state import check_optimizer, optimizer_state, restore_optimizer
 
-FORMAT, VERSION = "ppo_fast checkpoint", 2
+FORMAT, VERSION = "ppo_fast checkpoint", 3
 CONTENTS = {
     "version",
     "step",
@@ -59,7 +60,12 @@ def write_checkpoint(
         optimizers: by name.
         reference: the model that the KL is measured to; its fingerprint is written.
         progress: counters and the seed.
+
+    Raises:
+        FloatingPointError: a weight or a moment is NaN or infinite, from which no run goes on.
+        OSError: it cannot be written.
     """
+    check_finite(modules, optimizers)
     save(
         {
             "step": step,
@@ -97,12 +103,12 @@ def read_checkpoint(
             f"checkpoint: {path} holds {sorted(payload['models'])}, the trainer has "
             f"{sorted(modules)}; construct the trainer with the same critic"
         )
-    for name, module in modules.items():
-        check_identity(name, payload["identity"][name], module, path)
-    for name, optimizer in optimizers.items():
-        check_optimizer(name, payload["optimizers"][name], optimizer, modules[name], path)
-    for name, module in modules.items():
-        check_frozen(name, payload["frozen"][name], module, path)
+    try:
+        _check_fit(payload, path, modules, optimizers)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"checkpoint: {path} is damaged ({type(error).__name__}: {error})"
+        ) from error
     if payload["reference"] != fingerprint(reference):
         warnings.warn(
             f"{path} was trained against another reference model; construct the trainer with the "
@@ -123,22 +129,32 @@ def read_checkpoint(
     return payload
 
 
+def _check_fit(
+    payload: dict[str, Any],
+    path: Path,
+    modules: dict[str, nn.Module],
+    optimizers: dict[str, torch.optim.Optimizer],
+) -> None:
+    """Raise ValueError where a checkpoint's models or optimizers are not the trainer's."""
+    for name, module in modules.items():
+        check_identity(name, payload["identity"][name], module, path)
+    for name, optimizer in optimizers.items():
+        check_optimizer(name, payload["optimizers"][name], optimizer, modules[name], path)
+    for name, module in modules.items():
+        check_frozen(name, payload["frozen"][name], module, path)
+    states = {name: trained_state(module) for name, module in modules.items()}
+    check_contents(payload, path, states=states, optimizers=optimizers)
+
+
 def save(payload: dict[str, Any], path: Path) -> None:
-    """Write ``payload`` (tensors, numbers, strings, lists, dicts) to ``path`` atomically.
+    """Write ``payload`` (tensors, numbers, texts, lists, dicts) and its manifest to ``path``.
 
     If writing fails, a file that had the name before is unchanged.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save({"format": FORMAT, "version": VERSION, **plain_numbers(payload)}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    contents = {"format": FORMAT, "version": VERSION, **plain_numbers(payload)}
+    contents[MANIFEST] = make_manifest(contents)
+    with written(path) as file:
+        torch.save(contents, file)
 
 
 def make_folder(folder: str | Path) -> None:
@@ -174,11 +190,14 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(f"checkpoint: {path} was not written by ppo_fast")
     if missing := CONTENTS - payload.keys():
         raise ValueError(f"checkpoint: {path} is damaged: it lacks {sorted(missing)}")
-    if payload["version"] > VERSION:
+    if not is_whole(payload["version"]) or payload["version"] > VERSION:
         raise ValueError(
             f"checkpoint: {path} has format version {payload['version']}, this ppo_fast reads up "
             f"to {VERSION}; update it"
         )
+    # version 2 had no manifest
+    if payload["version"] > 2 and (damage := find_damage(payload)) is not None:
+        raise ValueError(f"checkpoint: {path} is damaged: {damage}")
     return payload
 
 

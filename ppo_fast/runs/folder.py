@@ -137,12 +137,6 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the checkpoint of the highest step in ``folder``, or None."""
-    files = folder.glob("ppo_checkpoint_step_*.pt")
-    return max(files, key=lambda f: int(f.stem.rpartition("_")[2]), default=None)
-
-
 def save_policy(policy: Any, tokenizer: Any, folder: Path) -> None:
     """Save the policy and its tokenizer in ``folder`` by ``save_pretrained``.
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ppo_fast import PPOConfig
 from ppo_fast.cli.main import main
 from ppo_fast.cli.train import Train
-from ppo_fast.runs.folder import RunFolder, newest_checkpoint
+from ppo_fast.runs.folder import RunFolder
 
 # A run
 
@@ -160,12 +160,6 @@ def test_a_run_in_use_is_refused_before_models_are_loaded(place, capsys):
     assert said.startswith(f"--output-dir: run is in use by another run, process {os.getpid()} ")
     assert not (place / "run/config.yaml").exists()
 
-
-def test_newest_checkpoint_is_that_of_the_highest_step(tmp_path):
-    assert newest_checkpoint(tmp_path / "not there") is None
-    for step in (9, 100, 10):
-        (tmp_path / f"ppo_checkpoint_step_{step}.pt").touch()
-    assert newest_checkpoint(tmp_path).name == "ppo_checkpoint_step_100.pt"
 
 
 # Bad input
