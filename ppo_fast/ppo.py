@@ -343,14 +343,16 @@ class PPO:
         temperature: float | None = None,
         checkpoint_dir: str | Path | None = None,
         checkpoint_freq: int = 10,
+        keep_last: int | None = None,
+        max_time: float | None = None,
         progress: bool = True,
         on_step: loop.OnStep | None = None,
     ) -> dict[str, Any]:
         """Run ``num_steps`` steps of PPO on batches drawn from ``prompts``.
 
-        Prompts come in random order, every one once before any comes again. Ctrl-C lets the current
-        step finish, writes a checkpoint if there is a ``checkpoint_dir``, and returns; an error
-        writes one too before it is raised.
+        Prompts come in random order, every one once before any comes again. Ctrl-C and SIGTERM let
+        the current step finish, write a checkpoint if there is a ``checkpoint_dir``, and end the
+        run; an error writes one too before it is raised. SIGUSR1 writes one after the step.
 
         Args:
             prompts: to draw from, as in ``rollout``; a datasets.Dataset, or one that is streamed,
@@ -360,6 +362,8 @@ class PPO:
             num_epochs, max_length, temperature: as in ``step``.
             checkpoint_dir: where ``ppo_checkpoint_step_<step>.pt`` files go; None: nowhere.
             checkpoint_freq: steps between them.
+            keep_last: number of checkpoints that are kept, the newest; None: all.
+            max_time: seconds from now; no step begins that would end later. None: no limit.
             progress: show a progress bar on a terminal.
             on_step: called with the Step after every step.
 
@@ -367,7 +371,7 @@ class PPO:
             training_history (policy_losses, value_losses, kl_divergences, mean_rewards,
                 step_avg_rewards (their running mean): one entry per step), final_stats (averages
                 and running totals), final_avg_reward, final_kl_divergence (of the last step),
-                interrupted.
+                interrupted, stopped_by ("SIGINT", "SIGTERM", "max_time" or None).
         """
         return loop.train(
             self,
@@ -379,6 +383,8 @@ class PPO:
             temperature=temperature,
             checkpoint_dir=checkpoint_dir,
             checkpoint_freq=checkpoint_freq,
+            keep_last=keep_last,
+            max_time=max_time,
             progress=progress,
             on_step=on_step,
         )

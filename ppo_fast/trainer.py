@@ -201,6 +201,8 @@ class PPOTrainer(PPO):
         checkpoint_dir: str | Path | None = None,
         checkpoint_freq: int = 10,
         *,
+        keep_last: int | None = None,
+        max_time: float | None = None,
         progress: bool = True,
         on_step: OnStep | None = None,
     ) -> dict[str, Any]:
@@ -219,6 +221,8 @@ class PPOTrainer(PPO):
             temperature=temperature,
             checkpoint_dir=checkpoint_dir,
             checkpoint_freq=checkpoint_freq,
+            keep_last=keep_last,
+            max_time=max_time,
             progress=progress,
             on_step=on_step,
         )

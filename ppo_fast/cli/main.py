@@ -6,6 +6,7 @@ import difflib
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -51,12 +52,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         # no markup: of the texts printed, few are ours
-        parse(arguments).run(Console(markup=False, emoji=False))
+        parse(arguments).run(Output(markup=False, emoji=False))
+    except KeyboardInterrupt as stopped:
+        number = getattr(stopped, "number", signal.SIGINT)
+        print("ppo-fast: stopped at once; --resume goes on from a checkpoint", file=sys.stderr)
+        raise SystemExit(128 + number) from stopped
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
         if os.environ.get("PPO_FAST_TRACEBACK"):
             raise
         print(f"ppo-fast: {_line(error)}\n(PPO_FAST_TRACEBACK=1 shows where)", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+class Output(Console):
+    """Console of the commands. If its reader goes away (``| head``), the command goes on."""
+
+    def on_broken_pipe(self) -> None:
+        """Write no more."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parse(arguments: list[str]) -> Train | Reward | Demo | Env | Doctor | Plan:

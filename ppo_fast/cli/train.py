@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from signal import Signals
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import tyro
 from rich.console import Console
@@ -18,6 +19,7 @@ from ppo_fast.models.pretrained import check_model, load_pretrained
 from ppo_fast.rewards.load import function_of
 from ppo_fast.runs.hub import check_repo
 from ppo_fast.runs.plain_text import plain
+from ppo_fast.runs.time_limit import seconds_of
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+# The status of a process that did not finish and can be run again (EX_TEMPFAIL of sysexits.h).
+TIME_IS_UP = 75
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,14 @@ class Train:
     """Prompts per step."""
     checkpoint_freq: int = 10
     """Steps between checkpoints."""
+    keep_last: int | None = None
+    """Number of checkpoints that are kept, the newest; None: all."""
+    max_time: str | None = None
+    """Time of this process, as seconds, MM:SS or HH:MM:SS: it ends with status 75, to be resumed,
+    before a step that would end later; None: there is no limit."""
     resume: bool = False
-    """Continue from the newest checkpoint in output_dir."""
+    """Continue from the newest checkpoint in output_dir that is whole; where all steps are done, do
+    what is left after them."""
     device: str = "auto"
     """Device to train on; auto: cuda if there is a GPU, else cpu."""
     config: Path | None = None
@@ -115,8 +126,9 @@ class Train:
         device: torch.device,
     ) -> None:
         from ppo_fast.cli.results import save_results
+        from ppo_fast.runs.checkpoint import checkpoint_path
         from ppo_fast.runs.display import StepDisplay
-        from ppo_fast.runs.kept import checkpoints_in, load_newest
+        from ppo_fast.runs.kept import checkpoints_in, load_newest, remove_old
         from ppo_fast.runs.trackers import step_logger
 
         checkpoints = self.output_dir / "checkpoints"
@@ -130,31 +142,48 @@ class Train:
         if (newest := load_newest(checkpoints, ppo.load_checkpoint)) is not None:
             console.print(plain(f"resumed {newest} after step {ppo.progress.steps}"))
         done = ppo.progress.steps
-        if self.num_steps <= done:
+        if self.num_steps < done:
             raise ValueError(
-                f"--num-steps: got {self.num_steps}, expected more than the {done} done"
+                f"--num-steps: got {self.num_steps}, expected at least the {done} done"
             )
+        evaluations = folder.read_json("evaluation.json") if done else {}
+        evaluated = "after" in evaluations or not held_out
+        if self.num_steps == done and evaluated and (self.output_dir / "policy").exists():
+            console.print(f"nothing is left to do: all {done} steps are done", highlight=False)
+            return
         folder.write_config(ppo.config, **self._own_settings())
         folder.forget_after(done)
-        evaluations = folder.read_json("evaluation.json") if done else {}
         if held_out and "before" not in evaluations:
             evaluations["before"] = self._evaluate(console, ppo, held_out, "before")
             folder.write_json("evaluation.json", evaluations)
-        with StepDisplay(console, self.num_steps - done) as display:
-            ppo.train(
-                prompts,
-                self.num_steps - done,
-                self.batch_size,
-                checkpoint_dir=checkpoints,
-                checkpoint_freq=self.checkpoint_freq,
-                progress=False,
-                on_step=step_logger(folder, display),
-            )
-        ppo.save_checkpoint(checkpoints, ppo.progress.steps)
+        if self.num_steps > done:
+            with StepDisplay(console, self.num_steps - done) as display:
+                result = ppo.train(
+                    prompts,
+                    self.num_steps - done,
+                    self.batch_size,
+                    checkpoint_dir=checkpoints,
+                    checkpoint_freq=self.checkpoint_freq,
+                    keep_last=self.keep_last,
+                    max_time=None if self.max_time is None else seconds_of(self.max_time),
+                    progress=False,
+                    on_step=step_logger(folder, display),
+                )
+            if result["stopped_by"] is not None and ppo.progress.steps < self.num_steps:
+                self._end_early(console, ppo, result["stopped_by"])
+            if ppo.newest_checkpoint != checkpoint_path(checkpoints, self.num_steps).resolve():
+                ppo.save_checkpoint(checkpoints, ppo.progress.steps)
+                remove_old(checkpoints, self.keep_last)
         if held_out:
             evaluations["after"] = self._evaluate(console, ppo, held_out, "after")
             folder.write_json("evaluation.json", evaluations)
         save_results(console, self, ppo, prompts, len(held_out))
+
+    def _end_early(self, console: Console, ppo: PPO, stopped_by: str) -> NoReturn:
+        """End the process after a signal or at the time limit, before the last step."""
+        line = f"stopped by {stopped_by} after step {ppo.progress.steps} of {self.num_steps}"
+        console.print(plain(f"{line}; --resume goes on"), soft_wrap=True)
+        raise SystemExit(TIME_IS_UP if stopped_by == "max_time" else 128 + Signals[stopped_by])
 
     def settings(self) -> dict[str, Any]:
         """Return every setting of the run by its name."""
@@ -210,6 +239,11 @@ class Train:
             if getattr(self, name) and self.lora_rank is None:
                 flag = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{flag}: needs adapters to train; add --lora-rank 16")
+        check_counts(
+            num_steps=self.num_steps, keep_last=1 if self.keep_last is None else self.keep_last
+        )
+        if self.max_time is not None:
+            seconds_of(self.max_time)
         if self.push_to_hub is not None:
             check_repo(self.push_to_hub)
 

@@ -19,10 +19,12 @@ from ppo_fast.data.step import Step
 from ppo_fast.learning.learner import Learner
 from ppo_fast.runs.checkpoint import checkpoint_path, make_folder
 from ppo_fast.runs.display import ProgressBar
-from ppo_fast.runs.interrupt import finish_step_on_interrupt
+from ppo_fast.runs.kept import remove_old
 from ppo_fast.runs.lock import FolderLock
 from ppo_fast.runs.progress import LISTS, Progress
 from ppo_fast.runs.prompts import counted_drops
+from ppo_fast.runs.signals import handled_signals
+from ppo_fast.runs.time_limit import TimeLimit
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +82,8 @@ def train(
     temperature: float | None = None,
     checkpoint_dir: str | Path | None = None,
     checkpoint_freq: int = 10,
+    keep_last: int | None = None,
+    max_time: float | None = None,
     progress: bool = True,
     on_step: OnStep | None = None,
 ) -> dict[str, Any]:
@@ -89,20 +93,22 @@ def train(
         batch_size=batch_size,
         checkpoint_freq=checkpoint_freq,
         num_epochs=1 if num_epochs is None else num_epochs,
+        keep_last=1 if keep_last is None else keep_last,
     )
+    limit = TimeLimit(max_time)
     Sampling(1, 1.0 if temperature is None else temperature)  # Sampling checks the temperature
     ppo.plan_run(num_steps, num_epochs)
     prompts = ppo.check_prompts(prompts, max_length)
     if checkpoint_dir is not None:
         make_folder(checkpoint_dir)
     history: dict[str, list[float]] = {name: [] for name in (*HISTORY, "step_avg_rewards")}
-    stopped = False
+    stopped_by: str | None = None
     with (
         nullcontext()
         if checkpoint_dir is None
         else FolderLock(Path(checkpoint_dir), "checkpoint_dir"),
         counted_drops(prompts),
-        finish_step_on_interrupt() as interrupted,
+        handled_signals() as signals,
         ProgressBar(num_steps, shown=progress) as bar,
     ):
         for _ in range(num_steps):
@@ -120,13 +126,20 @@ def train(
             if on_step is not None:
                 try:
                     on_step(step)
-                except Exception:  # of any type; it is raised again
+                except (Exception, SystemExit):  # of any type; it is raised again
                     _keep(ppo, checkpoint_dir, "an error in on_step")
                     raise
-            if checkpoint_dir is not None and step.number % checkpoint_freq == 0:
+            due = step.number % checkpoint_freq == 0 or signals.take_save()
+            if checkpoint_dir is not None and due:
                 ppo.save_checkpoint(checkpoint_dir, step.number)
-            if stopped := interrupted():
-                _keep(ppo, checkpoint_dir, "Ctrl-C")
+                remove_old(Path(checkpoint_dir), keep_last)
+            limit.step_done()
+            if signals.stop is not None:
+                stopped_by = signals.stop.name
+            elif limit.reached:
+                stopped_by = "max_time"
+            if stopped_by is not None:
+                _keep(ppo, checkpoint_dir, "Ctrl-C" if stopped_by == "SIGINT" else stopped_by)
                 break
     statistics = ppo.progress.statistics()
     return {
@@ -134,7 +147,8 @@ def train(
         "final_stats": statistics,
         "final_avg_reward": statistics["avg_reward"],
         "final_kl_divergence": history["kl_divergences"][-1],
-        "interrupted": stopped,
+        "interrupted": stopped_by is not None,
+        "stopped_by": stopped_by,
     }
 
 

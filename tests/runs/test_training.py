@@ -32,6 +32,7 @@ def test_result():
         "final_avg_reward",
         "final_kl_divergence",
         "interrupted",
+        "stopped_by",
     }
     history = result["training_history"]
     assert sorted(history) == sorted(HISTORY)
