@@ -3,7 +3,7 @@
     python examples/answers_from_columns.py
 
 SmolLM2-135M adds numbers of one digit. Expect the share of right answers on held-out sums to rise
-from about X to about Y in N minutes on two cores.
+from about 0.10 to about 0.35 in some 3 minutes on two cores.
 """
 
 from __future__ import annotations

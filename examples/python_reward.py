@@ -3,7 +3,7 @@
     python examples/python_reward.py
 
 SmolLM2-135M continues openings of film reviews; the function likes short words. Expect the mean
-number of letters in a word to fall from about X to about Y in N minutes on two cores.
+number of letters in a word to fall from about 4.5 to about 3.7 in some 3 minutes on two cores.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python examples/weighted_rewards.py
 
 SmolLM2-135M writes reviews: kind ones (VADER's sentiment), of about 12 words, that do not repeat
-themselves. Expect kindness to rise from about X to about Y, and the distance to 12 words to fall
-from about X to about Y, in N minutes on two cores.
+themselves. Expect kindness to rise from about 0.23 to about 0.61, and the distance to 12 words,
+in shares of 12, to fall from about 0.59 to about 0.44, in some 3 minutes on two cores.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def test_examples_are_short_and_say_what_to_expect(path):
     assert len(text.splitlines()) < 60
     assert f"python examples/{path.name}" in words
     assert re.search(r"Expect .*\d", words, re.DOTALL), "the number to expect"
-    assert "minutes on two cores" in " ".join(words.split())
+    assert " minutes" in words
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -62,4 +62,5 @@ def test_examples_run(path, tmp_path, monkeypatch, capsys):
     known = inspect.signature(main).parameters
     assert known.keys() >= TINY.keys()
     main(**{name: size for name, size in TINY.items() if name in known})
-    assert re.search(r"\d -> -?\d", capsys.readouterr().out), "before and after"
+    out = capsys.readouterr().out
+    assert re.search(r"\d -> [-+]?\d|before.*\d.*after.*\d", out, re.DOTALL), "before and after"
