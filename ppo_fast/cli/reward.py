@@ -73,7 +73,7 @@ class Reward:
         from transformers import AutoTokenizer
 
         from ppo_fast.rewards.fit.train import train_reward_model
-        from ppo_fast.runs.folder import save_policy
+        from ppo_fast.runs.export import export_policy
 
         tokenizer = load_pretrained("model", AutoTokenizer, self.model)
         if tokenizer.pad_token is None:
@@ -95,7 +95,7 @@ class Reward:
             device=self.device,
             on_step=on_step,
         )
-        save_policy(result.model, tokenizer, self.output_dir / "model")
+        export_policy(result.model, tokenizer, self.output_dir / "model")
         console.print(plain(f"reward model: {self.output_dir / 'model'}"), soft_wrap=True)
 
     def _load(self) -> Any:

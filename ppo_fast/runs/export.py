@@ -5,10 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -28,6 +24,7 @@ from ppo_fast.models.probe import probe_tokens, relative_difference
 from ppo_fast.models.quantized import quantized_layers
 from ppo_fast.models.trunk import run
 from ppo_fast.runs.checkpoint import trained_state
+from ppo_fast.runs.files import written_folder
 from ppo_fast.runs.model_card import ModelCard
 
 logger = logging.getLogger(__name__)
@@ -48,22 +45,6 @@ class Trained(Protocol):
 
     @property
     def tokenizer(self) -> Any: ...
-
-
-@contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """Within the block, write to the yielded folder; then it takes the place of ``folder``.
-
-    If the block raises, a ``folder`` that was there stays as it was.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        new = Path(temporary) / folder.name
-        new.mkdir()
-        yield new
-        if folder.exists():
-            shutil.move(folder, Path(temporary) / "old")
-        shutil.move(new, folder)
 
 
 def export_policy(
@@ -99,7 +80,7 @@ def export_policy(
         _check_has_adapter(policy)
     if quantized:
         logger.info("the base is quantised: its adapter is saved, not a whole model")
-    with written_whole(folder) as new:
+    with written_folder(folder) as new:
         if kind == "policy":
             with merged_adapters(policy):
                 base_of(policy).save_pretrained(new)
@@ -146,7 +127,7 @@ def save_critic(
         raise ValueError(f"critic: {type(ppo.critic).__name__} has no weights to save")
     if whole:
         model = token_classifier(ppo)
-        with written_whole(folder) as new:
+        with written_folder(folder) as new:
             model.save_pretrained(new)
             ppo.tokenizer.save_pretrained(new)
             if card is not None:
@@ -161,7 +142,7 @@ def save_critic(
         "states": _states_read(module),
         "num_layers_unfrozen": ppo.config.num_layers_unfrozen,
     }
-    with written_whole(folder) as new:
+    with written_folder(folder) as new:
         save_file(state, new / WEIGHTS, {"format": "pt"})
         (new / CONFIG).write_text(json.dumps(description, indent=2), "utf-8")
         if card is not None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -50,5 +52,49 @@ def sync_folder(folder: Path) -> None:
 def remove_partial(folder: Path) -> None:
     """Remove what runs that were killed have left half written in ``folder``."""
     for path in folder.glob(f"*{PARTIAL}"):
-        if path.is_file():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_folder(folder: Path) -> Iterator[Path]:
+    """Within the block, write to the yielded folder; then it takes the place of ``folder``.
+
+    If the block raises, or the process is killed, a ``folder`` that was there stays as it was. All
+    files are on the disk before the folder gets its name.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        dir=folder.parent, prefix=f"{folder.name}.", suffix=PARTIAL, ignore_cleanup_errors=True
+    ) as temporary:
+        new = Path(temporary) / folder.name
+        new.mkdir()
+        yield new
+        for path in new.rglob("*"):
+            if path.is_file():
+                _sync_file(path)
+        sync_folder(new)
+        if not folder.exists():
+            new.rename(folder)
+        elif not _exchange(new, folder):
+            folder.rename(Path(temporary) / "before")
+            new.rename(folder)
+        sync_folder(folder.parent)
+
+
+def _sync_file(path: Path) -> None:
+    # some systems flush only what is open for writing
+    with path.open("rb") as file, suppress(OSError):
+        os.fsync(file.fileno())
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange the names of two folders in one step; False where the system cannot do it."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2  # Linux
+    except (AttributeError, OSError, TypeError):
+        return False
+    current, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename(current, os.fsencode(first), current, os.fsencode(second), exchange) == 0

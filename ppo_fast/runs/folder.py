@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import tempfile
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ import yaml
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.data.step import Step
+from ppo_fast.runs.files import remove_partial, written
 from ppo_fast.runs.lock import FolderLock
 
 
@@ -36,6 +36,7 @@ class RunFolder:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = FolderLock(folder)
+            remove_partial(folder)
         except OSError as error:
             raise OSError(f"output_dir: {folder} cannot be written ({error})") from error
 
@@ -54,8 +55,7 @@ class RunFolder:
         settings = {key: str(v) if isinstance(v, Path) else v for key, v in run.items()}
         both = settings | asdict(config)
         fields = {k: list(v) if isinstance(v, tuple) else v for k, v in both.items()}
-        text = yaml.safe_dump(fields, sort_keys=False)
-        (self.folder / "config.yaml").write_text(text, "utf-8")
+        self._write("config.yaml", yaml.safe_dump(fields, sort_keys=False))
 
     def write_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Append a line to metrics.jsonl.
@@ -63,7 +63,7 @@ class RunFolder:
         Numbers that are not finite, which JSON does not have, become null.
         """
         numbers = {name: _or_none(value) for name, value in metrics.items()}
-        self._append("metrics.jsonl", {"step": step, "time": time.time()} | numbers)
+        self._append("metrics.jsonl", [{"step": step, "time": time.time()} | numbers])
 
     def write_samples(self, step: Step) -> None:
         """Append a line to samples.jsonl for each sequence.
@@ -75,6 +75,7 @@ class RunFolder:
         rewards = {name: part.tolist() for name, part in step.rewards.items()}
         columns = rollout.columns
         rows = zip(rollout.prompts, rollout.completions, step.scores.tolist(), strict=True)
+        lines = []
         for i, (prompt, completion, score) in enumerate(rows):
             line: dict[str, Any] = {
                 "step": step.number, "prompt": prompt, "completion": completion, "score": score,
@@ -85,7 +86,8 @@ class RunFolder:
                 }
             if columns:
                 line["columns"] = {name: _as_json(values[i]) for name, values in columns.items()}
-            self._append("samples.jsonl", line)
+            lines.append(line)
+        self._append("samples.jsonl", lines)
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Return what ``write_json`` wrote; empty if there is no such file."""
@@ -94,25 +96,28 @@ class RunFolder:
 
     def write_json(self, name: str, contents: Any) -> None:
         """Write a file of JSON, whole or not at all."""
-        new = self.folder / f"{name}.partial"
-        new.write_text(json.dumps(contents, indent=2, ensure_ascii=False), "utf-8")
-        new.replace(self.folder / name)
+        self._write(name, json.dumps(contents, indent=2, ensure_ascii=False))
+
+    def _write(self, name: str, text: str) -> None:
+        with written(self.folder / name) as file:
+            file.write(text.encode("utf-8", errors="backslashreplace"))
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of steps after ``step``, which a resumed run computes again."""
         for name in ("metrics.jsonl", "samples.jsonl"):
-            path, new = self.folder / name, self.folder / f"{name}.partial"
+            path = self.folder / name
             if path.exists():
-                lines = path.read_text("utf-8").split("\n")
-                kept = [line for line in lines if _step_of(line) <= step]
-                new.write_text("".join(line + "\n" for line in kept), "utf-8")
-                new.replace(path)
+                lines = path.read_text("utf-8", errors="replace").split("\n")
+                self._write(name, "".join(f"{x}\n" for x in lines if _step_of(x) <= step))
 
-    def _append(self, name: str, record: dict[str, Any]) -> None:
-        # half a character, which UTF-8 has not, becomes the escape that JSON has for it
-        path = self.folder / name
-        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    def _append(self, name: str, records: list[dict[str, Any]]) -> None:
+        """Append lines to a file, and put them on the disk before a checkpoint counts on them."""
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        with (self.folder / name).open("ab") as file:
+            # half a character, which UTF-8 has not, becomes the escape that JSON has for it
+            file.write(text.encode("utf-8", errors="backslashreplace"))
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _or_none(value: float) -> float | None:
@@ -133,25 +138,5 @@ def _step_of(line: str) -> float:
     """Return the step of a line; infinity for one that a killed run left half written."""
     try:
         return json.loads(line)["step"]
-    except json.JSONDecodeError:
+    except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-def save_policy(policy: Any, tokenizer: Any, folder: Path) -> None:
-    """Save the policy and its tokenizer in ``folder`` by ``save_pretrained``.
-
-    Adapters are merged: it is a whole model. A ``folder`` that exists is replaced when the new one
-    is complete.
-    """
-    from ppo_fast.models.adapters import merged_adapters
-    from ppo_fast.models.parts import base_of
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        new = Path(temporary) / folder.name
-        with merged_adapters(policy):
-            base_of(policy).save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        if folder.exists():
-            shutil.move(folder, Path(temporary) / "old")
-        shutil.move(new, folder)

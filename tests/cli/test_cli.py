@@ -161,7 +161,6 @@ def test_a_run_in_use_is_refused_before_models_are_loaded(place, capsys):
     assert not (place / "run/config.yaml").exists()
 
 
-
 # Bad input
 
 

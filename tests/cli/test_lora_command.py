@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from ppo_fast.cli import main
 from ppo_fast.models.adapters import adapted_layers
-from ppo_fast.runs import folder as runs_folder
+from ppo_fast.runs import export
 
 TOKENS = batch()
 
@@ -34,8 +34,13 @@ def command(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("k", [None, 1])
 def test_the_command_writes_a_whole_plain_model(command, tmp_path, monkeypatch, k):
-    policies, save = [], runs_folder.save_policy
-    monkeypatch.setattr(runs_folder, "save_policy", lambda *a: (policies.append(a[0]), save(*a)))
+    policies, save = [], export.export_policy
+
+    def saving(*arguments, **options):
+        policies.append(arguments[0])
+        return save(*arguments, **options)
+
+    monkeypatch.setattr(export, "export_policy", saving)
     main.main([*command, *([] if k is None else ["--num-layers-unfrozen", str(k)])])
     (policy,) = policies
     assert len({name.split(".layers.")[1][0] for name in split_names(policy)[0]}) == (k or 3)

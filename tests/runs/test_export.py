@@ -19,7 +19,7 @@ from ppo_fast import PPO, PPOConfig, ValueModel
 from ppo_fast.models.lora import with_lora
 from ppo_fast.models.quantized import load_quantized
 from ppo_fast.runs import export
-from ppo_fast.runs.export import export_policy, load_critic, save_critic, written_whole
+from ppo_fast.runs.export import export_policy, load_critic, save_critic
 from ppo_fast.runs.model_card import ModelCard
 
 IDS = torch.arange(12).reshape(2, 6)
@@ -205,21 +205,3 @@ def test_what_cannot_be_saved_or_loaded(tmp_path, monkeypatch):
     wider = tiny_trainer(critic="head", hidden=64)
     with pytest.raises(ValueError, match=r"weight has shape \(1, 32\), expected \(1, 64\)"):
         load_critic(wider.critic.module, tmp_path / "critic")
-
-
-def test_a_folder_is_written_whole_or_stays(tmp_path):
-    folder = tmp_path / "deep" / "out"
-    for text in ("one", "two"):
-        with written_whole(folder) as new:
-            (new / text).write_text(text)
-            assert not (folder / text).exists()
-        assert names(folder) == [text]
-
-    def fails(new):
-        (new / "three").write_text("three")
-        raise RuntimeError("amid")
-
-    with pytest.raises(RuntimeError, match="amid"), written_whole(folder) as new:
-        fails(new)
-    assert names(folder) == ["two"]
-    assert names(folder.parent) == ["out"]
