@@ -2,11 +2,11 @@
 
     python examples/constitution.py
 
-SmolLM2-135M continues reviews and judges its own: of two, the kinder one is chosen. Expect the
-judge's kindness of held-out samples to rise from 0.54 to 0.61 (64 samples, standard errors 0.02),
-in 12 minutes on two cores that others used too. It is what this judge calls kind: VADER, a lexicon,
-prefers the chosen one in 96 pairs of 165, and its score of those samples goes from 0.21 to 0.10
-(standard errors 0.06). The chain is the same for a better judge.
+SmolLM2-135M continues reviews and judges its own: of two, the kinder one is chosen. Expect little:
+the judge's kindness of held-out samples went from 0.54 to 0.61 with one thread and to 0.57 with two
+(64 samples, standard errors 0.02), in 12 minutes on two cores that others used too. The reward
+model agrees with 0.53 to 0.63 of 19 held-out labels, and VADER, a lexicon, sees no gain: 0.21 to
+0.10 and to 0.20 (standard errors 0.05). The chain is the same for a better judge.
 """
 
 from __future__ import annotations
