@@ -76,7 +76,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         if path.is_file() and path.suffix not in (".pyc", ".so", ".pyd")
     }
     assert in_package - extensions == sources
-    assert {"ppo_fast/py.typed", "ppo_fast/ops/_C.pyi", "ppo_fast/demo/reviews.txt"} <= sources
+    data = {"ppo_fast/demo/reviews.txt", "ppo_fast/rewards/principles.yaml"}
+    assert data | {"ppo_fast/py.typed", "ppo_fast/ops/_C.pyi"} <= sources
     others = names - in_package
     assert all(".dist-info/" in name for name in others), f"csrc or tests? {others}"
     assert any(name.endswith("licenses/LICENSE") for name in others)

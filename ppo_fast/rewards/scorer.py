@@ -68,6 +68,7 @@ class Scorer:
         self.weights = dict(zip(self.rewards, weights or [1.0] * len(self.rewards), strict=True))
         self._splits = {name: _split(model, policy) for name, model in self.rewards.items()}
         self._warned: set[str] = set()
+        self._of_reference = set() if reference is None else {*reference.model.parameters()}
         self._calls = {name: _callable_at_once(one) for name, one in self.rewards.items()}
         for one in map(without_wrapper, self.rewards.values()):
             if reference is not None and hasattr(one, "use_reference"):
@@ -85,9 +86,9 @@ class Scorer:
 
     def nbytes(self) -> int:
         """Return the size in bytes of reward models' weights; 0 for functions."""
-        models = [getattr(one, "model", one) for one in self.rewards.values()]
+        models = [_model_of(without_wrapper(one)) for one in self.rewards.values()]
         weights = {p for m in models if isinstance(m, nn.Module) for p in m.parameters()}
-        return sum(p.nbytes for p in weights)
+        return sum(p.nbytes for p in weights - self._of_reference)
 
     @property
     def functions(self) -> dict[str, Any]:
@@ -198,6 +199,11 @@ def named_rewards(reward: Any, weights: Sequence[float] = ()) -> dict[str, Any]:
             f"({', '.join(rewards)}), expected one each"
         )
     return rewards
+
+
+def _model_of(reward: Any) -> Any:
+    """Return the model of a reward that has one, or of its judge."""
+    return getattr(getattr(reward, "judge", reward), "model", reward)
 
 
 def without_wrapper(reward: Any) -> Any:
