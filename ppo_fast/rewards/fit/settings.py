@@ -52,7 +52,8 @@ class RewardModelConfig:
     format: Literal["joined", "pair", "chat", "policy"] | None = None
     """How texts become tokens; see ClassifierReward. None: "policy" for a ppo_fast.RewardModel,
     which a trainer gives the policy's tokens; else what the model's config says; else "chat" for
-    pairs of chats, if the tokenizer has a chat template; else "joined"."""
+    pairs of chats, if the tokenizer has a chat template; else "joined". "policy" ends each text
+    with EOS: if the policy's max_length cuts most responses, take "joined"."""
     lora_rank: int | None = whole(None, or_none=True)
     """Train LoRA adapters of this rank and the head, and merge them at the end; None: the weights
     themselves."""
