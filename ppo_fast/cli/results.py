@@ -48,17 +48,13 @@ def save_results(
         )
 
     folder = run.output_dir / "policy"
-    kind = export_policy(
-        ppo.policy.model,
-        ppo.tokenizer,
-        folder,
-        adapter_only=run.adapter_only,
-        card=card("policy"),
-    )
+    policy, tokenizer = ppo.policy.model, ppo.tokenizer
+    kind = export_policy(policy, tokenizer, folder, adapter_only=run.adapter_only)
+    card(kind).write(folder)
     if ppo.critic.trained and run.save_critic != "none":
         whole = run.save_critic == "whole"
-        critic_card = card("critic" if whole else "critic's weights")
-        save_critic(ppo, run.output_dir / "critic", whole=whole, card=critic_card)
+        save_critic(ppo, run.output_dir / "critic", whole=whole)
+        card("critic" if whole else "critic's weights").write(run.output_dir / "critic")
     what = "trained policy" if kind == "policy" else "trained adapter"
     console.print(plain(f"{what}: {folder}"), soft_wrap=True)
     if run.push_to_hub is not None:

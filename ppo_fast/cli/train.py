@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from signal import Signals
@@ -103,6 +104,7 @@ class Train:
     def run(self, console: Console) -> None:
         """Run the command."""
         self._check()
+        ends = None if self.max_time is None else time.monotonic() + seconds_of(self.max_time)
         prompts, held_out = self._prompts()
 
         from ppo_fast.models.quantized import check_quantization
@@ -114,7 +116,7 @@ class Train:
             check_quantization(self.quantization, device)
         reward = load_rewards(self.reward, self.reward_device or device, self.reward_label)
         with RunFolder(self.output_dir) as folder:
-            self._train(console, folder, prompts, held_out, reward, device)
+            self._train(console, folder, prompts, held_out, reward, device, ends)
 
     def _train(
         self,
@@ -124,6 +126,7 @@ class Train:
         held_out: list[Example],
         reward: Any,
         device: torch.device,
+        ends: float | None,
     ) -> None:
         from ppo_fast.cli.results import save_results
         from ppo_fast.runs.checkpoint import checkpoint_path
@@ -165,7 +168,7 @@ class Train:
                     checkpoint_dir=checkpoints,
                     checkpoint_freq=self.checkpoint_freq,
                     keep_last=self.keep_last,
-                    max_time=None if self.max_time is None else seconds_of(self.max_time),
+                    max_time=None if ends is None else max(ends - time.monotonic(), 1e-3),
                     progress=False,
                     on_step=step_logger(folder, display),
                 )
@@ -173,7 +176,7 @@ class Train:
                 self._end_early(console, ppo, result["stopped_by"])
             if ppo.newest_checkpoint != checkpoint_path(checkpoints, self.num_steps).resolve():
                 ppo.save_checkpoint(checkpoints, ppo.progress.steps)
-                remove_old(checkpoints, self.keep_last)
+                remove_old(checkpoints, ppo.progress.steps, self.keep_last)
         if held_out:
             evaluations["after"] = self._evaluate(console, ppo, held_out, "after")
             folder.write_json("evaluation.json", evaluations)

@@ -196,15 +196,18 @@ def token_classifier(ppo: Trained) -> PreTrainedModel:
             )
         dtypes = {weight.dtype for weight in state.values() if weight.is_floating_point()}
         dtype = torch.float32 if torch.float32 in dtypes else next(iter(dtypes))
-        model = AutoModelForTokenClassification.from_config(config, dtype=dtype).eval()
+        with fork_rng(ppo.policy.device):  # the head's first weights are drawn
+            model = AutoModelForTokenClassification.from_config(config, dtype=dtype).eval()
         model.to(ppo.policy.device)
         getattr(model, model.base_model_prefix).load_state_dict(state)
         own = _linear_with_one_output(model)
         own.weight.copy_(head.weight)
         if own.bias is not None:
             own.bias.copy_(0.0 if head.bias is None else head.bias)
-        tokens = probe_tokens(model)
+        tokens, modes = probe_tokens(model), [(part, part.training) for part in body.modules()]
         states = run(body.eval(), tokens).last_hidden_state
+        for part, training in modes:
+            part.training = training
         expected = head(states.to(head.weight.dtype))
     found, real = run(model, tokens).logits, tokens.attention_mask.bool()
     difference = relative_difference(found[real].float(), expected[real].float())
@@ -214,6 +217,11 @@ def token_classifier(ppo: Trained) -> PreTrainedModel:
             "whole=False"
         )
     return model
+
+
+def fork_rng(device: torch.device) -> Any:
+    """Return a block after which torch's generators are as before, those of ``device`` too."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def _body_and_head(ppo: Trained) -> tuple[Any, nn.Linear]:

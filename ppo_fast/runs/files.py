@@ -11,7 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-PARTIAL = ".partial"
+# Names of what is half written begin and end with these.
+HALF, PARTIAL = ".ppo_fast-", ".partial"
 
 
 @contextmanager
@@ -22,17 +23,25 @@ def written(path: Path) -> Iterator[IO[bytes]]:
     the block raises, or the machine stops, a file that had the name before is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=PARTIAL)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=HALF + path.name, suffix=PARTIAL)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp lets the user alone read it
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def _umask() -> int:
+    """Return the bits that new files of this process lack; it can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def sync_folder(folder: Path) -> None:
@@ -51,7 +60,7 @@ def sync_folder(folder: Path) -> None:
 
 def remove_partial(folder: Path) -> None:
     """Remove what runs that were killed have left half written in ``folder``."""
-    for path in folder.glob(f"*{PARTIAL}"):
+    for path in folder.glob(f"{HALF}*{PARTIAL}"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -67,7 +76,7 @@ def written_folder(folder: Path) -> Iterator[Path]:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
-        dir=folder.parent, prefix=f"{folder.name}.", suffix=PARTIAL, ignore_cleanup_errors=True
+        dir=folder.parent, prefix=HALF + folder.name, suffix=PARTIAL, ignore_cleanup_errors=True
     ) as temporary:
         new = Path(temporary) / folder.name
         new.mkdir()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 
 from ppo_fast.runs.checkpoint import checkpoint_path
@@ -43,19 +43,29 @@ def load_newest(folder: Path, load: Callable[[Path], int]) -> Path | None:
             continue
         if first is not None:
             logger.warning("%s; %s is loaded instead", first, path.name)
+            _set_aside(folder, newer_than=path)
         return path
     if first is not None:
         raise first
     return None
 
 
-def remove_old(folder: Path, keep_last: int | None, keep: Collection[int] = ()) -> None:
-    """Remove all but the newest ``keep_last`` checkpoints; None: keep all.
+def _set_aside(folder: Path, newer_than: Path) -> None:
+    """Rename the checkpoints that could not be loaded, so that the run's own take their names."""
+    found = checkpoints_in(folder)
+    step = next(number for number, path in found.items() if path == newer_than)
+    for number, path in found.items():
+        if number > step:
+            path.replace(path.with_name(f"{path.name}.damaged"))
 
-    ``keep`` are steps whose checkpoints stay.
+
+def remove_old(folder: Path, written: int, keep_last: int | None) -> None:
+    """Remove all but ``keep_last`` checkpoints up to the one of step ``written``; None: keep all.
+
+    Those of later steps stay: they are damaged, or of another course of the run.
     """
     if keep_last is None:
         return
-    for step in list(checkpoints_in(folder))[keep_last:]:
-        if step not in keep:
-            checkpoint_path(folder, step).unlink(missing_ok=True)
+    steps = [step for step in checkpoints_in(folder) if step <= written]
+    for step in steps[keep_last:]:
+        checkpoint_path(folder, step).unlink(missing_ok=True)

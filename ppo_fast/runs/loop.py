@@ -19,6 +19,7 @@ from ppo_fast.data.step import Step
 from ppo_fast.learning.learner import Learner
 from ppo_fast.runs.checkpoint import checkpoint_path, make_folder
 from ppo_fast.runs.display import ProgressBar
+from ppo_fast.runs.files import remove_partial
 from ppo_fast.runs.kept import remove_old
 from ppo_fast.runs.lock import FolderLock
 from ppo_fast.runs.progress import LISTS, Progress
@@ -104,9 +105,7 @@ def train(
     history: dict[str, list[float]] = {name: [] for name in (*HISTORY, "step_avg_rewards")}
     stopped_by: str | None = None
     with (
-        nullcontext()
-        if checkpoint_dir is None
-        else FolderLock(Path(checkpoint_dir), "checkpoint_dir"),
+        nullcontext() if checkpoint_dir is None else _own_folder(Path(checkpoint_dir)),
         counted_drops(prompts),
         handled_signals() as signals,
         ProgressBar(num_steps, shown=progress) as bar,
@@ -132,7 +131,7 @@ def train(
             due = step.number % checkpoint_freq == 0 or signals.take_save()
             if checkpoint_dir is not None and due:
                 ppo.save_checkpoint(checkpoint_dir, step.number)
-                remove_old(Path(checkpoint_dir), keep_last)
+                remove_old(Path(checkpoint_dir), step.number, keep_last)
             limit.step_done()
             if signals.stop is not None:
                 stopped_by = signals.stop.name
@@ -150,6 +149,13 @@ def train(
         "interrupted": stopped_by is not None,
         "stopped_by": stopped_by,
     }
+
+
+def _own_folder(folder: Path) -> FolderLock:
+    """Lock the folder of the checkpoints, and remove what killed runs left half written there."""
+    lock = FolderLock(folder, "checkpoint_dir")
+    remove_partial(folder)
+    return lock
 
 
 def pretrain_critic(

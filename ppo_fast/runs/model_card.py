@@ -6,9 +6,10 @@ import json
 import math
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,16 +101,21 @@ class ModelCard:
         irregular = {"adapter": "An adapter", "critic's weights": "Weights of a critic"}
         what = irregular.get(self.kind, f"A {self.kind}")
         files = {Path(name).name: count for name, count in self.data.items()}
+        settings = _yaml(self.settings) if self.settings else ""
         sections = [
             f"# {escaped(self.title)}",
             f"{what} trained with ppo_fast{self._from()}.",
             _section("How to load it", _code(self._loading(), "python")),
-            _section("How it was trained", _code(self.command, "sh") if self.command else ""),
+            _section(
+                "How it was trained", _code(_local(self.command), "sh") if self.command else ""
+            ),
             _section("Data", _table(("file", "examples"), files)),
             _section("Results", _table(("metric", "value"), self.metrics)),
             _section(f"Course of the {escaped(self.curve_name)}", self._course()),
             _section("Samples of the last step", _samples(self.samples)),
-            _section("Settings", _code(_yaml(self.settings), "yaml") if self.settings else ""),
+            _section(
+                "Settings", _code(_local(_yaml(self.settings)), "yaml") if self.settings else ""
+            ),
             _section("Versions", _table(("library", "version"), versions)),
         ]
         return f"---\n{_yaml(self._metadata())}---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
@@ -165,9 +171,10 @@ def card_of_run(
         kind, title, base_model, command, settings, data: as ModelCard's.
         num_samples: completions of the last step that are shown.
     """
-    metrics, samples = (_lines(folder / name) for name in ("metrics.jsonl", "samples.jsonl"))
+    metrics = list(_lines(folder / "metrics.jsonl"))
     last = metrics[-1] if metrics else {}
-    shown = [row for row in samples if row.get("step") == last.get("step")][:num_samples]
+    samples = (s for s in _lines(folder / "samples.jsonl") if s.get("step") == last.get("step"))
+    shown = list(islice(samples, num_samples))
     return ModelCard(
         title=title,
         kind=kind,
@@ -229,6 +236,11 @@ def curve_svg(points: Sequence[tuple[int, float]]) -> str:
     )
 
 
+def _local(text: str) -> str:
+    """Return a text with each absolute path, which tells of a machine, cut to its last part."""
+    return re.sub(r"(?<![\w.:/~-])(?:~|[A-Za-z]:)?[/\\](?:[^\s'\":,/\\]+[/\\])+", "", text)
+
+
 def _is_hub_name(name: str) -> bool:
     return bool(HUB_NAME.fullmatch(name)) and not Path(name).exists()
 
@@ -239,6 +251,8 @@ def _section(title: str, body: str) -> str:
 
 def _code(text: str, language: str) -> str:
     """Return a block of code, fenced by more backticks than any that ``text`` has in a row."""
+    if not text:
+        return ""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
@@ -278,8 +292,15 @@ def _version(library: str) -> str | None:
         return None
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a file, which may be long; a line that is none is passed over."""
     if not path.exists():
-        return []
-    lines = path.read_text("utf-8").split("\n")
-    return [json.loads(line) for line in lines if line.strip()]
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                yield record

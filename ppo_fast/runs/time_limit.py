@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from ppo_fast.checks import is_whole
@@ -50,6 +51,6 @@ def seconds_of(text: str) -> float:
         numbers = [float(part) for part in parts]
     except ValueError:
         numbers = []
-    if not 1 <= len(numbers) <= 3 or any(n < 0 for n in numbers) or sum(numbers) == 0:
+    if not 1 <= len(numbers) <= 3 or min(numbers) < 0 or not 0 < sum(numbers) < math.inf:
         raise ValueError(f"max_time: got {text!r}, expected seconds, MM:SS or HH:MM:SS")
     return sum(n * 60**power for power, n in enumerate(reversed(numbers)))

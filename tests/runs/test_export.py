@@ -205,3 +205,12 @@ def test_what_cannot_be_saved_or_loaded(tmp_path, monkeypatch):
     wider = tiny_trainer(critic="head", hidden=64)
     with pytest.raises(ValueError, match=r"weight has shape \(1, 32\), expected \(1, 64\)"):
         load_critic(wider.critic.module, tmp_path / "critic")
+
+
+def test_a_whole_critic_changes_nothing_of_the_training(tmp_path):
+    trainer = tiny_trainer(critic="head")
+    trainer.policy_model.train()
+    before = torch.get_rng_state()
+    save_critic(trainer, tmp_path / "critic", whole=True)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(part.training for part in trainer.policy_model.modules())

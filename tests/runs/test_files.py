@@ -11,6 +11,7 @@ import threading
 import time
 
 import pytest
+from tiny_trainer import PROMPTS, tiny_trainer
 
 from ppo_fast.runs import files
 from ppo_fast.runs.files import remove_partial, written, written_folder
@@ -26,6 +27,16 @@ def test_a_file_gets_its_name_when_it_is_on_the_disk(tmp_path, monkeypatch):
         file.write(b"new")
     assert calls == ["sync", "replace", "sync"], "the file, its name, the folder's entry"
     assert (tmp_path / "a").read_bytes() == b"new"
+
+
+def test_a_new_file_can_be_read_as_others_of_the_user(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with written(tmp_path / "a") as file:
+            file.write(b"x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
 
 
 def broken_off(block, write):
@@ -94,13 +105,22 @@ def test_what_killed_runs_leave_is_removed(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    left = sorted(path.name[0] for path in tmp_path.iterdir())
-    assert left == ["a", "p"]
+    left = [path.name for path in tmp_path.iterdir()]
+    assert len(left) == 2, "both half written"
+    (tmp_path / "mine.partial").write_text("of the user")
     (tmp_path / "metrics.jsonl").write_text("")
     with RunFolder(tmp_path):
         pass
-    assert {path.name for path in tmp_path.iterdir()} == {".lock", "metrics.jsonl"}
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {".lock", "metrics.jsonl", "mine.partial"}
     remove_partial(tmp_path / "none")
+
+
+def test_half_written_checkpoints_are_removed(tmp_path):
+    half = tmp_path / ".ppo_fast-ppo_checkpoint_step_3.pt1234.partial"
+    half.write_text("half")
+    tiny_trainer().train(PROMPTS, 1, 2, checkpoint_dir=tmp_path, progress=False)
+    assert not half.exists()
 
 
 def test_lines_of_later_steps_and_half_lines_are_forgotten(tmp_path):

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from tiny_trainer import tiny_trainer
+from tiny_trainer import PROMPTS, tiny_trainer
 from whole_state import assert_is, everything, trained
 
 from ppo_fast.runs.kept import checkpoints_in, load_newest, remove_old
@@ -79,10 +79,26 @@ def test_where_none_is_whole_the_newest_is_named(folder, tmp_path):
 
 def test_old_ones_are_removed(folder, tmp_path):
     copies(folder, tmp_path)
-    remove_old(tmp_path, None)
+    remove_old(tmp_path, 10, None)
     assert len(checkpoints_in(tmp_path)) == 3
-    remove_old(tmp_path, 1, keep={1})
-    assert list(checkpoints_in(tmp_path)) == [10, 1]
+    remove_old(tmp_path, 2, 1)
+    assert list(checkpoints_in(tmp_path)) == [10, 2], "those after the one written stay"
+    remove_old(tmp_path, 10, 1)
+    assert list(checkpoints_in(tmp_path)) == [10]
+
+
+def test_a_run_from_an_older_checkpoint_keeps_its_own(tmp_path):
+    """The one that was damaged gives up its name, and counts no more."""
+    options = {"batch_size": 2, "checkpoint_dir": tmp_path, "checkpoint_freq": 2, "progress": False}
+    tiny_trainer().train(PROMPTS, 4, **options)
+    newest = tmp_path / "ppo_checkpoint_step_4.pt"
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    trainer = tiny_trainer()
+    load_newest(tmp_path, trainer.load_checkpoint)
+    trainer.train(PROMPTS, 1, **options | {"checkpoint_freq": 1}, keep_last=1)
+    assert list(checkpoints_in(tmp_path)) == [3]
+    assert (tmp_path / "ppo_checkpoint_step_4.pt.damaged").is_file()
+    assert load_newest(tmp_path, tiny_trainer().load_checkpoint).name == "ppo_checkpoint_step_3.pt"
 
 
 def changed_payload(folder, path, change):

@@ -162,3 +162,25 @@ def test_the_card_of_a_run_is_made_of_its_files(tmp_path):
     assert "| p0 | c40 |" in page
     empty = card_of_run(tmp_path / "none", "critic", title="x", base_model="base")
     assert empty.text().count("## ") == 2
+
+
+def test_paths_of_the_machine_are_not_told():
+    card = ModelCard(
+        "t",
+        "policy",
+        command="ppo-fast train --policy /home/user/models/base --prompts ~/data/p.jsonl -x a/b",
+        settings={"output_dir": "/home/user/runs/a", "reward": ["/opt/x/r.py:f"], "config": None},
+    )
+    text = card.text()
+    assert "ppo-fast train --policy base --prompts p.jsonl -x a/b" in text
+    assert "output_dir: a" in text
+    assert "- r.py:f" in text
+    assert not {"/home", "/opt", "user"} & set(text.replace("/", " /").split())
+
+
+def test_a_long_file_of_samples_is_not_held(tmp_path):
+    rows = [{"step": n, "prompt": "p", "completion": f"c{n}"} for n in (1, 2, 2, 2, 2)]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2, "mean_reward": 1.0}\n')
+    card = card_of_run(tmp_path, "policy", title="t", base_model="b", num_samples=3)
+    assert card.samples == [("p", "c2")] * 3

@@ -13,6 +13,7 @@ from command_line import arguments, lines
 from tiny_models import tiny_model, tiny_tokenizer
 from tiny_trainer import PROMPTS, changed, names, tiny_trainer, weights
 
+from ppo_fast import PPO
 from ppo_fast.cli.main import main
 from ppo_fast.runs.signals import StoppedAtOnce, handled_signals
 from ppo_fast.runs.time_limit import TimeLimit, seconds_of
@@ -119,7 +120,7 @@ def test_times_in_words():
     assert [seconds_of(t) for t in ("90", "1.5", "1:30", "2:00:10")] == [90, 1.5, 90, 7210]
 
 
-@pytest.mark.parametrize("text", ["", "a", "1:2:3:4", "-5", "0", "1:"])
+@pytest.mark.parametrize("text", ["", "a", "1:2:3:4", "-5", "0", "1:", "nan", "inf", "1e400"])
 def test_what_is_no_time(text):
     with pytest.raises(ValueError, match=r"max_time: got .*, expected seconds, MM:SS or HH:MM:SS"):
         seconds_of(text)
@@ -190,6 +191,21 @@ def test_the_time_of_a_command(place, capsys):
     assert caught.value.code == 2, "there is no such file yet"
     assert status(place, "pass", "--max-time", "0.001") == 75
     assert "stopped by max_time after step 1 of 3; --resume goes on" in capsys.readouterr().out
+
+
+def test_the_time_of_a_command_begins_with_it(place, monkeypatch, capsys):
+    """What loads the models takes of it too."""
+    (place / "signalling.py").write_text(SIGNALLING.format(action="pass"))
+    seen = []
+    train = PPO.train
+
+    def noting(self, *arguments, **options):
+        seen.append(options["max_time"])
+        return train(self, *arguments, **options)
+
+    monkeypatch.setattr(PPO, "train", noting)
+    main(arguments("--max-time", "1:00:00", reward="signalling.py:reward"))
+    assert 3000 < seen[0] < 3600
 
 
 def test_a_resumed_command_finishes_what_is_missing(place, capsys, monkeypatch):
