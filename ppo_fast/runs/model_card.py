@@ -106,16 +106,12 @@ class ModelCard:
             f"# {escaped(self.title)}",
             f"{what} trained with ppo_fast{self._from()}.",
             _section("How to load it", _code(self._loading(), "python")),
-            _section(
-                "How it was trained", _code(_local(self.command), "sh") if self.command else ""
-            ),
+            _section("How it was trained", _code(_local(self.command), "sh")),
             _section("Data", _table(("file", "examples"), files)),
             _section("Results", _table(("metric", "value"), self.metrics)),
             _section(f"Course of the {escaped(self.curve_name)}", self._course()),
             _section("Samples of the last step", _samples(self.samples)),
-            _section(
-                "Settings", _code(_local(_yaml(self.settings)), "yaml") if self.settings else ""
-            ),
+            _section("Settings", _code(_local(settings), "yaml")),
             _section("Versions", _table(("library", "version"), versions)),
         ]
         return f"---\n{_yaml(self._metadata())}---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
@@ -238,7 +234,7 @@ def curve_svg(points: Sequence[tuple[int, float]]) -> str:
 
 def _local(text: str) -> str:
     """Return a text with each absolute path, which tells of a machine, cut to its last part."""
-    return re.sub(r"(?<![\w.:/~-])(?:~|[A-Za-z]:)?[/\\](?:[^\s'\":,/\\]+[/\\])+", "", text)
+    return re.sub(r"(?<![\w.:/~<-])(?:~|[A-Za-z]:)?[/\\](?:[\w.@+-]+[/\\])+", "", text)
 
 
 def _is_hub_name(name: str) -> bool:
