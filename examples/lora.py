@@ -3,7 +3,7 @@
     python examples/lora.py
 
 SmolLM2-135M learns to continue reviews kindly (VADER's sentiment, -1 to 1). Expect the mean reward
-on held-out openings to rise from about 0.23 to about 0.66, in some 5 minutes on two cores.
+on held-out openings to rise from about 0.23 to about 0.66, in some 10 minutes of processor time.
 """
 
 from __future__ import annotations
