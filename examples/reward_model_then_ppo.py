@@ -30,8 +30,7 @@ def rule(text: str) -> float:
 
 def main(num_steps: int = 12, batch_size: int = 16, num_prompts: int = 64) -> None:
     # your own: AutoModelForCausalLM.from_pretrained(...), AutoTokenizer.from_pretrained(...)
-    model, tokenizer = load_smollm2()
-    train, held_out = load_prompts()
+    (model, tokenizer), (train, held_out) = load_smollm2(), load_prompts()
     config = demo_config(seed=0)  # it trains the 4 top layers
     sampler = PPO(model, tokenizer, lambda prompts, texts: [*map(rule, texts)], config=config)
     rollout = sampler.rollout(train[:num_prompts], samples_per_prompt=SAMPLES)
