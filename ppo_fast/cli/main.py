@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parse(arguments).run(Output(markup=False, emoji=False))
     except KeyboardInterrupt as stopped:
         number = getattr(stopped, "number", signal.SIGINT)
-        print("ppo-fast: stopped at once; --resume goes on from a checkpoint", file=sys.stderr)
+        line = "ppo-fast: stopped at once; --resume goes on from the newest checkpoint, if any"
+        print(line, file=sys.stderr)
         raise SystemExit(128 + number) from stopped
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
         if os.environ.get("PPO_FAST_TRACEBACK"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,7 @@ def save_results(
     folder = run.output_dir / "policy"
     policy, tokenizer = ppo.policy.model, ppo.tokenizer
     kind = export_policy(policy, tokenizer, folder, adapter_only=run.adapter_only)
-    card(kind).write(folder)
+    replace(card(kind), quantization=run.quantization).write(folder)
     if ppo.critic.trained and run.save_critic != "none":
         whole = run.save_critic == "whole"
         save_critic(ppo, run.output_dir / "critic", whole=whole)

@@ -144,6 +144,8 @@ class Train:
         ppo = self._make_ppo(reward, device)
         if (newest := load_newest(checkpoints, ppo.load_checkpoint)) is not None:
             console.print(plain(f"resumed {newest} after step {ppo.progress.steps}"))
+        if self.save_critic == "whole":
+            self._check_whole_critic(ppo)
         done = ppo.progress.steps
         if self.num_steps < done:
             raise ValueError(
@@ -182,10 +184,25 @@ class Train:
             folder.write_json("evaluation.json", evaluations)
         save_results(console, self, ppo, prompts, len(held_out))
 
+    def _check_whole_critic(self, ppo: PPO) -> None:
+        """Check, before anything is trained, that transformers has a class for the critic."""
+        from ppo_fast.runs.export import token_classifier
+
+        flag = "--save-critic: whole is not possible"
+        if not ppo.critic.trained:
+            raise ValueError(f"{flag}: the critic has no weights; leave the flag out")
+        try:
+            token_classifier(ppo)
+        except ValueError as error:
+            reason = str(error).removeprefix("critic: ").removesuffix("; use whole=False")
+            raise ValueError(f"{flag}: {reason}; use --save-critic weights") from error
+
     def _end_early(self, console: Console, ppo: PPO, stopped_by: str) -> NoReturn:
         """End the process after a signal or at the time limit, before the last step."""
-        line = f"stopped by {stopped_by} after step {ppo.progress.steps} of {self.num_steps}"
-        console.print(plain(f"{line}; --resume goes on"), soft_wrap=True)
+        left = self.num_steps - ppo.progress.steps
+        console.print(
+            f"{left} of {self.num_steps} steps are left: --resume goes on", soft_wrap=True
+        )
         raise SystemExit(TIME_IS_UP if stopped_by == "max_time" else 128 + Signals[stopped_by])
 
     def settings(self) -> dict[str, Any]:
@@ -205,7 +222,7 @@ class Train:
 
         found = evaluate(ppo, held_out)
         line = f"{when}: reward {found['reward']:+.3f} ± {found['standard_error']:.3f}"
-        console.print(f"{line} on {len(held_out)} held-out prompts", highlight=False)
+        console.print(f"{line}, held-out prompts: {len(held_out)}", highlight=False)
         return found
 
     def _prompts(self) -> tuple[list[Example] | Stream, list[Example]]:

@@ -137,7 +137,10 @@ class AsyncReward:
         self.needs: tuple[str, ...] = tuple(getattr(function, "needs", ()))
         found, columns = parameters(function), _columns_of(function)
         self._takes_all, self._columns = found.any, [c.name for c in columns]
-        self._positional = found.positional[:2]  # of the two texts
+        # of one response: by name, if "completion" is one, or else the first two by position
+        single = "completion" in found.names
+        self._single = [n for n in ("prompt", "completion") if single and n in found.names]
+        self._positional = ("prompt", "completion") if single else found.positional[:2]
         # which of both texts it takes by name; none: it is called once a response
         by_name = "completions" in found.names
         self._texts = [n for n in ("prompts", "completions") if by_name and n in found.names]
@@ -169,11 +172,21 @@ class AsyncReward:
         columns.pop("tokens", None)  # not by response
         columns = {name: c for name, c in columns.items() if name not in self._positional}
         calls = [
-            _bound(self.function, p, c, {name: column[i] for name, column in columns.items()})
+            self._bound(p, c, {name: column[i] for name, column in columns.items()})
             for i, (p, c) in enumerate(zip(prompts, completions, strict=True))
         ]
         subjects = [for_prompt(prompt) for prompt in prompts]
         return _joined(run(lambda: call_all(calls, self.limits, self.name, subjects)), self.name)
+
+    def _bound(
+        self, prompt: str, completion: str, columns: dict[str, Any]
+    ) -> Callable[[], Awaitable[Any]]:
+        """Return the call for one response."""
+        if not self._single:
+            return lambda: self.function(prompt, completion, **columns)
+        texts = {"prompt": prompt, "completion": completion}
+        named = {name: texts[name] for name in self._single}
+        return lambda: self.function(**named, **columns)
 
 
 def is_async(reward: Any) -> bool:
@@ -190,18 +203,14 @@ def _columns_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
     except ValueError:  # of code that is not Python
         return []
     columns = [p for p in found if p.kind is not p.VAR_POSITIONAL]
-    if any(p.name == "completions" for p in columns):
-        columns = [p for p in columns if p.name not in ("prompts", "completions")]
+    for one, other in (("completions", "prompts"), ("completion", "prompt")):
+        if any(p.name == one and p.kind is not p.POSITIONAL_ONLY for p in columns):
+            columns = [p for p in columns if p.name not in (one, other)]
+            break
     else:
         positional = [p for p in columns if p.kind is not p.VAR_KEYWORD][:2]
         columns = [p for p in columns if p not in positional]
     return [p if p.kind is p.VAR_KEYWORD else p.replace(kind=p.KEYWORD_ONLY) for p in columns]
-
-
-def _bound(
-    function: Callable[..., Awaitable[Any]], prompt: str, completion: str, columns: dict[str, Any]
-) -> Callable[[], Awaitable[Any]]:
-    return lambda: function(prompt, completion, **columns)
 
 
 def _joined(scores: list[Any], name: str) -> Any:

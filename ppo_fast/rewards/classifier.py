@@ -59,6 +59,11 @@ class ClassifierReward:
         cut_completions: bool = False,
     ) -> None:
         check_counts(batch_size=batch_size)
+        if not hasattr(getattr(model, "config", None), "id2label"):
+            raise TypeError(
+                f"reward: got {type(model).__name__}, expected a sequence classifier of "
+                "transformers; a ppo_fast.RewardModel is a reward itself: PPO(..., reward=model)"
+            )
         self.label = _index_of(label, model.config)
         check_reward_model(model, labels=model.config.num_labels)
         if tokenizer.pad_token_id is None:

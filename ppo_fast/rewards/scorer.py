@@ -192,7 +192,7 @@ def named_rewards(reward: Any, weights: Sequence[float] = ()) -> dict[str, Any]:
     for name, one in rewards.items():
         check_reward_model(one)
         if not isinstance(one, nn.Module):
-            check_arity(one, f"reward_model {name}")
+            check_arity(_callable_at_once(one), f"reward_model {name}")
     if weights and len(weights) != len(rewards):
         raise ValueError(
             f"reward_weights: got {len(weights)} weights for {len(rewards)} rewards "

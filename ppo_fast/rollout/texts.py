@@ -133,8 +133,8 @@ class Texts:
         if count and not self._said_cut:
             self._said_cut = True
             logger.warning(
-                "long_prompts='cut': %d of %d prompts lose their beginning, beyond %d tokens; "
-                "later ones are cut without a word",
+                "long_prompts='cut': %d of %d prompts lose their beginning, beyond %d tokens (said "
+                "once)",
                 count,
                 len(prompts),
                 room,

@@ -21,7 +21,7 @@ from ppo_fast.models.heads import TopValue, ValueHead, ValueModel
 from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.models.parts import base_of, body_of
 from ppo_fast.models.probe import probe_tokens, relative_difference
-from ppo_fast.models.quantized import quantized_layers
+from ppo_fast.models.quantized import quantization_of, quantized_layers
 from ppo_fast.models.trunk import run
 from ppo_fast.runs.checkpoint import trained_state
 from ppo_fast.runs.files import written_folder
@@ -50,7 +50,7 @@ class Trained(Protocol):
 def export_policy(
     policy: Any,
     tokenizer: Any,
-    folder: Path,
+    folder: str | Path,
     *,
     adapter_only: bool = False,
     card: ModelCard | None = None,
@@ -74,7 +74,7 @@ def export_policy(
     Raises:
         ValueError: ``adapter_only`` of a policy that is in no wrapper of peft's.
     """
-    quantized = bool(quantized_layers(policy))
+    folder, quantized = Path(folder), bool(quantized_layers(policy))
     kind: Literal["policy", "adapter"] = "adapter" if adapter_only or quantized else "policy"
     if kind == "adapter":
         _check_has_adapter(policy)
@@ -88,7 +88,8 @@ def export_policy(
             policy.save_pretrained(new, save_embedding_layers=False)
         tokenizer.save_pretrained(new)
         if card is not None:
-            replace(card, kind=kind).write(new)
+            how = quantization_of(policy)
+            replace(card, kind=kind, quantization=how).write(new)
     return kind
 
 
@@ -101,7 +102,7 @@ def _check_has_adapter(policy: Any) -> None:
 
 
 def save_critic(
-    ppo: Trained, folder: Path, *, whole: bool = False, card: ModelCard | None = None
+    ppo: Trained, folder: str | Path, *, whole: bool = False, card: ModelCard | None = None
 ) -> None:
     """Save the critic's weights, or a whole classifier of tokens with one label.
 
@@ -122,7 +123,7 @@ def save_critic(
         ValueError: the critic has no weights, or ``whole`` and transformers has no class that
             computes its values.
     """
-    module = ppo.critic.module
+    folder, module = Path(folder), ppo.critic.module
     if not ppo.critic.trained:
         raise ValueError(f"critic: {type(ppo.critic).__name__} has no weights to save")
     if whole:
@@ -149,13 +150,14 @@ def save_critic(
             replace(card, kind="critic's weights").write(new)
 
 
-def load_critic(module: nn.Module, folder: Path) -> None:
+def load_critic(module: nn.Module, folder: str | Path) -> None:
     """Load what ``save_critic`` wrote (without ``whole``) into a critic: ``ppo.critic.module``.
 
     Raises:
         FileNotFoundError: the folder has no such files.
         ValueError: they are of another kind of critic, or of other sizes.
     """
+    folder = Path(folder)
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"critic: {folder} holds no {CONFIG} and {WEIGHTS}")
     saved = json.loads((folder / CONFIG).read_text("utf-8")).get("ppo_fast_critic")

@@ -35,6 +35,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 base = AutoModelForCausalLM.from_pretrained("BASE")
 model = PeftModel.from_pretrained(base, "FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")""",
+    "adapter of a quantised model": """from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+# as it was trained: the adapter fits the rounded weights
+quantized = BitsAndBytesConfig(QUANTIZATION)
+base = AutoModelForCausalLM.from_pretrained("BASE", quantization_config=quantized)
+model = PeftModel.from_pretrained(base, "FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")""",
     "critic": """from transformers import AutoModelForTokenClassification
 
 model = AutoModelForTokenClassification.from_pretrained("FOLDER")
@@ -48,6 +56,12 @@ load_critic(ppo.critic.module, Path("FOLDER"))""",
 
 model = AutoModelForSequenceClassification.from_pretrained("FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")""",
+}
+QUANTIZED = {
+    "4bit": """
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+""",
+    "8bit": "load_in_8bit=True",
 }
 LIBRARIES = ("ppo_fast", "torch", "transformers", "peft", "bitsandbytes")
 ROWS, SAMPLE_CHARACTERS = 12, 400
@@ -73,6 +87,7 @@ class ModelCard:
         samples: pairs of a prompt and its completion.
         loading: lines of Python that load it; None: those for its kind.
         tags: further tags for the hub.
+        quantization: of the base model under an adapter; None: it has its weights as they are.
     """
 
     title: str
@@ -87,6 +102,7 @@ class ModelCard:
     samples: Sequence[tuple[str, str]] = ()
     loading: str | None = None
     tags: Sequence[str] = ()
+    quantization: Literal["4bit", "8bit"] | None = None
 
     def write(self, folder: Path) -> None:
         """Write README.md, and curve.svg where there is a curve, into ``folder``."""
@@ -134,7 +150,9 @@ class ModelCard:
     def _loading(self) -> str:
         if self.loading is not None:
             return self.loading
-        return LOADING[self.kind].replace('"BASE"', json.dumps(self._base() or "BASE"))
+        kind = self.kind if self.quantization is None else "adapter of a quantised model"
+        text = LOADING[kind].replace("QUANTIZATION", QUANTIZED.get(self.quantization or "", ""))
+        return text.replace('"BASE"', json.dumps(self._base() or "BASE"))
 
     def _course(self) -> str:
         points = self._finite_curve

@@ -63,7 +63,7 @@ def test_held_out_prompts_are_evaluated_and_not_trained_on(place, capsys, held_o
     reward = {"split=test": 1.0, "0.2": 2.0, "held.jsonl": 7.0}[held_out]
     assert [numbers[when]["reward"] for when in ("before", "after")] == [reward, reward]
     out = capsys.readouterr().out
-    assert f"before: reward +{reward:.3f} ± 0.000 on 1 held-out prompts" in out
+    assert f"before: reward +{reward:.3f} ± 0.000, held-out prompts: 1" in out
     assert f"after: reward +{reward:.3f}" in out
 
 

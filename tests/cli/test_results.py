@@ -82,6 +82,26 @@ def test_bad_flags_of_results(place, capsys, flags, message):
     assert fails_in_a_line(capsys, *arguments(*flags)).startswith(message)
 
 
+def test_a_whole_critic_is_refused_before_anything_is_trained(place, capsys):
+    value = ["--value-model", "model", "--save-critic", "whole"]
+    said = fails_in_a_line(capsys, *arguments(*value, critic="model"))
+    assert said.startswith("--save-critic: whole is not possible: the head of a ValueModel")
+    assert said.endswith("; use --save-critic weights")
+    said = fails_in_a_line(capsys, *arguments("--save-critic", "whole", critic="baseline"))
+    assert said.startswith("--save-critic: whole is not possible: the critic has no weights")
+    assert not (place / "run/metrics.jsonl").exists()
+
+
+def test_the_card_of_an_adapter_loads_its_base_quantised(place):
+    pytest.importorskip("bitsandbytes")
+    main(arguments("--critic", "head", "--lora-rank", "2", "--quantization", "4bit"))
+    card = (place / "run/policy/README.md").read_text("utf-8")
+    code = card.partition("```python")[2].partition("```")[0]
+    names = {}
+    exec(code.replace("FOLDER", "run/policy"), names)
+    assert type(names["base"].model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit"
+
+
 def test_choices_in_a_config_file(place, capsys):
     (place / "run.yaml").write_text("save_critic: all\n")
     said = fails_in_a_line(capsys, *arguments("--config", "run.yaml"))

@@ -116,6 +116,16 @@ def test_bad_flags_are_one_line(pairs, capsys, changes, message):
     assert said.startswith(message)
 
 
+@pytest.mark.parametrize("lost", ["score.weight", "model.norm.weight"])
+def test_a_classifier_without_some_weights_is_refused(pairs, capsys, lost):
+    classifier = tiny_classifier()
+    state = {name: w for name, w in classifier.state_dict().items() if name != lost}
+    classifier.save_pretrained("model", state_dict=state)
+    capsys.readouterr()  # the bars of saving
+    said = fails_in_a_line(capsys, *command())
+    assert said == f"--model: model has no weights {lost}"
+
+
 def test_a_row_that_is_no_pair_is_named(pairs, capsys):
     with (pairs / "pairs.jsonl").open("a") as file:
         file.write('\n{"prompt": "a", "chosen": "b"}')

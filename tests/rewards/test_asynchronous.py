@@ -333,3 +333,15 @@ def test_what_is_no_function():
         AsyncReward(of_tokens)
     with pytest.raises(RuntimeError, match="after 1 try: TypeError"):
         AsyncReward(lambda prompt, completion: 1.0)(["p"], ["c"])
+
+
+def test_texts_are_passed_by_name_where_there_are_names():
+    async def swapped(completion, prompt):
+        return float(len(completion) - 10 * len(prompt))
+
+    async def alone(completion, answer):
+        return float(len(completion) + answer)
+
+    texts = (["aa", "b"], ["xyz", "y"])
+    assert AsyncReward(swapped)(*texts) == [-17.0, -9.0]
+    assert AsyncReward(alone)(*texts, answer=[1, 2]) == [4.0, 3.0]
