@@ -6,6 +6,7 @@ is in [0, 1], and 1 is best; a text is flagged where it is at most 0.5.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,20 +59,37 @@ class ConstitutionalPrinciple:
         """Return what ``evaluation_fn`` finds in a text, with "score" and "flagged" at least.
 
         Of a principle that is not enabled, the score is None.
+
+        Raises:
+            ValueError: there is neither, or the score is no finite number.
         """
         about = {"principle_name": self.name, "enabled": self.enabled}
         if not self.enabled:
             return about | {"score": None, "flagged": False}
         given = {"model": model, "tokenizer": tokenizer, "device": device}
         found = self.evaluation_fn(text, **taken(self.evaluation_fn, given, positional=1))
-        found = dict(found) if isinstance(found, Mapping) else {"score": float(found)}
+        found = dict(found) if isinstance(found, Mapping) else {"score": found}
         if "score" not in found and "flagged" not in found:
             raise ValueError(
                 f"principle {self.name}: its evaluation_fn gave the keys {', '.join(found)}, "
                 'expected "score" or "flagged" among them'
             )
-        score = found.get("score", 0.0 if found.get("flagged") else 1.0)
-        return about | {"score": score, "flagged": score <= FLAGGED} | found
+        found["score"] = score = self._finite(
+            found.get("score", 0.0 if found.get("flagged") else 1.0)
+        )
+        return about | {"flagged": score <= FLAGGED} | found
+
+    def _finite(self, score: Any) -> float:
+        try:
+            number = math.nan if isinstance(score, str) else float(score)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(
+                f"principle {self.name}: its evaluation_fn gave the score {score!r}, expected a "
+                "finite number"
+            )
+        return number
 
 
 class ConstitutionalFramework:

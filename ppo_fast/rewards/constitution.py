@@ -21,8 +21,9 @@ from ppo_fast.user_code import taken
 class Constitution:
     """Principles that score responses together, as a reward.
 
-    A response's score is the weighted mean of its principles' scores, in [0, 1]. Called as a
-    reward, it returns the parts: each principle's score times its share of the enabled weights.
+    A response's score is the weighted mean of its principles' scores, in [0, 1]; a principle whose
+    evaluator does not judge it (None) counts 0, with its weight. Called as a reward, it returns the
+    parts: each principle's score times its share of the enabled weights.
 
     Questions of all principles are asked together, in batches. Without a judge of its own, they go
     to the frozen reference of the trainer that the constitution is given to.
@@ -135,7 +136,8 @@ class Constitution:
 
         Raises:
             RuntimeError: a principle asks a question and there is no judge.
-            ValueError: an evaluator gives another number of scores, or one outside of [0, 1].
+            ValueError: an evaluator gives another number of scores, or one that is not finite or
+                outside of [0, 1].
         """
         total = sum(principle.weight for principle in self.active)
         found = self.by_principle(prompts, completions, **columns)
@@ -192,6 +194,9 @@ def _rewarded(
         raise ValueError(
             f"{what}: its evaluator gave {len(found)} scores for {len(completions)} responses"
         )
+    for score in found:
+        if score is not None and not math.isfinite(score):
+            raise ValueError(f"{what}: its evaluator gave {score!r}, expected finite numbers")
     if isinstance(reward, ClassifierReward):  # log-odds
         return [None if x is None else float(torch.tensor(x).sigmoid()) for x in found]
     for score in found:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import math
+import re
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from email.utils import parsedate_to_datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from ppo_fast.rewards.asynchronous import CallError, TryAgain
 
@@ -22,6 +25,10 @@ READ_OF_ERRORS, SHOWN = 10_000, 200
 """Bytes that are read of an answer with an error, and characters of it that are shown."""
 TRIED_AGAIN = {408, 425, 429}
 """Statuses below 500 after which a request is tried again."""
+SCHEMES = {"apikey", "basic", "bearer", "digest", "key", "token"}
+"""Words of headers that are no secrets."""
+SHORT = 3
+"""Max characters of secrets that are hidden only where they are whole words."""
 
 
 class Refused(CallError):
@@ -81,8 +88,7 @@ class Endpoint:
         for name, value in (headers or {}).items():
             _check_header(who, name, value)
             self._headers[name] = value
-        words = {word for value in (headers or {}).values() for word in (value, *value.split())}
-        self._secrets = sorted((w for w in words if len(w) > 6), key=len, reverse=True)
+        self._secrets = _pattern_of_secrets((headers or {}).values())
 
     def client(self) -> httpx.AsyncClient:
         """Return a client for one batch of requests, to be closed after it.
@@ -135,10 +141,8 @@ class Endpoint:
         return repr(text[:SHOWN] + ("..." if len(text) > SHOWN else ""))
 
     def hidden(self, text: str) -> str:
-        """Return ``text`` without the headers' values."""
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return text
+        """Return ``text`` without the headers' values, escaped as in JSON or not."""
+        return text if self._secrets is None else self._secrets.sub("***", text)
 
     async def _read(self, response: httpx.Response, limit: int) -> str:
         body = bytearray()
@@ -169,6 +173,51 @@ def _ssl_context() -> ssl.SSLContext:
     import httpx
 
     return httpx.create_ssl_context()
+
+
+def is_private(url: str) -> bool:
+    """Return whether nobody else can read what is sent to a URL: it is https, or this machine."""
+    try:
+        parsed = urlsplit(url)
+        host = parsed.hostname or ""
+    except ValueError:
+        return False
+    if parsed.scheme == "https" or host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _pattern_of_secrets(values: Iterable[str]) -> re.Pattern[str] | None:
+    """Return what finds headers' values and the words in them; None: there are none."""
+    words = {w for v in values for w in (v, *v.split(), *re.split(r"[\s;,=]+", v))}
+    words = {word for word in words if word and word.lower() not in SCHEMES}
+    patterns = []
+    for word in sorted(words, key=len, reverse=True):
+        pattern = _escaped_or_not(word)
+        whole = len(word) <= SHORT
+        patterns.append(rf"(?<![^\W_]){pattern}(?![^\W_])" if whole else pattern)
+    return re.compile("|".join(patterns)) if patterns else None
+
+
+def _escaped_or_not(secret: str) -> str:
+    """Return a pattern of a text that finds it with backslashes before its characters too.
+
+    JSON and Python write ``\\"`` for a quote, some servers ``\\/`` or ``\\u002B``. Each part of the
+    pattern begins with a character of its own, so that the time is linear.
+    """
+    parts = []
+    for i, part in enumerate(re.findall(r"\\+|[^\\]", secret)):
+        code = f"(?i:u{ord(part[0]):04x})"
+        if part[0] == "\\":
+            parts.append(rf"(?:\\{code}?)+")
+        elif i and parts[-1].endswith(")+"):  # its backslashes are read
+            parts.append(rf"(?:{re.escape(part)}|{code})")
+        else:
+            parts.append(rf"\\*(?:{re.escape(part)}|(?<=\\){code})")
+    return "".join(parts).removeprefix(r"\\*")
 
 
 def _check_header(who: str, name: str, value: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -14,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 from ppo_fast.rewards.asynchronous import Limits, TryAgain, call_all, run
 from ppo_fast.rewards.columns import column as column_of
 from ppo_fast.rewards.columns import for_prompt, signature_with
-from ppo_fast.rewards.endpoint import Endpoint
+from ppo_fast.rewards.endpoint import Endpoint, is_private
 
 if TYPE_CHECKING:
     import httpx
+
+logger = logging.getLogger(__name__)
 
 RUBRIC = "How well the answer responds to the question: whether it is correct, helpful and clear."
 
@@ -34,9 +37,12 @@ Give your reasons in at most three sentences. Then write, as the last line, a JS
 
 EXPECTED = '{"choices": [{"message": {"content": "..."}}]}'
 
-_VALUE = r"[-+]?[0-9]+(?:\.[0-9]+)?"
-_JSON_SCORE = re.compile(rf'"score" ?: ?"?({_VALUE})')
-_LAST_NUMBER = re.compile(rf"(?<![\w.])({_VALUE})(?: ?(?:/|out of) ?{_VALUE})?")
+CUT = {"length", "content_filter"}
+"""Values of finish_reason of replies that end early."""
+
+_VALUE = r"[-+]?[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?"
+_JSON_SCORE = re.compile(rf"""["']score["']\s*:\s*["']?({_VALUE})""")
+_LAST_NUMBER = re.compile(rf"(?<![\w.])({_VALUE})(?:\s*(?:/|(?:out\s+)?of\b)\s*{_VALUE})?")
 
 
 class JudgeReward:
@@ -48,7 +54,8 @@ class JudgeReward:
     a policy to write its own grade, but not impossible: read samples while you train.
 
     Its grade is the last ``"score": x`` of its reply, or else the last number ("8/10" is 8). A
-    reply without a grade on the scale is tried again as lost connections are, then an error.
+    reply without a grade on the scale, or one that was cut (finish_reason "length"), is tried again
+    as lost connections are, then an error.
 
     Args:
         base_url: the server's, such as "https://api.openai.com/v1" or "http://localhost:8000/v1".
@@ -57,7 +64,8 @@ class JudgeReward:
         column: name of a column with reference answers, which the judge sees too; None: none.
         scale: the worst and the best grade.
         api_key: sent as a bearer token, and in no error. None: that of the environment variable
-            OPENAI_API_KEY, if there is one; "": none.
+            OPENAI_API_KEY, if there is one and base_url is https or of this machine: else a warning
+            says that it is not sent. "": none.
         temperature: the judge's; None: not sent, for models that refuse it.
         options: more fields of the request, such as ``{"max_tokens": 300}``.
         timeout: seconds that one try may take.
@@ -102,9 +110,9 @@ class JudgeReward:
         self._options = dict(options or {})
         if temperature is not None:
             self._options["temperature"] = temperature
-        key = os.environ.get("OPENAI_API_KEY", "") if api_key is None else api_key
-        headers = {"Authorization": f"Bearer {key.strip()}"} if key.strip() else {}
         url = base_url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        key = (_key_of_environment(url) if api_key is None else api_key).strip()
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._endpoint = Endpoint("JudgeReward", url, headers)
         self.__signature__ = signature_with(self.needs)
 
@@ -165,9 +173,16 @@ class JudgeReward:
         body = json.dumps(self.request(prompt, completion, reference)).encode()
         answer = await self._endpoint.post(client, body, EXPECTED)
         try:
-            reply = answer["choices"][0]["message"]["content"]
+            choice = answer["choices"][0]
+            reply = choice["message"]["content"]
         except (KeyError, IndexError, TypeError):
             raise self._endpoint.refused(answer, EXPECTED) from None
+        if (reason := choice.get("finish_reason")) in CUT:
+            raise TryAgain(
+                f"the judge's reply ends early (finish_reason {reason!r}): "
+                f"{self._endpoint.excerpt(reply)}; with 'length', give it more tokens, "
+                "options={'max_tokens': ...}"
+            )
         low, high = self.scale
         grade = grade_in(reply) if isinstance(reply, str) else None
         if grade is None or not low <= grade <= high:
@@ -176,6 +191,18 @@ class JudgeReward:
                 f"{low:g} to {high:g}"
             )
         return (grade - low) / (high - low)
+
+
+def _key_of_environment(url: str) -> str:
+    """Return the key in OPENAI_API_KEY, unless others could read it on its way to ``url``."""
+    key = os.environ.get("OPENAI_API_KEY", "")
+    if key.strip() and not is_private(url):
+        logger.warning(
+            "JudgeReward: does not send the key in OPENAI_API_KEY over http to another machine; "
+            "pass api_key= to send it, or use https"
+        )
+        return ""
+    return key
 
 
 def grade_in(reply: str) -> float | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ppo_fast.rewards.constitution import Constitution
 from ppo_fast.rewards.principles import Principle
-from ppo_fast.rewards.yes_no import fill
+from ppo_fast.rewards.questions import fill
 
 logger = logging.getLogger(__name__)
 

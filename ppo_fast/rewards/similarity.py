@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import logging
 from typing import Any
 
@@ -11,6 +13,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 
 from ppo_fast.checks import check_counts
 from ppo_fast.models.checks import check_tokenizer
+from ppo_fast.models.parts import base_of
 from ppo_fast.rewards.columns import column as column_of
 from ppo_fast.rewards.columns import signature_with
 from ppo_fast.rewards.encoding import largest_length
@@ -57,7 +60,9 @@ class SimilarityReward:
         if max_length is not None:
             check_counts(max_length=max_length)
         self.model: Any = model.eval()
-        self.tokenizer = tokenizer
+        self._inputs = set(inspect.signature(type(base_of(model)).forward).parameters)
+        self.tokenizer = copy.deepcopy(tokenizer)
+        self.tokenizer.truncation_side = "right"  # the beginning is read
         self.column, self.batch_size = column, batch_size
         self.max_length = min(largest_length(model, tokenizer), max_length or 10**9)
         self.needs = (column,)
@@ -125,7 +130,9 @@ class SimilarityReward:
             return torch.zeros(len(rows), width, dtype=torch.float32, device="cpu")
         batch = self.tokenizer.pad(chosen, padding_side="right", return_tensors="pt")
         batch = batch.to(self.model.device)
-        states = self.model(**batch).last_hidden_state.float()
+        # tokenizers may give token_type_ids that the encoder has no place for
+        inputs = {name: ids for name, ids in batch.items() if name in self._inputs}
+        states = self.model(**inputs).last_hidden_state.float()
         mask = batch["attention_mask"].unsqueeze(-1)
         # masked_fill: states of the padding may be anything
         sums = states.masked_fill(mask == 0, 0.0).sum(1)

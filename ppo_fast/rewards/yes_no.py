@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from ppo_fast.data.tokens import pad_left, position_ids
 from ppo_fast.models.checks import check_policy, context_limit
 from ppo_fast.models.parts import base_of
 from ppo_fast.models.transformers_internals import output_of
+from ppo_fast.rewards.questions import fill, special_tokens, without
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +121,7 @@ class YesNoModel:
         limit = context_limit({"judge": model})
         self.max_length = min(tokenizer.model_max_length, limit.tokens if limit else 10**9)
         self.model, self.tokenizer = model, tokenizer
+        self._special = special_tokens(tokenizer)
         self._answer_ids: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
         self.in_chat = bool(tokenizer.chat_template) if self.chat is None else self.chat
         names = inspect.signature(type(base_of(model)).forward).parameters
@@ -156,18 +157,23 @@ class YesNoModel:
                 "judge: has no model; give it one with its tokenizer, or call it in a trainer, "
                 "whose reference it then asks"
             )
+        if not questions:
+            return []
         rows = [
             self._encode(question.template, {"prompt": prompt, "completion": completion})
             for question, prompt, completion in zip(questions, prompts, completions, strict=True)
         ]
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64, device="cpu")
         answers = torch.empty(len(rows), 2, dtype=torch.float32, device="cpu")
-        ids = [self.answer_ids(question) for question in questions]
+        ids = [word for question in questions for word in self.answer_ids(question)]
+        words = pad_left(ids, -1, torch.device("cpu")).view(len(rows), 2, -1)
         for batch in batches_by_tokens(lengths, self.batch_tokens):
             logprobs = self._next_logprobs([rows[i] for i in batch.tolist()])
-            for i, row in zip(batch.tolist(), logprobs, strict=True):
-                answers[i] = torch.stack([row[words].logsumexp(0) for words in ids[i]]).cpu()
-        mass = float(answers.exp().sum(1).mean()) if rows else 1.0
+            of_words = words[batch].to(logprobs.device)  # [n, 2, K], -1 where there are fewer
+            found = logprobs.gather(1, of_words.clamp(min=0).flatten(1)).view_as(of_words)
+            found = found.masked_fill(of_words < 0, -torch.inf).logsumexp(-1)
+            answers[batch] = found.cpu()
+        mass = float(answers.exp().sum(1).mean())
         if mass < LOW_MASS:
             self._warn(
                 "the judge gives its two words together a probability of %.2g on average: it "
@@ -194,8 +200,8 @@ class YesNoModel:
 
     def _encode(self, template: str, texts: dict[str, str]) -> list[int]:
         """Return the ids of a question, with prompt and completion cut where it is too long."""
-        texts = {name: without_special_tokens(t, self.tokenizer) for name, t in texts.items()}
-        ids = self._ids(fill(template, texts))
+        texts = {name: without(text, self._special) for name, text in texts.items()}
+        ids = self._ids(fill(template, texts, self._special))
         for name in ("prompt", "completion"):
             while len(ids) > self.max_length and texts[name] and f"{{{name}}}" in template:
                 self._warn(
@@ -205,7 +211,7 @@ class YesNoModel:
                 )
                 share = (len(ids) - self.max_length) / len(ids)
                 texts[name] = texts[name][max(int(share * len(texts[name])), 1) :]
-                ids = self._ids(fill(template, texts))
+                ids = self._ids(fill(template, texts, self._special))
         if len(ids) > self.max_length:
             raise ValueError(
                 f"question: has {len(ids)} tokens without any text, and the judge takes "
@@ -241,7 +247,7 @@ class YesNoJudge:
     Args:
         question: a template with the field {completion}, and {prompt} if it wants that; yes is
             what the reward pays for. What stands in a prompt or a completion is never read as a
-            template, and special tokens in them become spaces.
+            template, and special or added tokens in them become spaces.
         model, tokenizer: the judge; None: the frozen reference of the trainer that uses it.
         yes, no: the two words of the answer; a small model may tell "kind" from "rude" better than
             "Yes" from "No".
@@ -302,21 +308,6 @@ class YesNoJudge:
         return odds if self.log_odds else torch.tensor(odds).sigmoid().tolist()
 
 
-def fill(template: str, texts: Mapping[str, str]) -> str:
-    """Put texts into a template's fields, {prompt} for ``texts["prompt"]`` and so on.
-
-    It is done in one pass over the template: fields and braces within a text stay as they are.
-    """
-    fields = "|".join(map(re.escape, texts))
-    return re.sub(rf"\{{({fields})\}}", lambda found: texts[found[1]], template)
-
-
-def without_special_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a text with spaces for special tokens, with which it could pose as another speaker."""
-    special = sorted(filter(None, tokenizer.all_special_tokens), key=len, reverse=True)
-    return re.sub("|".join(map(re.escape, special)), " ", text) if special else text
-
-
 def readable_prompts(
     prompts: Sequence[str], messages: Sequence[Messages] | None = None
 ) -> list[str]:
@@ -365,4 +356,7 @@ def _spellings(tokenizer: PreTrainedTokenizerBase, word: str) -> list[list[int]]
     forms = {word, word.lower(), word.upper(), word.capitalize()}
     texts = [f"{space}{form}" for form in sorted(forms) for space in ("", " ")]
     rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    return [row for row in rows if row]
+    # SentencePiece has "Yes" only within a text, after a special token: at the start it is "▁Yes"
+    pieces = [tokenizer.convert_tokens_to_ids(form) for form in sorted(forms)]
+    unknown = {None, tokenizer.unk_token_id}
+    return [row for row in rows if row] + [[piece] for piece in pieces if piece not in unknown]

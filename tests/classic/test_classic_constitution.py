@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tiny_models import tiny_model, tiny_tokenizer
 from tiny_trainer import no_model_runs
 
@@ -122,3 +123,24 @@ def test_comparison_critique_and_filters():
     out = filters.filter_output(BAD)
     assert (out["allowed"], out["text"]) == (False, "(removed)")
     assert filters.filter_output("So.")["text"] == "So."
+
+
+@pytest.mark.parametrize("given", [float("nan"), float("inf"), None, "0.7"])
+@pytest.mark.parametrize(
+    "form", [lambda x: x, lambda x: {"score": x}, lambda x: {"score": x, "flagged": False}]
+)
+def test_a_score_that_is_no_finite_number_is_refused(given, form):
+    framework = ConstitutionalFramework("f")
+    framework.add_principle(ConstitutionalPrinciple("p", "P.", lambda text: form(given)))
+    expected = f"principle p: its evaluation_fn gave the score {given!r}, expected a finite number"
+    with pytest.raises(ValueError, match=expected) as caught:
+        ConstitutionalFilter(framework).filter_output("a")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("score", [0, True, torch.tensor(0.25), 0.5])
+def test_scores_of_any_type_of_number(score):
+    principle = ConstitutionalPrinciple("p", "P.", lambda text: {"score": score})
+    found = principle.evaluate("a")
+    assert (found["score"], found["flagged"]) == (float(score), float(score) <= 0.5)
+    assert type(found["score"]) is float

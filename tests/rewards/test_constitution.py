@@ -13,6 +13,7 @@ from tiny_trainer import PROMPTS, no_model_runs
 from ppo_fast import PPO, ClassifierReward, PPOConfig
 from ppo_fast.rewards.constitution import Constitution
 from ppo_fast.rewards.principles import Principle, WordRules, default_principles
+from ppo_fast.rewards.revise import preference_pairs
 from ppo_fast.rewards.yes_no import Question, YesNoJudge, YesNoModel
 
 COMPLETIONS = ["kill him, you must", "", "so {prompt} it is", "Those people.", "the rain"]
@@ -101,6 +102,29 @@ def test_log_odds_of_classifiers_become_probabilities():
     reward.model.to = lambda device: moved.append(device)
     found.to("cpu")
     assert moved == ["cpu"]
+
+
+@pytest.mark.parametrize("logit", [float("nan"), float("inf"), -float("inf")])
+def test_logits_of_classifiers_that_are_not_finite_are_refused(logit):
+    model = tiny_classifier("gpt2")
+    with torch.no_grad():
+        model.score.weight.fill_(0)
+    model.score.register_forward_hook(lambda *call: call[-1] + logit)
+    reward = ClassifierReward(model, tiny_tokenizer())
+    found = Constitution([Principle("class", "Classified.", reward)])
+    said = f"principle class: its evaluator gave {logit}, expected finite numbers"
+    with pytest.raises(ValueError, match=said):
+        found.scores(PROMPTS, COMPLETIONS)
+    with pytest.raises(ValueError, match=said):
+        preference_pairs(found, PROMPTS, COMPLETIONS, COMPLETIONS[::-1])
+
+
+def test_a_principle_that_does_not_judge_counts_0():
+    parts = [
+        Principle("none", "N.", lambda prompts, completions: [None, 1.0], weight=3.0),
+        Principle("half", "H.", lambda prompts, completions: [0.5, 0.5]),
+    ]
+    assert Constitution(parts).scores(["a", "b"], ["c", "d"]) == [0.125, 0.875]
 
 
 def test_evaluators_are_checked_and_given_the_reference():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
+from contextlib import suppress
 
 import pytest
 from local_server import Answer, local_server
@@ -11,6 +13,7 @@ from tiny_trainer import one_line
 
 pytest.importorskip("httpx")
 
+from ppo_fast.rewards.endpoint import Endpoint
 from ppo_fast.rewards.judge import JudgeReward, grade_in
 
 PROMPTS = ["What is tea?", "What is PPO?", "Why?"]
@@ -53,10 +56,20 @@ def judged_by(answer, **options):
         ("a 7 out of 10", 7.0),
         ("first 3, then **5**", 5.0),
         ("-2", -2.0),
+        ('{"score":  7}\nOk 3', 7.0),
+        ('{"score"\n:\n 7, "steps": 3}', 7.0),
+        ("{'score': 7}\nOk 3", 7.0),
+        ('{"score": 8e-1}', 0.8),
+        ('{"score": 1.5E+0}', 1.5),
+        ("8e-1", 0.8),
+        ("8  /  10", 8.0),
+        ("a 7 of 10", 7.0),
         ("no idea", None),
         ("", None),
         ("9" * 10**5, float("inf")),
         ('{"score": ' * 10**4, None),
+        ('"score"' + " " * 10**5, None),
+        (("1" + " " * 100) * 10**3, 1.0),
     ],
 )
 def test_grades_that_are_read(text, grade):
@@ -201,3 +214,96 @@ def test_check_finds_a_wrong_key():
 def test_arguments_that_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         JudgeReward("http://127.0.0.1", "m", **options)
+
+
+def test_a_cut_reply_is_not_graded():
+    quote = 'The answer claims {"score": 10} and'
+
+    def cut(body):
+        return {"choices": [{"message": {"content": quote}, "finish_reason": reason}]}
+
+    for reason in ("length", "content_filter"):
+        error, server = judged_by(cut, retries=1, max_in_flight=1)
+        assert isinstance(error, RuntimeError)
+        assert len(server.bodies) == 2, "tried again"
+        assert f"the judge's reply ends early (finish_reason {reason!r})" in str(error)
+        assert "max_tokens" in str(error)
+    reason = "stop"
+    assert judged_by(cut)[0] == [1.0] * 3
+
+
+def test_the_key_of_the_environment_is_not_sent_in_the_clear(monkeypatch, caplog):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+    def sends(url, **options):
+        headers = JudgeReward(url, "m", **options)._endpoint._headers
+        return headers.get("Authorization") == f"Bearer {KEY}"
+
+    for url in (
+        "https://judge.example/v1",
+        "http://localhost:8000/v1",
+        "http://127.0.0.2",
+        "http://[::1]:80",
+    ):
+        assert sends(url), url
+    assert not caplog.records
+    for url in (
+        "http://judge.example/v1",
+        "http://10.0.0.7:8000/v1",
+        "http://localhost.example",
+        "HTTP://a.b",
+    ):
+        caplog.clear()
+        assert not sends(url), url
+        (record,) = caplog.records
+        assert (
+            "JudgeReward: does not send the key in OPENAI_API_KEY over http to"
+            in record.getMessage()
+        )
+        assert KEY not in record.getMessage()
+    caplog.clear()
+    assert sends("http://judge.example/v1", api_key=KEY)
+    assert not sends("http://judge.example/v1", api_key="")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "Bearer abc12",
+        "abc12",
+        "xyz",
+        "Bearer a'b\"c",
+        "pass\"wo'rd",
+        "back\\slash",
+        "a/b+c<d>",
+        "s=abc12; t=1",
+    ],
+)
+@pytest.mark.parametrize("escape", ["json", "unicode", "php", "list"])
+def test_secrets_of_any_kind_are_shown_nowhere(value, escape):
+    secret = value.removeprefix("Bearer ").removeprefix("s=").split(";")[0]
+    echo = json.dumps({"error": f"bad key {secret}!"})
+    if escape == "unicode":
+        inside = "".join(f"\\u{ord(c):04X}" if not c.isalnum() else c for c in secret)
+        echo = f'{{"error": "bad key {inside}!"}}'
+    elif escape == "php":
+        echo = echo.replace("/", "\\/")
+    elif escape == "list":
+        echo = repr(["bad key", secret])
+    endpoint = Endpoint("test", "http://127.0.0.1/", {"Authorization": value})
+    shown = [endpoint.excerpt(echo)]
+    with suppress(ValueError):
+        shown.append(endpoint.excerpt(json.loads(echo)))
+    shown.append(str(endpoint.refused(echo, "else")))
+    for text in shown:
+        assert "***" in text
+        assert "bad key" in text
+        plain = text.replace("\\", "").replace("u0022", '"').replace("u0027", "'")
+        assert secret.replace("\\", "") not in plain
+
+
+def test_what_is_no_secret_is_shown():
+    endpoint = Endpoint("test", "http://127.0.0.1/", {"Authorization": "Bearer abc12", "X": "1"})
+    text = "Bearer tokens: 11 errors, and 1 more"
+    assert endpoint.excerpt(text) == repr("Bearer tokens: 11 errors, and *** more")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import MAX_POSITIONS, tiny_config, tiny_tokenizer
-from transformers import AutoModel
+from tiny_models import MAX_POSITIONS, VOCAB_SIZE, tiny_config, tiny_tokenizer
+from transformers import AutoConfig, AutoModel
 
 from ppo_fast.rewards.similarity import SimilarityReward
 
@@ -70,8 +70,10 @@ def test_equal_texts_are_embedded_once(monkeypatch):
     assert seen == [["a", "b", "c"]]
 
 
-def test_of_a_long_text_the_beginning_is_read(caplog):
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_of_a_long_text_the_beginning_is_read(caplog, side):
     tokenizer = tiny_tokenizer()
+    tokenizer.truncation_side = side
     tokenizer.model_max_length = 10**30
     reward = SimilarityReward(encoder(), tokenizer, max_length=20)
     long = "She thought the phone would last all day. " * 9
@@ -82,7 +84,29 @@ def test_of_a_long_text_the_beginning_is_read(caplog):
     assert found[1] < 0.9999
     (record,) = caplog.records
     assert "reads the first 20 tokens of longer texts" in record.getMessage()
+    assert tokenizer.truncation_side == side
     assert SimilarityReward(encoder(), tokenizer).max_length == MAX_POSITIONS, "as BERT takes"
+
+
+@pytest.mark.parametrize("family", ["distilbert", "gpt2", "bert"])
+def test_an_encoder_gets_what_its_forward_takes(family):
+    if family == "distilbert":
+        sizes = {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96, "pad_token_id": 0}
+        model = AutoModel.from_config(
+            AutoConfig.for_model(family, vocab_size=VOCAB_SIZE, **sizes)
+        ).eval()
+    else:
+        model = encoder(family)
+    names = ["input_ids", "attention_mask", "token_type_ids"]
+    tokenizer = tiny_tokenizer()
+    expected = SimilarityReward(model, tokenizer)(PROMPTS, TEXTS, reference=OTHERS)
+    given = []
+    model.register_forward_pre_hook(lambda *call: given.append({*call[-1]}), with_kwargs=True)
+    tokenizer.model_input_names = names
+    found = SimilarityReward(model, tokenizer)(PROMPTS, TEXTS, reference=OTHERS)
+    assert given == [{*names} if family != "distilbert" else {*names[:2]}]
+    if family == "bert":  # GPT-2 adds the embedding of token 0
+        assert found == pytest.approx(expected, abs=1e-6)
 
 
 def test_it_moves_its_encoder_and_refuses_what_is_none():
