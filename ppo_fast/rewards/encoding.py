@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_fast.data.prompts import encode_prompts
 from ppo_fast.models.checks import check_tokenizer, context_limit
+from ppo_fast.rewards.questions import as_data, special_tokens, without
 
 Format = Literal["joined", "pair", "chat", "policy"]
 FORMATS = get_args(Format)
@@ -40,6 +41,8 @@ class Encoder:
     """Tokenises prompts and completions for a reward model.
 
     Of a text that is too long, the beginning of the prompt is cut; BOS, CLS and separators stay.
+    Special tokens in completions become spaces, so that none ends a text or begins another turn;
+    not in "policy", whose tokens a policy may have sampled.
 
     Args:
         model: the reward model; its forward says which inputs it takes, its config how it pads.
@@ -75,6 +78,7 @@ class Encoder:
             )
         self.tokenizer, self.format, self.cut_completions = tokenizer, format, cut_completions
         self.max_length = min(largest_length(model, tokenizer), max_length or 10**9)
+        self._special = special_tokens(tokenizer, added=False)
         config = getattr(model, "config", None)
         pad_id = getattr(config, "pad_token_id", None)
         # a model's own: decoders find a text's end by it, RoBERTa and its like number positions so
@@ -123,7 +127,7 @@ class Encoder:
         """Return rows as tensors [n, L] int64, padded on the right."""
         return {
             name: nn.utils.rnn.pad_sequence(
-                [torch.tensor(row[name]) for row in rows],
+                [torch.tensor(row[name], device="cpu") for row in rows],
                 batch_first=True,
                 padding_value=self._pads.get(name, 0),
             ).to(device)
@@ -138,11 +142,11 @@ class Encoder:
         texts = [p if isinstance(p, str) else str(next(of_chats).text) for p in given]
         prompts = self._without_bos(texts)
         if self.format == "pair":
-            found = self._tokenize(list(prompts), list(completions))
+            completions = [without(text, self._special) for text in completions]
+            found = self._tokenize(list(prompts), completions)
             return [self._parts(found, i, None, text) for i, text in enumerate(completions)]
-        texts = [p + c for p, c in zip(prompts, completions, strict=True)]
-        found = self._tokenize(texts)
-        pairs = zip(prompts, completions, strict=True)
+        pairs = [as_data(pair, self._special) for pair in zip(prompts, completions, strict=True)]
+        found = self._tokenize([p + c for p, c in pairs])
         return [self._parts(found, i, len(p), c) for i, (p, c) in enumerate(pairs)]
 
     def _encode_chats(self, messages: Sequence[Chat] | None) -> list[_Encoded]:
@@ -153,7 +157,8 @@ class Encoder:
             )
         texts, starts = [], []
         for i, chat in enumerate(messages):
-            text = self._render(chat, i)
+            content = without(chat[-1]["content"], self._special)
+            text = self._render([*chat[:-1], {**chat[-1], "content": content}], i)
             prompt = self._render(chat[:-1], i, add_generation_prompt=True)
             texts.append(text)
             starts.append(common_prefix(text, prompt))

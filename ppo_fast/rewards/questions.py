@@ -1,4 +1,4 @@
-"""Templates of questions, filled with texts that stay data: they form no special tokens."""
+"""Texts that a judge reads as data: they form no special tokens, in questions' templates too."""
 
 from __future__ import annotations
 
@@ -21,11 +21,23 @@ def fill(template: str, texts: Mapping[str, str], special: Sequence[str] = ()) -
     """
     fields = "|".join(map(re.escape, texts))
     pieces = re.split(rf"\{{({fields})\}}", template)  # the template's and names of texts in turn
-    pieces[1::2] = [without(texts[name], special) for name in pieces[1::2]]
+    pieces[1::2] = [texts[name] for name in pieces[1::2]]
+    return "".join(as_data(pieces, special))
+
+
+def as_data(pieces: Sequence[str], special: Sequence[str]) -> list[str]:
+    """Return parts of a text, of which each second one forms no special token.
+
+    Args:
+        pieces: parts that stay as they are and parts that are data, in turn.
+        special: the tokens, as ``special_tokens`` returns them.
+    """
+    pieces = list(pieces)
+    pieces[1::2] = [without(text, special) for text in pieces[1::2]]
     while found := _formed(pieces, special):
         index, start, end = found
         pieces[index] = f"{pieces[index][:start]} {pieces[index][end:]}"
-    return "".join(pieces)
+    return pieces
 
 
 def without(text: str, special: Sequence[str]) -> str:
@@ -41,14 +53,18 @@ def without(text: str, special: Sequence[str]) -> str:
     return text
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def special_tokens(tokenizer: PreTrainedTokenizerBase, *, added: bool = True) -> list[str]:
     """Return what a tokenizer reads as one token wherever it stands in a text, longest first.
 
-    These are its special tokens and all tokens added to its vocabulary, such as the names of roles
-    in chats, without those of white space.
+    These are its special tokens, such as the names of roles in chats, without those of white space.
+
+    Args:
+        tokenizer: any.
+        added: whether other tokens added to its vocabulary are among them, such as "<think>".
     """
-    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
-    found = {token for token in (*tokenizer.all_special_tokens, *added) if token.strip()}
+    tokens = tokenizer.added_tokens_decoder.values()
+    contents = [token.content for token in tokens if added or token.special]
+    found = {token for token in (*tokenizer.all_special_tokens, *contents) if token.strip()}
     return sorted(found, key=lambda token: (-len(token), token))
 
 
