@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ppo_fast.models.parts import base_of
-from ppo_fast.models.quantized import bits_of
+from ppo_fast.models.quantized import bits_of, to_float32
 
 
 class Adapted(NamedTuple):
@@ -46,24 +46,39 @@ def without_new_adapters(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def merged_adapters(model: nn.Module) -> Iterator[None]:
+def merged_adapters(model: nn.Module, *, in_float32: bool = False) -> Iterator[None]:
     """Temporarily replace layers with adapters by plain layers, the adapters merged in.
 
     The merged weights are copies. Quantised layers stay as they are, and so do layers with a
     ``forward`` of the instance, which a copy would not bind to its own weights.
+
+    Args:
+        model: a model with adapters; of one without, nothing changes.
+        in_float32: merge in float32, and hold all half-precision weights of the model in float32
+            within the block. Rounding to half precision removes most of a small change, and
+            transformers loads a saved model in one dtype.
     """
     adapted = [
         a
         for a in adapted_layers(model)
         if _is_mergeable(a.layer) and not any("forward" in vars(part) for part in a.layer.modules())
     ]
+    converts = in_float32 and bool(adapted)
+    held = [(t, t.data) for t in [*model.parameters(), *model.buffers()]] if converts else []
     try:
         for parent, name, layer in adapted:
             merged = copy.deepcopy(layer)
+            if converts:
+                to_float32(merged)
             merged.merge()
             parent.register_module(name, merged.base_layer)
+        if converts:
+            to_float32(model)
         yield
     finally:
+        for tensor, data in held:
+            if tensor.dtype != data.dtype:
+                tensor.data = data
         for parent, name, layer in adapted:
             parent.register_module(name, layer)
 

@@ -362,3 +362,23 @@ def test_merging_changes_no_draw(family, dora, monkeypatch):
     assert calls
     assert torch.equal(merged.tokens.response_ids, apart.tokens.response_ids)
     torch.testing.assert_close(merged.logprobs, apart.logprobs, rtol=1e-5, atol=2e-5)
+
+
+def test_merged_in_float32_nothing_is_rounded():
+    policy = with_lora(base_model().bfloat16(), 4)
+    places = adapted_layers(policy)
+    for place in places:
+        torch.nn.init.normal_(place.layer.lora_B["default"].weight, std=1e-4)
+    before = weights(policy)
+    dtypes = {name: weight.dtype for name, weight in before.items()}
+    deltas = [place.layer.get_delta_weight("default") for place in places]
+    with merged_adapters(policy, in_float32=True):
+        assert {p.dtype for p in policy.parameters()} == {torch.float32}
+        for place, delta in zip(places, deltas, strict=True):
+            merged = getattr(place.parent, place.name).weight
+            added = merged - place.layer.base_layer.weight.float()
+            assert (added - delta).norm() < 1e-3 * delta.norm()
+    assert {name: weight.dtype for name, weight in weights(policy).items()} == dtypes
+    assert not changed(policy, before)
+    with merged_adapters(policy):  # as a rollout computes
+        assert {p.dtype for p in policy.parameters()} == {torch.bfloat16}

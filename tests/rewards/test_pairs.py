@@ -43,6 +43,9 @@ def test_forms_of_rows(row, expected):
         (f"{ASKED} Yes.", f"{ASKED} Yes. No", ASKED),
         ("Yes.", "No.", ""),
         ("Yes.", "Yesterday", ""),
+        ("Yes ", "Yes and no", ""),
+        (f"{ASKED} Yes \n", f"{ASKED} Yes \nand no", ASKED),
+        ("a b", "a b\n \nc", "a"),
     ],
 )  # fmt: skip
 def test_texts_without_a_prompt_begin_with_it(chosen, rejected, prompt):
@@ -52,6 +55,8 @@ def test_texts_without_a_prompt_begin_with_it(chosen, rejected, prompt):
         chosen,
         rejected,
     )
+    assert pair.chosen.completion.strip()
+    assert pair.rejected.completion.strip()
 
 
 def test_a_text_is_one_message_of_the_user():

@@ -33,8 +33,8 @@ def pair_losses(
 def pair_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, float]:
     """Compute metrics of rewards [n] and [n]: plain floats.
 
-    accuracy is the share of pairs whose chosen response has the higher reward, margin the mean
-    difference; reward_mean and reward_std are over both responses.
+    accuracy is the share of pairs whose chosen response has the higher reward (of equal rewards
+    none is higher), margin the mean difference; reward_mean and reward_std are over both responses.
     """
     difference, rewards = chosen - rejected, torch.cat([chosen, rejected])
     return {
@@ -49,14 +49,15 @@ def calibration(chosen: Tensor, rejected: Tensor) -> float:
     """Compute the expected calibration error of the probabilities that the rewards state.
 
     Of each pair, the response with the higher reward is predicted, with the confidence
-    sigmoid(|r_chosen - r_rejected|). The error is sum over bins of |B|/n |acc(B) - conf(B)|, with
+    sigmoid(|r_chosen - r_rejected|); equal rewards predict either with 1/2, and are right by 1/2.
+    The error is sum over bins of |B|/n |acc(B) - conf(B)|, with
     10 bins of equal width over (0, 1] (Guo et al. 2017, equation 3); 0 is best.
 
     Args:
         chosen, rejected: rewards [n].
     """
     difference = (chosen - rejected).double()
-    confidence, right = difference.abs().sigmoid(), (difference > 0).double()
+    confidence, right = difference.abs().sigmoid(), (difference.sign() + 1) / 2
     bins = (confidence * BINS).ceil().long() - 1
-    gaps = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, right - confidence)
+    gaps = difference.new_zeros(BINS).index_add_(0, bins, right - confidence)
     return float(gaps.abs().sum() / len(difference))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +22,11 @@ from ppo_fast.models.adapters import adapted_layers
 from ppo_fast.models.heads import RewardModel
 from ppo_fast.models.lora import lora_config
 from ppo_fast.models.parts import body_of
+from ppo_fast.models.patching import replaced_forwards
 from ppo_fast.models.precision import HALF, hold_trained_weights
+from ppo_fast.models.quantized import packed_weights, to_float32
 from ppo_fast.models.trunk import freeze_trunk
+from ppo_fast.ops.gradient import without_autocast
 from ppo_fast.rewards.fit.settings import RewardModelConfig
 
 logger = logging.getLogger(__name__)
@@ -92,8 +97,11 @@ def _classifier_of(causal_lm: PreTrainedModel, seed: int) -> PreTrainedModel:
 
 def _new_head(empty: nn.Linear, like: Tensor, seed: int) -> nn.Linear:
     """Return a head drawn from N(0, 1 / (D + 1)) (Stiennon et al. 2020, appendix C), bias 0."""
-    width, generator = empty.in_features, torch.Generator().manual_seed(seed)
-    head = nn.Linear(width, 1, bias=empty.bias is not None, device="cpu", dtype=torch.float32)
+    width, generator = empty.in_features, torch.Generator("cpu").manual_seed(seed)
+    # nn.Linear itself would draw from torch's global generator
+    head = nn.utils.skip_init(
+        nn.Linear, width, 1, bias=empty.bias is not None, device="cpu", dtype=torch.float32
+    )
     with torch.no_grad():
         head.weight.normal_(0, (width + 1) ** -0.5, generator=generator)
         if head.bias is not None:
@@ -123,10 +131,11 @@ def choose_trained(model: nn.Module, config: RewardModelConfig) -> None:
             # the head; a RewardModel does not use its causal LM's own
             unused = isinstance(model, RewardModel) and id(parameter) in of_base
             parameter.requires_grad_(not unused)
-    halves = any(p.dtype in HALF for p in model.parameters())
+    packed = packed_weights(model)
+    halves = any(p.dtype in HALF and p not in packed for p in model.parameters())
     if config.compute_dtype is None and halves:
         logger.warning("model: its half-precision weights become float32; see compute_dtype")
-        model.float()
+        to_float32(model)
     hold_trained_weights(model, torch.float32)
 
 
@@ -137,17 +146,45 @@ def _add_adapters(base: Any, config: RewardModelConfig) -> None:
     from peft import inject_adapter_in_model
 
     base.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    # torch.manual_seed would seed the GPUs' generators too
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(config.seed)
         inject_adapter_in_model(replace(chosen, task_type="SEQ_CLS"), base)
     base.eval()
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Merge all adapters of a model into its weights, in place."""
+    """Merge all adapters of a model into its weights, in place and in float32."""
     for parent, name, layer in adapted_layers(model):
+        to_float32(layer)  # rounded to half precision, most of what was learned would be lost
         layer.merge()
         parent.register_module(name, layer.base_layer)
+
+
+def head_in_its_dtype(model: nn.Module, device: torch.device) -> AbstractContextManager[None]:
+    """Within the block, compute what is outside the body in its weights' dtype, not by autocast.
+
+    Rewards in bfloat16 would have 8 significant bits: close ones would be equal.
+    """
+    base = model.base_model if isinstance(model, RewardModel) else model
+    assert isinstance(base, nn.Module)
+    body = body_of(base)
+    heads = [
+        child
+        for child in model.children()
+        if any(True for _ in child.parameters()) and all(m is not body for m in child.modules())
+    ]
+    return replaced_forwards([(head, _without_autocast(head, device)) for head in heads])
+
+
+def _without_autocast(head: nn.Module, device: torch.device) -> Callable[..., Any]:
+    forward, dtype = head.forward, next(head.parameters()).dtype
+
+    def run(states: Tensor, *others: Any, **named: Any) -> Any:
+        with without_autocast(device):
+            return forward(states.to(dtype), *others, **named)
+
+    return run
 
 
 def rewards_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -110,7 +110,8 @@ def split(count: int, share: float | None, seed: int) -> tuple[list[int], list[i
             f"held_out: got {share}, {held_out} of {count} pairs, which leaves none to train on; "
             "give more pairs, or held_out=None"
         )
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator("cpu").manual_seed(seed)
+    order = torch.randperm(count, generator=generator, device="cpu").tolist()
     return sorted(order[held_out:]), sorted(order[:held_out])
 
 
@@ -159,8 +160,12 @@ def _check(chosen: Response, rejected: Response, what: str) -> None:
 
 
 def _split_texts(chosen: str, rejected: str) -> tuple[Response, Response]:
-    """Divide two texts into the words that both begin with, the prompt, and the rest."""
-    start = max(chosen.rfind(space, 0, common_prefix(chosen, rejected)) for space in " \n")
+    """Divide two texts into the words that both begin with, the prompt, and the rest.
+
+    No rest is blank.
+    """
+    end = min(common_prefix(chosen, rejected), len(chosen.rstrip()), len(rejected.rstrip()))
+    start = max(chosen.rfind(space, 0, end) for space in " \n")
     start = max(start, 0)  # the space is the response's, as tokenizers have it
     return Response(chosen[:start], chosen[start:]), Response(rejected[:start], rejected[start:])
 

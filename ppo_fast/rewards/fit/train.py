@@ -16,6 +16,7 @@ from ppo_fast.data.batches import batches_by_tokens
 from ppo_fast.models.checks import check_tokenizer, check_vocabulary, resolve_device
 from ppo_fast.models.heads import RewardModel
 from ppo_fast.models.precision import computing_in
+from ppo_fast.models.quantized import to_float32
 from ppo_fast.rewards.encoding import (
     FORMAT_ATTRIBUTE,
     LENGTH_ATTRIBUTE,
@@ -23,7 +24,13 @@ from ppo_fast.rewards.encoding import (
     Format,
 )
 from ppo_fast.rewards.fit.loss import calibration, pair_losses, pair_metrics
-from ppo_fast.rewards.fit.model import as_reward_model, choose_trained, merge_adapters, rewards_of
+from ppo_fast.rewards.fit.model import (
+    as_reward_model,
+    choose_trained,
+    head_in_its_dtype,
+    merge_adapters,
+    rewards_of,
+)
 from ppo_fast.rewards.fit.pairs import Pair, read_pairs, split
 from ppo_fast.rewards.fit.settings import RewardModelConfig
 from ppo_fast.rewards.fit.tokens import PairTokens, encode_pairs
@@ -39,7 +46,7 @@ SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "
 class RewardModelResult:
     """A trained reward model.
 
-    model: the model, in eval mode, with adapters merged.
+    model: the model, in eval mode and float32, with adapters merged.
     history: the metrics of each optimizer step: step, epoch, loss, accuracy, margin (mean
         difference of the rewards of chosen and rejected responses), reward_mean and reward_std,
         grad_norm, learning_rate; after an evaluation also those of the held-out pairs, as
@@ -86,8 +93,9 @@ def train_reward_model(
     Raises:
         TypeError, ValueError: a model, a tokenizer, pairs or settings that do not fit; before any
             model runs.
-        FloatingPointError: a loss or gradient was not finite; the weights are those of the step
-            before.
+        FloatingPointError: a reward, loss or gradient of a step was not finite, and the weights are
+            those of the step before; or a reward or loss of held-out pairs was, and the weights are
+            those that were evaluated.
     """
     config = RewardModelConfig() if config is None else config
     if not isinstance(config, RewardModelConfig):
@@ -114,6 +122,7 @@ def train_reward_model(
         evaluation = run.train(trained, evaluated)
     finally:
         merge_adapters(reward_model)
+        to_float32(reward_model)  # with compute_dtype, what is frozen may be in half precision
     _note(reward_model, encoder)
     return RewardModelResult(reward_model, run.history, evaluation)
 
@@ -235,9 +244,9 @@ class _Run:
 
     def _batches(self, count: int) -> Iterator[Tensor]:
         """Yield the indices of each step's pairs; each epoch has an order of its own."""
-        generator = torch.Generator().manual_seed(self.config.seed)
+        generator = torch.Generator("cpu").manual_seed(self.config.seed)
         for _ in range(self.config.num_epochs):
-            order = torch.randperm(count, generator=generator)
+            order = torch.randperm(count, generator=generator, device="cpu")
             yield from order.split(self.config.batch_size)
 
     @torch.enable_grad()
@@ -245,7 +254,8 @@ class _Run:
         """Run an optimizer step on the pairs ``rows``.
 
         Raises:
-            FloatingPointError: the loss or the gradient is not finite; nothing is changed.
+            FloatingPointError: a reward, the loss or the gradient is not finite; nothing is
+                changed.
         """
         losses = torch.zeros(len(rows), device="cpu")
         rewards = torch.zeros(2, len(rows), device="cpu")
@@ -258,11 +268,13 @@ class _Run:
         gradients = [p.grad for p in self.trained.values() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         loss = float(losses.mean())
-        if not (norm.isfinite() and losses.isfinite().all()):
+        # an infinite reward of a chosen response has loss 0
+        if not (norm.isfinite() and losses.isfinite().all() and rewards.isfinite().all()):
             optimizer.zero_grad()
             raise FloatingPointError(
-                f"step {step}: the loss is {loss}, the gradient's norm {float(norm)}; this step "
-                "changed nothing; lower learning_rate, or use compute_dtype=None"
+                f"step {step}: the loss is {loss}, the gradient's norm {float(norm)}, the largest "
+                f"reward {float(rewards.abs().max())}; this step changed nothing; lower "
+                "learning_rate, or use compute_dtype=None"
             )
         if self.config.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(self.trained.values(), self.config.max_grad_norm, norm)
@@ -276,20 +288,29 @@ class _Run:
     def _rewards(self, data: PairTokens, rows: Tensor) -> Tensor:
         """Compute the rewards [2, n] of the chosen and the rejected responses, in one batch."""
         texts = [side[i] for side in (data.chosen, data.rejected) for i in rows.tolist()]
-        with computing_in(self.dtype, self.device):
+        with computing_in(self.dtype, self.device), head_in_its_dtype(self.model, self.device):
             rewards = rewards_of(self.model, self.encoder.pad(texts, self.device))
         return rewards.view(2, -1)
 
     @torch.no_grad()
-    def evaluate(self, data: PairTokens, step: int = 0) -> Metrics:
-        """Compute the metrics of pairs that are not trained on."""
-        every = torch.arange(len(data.chosen))
+    def evaluate(self, data: PairTokens, step: int | None = None) -> Metrics:
+        """Compute the metrics of pairs that are not trained on, after ``step``.
+
+        Raises:
+            FloatingPointError: a reward or a loss is not finite.
+        """
+        every = torch.arange(len(data.chosen), device="cpu")
         rewards = torch.zeros(2, len(every), device="cpu")
         for part in self._microbatches(data, every):
             rewards[:, part] = self._rewards(data, part).cpu()
         losses = pair_losses(rewards[0], rewards[1], data.margins, self.config.centering)
-        if not losses.isfinite().all():
-            raise FloatingPointError(f"step {step}: the loss of held-out pairs is not finite")
+        finite = losses.isfinite() & rewards.isfinite().all(0)
+        if not finite.all():
+            where = "" if step is None else f"held-out pairs after step {step}: "
+            raise FloatingPointError(
+                f"{where}{int((~finite).sum())} of {len(finite)} pairs have a reward or a loss "
+                "that is not finite"
+            )
         metrics = {"loss": float(losses.mean()), **pair_metrics(rewards[0], rewards[1])}
         return metrics | {"calibration": calibration(rewards[0], rewards[1])}
 
