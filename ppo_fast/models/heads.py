@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ppo_fast.checks import check_counts
 from ppo_fast.data.prompts import encode_prompts
 from ppo_fast.data.tokens import position_ids
 from ppo_fast.models.parts import body_of
@@ -130,8 +131,13 @@ class RewardModel(nn.Module):
     ) -> Tensor:
         """Compute scores [B] of texts, prompt and response joined, in eval mode.
 
-        Of a text of more than ``max_length`` tokens, the beginning is cut, with a warning.
+        Of a text of more than ``max_length`` tokens, the beginning is cut, all but a BOS or CLS
+        token, with a warning.
+
+        Raises:
+            ValueError: ``max_length`` is no whole number of at least 1.
         """
+        check_counts(max_length=max_length)
         found = self._tokenize(prompts, responses, tokenizer)
         if long := sum(len(ids) > max_length for ids in found):
             logger.warning(
@@ -140,7 +146,9 @@ class RewardModel(nn.Module):
                 len(found),
                 max_length,
             )
-        rows = [torch.tensor(ids[-max_length:]) for ids in found]
+        kept = {tokenizer.bos_token_id, tokenizer.cls_token_id}
+        found = [_cut(ids, max_length, int(ids[:1] != [] and ids[0] in kept)) for ids in found]
+        rows = [torch.tensor(ids, device="cpu") for ids in found]
         input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
         last = torch.tensor([len(row) - 1 for row in rows], device=device)
         training = self.training
@@ -171,6 +179,12 @@ class RewardModel(nn.Module):
         return self.reward_head(states[torch.arange(len(last), device=last.device), last]).squeeze(
             -1
         )
+
+
+def _cut(ids: list[int], max_length: int, keeps: int) -> list[int]:
+    """Return at most ``max_length`` ids: the first ``keeps`` of the text, and its last ones."""
+    excess = max(0, len(ids) - max_length)
+    return [*ids[:keeps], *ids[keeps + excess :]]
 
 
 def _classifier_parts(classifier: nn.Module) -> tuple[nn.Module, nn.Module]:

@@ -190,3 +190,22 @@ def test_get_rewards_scores_texts():
         ids = torch.tensor(tokenizer(prompt + response)["input_ids"])[None, -40:]
         torch.testing.assert_close(score, model(ids)[0], rtol=1e-5, atol=1e-5)
     assert not found.requires_grad
+
+
+@torch.no_grad()
+def test_get_rewards_keeps_bos_of_texts_that_are_cut():
+    """As ClassifierReward does."""
+    model, tokenizer = scorer(RewardModel), tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<|pad|>"})
+    for append_eos, end in ((False, []), (True, [0])):
+        model.append_eos = append_eos
+        found = model.get_rewards(["<|pad|>" + "x" * 60], [" of it"], tokenizer, "cpu", 12)
+        ids = [*tokenizer("<|pad|>" + "x" * 60 + " of it")["input_ids"], *end]
+        assert ids[0] == tokenizer.bos_token_id
+        expected = model(torch.tensor([[ids[0], *ids[-11:]]]))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    whole = model.get_rewards(["<|pad|>a"], ["b"], tokenizer, "cpu", 4)
+    ids = torch.tensor([[*tokenizer("<|pad|>ab")["input_ids"], 0]])
+    torch.testing.assert_close(whole, model(ids), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="max_length: got 0, expected a whole number of at"):
+        model.get_rewards(["a"], ["b"], tokenizer, "cpu", 0)
