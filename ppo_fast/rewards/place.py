@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import nn
 
 from ppo_fast.models.setup import disable_dropout
+from ppo_fast.rewards.encoding import FORMAT_ATTRIBUTE
+
+logger = logging.getLogger(__name__)
 
 
 def place_reward(
     reward: Any, device: torch.device, reward_device: torch.device | str | None
 ) -> None:
     """Switch a reward model's dropout off, and move it to its device.
+
+    A warning is logged of a module that was trained on texts in another format than "policy": it is
+    given the policy's tokens, which end with EOS where a response was not cut.
 
     Args:
         reward: a module, or an object with ``to(device)``, which is called; functions stay.
@@ -28,6 +35,7 @@ def place_reward(
         if isinstance(reward, nn.Module):
             disable_dropout(reward)
             reward.eval()
+            _warn_of_format(reward)
             placed = {tensor.device.type for tensor in [*reward.parameters(), *reward.buffers()]}
             if "meta" in placed:
                 raise ValueError("reward_model: lies on meta, and has no weights; load them")
@@ -38,3 +46,15 @@ def place_reward(
     except (RuntimeError, AssertionError) as error:  # torch asserts that it has CUDA
         line = str(error).splitlines()[0]
         raise ValueError(f"reward_device: got {str(reward_device or device)!r} ({line})") from error
+
+
+def _warn_of_format(module: nn.Module) -> None:
+    noted = getattr(getattr(module, "config", None), FORMAT_ATTRIBUTE, None)
+    if noted not in (None, "policy"):
+        logger.warning(
+            "reward_model: %s was trained with format=%r, and is given the policy's tokens, with "
+            "EOS where a response ends; pass ClassifierReward(reward_model, its_tokenizer), or "
+            'train it with format="policy"',
+            type(module).__name__,
+            noted,
+        )
