@@ -102,7 +102,8 @@ class Reward:
         """Load the model as a sequence classifier; one that is none gets a new head.
 
         Raises:
-            ValueError: it cannot be loaded, or weights of its body are missing.
+            ValueError: it cannot be loaded, or weights are missing; of a model that is no
+                classifier those of its body.
         """
         import torch
         from transformers import AutoConfig, AutoModelForSequenceClassification, set_seed
@@ -126,6 +127,9 @@ class Reward:
         finally:
             transformers_logging.set_verbosity(verbosity)
         body = f"{model.base_model_prefix}."
-        if lost := [n for n in found["missing_keys"] if n.startswith(body) and "pooler" not in n]:
+        lost = found["missing_keys"]
+        if not is_classifier:  # its head is new, and so may a pooler be
+            lost = [name for name in lost if name.startswith(body) and "pooler" not in name]
+        if lost:
             raise ValueError(f"--model: {self.model} has no weights {', '.join(sorted(lost)[:3])}")
         return model
