@@ -267,9 +267,11 @@ class RewardModelTrainer:
             raise FileNotFoundError(f"path: no file {path}")
         try:
             contents = torch.load(path, map_location="cpu", weights_only=True)
-            weights, history = contents["reward_model"], contents["training_history"]
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise ValueError(f"path: {path} is no checkpoint of a RewardModelTrainer") from error
+        if not _is_checkpoint(contents):
+            raise ValueError(f"path: {path} is no checkpoint of a RewardModelTrainer")
+        weights, history = contents["reward_model"], contents["training_history"]
         own = {name: tensor.shape for name, tensor in self.reward_model.state_dict().items()}
         if own != {name: tensor.shape for name, tensor in weights.items()}:
             raise ValueError(f"path: {path} holds the weights of another model")
@@ -308,6 +310,19 @@ class RewardModelTrainer:
         if save_path is not None:
             figure.savefig(save_path, dpi=150)
         return figure
+
+
+def _is_checkpoint(contents: Any) -> bool:
+    """Return whether a file's contents are those that ``save_checkpoint`` writes."""
+    if not isinstance(contents, dict):
+        return False
+    weights, history = contents.get("reward_model"), contents.get("training_history")
+    return (
+        isinstance(weights, dict)
+        and isinstance(history, dict)
+        and all(isinstance(weight, Tensor) for weight in weights.values())
+        and all(isinstance(numbers, list) for numbers in history.values())
+    )
 
 
 def _joined(

@@ -169,7 +169,17 @@ def test_files_that_are_no_checkpoints(tmp_path, capsys):
     torch.save(Evil(), tmp_path / "evil.pt")
     (tmp_path / "half.pt").write_bytes(b"PK\x03\x04")
     torch.save({"weights": 1}, tmp_path / "other.pt")
-    for name in ("evil.pt", "half.pt", "other.pt"):
+    others = {
+        "list.pt": {"reward_model": [1, 2], "training_history": {}},
+        "numbers.pt": {"reward_model": {"a": 1}, "training_history": {}},
+        "history.pt": {"reward_model": before, "training_history": [1]},
+        "losses.pt": {"reward_model": before, "training_history": {"losses": 1}},
+        "rows.pt": [1],
+        "tensor.pt": torch.zeros(2),
+    }
+    for name, contents in others.items():
+        torch.save(contents, tmp_path / name)
+    for name in ("evil.pt", "half.pt", "other.pt", *others):
         with pytest.raises(ValueError, match=f"{name} is no checkpoint of a RewardModelTrainer"):
             trainer.load_checkpoint(tmp_path / name)
     other = RewardModelTrainer(tiny_reward_model(), TOKENIZER)
@@ -181,6 +191,7 @@ def test_files_that_are_no_checkpoints(tmp_path, capsys):
         trainer.load_checkpoint(tmp_path / "missing.pt")
     assert "code was run" not in capsys.readouterr().out
     assert not changed(trainer.reward_model, before)
+    assert trainer.training_history == {}
 
 
 def test_the_plot(tmp_path, monkeypatch):
