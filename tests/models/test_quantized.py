@@ -16,6 +16,7 @@ from tiny_trainer import (
     PROMPTS,
     changed,
     count_letters,
+    no_model_runs,
     one_line,
     true_logprobs,
     weights,
@@ -38,6 +39,8 @@ from ppo_fast.models.quantized import (
     quantized_layers,
     shared_states,
 )
+from ppo_fast.rewards.fit.settings import RewardModelConfig
+from ppo_fast.rewards.fit.train import train_reward_model
 from ppo_fast.runs import checkpoint
 
 bnb = pytest.importorskip("bitsandbytes", reason="quantised weights need bitsandbytes")
@@ -189,6 +192,15 @@ def test_half_precision_becomes_float32_around_the_bits(folder):
         assert torch.equal(layer.weight.data.view(torch.uint8), before.view(torch.uint8))
     with merged_adapters(policy):
         assert len(adapted_layers(policy)) == 3 * 7
+
+
+def test_adapters_of_a_reward_model_are_refused_before_it_is_trained(folder):
+    model, tokenizer = loaded_by_transformers(folder), tiny_tokenizer()
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    with no_model_runs(), pytest.raises(ValueError, match="model: its weights are quantised, and"):
+        train_reward_model(
+            model, tokenizer, [row], config=RewardModelConfig(lora_rank=2), held_out=None
+        )
 
 
 def test_bits_that_bitsandbytes_rewrote_for_the_processor_come_back(folder):

@@ -113,8 +113,14 @@ def choose_trained(model: nn.Module, config: RewardModelConfig) -> None:
     """Freeze what the config does not train, add adapters, and hold trained weights in float32.
 
     Raises:
-        ValueError: a bad number of layers, or peft is not installed.
+        ValueError: a bad number of layers, adapters on quantised weights, or peft is not installed.
     """
+    packed = packed_weights(model)
+    if config.lora_rank is not None and packed:
+        raise ValueError(
+            "model: its weights are quantised, and adapters cannot be merged into them; load it "
+            "without quantization"
+        )
     base = model.base_model if isinstance(model, RewardModel) else model
     assert isinstance(base, nn.Module)
     body = body_of(base)
@@ -131,7 +137,6 @@ def choose_trained(model: nn.Module, config: RewardModelConfig) -> None:
             # the head; a RewardModel does not use its causal LM's own
             unused = isinstance(model, RewardModel) and id(parameter) in of_base
             parameter.requires_grad_(not unused)
-    packed = packed_weights(model)
     halves = any(p.dtype in HALF and p not in packed for p in model.parameters())
     if config.compute_dtype is None and halves:
         logger.warning("model: its half-precision weights become float32; see compute_dtype")
