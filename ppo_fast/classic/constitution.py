@@ -232,9 +232,15 @@ class _Evaluation:
         if model is None:
             (score,) = self.rules([NO_PROMPT], [text])
             return {"score": score, "matches": self.rules.matches(text)}
+        modes = [(part, part.training) for part in model.modules()]
         if self._constitution is None or self._constitution.judge.model is not model:
             self._constitution = Constitution([self.asked], judge=model, tokenizer=tokenizer)
-        (score,) = self._constitution.scores([NO_PROMPT], [text])
+        model.eval()
+        try:
+            (score,) = self._constitution.scores([NO_PROMPT], [text])
+        finally:
+            for part, training in modes:
+                part.training = training
         return {"score": score}
 
 

@@ -93,6 +93,7 @@ def train_reward_model(
             )
 
     config = RewardModelConfig(
+        format="joined",
         num_epochs=num_epochs,
         batch_size=batch_size * gradient_accumulation_steps,
         microbatch_tokens=2 * batch_size * max_length,
@@ -121,7 +122,11 @@ def evaluate_reward_model(
     max_length: int = MAX_LENGTH,
 ) -> tuple[float, float]:
     """Compute the loss of preference pairs, and the share whose chosen response scores higher."""
-    config = RewardModelConfig(max_length=max_length, microbatch_tokens=2 * batch_size * max_length)
+    config = RewardModelConfig(
+        format="joined",
+        max_length=max_length,
+        microbatch_tokens=2 * batch_size * max_length,
+    )
     metrics = fit.evaluate_reward_model(
         reward_model, tokenizer, evaluation_data, config=config, device=device
     )
@@ -199,6 +204,7 @@ class RewardModelTrainer:
             losses, accuracy and epochs, as ``train_reward_model``.
         """
         config = RewardModelConfig(
+            format="joined",
             num_epochs=num_epochs,
             batch_size=self.batch_size,
             learning_rate=self.learning_rate,
@@ -276,7 +282,6 @@ class RewardModelTrainer:
         if own != {name: tensor.shape for name, tensor in weights.items()}:
             raise ValueError(f"path: {path} holds the weights of another model")
         self.reward_model.load_state_dict(weights)
-        self.reward_model.append_eos = True
         self.training_history = history
 
     def plot_training_history(self, save_path: str | Path | None = None) -> Any:

@@ -84,7 +84,8 @@ class Reward:
             shown = {name: metrics.get(f"held_out/{name}") for name in SHOWN}
             if shown["loss"] is not None:
                 numbers = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
-                console.print(plain(f"step {metrics['step']:g}  held out: {numbers}"))
+                line = f"step {metrics['step']:g}  held out: {numbers}"
+                console.print(plain(line), soft_wrap=True)
 
         result = train_reward_model(
             self._load(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,7 @@ class Question:
         no: the word that speaks against it.
 
     Raises:
-        ValueError: there is no field {completion}, or a word is empty.
+        ValueError: there is no field {completion}, or another; or a word is empty.
     """
 
     template: str
@@ -50,6 +51,10 @@ class Question:
             raise ValueError(
                 f"question: got {self.template!r}, expected a text with the field {{completion}}, "
                 "and {prompt} if it wants that"
+            )
+        if unknown := set(re.findall(r"{(\w+)}", self.template)) - {"prompt", "completion"}:
+            raise ValueError(
+                f"question: has the field {{{min(unknown)}}}, expected {{completion}} and {{prompt}}"
             )
         for name, word in (("yes", self.yes), ("no", self.no)):
             if not isinstance(word, str) or not word.strip():

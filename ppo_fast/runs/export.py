@@ -57,7 +57,8 @@ def export_policy(
 ) -> Literal["policy", "adapter"]:
     """Save a policy and its tokenizer: a whole model, or its adapter alone.
 
-    A whole model has its adapters merged, and ``AutoModelForCausalLM`` loads it. An adapter is
+    A whole model has its adapters merged, in float32 (in half precision most of what they learned
+    would be rounded away), and ``AutoModelForCausalLM`` loads it. An adapter is
     loaded by ``peft.PeftModel.from_pretrained(base, folder)``. Of a quantised base, whose weights
     cannot take the adapter in, the adapter alone is saved.
 
@@ -82,8 +83,11 @@ def export_policy(
         logger.info("the base is quantised: its adapter is saved, not a whole model")
     with written_folder(folder) as new:
         if kind == "policy":
-            with merged_adapters(policy):
-                base_of(policy).save_pretrained(new)
+            base: Any = base_of(policy)
+            dtype = base.config.dtype
+            with merged_adapters(policy, in_float32=True):
+                base.save_pretrained(new)  # which notes the dtype in the config
+            base.config.dtype = dtype
         else:  # "auto" would ask the hub for the base model's vocabulary
             policy.save_pretrained(new, save_embedding_layers=False)
         tokenizer.save_pretrained(new)
@@ -187,7 +191,7 @@ def token_classifier(ppo: Trained) -> PreTrainedModel:
         raise ValueError(
             "critic: its backbone is quantised, so that no whole is saved; use whole=False"
         )
-    with merged_adapters(body):
+    with merged_adapters(body, in_float32=True):
         state = body.state_dict()
         config = copy.deepcopy(body.config)
         config.num_labels, config.id2label, config.label2id = 1, {0: "value"}, {"value": 0}

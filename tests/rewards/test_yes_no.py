@@ -291,3 +291,9 @@ def test_answers_leave_the_device_once_a_batch(monkeypatch):
         [Question(ASKED), Question(ASKED, "the", "rain"), Question(ASKED)], PROMPTS, COMPLETIONS
     )
     assert copies == [(3, 2)]
+
+
+def test_a_field_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match=r"has the field {promt}, expected {completion} and {prom"):
+        Question("{promt} {completion}?")
+    Question("{prompt} {completion} {} { x }?")
