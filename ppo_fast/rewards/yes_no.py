@@ -54,7 +54,8 @@ class Question:
             )
         if unknown := set(re.findall(r"{(\w+)}", self.template)) - {"prompt", "completion"}:
             raise ValueError(
-                f"question: has the field {{{min(unknown)}}}, expected {{completion}} and {{prompt}}"
+                f"question: has the field {{{min(unknown)}}}, "
+                "expected {completion} and {prompt}"
             )
         for name, word in (("yes", self.yes), ("no", self.no)):
             if not isinstance(word, str) or not word.strip():
