@@ -60,6 +60,13 @@ class Train:
     reward_label: str | None = None
     """Name or index of the classifier's label whose log-odds are the score; None: the classifier
     has one label, whose logit is the score."""
+    reward_format: Literal["joined", "pair", "chat"] | None = None
+    """How a classifier reads prompt and completion: joined in one text, as a pair, or as a chat by
+    its own chat template; None: as its config says, else joined."""
+    reward_cut_completions: bool = False
+    """Cut completions that are longer than a classifier takes, instead of ending with an error."""
+    reward_dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    """Dtype of a classifier's weights; auto: as they are saved."""
     reward_device: str | None = None
     """Device of reward models; None: device."""
     value_model: str | None = None
@@ -114,7 +121,14 @@ class Train:
         device = self._device()
         if self.quantization is not None:
             check_quantization(self.quantization, device)
-        reward = load_rewards(self.reward, self.reward_device or device, self.reward_label)
+        reward = load_rewards(
+            self.reward,
+            self.reward_device or device,
+            self.reward_label,
+            format=self.reward_format,
+            cut_completions=self.reward_cut_completions,
+            dtype=self.reward_dtype,
+        )
         with RunFolder(self.output_dir) as folder:
             self._train(console, folder, prompts, held_out, reward, device, ends)
 

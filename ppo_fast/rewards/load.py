@@ -37,31 +37,44 @@ def with_loaded(reward: Any) -> Any:
         raise type(error)(str(error).replace("--reward", "reward")) from error
 
 
-def load_rewards(rewards: Sequence[str], device: Any, label: str | None = None) -> Any:
+def load_rewards(
+    rewards: Sequence[str], device: Any, label: str | None = None, **options: Any
+) -> Any:
     """Load one reward as itself, or several as a list; see ``load_reward``.
 
     Raises:
         ValueError: there are several, and a label, which can be of one classifier alone.
     """
     if len(rewards) == 1:
-        return load_reward(rewards[0], device, label)
+        return load_reward(rewards[0], device, label, **options)
     classifiers = [reward for reward in rewards if function_of(reward) is None]
     if label is not None and len(classifiers) != 1:
         raise ValueError(
             f"--reward-label: got {label!r} for {len(classifiers)} classifiers, expected one"
         )
     return [
-        load_reward(reward, device, label if reward in classifiers else None) for reward in rewards
+        load_reward(reward, device, label if reward in classifiers else None, **options)
+        for reward in rewards
     ]
 
 
-def load_reward(reward: str, device: Any, label: str | None = None) -> Any:
+def load_reward(
+    reward: str,
+    device: Any,
+    label: str | None = None,
+    *,
+    format: Any = None,
+    cut_completions: bool = False,
+    dtype: str = "float32",
+) -> Any:
     """Load a function from ``module:function`` or ``file.py:function``, or a classifier.
 
     Args:
         reward: the function's name, or the directory or hub name of a sequence classifier.
         device: where the classifier goes.
         label: name or index of the classifier's label that is the score; see ClassifierReward.
+        format, cut_completions: of the classifier; see ClassifierReward.
+        dtype: of the classifier's weights; "auto": as they are saved.
 
     Raises:
         ValueError: the module cannot be imported or has no such function; the classifier cannot be
@@ -72,7 +85,19 @@ def load_reward(reward: str, device: Any, label: str | None = None) -> Any:
         if label is not None:
             raise ValueError(f"--reward-label: {reward} is a function, which has no labels")
         return _load_function(*parts)
-    return _load_classifier(reward, device, label)
+    from ppo_fast.rewards.classifier import ClassifierReward
+
+    model, tokenizer = _load_classifier(reward, dtype)
+    chosen: str | int | None = label
+    if label is not None and label.isdigit() and label not in model.config.id2label.values():
+        chosen = int(label)  # no name: an index
+    return ClassifierReward(
+        model.to(device),
+        tokenizer,
+        label=chosen,
+        format=format,
+        cut_completions=cut_completions,
+    )
 
 
 def function_of(reward: str) -> tuple[str, str] | None:
@@ -87,17 +112,15 @@ def function_of(reward: str) -> tuple[str, str] | None:
     return module, function
 
 
-def _load_classifier(reward: str, device: Any, label: str | None) -> Any:
+def _load_classifier(reward: str, dtype: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    from ppo_fast.rewards.classifier import ClassifierReward
 
     model, found = load_pretrained(
         "reward",
         AutoModelForSequenceClassification,
         reward,
-        dtype=torch.float32,
+        dtype="auto" if dtype == "auto" else getattr(torch, dtype),
         output_loading_info=True,
     )
     if found["missing_keys"]:
@@ -105,11 +128,7 @@ def _load_classifier(reward: str, device: Any, label: str | None) -> Any:
             f"--reward: {reward} holds no sequence classifier: it has no weights "
             f"{', '.join(sorted(found['missing_keys']))}"
         )
-    tokenizer = load_pretrained("reward", AutoTokenizer, reward)
-    chosen: str | int | None = label
-    if label is not None and label.isdigit() and label not in model.config.id2label.values():
-        chosen = int(label)  # no name: an index
-    return ClassifierReward(model.to(device), tokenizer, label=chosen)
+    return model, load_pretrained("reward", AutoTokenizer, reward)
 
 
 def _load_function(name: str, function: str) -> Any:

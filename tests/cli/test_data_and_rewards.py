@@ -7,7 +7,7 @@ import json
 import pytest
 import yaml
 from command_line import PROMPTS, arguments, fails_in_a_line, lines, write
-from tiny_models import tiny_tokenizer
+from tiny_models import tiny_classifier, tiny_tokenizer
 
 from ppo_fast.cli.main import main
 
@@ -117,3 +117,25 @@ def test_a_column_that_the_data_lacks_is_found_before_the_first_step(place, caps
     )
     assert "reward_model right: takes the column 'answer', which the data lacks" in said
     assert not (place / "run/metrics.jsonl").exists()
+
+
+def test_how_a_classifier_is_read(place, monkeypatch):
+    import torch
+
+    from ppo_fast.rewards.classifier import ClassifierReward
+
+    tiny_classifier("gpt2").save_pretrained("liked")
+    tiny_tokenizer().save_pretrained("liked")
+    made = []
+    original = ClassifierReward.__init__
+
+    def noting(self, model, tokenizer, **options):
+        original(self, model, tokenizer, **options)
+        made.append((next(model.parameters()).dtype, options))
+
+    monkeypatch.setattr(ClassifierReward, "__init__", noting)
+    flags = "--reward liked --reward-format pair --reward-cut-completions --reward-dtype bfloat16"
+    main(run(*flags.split()))
+    expected = {"label": None, "format": "pair", "cut_completions": True}
+    assert made == [(torch.bfloat16, expected)]
+    assert len(lines(place / "run/metrics.jsonl")) == 2
