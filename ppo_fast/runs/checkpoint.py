@@ -153,8 +153,14 @@ def save(payload: dict[str, Any], path: Path) -> None:
     """
     contents = {"format": FORMAT, "version": VERSION, **plain_numbers(payload)}
     contents[MANIFEST] = make_manifest(contents)
-    with written(path) as file:
-        torch.save(contents, file)
+    try:
+        with written(path) as file:
+            torch.save(contents, file)
+    except (OSError, RuntimeError) as error:  # torch's, of its zip writer, hide what is behind them
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(
+            f"checkpoint: {path} cannot be written ({cause}); those before it stay whole"
+        ) from error
 
 
 def make_folder(folder: str | Path) -> None:

@@ -20,6 +20,7 @@ from ppo_fast.learning.learner import Learner
 from ppo_fast.runs.checkpoint import checkpoint_path, make_folder
 from ppo_fast.runs.display import ProgressBar
 from ppo_fast.runs.files import remove_partial
+from ppo_fast.runs.health import Health
 from ppo_fast.runs.kept import remove_old
 from ppo_fast.runs.lock import FolderLock
 from ppo_fast.runs.progress import LISTS, Progress
@@ -103,7 +104,8 @@ def train(
     if checkpoint_dir is not None:
         make_folder(checkpoint_dir)
     history: dict[str, list[float]] = {name: [] for name in (*HISTORY, "step_avg_rewards")}
-    stopped_by: str | None = None
+    health, stopped_by = Health(), None
+    failed: OSError | None = None
     with (
         nullcontext() if checkpoint_dir is None else _own_folder(Path(checkpoint_dir)),
         counted_drops(prompts),
@@ -121,6 +123,7 @@ def train(
                 temperature=temperature,
             )
             _note(history, step)
+            health.note(step.metrics)
             bar.advance(step.metrics)
             if on_step is not None:
                 try:
@@ -130,8 +133,7 @@ def train(
                     raise
             due = step.number % checkpoint_freq == 0 or signals.take_save()
             if checkpoint_dir is not None and due:
-                ppo.save_checkpoint(checkpoint_dir, step.number)
-                remove_old(Path(checkpoint_dir), step.number, keep_last)
+                failed = _save(ppo, Path(checkpoint_dir), step.number, keep_last)
             limit.step_done()
             if signals.stop is not None:
                 stopped_by = signals.stop.name
@@ -140,6 +142,8 @@ def train(
             if stopped_by is not None:
                 _keep(ppo, checkpoint_dir, "Ctrl-C" if stopped_by == "SIGINT" else stopped_by)
                 break
+    if failed is not None:
+        raise failed
     statistics = ppo.progress.statistics()
     return {
         "training_history": history,
@@ -149,6 +153,17 @@ def train(
         "interrupted": stopped_by is not None,
         "stopped_by": stopped_by,
     }
+
+
+def _save(ppo: Trainable, folder: Path, step: int, keep_last: int | None) -> OSError | None:
+    """Write a checkpoint; if the disk is full or gone, the run goes on: warn and return the error."""
+    try:
+        ppo.save_checkpoint(folder, step)
+        remove_old(folder, step, keep_last)
+    except OSError as error:
+        logger.warning("%s; the run goes on, and tries again at the next checkpoint", error)
+        return error
+    return None
 
 
 def _own_folder(folder: Path) -> FolderLock:
@@ -222,5 +237,8 @@ def _keep(ppo: Trainable, checkpoint_dir: str | Path | None, why: str) -> None:
                 f"during the update of the next step; newest checkpoint: {ppo.newest_checkpoint}"
             )
         elif path.resolve() != ppo.newest_checkpoint:
-            ppo.save_checkpoint(checkpoint_dir, step)
+            try:
+                ppo.save_checkpoint(checkpoint_dir, step)
+            except (OSError, FloatingPointError) as error:  # it must not hide why the run ends
+                where = f"{error}; newest checkpoint: {ppo.newest_checkpoint}"
     logger.warning("stopped by %s after step %d: %s", why, step, where)

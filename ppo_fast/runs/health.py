@@ -1,0 +1,116 @@
+"""Warn, once each, of metrics that leave the range of a run that goes well."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+logger = logging.getLogger(__name__)
+
+FIRST, LAST = 5, 10  # steps whose means are compared
+
+
+class Range(NamedTuple):
+    """What is expected of a metric.
+
+    metric: its name.
+    steps: from which step on it is looked at.
+    wrong: takes the metric's course so far, and returns what is wrong with it, or None.
+    mend: what to do about it.
+    """
+
+    metric: str
+    steps: int
+    wrong: Callable[[Sequence[float]], str | None]
+    mend: str
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers)
+
+
+def _below_zero(course: Sequence[float]) -> str | None:
+    mean = _mean(course[-LAST:])
+    return f"is {mean:.2f} in the mean of {LAST} steps" if mean < 0 else None
+
+
+def _far(course: Sequence[float]) -> str | None:
+    return f"is {course[-1]:.0f} nats" if course[-1] > 50 else None
+
+
+def _above_a_third(course: Sequence[float]) -> str | None:
+    mean = _mean(course[-FIRST:])
+    return f"is {mean:.2f} in the mean of {FIRST} steps" if mean > 0.3 else None
+
+
+def _fell_to_a_tenth(course: Sequence[float]) -> str | None:
+    first, last = _mean(course[:FIRST]), _mean(course[-FIRST:])
+    return f"fell from {first:.3g} to {last:.3g}" if last < 0.1 * first else None
+
+
+def _all_zero(course: Sequence[float]) -> str | None:
+    return f"is 0 for {FIRST} steps" if not any(course[-FIRST:]) else None
+
+
+RANGES = (
+    Range(
+        "explained_variance",
+        50,
+        _below_zero,
+        "the values are worse than a constant: raise value_learning_rate, or try another critic",
+    ),
+    Range("kl_sequence", 1, _far, "the policy runs away from its reference: raise kl_penalty"),
+    Range(
+        "clip_fraction",
+        FIRST,
+        _above_a_third,
+        "the policy moves far in a step: lower learning_rate, or num_epochs",
+    ),
+    Range(
+        "entropy",
+        4 * FIRST,
+        _fell_to_a_tenth,
+        "the samples become one and the same: raise kl_penalty, or add entropy_coef",
+    ),
+    Range(
+        "response_length",
+        4 * FIRST,
+        _fell_to_a_tenth,
+        "the responses shrink: look at the samples, and at what the reward pays for",
+    ),
+    Range(
+        "reward_std",
+        FIRST,
+        _all_zero,
+        "equal rewards teach nothing: look at the reward, or take other prompts",
+    ),
+    Range(
+        "finished_fraction",
+        LAST,
+        lambda course: _all_zero(course) if not any(course[-LAST:]) else None,
+        "every response is cut off: raise max_length, or missing_eos_penalty",
+    ),
+)
+
+
+class Health:
+    """Looks at a run's metrics after every step, and warns once of each that leaves its range."""
+
+    def __init__(self) -> None:
+        self._courses: dict[str, list[float]] = defaultdict(list)
+        self._said: set[str] = set()
+
+    def note(self, metrics: Mapping[str, float]) -> None:
+        """Take the metrics of one more step."""
+        for one in RANGES:
+            if one.metric not in metrics:
+                continue
+            course = self._courses[one.metric]
+            course.append(metrics[one.metric])
+            if one.metric in self._said or len(course) < one.steps:
+                continue
+            if (wrong := one.wrong(course)) is not None:
+                self._said.add(one.metric)
+                logger.warning("%s %s; %s", one.metric, wrong, one.mend)
