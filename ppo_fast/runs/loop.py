@@ -156,7 +156,7 @@ def train(
 
 
 def _save(ppo: Trainable, folder: Path, step: int, keep_last: int | None) -> OSError | None:
-    """Write a checkpoint; if the disk is full or gone, the run goes on: warn and return the error."""
+    """Write a checkpoint. If the disk is full or gone, warn and return the error: a run goes on."""
     try:
         ppo.save_checkpoint(folder, step)
         remove_old(folder, step, keep_last)
