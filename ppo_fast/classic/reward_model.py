@@ -6,7 +6,6 @@ They are thin: the training is ``ppo_fast.rewards.fit.train``, which has more se
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from ppo_fast.models.heads import RewardModel
 from ppo_fast.rewards.fit import train as fit
 from ppo_fast.rewards.fit.loss import pair_losses
 from ppo_fast.rewards.fit.settings import RewardModelConfig
+from ppo_fast.runs.files import written
 
 logger = logging.getLogger(__name__)
 
@@ -252,14 +252,12 @@ class RewardModelTrainer:
     def save_checkpoint(self, path: str | Path) -> None:
         """Write the model's weights and the history to a file, whole or not at all."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         contents = {
             "reward_model": self.reward_model.state_dict(),
             "training_history": self.training_history,
         }
-        unfinished = path.with_name(f".{path.name}.partial")
-        torch.save(contents, unfinished)
-        os.replace(unfinished, path)
+        with written(path) as file:
+            torch.save(contents, file)
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Restore what ``save_checkpoint`` wrote. No code in the file is run.

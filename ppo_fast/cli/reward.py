@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import shlex
+import sys
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,9 @@ from ppo_fast.rewards.fit.settings import RewardModelConfig
 from ppo_fast.runs.plain_text import plain
 
 if TYPE_CHECKING:
+    from ppo_fast.rewards.fit.train import RewardModelResult
     from ppo_fast.runs.folder import RunFolder
+    from ppo_fast.runs.model_card import ModelCard
 
 SHOWN = ("loss", "accuracy", "margin", "calibration")
 
@@ -97,7 +101,27 @@ class Reward:
             on_step=on_step,
         )
         export_policy(result.model, tokenizer, self.output_dir / "model")
+        self._card(result, len(rows)).write(self.output_dir / "model")
         console.print(plain(f"reward model: {self.output_dir / 'model'}"), soft_wrap=True)
+
+    def _card(self, result: RewardModelResult, count: int) -> ModelCard:
+        from ppo_fast.runs.model_card import ModelCard
+
+        held_out = "held_out/accuracy"
+        name = held_out if result.evaluation else "accuracy"
+        points = [(int(m["step"]), m[name]) for m in result.history if name in m]
+        arguments = ["ppo-fast", *sys.argv[1:]]
+        return ModelCard(
+            f"{Path(self.model).name}, a reward model",
+            "reward model",
+            base_model=self.model,
+            command=shlex.join(arguments) if arguments[1:2] == ["reward"] else "",
+            settings=asdict(self.settings),
+            data={self.pairs: count},
+            metrics=result.evaluation or {k: float(v) for k, v in result.history[-1].items()},
+            curve=points,
+            curve_name="accuracy of held-out pairs" if name == held_out else "accuracy",
+        )
 
     def _load(self) -> Any:
         """Load the model as a sequence classifier; one that is none gets a new head.

@@ -148,3 +148,13 @@ def test_chats_come_by_the_template_of_the_model(pairs):
     (pairs / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     main(command(num_epochs=1))
     assert load_reward("out/model", "cpu").format == "chat"
+
+
+@pytest.mark.parametrize("held_out", ["0.2", "None"])
+def test_a_card_says_how_the_model_was_trained(pairs, held_out):
+    main(command("--held-out", held_out, "--eval-steps", "1"))
+    card = (pairs / "out/model/README.md").read_text("utf-8")
+    assert "pipeline_tag: text-classification" in card
+    assert "| pairs&#46;jsonl | 60 |" in card or "| pairs.jsonl | 60 |" in card
+    assert "accuracy" in card
+    assert (pairs / "out/model/curve.svg").is_file()
