@@ -104,6 +104,9 @@ class Train:
     what is left after them."""
     device: str = "auto"
     """Device to train on; auto: cuda if there is a GPU, else cpu."""
+    dry_run: bool = False
+    """Check everything, print the memory plan and the prompts of the first step, and train and
+    write nothing."""
     config: Path | None = None
     """A YAML file of any of these flags (names with underscores); a flag overrides the file."""
     ppo: tyro.conf.OmitArgPrefixes[PPOConfig] = field(default_factory=PPOConfig)
@@ -129,6 +132,12 @@ class Train:
             cut_completions=self.reward_cut_completions,
             dtype=self.reward_dtype,
         )
+        if self.dry_run:
+            from ppo_fast.cli.dry_run import show_run
+
+            ppo = self._make_ppo(reward, device)
+            show_run(console, ppo, prompts, self.batch_size, len(held_out))
+            return
         with RunFolder(self.output_dir) as folder:
             self._train(console, folder, prompts, held_out, reward, device, ends)
 

@@ -232,3 +232,23 @@ def test_every_field_of_the_config_is_a_flag(capsys, monkeypatch):
 
 def test_commands_are_listed(capsys):
     assert {"train", "demo", "env", "doctor"} <= set(help_of(capsys).split())
+
+
+def test_a_dry_run_shows_the_run_and_writes_nothing(place, capsys):
+    main(arguments("--dry-run", "--critic", "head"))
+    out = flat(capsys.readouterr().out)
+    assert "memory of a run in GB" in out
+    assert any(prompt in out for prompt in PROMPTS)
+    assert "3 prompts, 0 held out; rewards: length. Nothing was trained or written." in out
+    assert not (place / "run").exists()
+    said = fails_in_a_line(capsys, *arguments("--dry-run", "--max-prompt-length", "1"))
+    assert "which exceeds max_prompt_length=1" in said
+
+
+def test_a_dry_run_draws_the_prompts_of_the_first_step(place, capsys):
+    main(arguments("--dry-run", "--critic", "head", batch_size=1))
+    shown = flat(capsys.readouterr().out)
+    main(arguments("--critic", "head", batch_size=1, num_steps=1))
+    (row,) = lines(place / "run/samples.jsonl")
+    assert row["prompt"] in shown
+    assert sum(prompt in shown for prompt in PROMPTS) == 1
