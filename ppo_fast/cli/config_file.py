@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
@@ -42,13 +43,24 @@ def read_config(path: Path) -> Train:
         if key not in run_fields | ppo_fields:
             near = difflib.get_close_matches(str(key), run_fields | ppo_fields, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"--config: {path} sets {key!r}, which is no flag{hint}")
+            where = f"{path}{_line_of(key, path)}"
+            raise ValueError(f"--config: {where} sets {key!r}, which is no flag{hint}")
     try:
         run = {k: _run_value(k, v) for k, v in settings.items() if k in run_fields}
         ppo = PPOConfig(**{k: _number(v) for k, v in settings.items() if k in ppo_fields})
     except ValueError as error:
-        raise ValueError(f"--config: {path}: {error}") from error
+        name = re.match(r"\w*", str(error))
+        where = f"{path}{_line_of(name[0] if name else '', path)}"
+        raise ValueError(f"--config: {where}: {error}") from error
     return replace(Train(**run | {"config": path}), ppo=ppo)
+
+
+def _line_of(key: Any, path: Path) -> str:
+    """Return " line N", where a file has this key at its top; "" if it has not."""
+    tree = yaml.compose(path.read_text("utf-8"))
+    pairs = tree.value if isinstance(tree, yaml.MappingNode) else ()
+    lines = [name.start_mark.line + 1 for name, _ in pairs if name.value == str(key)]
+    return f" line {lines[0]}" if lines else ""
 
 
 def _settings(path: Path) -> dict[Any, Any]:

@@ -53,10 +53,16 @@ def test_the_resolved_config_is_a_config_file(place):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lerning_rate: 0.1", r"--config: run\.yaml sets 'lerning_rate'.*mean learning_rate\?"),
+        ("lerning_rate: 0.1", r"--config: run\.yaml line 1 sets 'lerning.*mean learning_rate\?"),
         ("out_dir: x", r"sets 'out_dir', which is no flag; did you mean output_dir\?"),
         ("qqq: 1", r"sets 'qqq', which is no flag$"),
         ("gamma: 3", r"gamma: got 3, expected a number in \[0, 1\]"),
+        (
+            "seed: 1\n\n# x\ngamma: 3",
+            r"--config: run\.yaml line 4: gamma: got 3, expected a number",
+        ),
+        ("seed: 1\nbatch_size: x", r"run\.yaml line 2: batch_size: got 'x', expected a whole"),
+        ("seed: 1\ncritic: top", r"run\.yaml line 2: critic='top' is trained above"),
         ("- a\n- b", r"--config: run\.yaml holds no mapping"),
     ],
 )
