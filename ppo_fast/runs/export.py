@@ -202,7 +202,8 @@ def token_classifier(ppo: Trained) -> PreTrainedModel:
             )
         dtypes = {weight.dtype for weight in state.values() if weight.is_floating_point()}
         dtype = torch.float32 if torch.float32 in dtypes else next(iter(dtypes))
-        with fork_rng(ppo.policy.device):  # the head's first weights are drawn
+        # the head's first weights are drawn, by the CPU's generator alone
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             model = AutoModelForTokenClassification.from_config(config, dtype=dtype).eval()
         model.to(ppo.policy.device)
         getattr(model, model.base_model_prefix).load_state_dict(state)
@@ -223,11 +224,6 @@ def token_classifier(ppo: Trained) -> PreTrainedModel:
             "whole=False"
         )
     return model
-
-
-def fork_rng(device: torch.device) -> Any:
-    """Return a block after which torch's generators are as before, those of ``device`` too."""
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def _body_and_head(ppo: Trained) -> tuple[Any, nn.Linear]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ppo_fast.data.rollout import Rollout
+from ppo_fast.data.scores import Scores
 from ppo_fast.rollout.resample import resample, without_signal
 
 
@@ -31,14 +32,14 @@ def run(prompts: list[int], spare: list[int], most: int) -> tuple[list[str], dic
     first = rollout_of(prompts)
     rollout, scores, metrics = resample(
         first,
-        score(first),
+        Scores(score(first)),
         [[p] for p in prompts],
         sample=lambda rows: rollout_of([p for (p,) in rows]),
-        score=score,
+        score=lambda r: Scores(score(r)),
         draw=lambda count: [[next(drawn)] for _ in range(count)],
         most=most,
     )
-    assert torch.equal(scores, score(rollout))
+    assert torch.equal(scores.total, score(rollout))
     assert rollout.samples_per_prompt == 2
     return rollout.prompts[::2], metrics
 
@@ -77,33 +78,35 @@ def test_which_prompts_have_no_signal(of_tokens):
 
 def test_scores_of_tokens_are_joined_by_width():
     first = rollout_of([1, 10])  # responses of 2 tokens
+    fives = torch.tensor([[5.0], [6.0]])
     scores = torch.ones(4, 2) * torch.tensor([1.0, 2.0, 3.0, 3.0])[:, None]
     rollout, scores, _ = resample(
         first,
-        scores,
+        Scores(scores),
         [[1], [10]],
         sample=lambda rows: rollout_of([p for (p,) in rows]),
-        score=lambda r: torch.ones(r.tokens.response_ids.shape) * torch.tensor([[5.0], [6.0]]),
+        score=lambda r: Scores(torch.ones(r.tokens.response_ids.shape) * fives),
         draw=lambda count: [[2]] * count,  # responses of 3 tokens
         most=1,
     )
-    assert scores.tolist() == [[1, 1, 0], [2, 2, 0], [5, 5, 5], [6, 6, 6]]
+    assert scores.total.tolist() == [[1, 1, 0], [2, 2, 0], [5, 5, 5], [6, 6, 6]]
     assert rollout.tokens.response_ids.shape == (4, 3)
 
 
 def test_scores_of_tokens_are_cut_where_the_longest_response_is_replaced():
     first = rollout_of([1, 11])  # responses of 2 and of 3 tokens
+    fives = torch.tensor([[5.0], [6.0]])
     scores = torch.ones(4, 3) * torch.tensor([1.0, 2.0, 3.0, 3.0])[:, None]
     rollout, scores, _ = resample(
         first,
-        scores,
+        Scores(scores),
         [[1], [11]],
         sample=lambda rows: rollout_of([p for (p,) in rows]),
-        score=lambda r: torch.ones(r.tokens.response_ids.shape) * torch.tensor([[5.0], [6.0]]),
+        score=lambda r: Scores(torch.ones(r.tokens.response_ids.shape) * fives),
         draw=lambda count: [[3]] * count,  # responses of 1 token
         most=1,
     )
-    assert scores.shape == rollout.tokens.response_ids.shape == (4, 2)
+    assert scores.total.shape == rollout.tokens.response_ids.shape == (4, 2)
 
 
 def test_without_others_the_same_prompts_are_sampled_again():
@@ -114,5 +117,13 @@ def test_without_others_the_same_prompts_are_sampled_again():
         return rollout_of([p for (p,) in rows])
 
     first = rollout_of([1, 11, 2])
-    resample(first, score(first), [[1], [11], [2]], sample=sample, score=score, draw=None, most=2)
+    resample(
+        first,
+        Scores(score(first)),
+        [[1], [11], [2]],
+        sample=sample,
+        score=lambda r: Scores(score(r)),
+        draw=None,
+        most=2,
+    )
     assert asked == [[[11]], [[11]]]
