@@ -36,16 +36,16 @@ def call_function(
     missing = missing_columns(function, columns)
     if missing:
         raise ValueError(missing_message(what, missing, columns))
-    # lists of their own: a reward may change what it gets
-    own = {name: _copied(column) for name, column in columns.items() if name not in TEXTS}
-    texts = {"prompts": list(prompts), "completions": list(completions)}
+    texts = {"prompts": prompts, "completions": completions}
+    others = {name: column for name, column in columns.items() if name not in TEXTS}
+    if _by_name(function):
+        given, named = arguments(function, (), texts | others)
+    else:
+        given, named = arguments(function, [*texts.values()], others)
     scores: Any
     try:
-        if _by_name(function):
-            scores = function(**arguments(function, (), texts | own)[1])
-        else:
-            given, named = arguments(function, [*texts.values()], own)
-            scores = function(*given, **named)
+        # copies: a reward may change what it gets
+        scores = function(*map(_copied, given), **_copied(named))
         scores = list(scores) if isinstance(scores, Iterator) else scores  # it may raise here
     except (Exception, SystemExit) as error:
         if isinstance(error, (RuntimeError, TimeoutError, ValueError)) and raised_here(error):

@@ -125,7 +125,7 @@ class Scorer:
 
         With ``reads_trunk``, the rollout must have a whole trunk, or none.
         """
-        columns = rollout.columns | _always(rollout)
+        columns = rollout.columns | _always(rollout) if self.functions else {}
         trunk_states = rollout.trunk_states
         found = {
             name: score(
