@@ -1,4 +1,4 @@
-"""What a run of ``ppo-fast train`` leaves: its policy, its critic, cards, a copy on the hub."""
+"""Save the policy, the critic and their model cards when ``ppo-fast train`` ends."""
 
 from __future__ import annotations
 

@@ -84,8 +84,8 @@ class Train:
     """Save the policy's adapter alone, without the base model. That of a quantised model is always
     saved so."""
     save_critic: Literal["weights", "whole", "none"] = "weights"
-    """What critic/ gets: the trained weights; a whole token classifier of transformers, with a copy
-    of the backbone; or nothing."""
+    """Content of critic/: "weights", those that were trained; "whole", a token classifier of
+    transformers with a copy of the backbone; "none", no folder."""
     push_to_hub: str | None = None
     """Name on the hub, owner/model, that policy/ is pushed to at the end; None: it is not."""
     num_steps: int = 100
@@ -209,13 +209,13 @@ class Train:
 
     def _check_whole_critic(self, ppo: PPO) -> None:
         """Check, before anything is trained, that transformers has a class for the critic."""
-        from ppo_fast.runs.export import token_classifier
+        from ppo_fast.runs.export import check_token_classifier
 
         flag = "--save-critic: whole is not possible"
         if not ppo.critic.trained:
             raise ValueError(f"{flag}: the critic has no weights; leave the flag out")
         try:
-            token_classifier(ppo)
+            check_token_classifier(ppo)
         except ValueError as error:
             reason = str(error).removeprefix("critic: ").removesuffix("; use whole=False")
             raise ValueError(f"{flag}: {reason}; use --save-critic weights") from error

@@ -1,4 +1,4 @@
-"""What rewards that read columns of the data share."""
+"""Helpers of rewards that read columns of the data: signatures, look-ups, names in errors."""
 
 from __future__ import annotations
 

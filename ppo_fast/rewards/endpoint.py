@@ -176,7 +176,7 @@ def _ssl_context() -> ssl.SSLContext:
 
 
 def is_private(url: str) -> bool:
-    """Return whether nobody else can read what is sent to a URL: it is https, or this machine."""
+    """Return whether a URL is encrypted (https) or leads to this machine."""
     try:
         parsed = urlsplit(url)
         host = parsed.hostname or ""

@@ -12,7 +12,7 @@ from ppo_fast.user_code import arguments, lacking, parameters, place_of_error, r
 # f(prompts, completions, **columns) -> a list of numbers, or a mapping of such lists
 RewardFunction = Callable[..., Sequence[float | None] | Mapping[str, Sequence[float | None]]]
 
-# What every reward can ask for besides the columns of the data.
+# Names that a reward function can take besides the columns of the data.
 ALWAYS = ("messages", "completion_ids", "tokens")
 TEXTS = ("prompts", "completions")
 

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 Scores = list[float | None]
 EXPECTED = '{"scores": [...]} with a number a response'
 MADE_UP = "0"
-"""What check() sends for a column."""
+"""Entry of every column in the request that check() sends."""
 
 
 class HTTPReward:

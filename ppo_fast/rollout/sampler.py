@@ -53,8 +53,9 @@ class Sampler:
         ``seeds`` [B] int64 are one for each response. ``readers`` are the models besides the policy
         that will read the sequences: prompts that are cut leave room for these too.
         """
+        once = self.texts.encode(prompts, sampling.max_length, cut_for=readers)
+        read = [prompt for prompt in once for _ in range(samples_per_prompt)]
         examples = [example for example in prompts for _ in range(samples_per_prompt)]
-        read = self.texts.encode(examples, sampling.max_length, cut_for=readers)
         prompt_ids = [prompt.ids for prompt in read]
         check_seeds(seeds, len(examples))
         with self._weight_copies.in_use(policy_model):

@@ -96,7 +96,7 @@ def _of_counters(payload: Mapping[str, Any]) -> str | None:
 
 
 def _of_random_states(states: Mapping[str, Any]) -> str | None:
-    """Set the states on generators that nobody uses: what does not fit raises."""
+    """Set the random states on new generators, which raise an error if a state does not fit."""
     torch.Generator().set_state(states["torch"])
     kind, keys, position, has_gauss, cached = states["numpy"]
     keys = keys.numpy().astype(np.uint32)

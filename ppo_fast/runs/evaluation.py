@@ -12,7 +12,7 @@ from ppo_fast.data.examples import Example, Prompt, Stream
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.scores import Scores
 
-# Of the first sequence; the others' are below it. Those of the training are not negative.
+# Seed of the first sequence; the next ones are -2, -3, ... Seeds of the training are not negative.
 EVALUATION_SEED = -1
 
 

@@ -186,20 +186,11 @@ def token_classifier(ppo: Trained) -> PreTrainedModel:
         ValueError: the critic's head is not linear, its backbone is quantised, or transformers has
             no such class for the family, or one that computes something else.
     """
-    body, head = _body_and_head(ppo)
-    if quantized_layers(body):
-        raise ValueError(
-            "critic: its backbone is quantised, so that no whole is saved; use whole=False"
-        )
+    body, head = check_token_classifier(ppo)
     with merged_adapters(body, in_float32=True):
         state = body.state_dict()
         config = copy.deepcopy(body.config)
         config.num_labels, config.id2label, config.label2id = 1, {0: "value"}, {"value": 0}
-        if type(config) not in AutoModelForTokenClassification._model_mapping:
-            raise ValueError(
-                f"critic: transformers has no token classifier for {config.model_type!r}; use "
-                "whole=False"
-            )
         dtypes = {weight.dtype for weight in state.values() if weight.is_floating_point()}
         dtype = torch.float32 if torch.float32 in dtypes else next(iter(dtypes))
         # the head's first weights are drawn, by the CPU's generator alone
@@ -224,6 +215,25 @@ def token_classifier(ppo: Trained) -> PreTrainedModel:
             "whole=False"
         )
     return model
+
+
+def check_token_classifier(ppo: Trained) -> tuple[Any, nn.Linear]:
+    """Return the critic's body and head if transformers has a class for them; no model is copied.
+
+    Raises:
+        ValueError: see ``token_classifier``.
+    """
+    body, head = _body_and_head(ppo)
+    if quantized_layers(body):
+        raise ValueError(
+            "critic: its backbone is quantised, so that no whole is saved; use whole=False"
+        )
+    if type(body.config) not in AutoModelForTokenClassification._model_mapping:
+        raise ValueError(
+            f"critic: transformers has no token classifier for {body.config.model_type!r}; use "
+            "whole=False"
+        )
+    return body, head
 
 
 def _body_and_head(ppo: Trained) -> tuple[Any, nn.Linear]:

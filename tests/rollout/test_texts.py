@@ -162,3 +162,17 @@ def test_a_rollout_of_wrong_tokens():
 def test_bad_seeds(seeds, error, match):
     with pytest.raises(error, match=match):
         tiny_trainer(critic="baseline").rollout(PROMPTS, seeds=seeds)
+
+
+def test_a_prompt_of_several_samples_is_tokenised_once(monkeypatch):
+    trainer, seen = tiny_trainer(critic="baseline"), []
+    encode = trainer.texts.encode
+
+    def noting(prompts, *arguments, **options):
+        seen.append([example.prompt for example in prompts])
+        return encode(prompts, *arguments, **options)
+
+    monkeypatch.setattr(trainer.texts, "encode", noting)
+    rollout = trainer.rollout(PROMPTS[:2], samples_per_prompt=3)
+    assert seen == [PROMPTS[:2]]
+    assert rollout.prompts == [text for text in PROMPTS[:2] for _ in range(3)]
