@@ -1,4 +1,4 @@
-"""The command line: ``ppo-fast train``, ``reward``, ``demo``, ``env``, ``doctor`` and ``plan``."""
+"""The command line: ``ppo-fast train``, ``reward``, ``demo``, ``env`` and others."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from ppo_fast.cli.demo import Demo
 from ppo_fast.cli.doctor import Doctor
 from ppo_fast.cli.env import Env
 from ppo_fast.cli.plan import Plan
+from ppo_fast.cli.report import Report
 from ppo_fast.cli.reward import Reward
 from ppo_fast.cli.train import Train
+from ppo_fast.cli.watch import Watch
 from ppo_fast.config import PPOConfig
 from ppo_fast.rewards.fit.settings import RewardModelConfig
 from ppo_fast.runs.plain_text import visible
@@ -36,9 +38,11 @@ Command = (
     | Annotated[Env, tyro.conf.subcommand("env")]
     | Annotated[Doctor, tyro.conf.subcommand("doctor")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Watch, tyro.conf.subcommand("watch")]
 )
-COMMANDS = ("train", "reward", "demo", "env", "doctor", "plan")
-PARTS = (Train, Reward, Demo, Env, Doctor, Plan, PPOConfig, RewardModelConfig)
+COMMANDS = ("train", "reward", "demo", "env", "doctor", "plan", "report", "watch")
+PARTS = (Train, Reward, Demo, Env, Doctor, Plan, Report, Watch, PPOConfig, RewardModelConfig)
 FLAGS = {item.name for part in PARTS for item in fields(part)}
 
 
@@ -74,7 +78,7 @@ class Output(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def parse(arguments: list[str]) -> Train | Reward | Demo | Env | Doctor | Plan:
+def parse(arguments: list[str]) -> Train | Reward | Demo | Env | Doctor | Plan | Report | Watch:
     """Parse the arguments to a command, with the defaults of its ``--config`` file, if any.
 
     Raises:

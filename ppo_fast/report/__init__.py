@@ -1,0 +1,1 @@
+"""Pictures of runs, made from their folders: a page of HTML, and tables on a terminal."""
