@@ -11,6 +11,8 @@ TRITON ?= triton==3.7.1
 ARGS ?=
 # Of `make families`: names of types or cases; without any it runs all
 ONLY ?=
+# Of `make soak`: an hour's part
+SOAK_SECONDS ?= 3600
 
 BIN := .venv/bin
 SET_UP := .venv/set-up
@@ -57,7 +59,7 @@ versions = $(1)/bin/python -c "from importlib.metadata import version as v; impo
 
 .DEFAULT_GOAL := help
 .PHONY: help install lock demo test quick oldest newest gpu-like compiled triton-versions sanitize \
-	bench baselines oracles families options lint format
+	bench baselines oracles families options soak lint format
 .SECONDARY:
 
 help: ## this list
@@ -209,6 +211,10 @@ options: $(SET_UP) ## compare PPO's options on two small tasks, 5 seeds, into do
 
 families: $(SET_UP) ## train a tiny model of every family, into docs/families.md; with ONLY="llama" some, printed
 	PYTHONPATH=tests/helpers:benchmarks $(BIN)/python -m families.run $(ONLY)
+
+# What is done so far is in build/soak; another call goes on from there.
+soak: $(SET_UP) ## kill, starve and fuzz tiny runs for SOAK_SECONDS, or to the end; ARGS="kills" a part of it
+	PYTHONPATH=tests/helpers:tests OMP_NUM_THREADS=1 $(BIN)/python -m soak.run --seconds $(SOAK_SECONDS) $(ARGS)
 
 lint: $(SET_UP) ## formatting, lint and types, changing nothing
 	$(BIN)/ruff check .
