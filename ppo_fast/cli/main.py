@@ -11,17 +11,20 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from io import StringIO
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Union
 
 import tyro
 from rich.console import Console
 
+from ppo_fast import __version__
 from ppo_fast.cli.config_file import config_defaults
 from ppo_fast.cli.demo import Demo
 from ppo_fast.cli.doctor import Doctor
 from ppo_fast.cli.env import Env
+from ppo_fast.cli.flags import check_flags
+from ppo_fast.cli.groups import TrainFlags, flags_of, train_of
 from ppo_fast.cli.plan import Plan
 from ppo_fast.cli.report import Report
 from ppo_fast.cli.reward import Reward
@@ -31,17 +34,41 @@ from ppo_fast.config import PPOConfig
 from ppo_fast.rewards.fit.settings import RewardModelConfig
 from ppo_fast.runs.plain_text import visible
 
-Command = (
-    Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Reward, tyro.conf.subcommand("reward")]
-    | Annotated[Demo, tyro.conf.subcommand("demo")]
-    | Annotated[Env, tyro.conf.subcommand("env")]
-    | Annotated[Doctor, tyro.conf.subcommand("doctor")]
-    | Annotated[Plan, tyro.conf.subcommand("plan")]
-    | Annotated[Report, tyro.conf.subcommand("report")]
-    | Annotated[Watch, tyro.conf.subcommand("watch")]
-)
-COMMANDS = ("train", "reward", "demo", "env", "doctor", "plan", "report", "watch")
+DESCRIPTION = """PPO for language models.
+
+A command's flags: ppo-fast COMMAND --help. The version: ppo-fast --version."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Print a script that completes commands and flags in a shell."""
+
+    shell: Annotated[Literal["bash", "zsh", "fish"], tyro.conf.Positional]
+    """The shell."""
+
+    def run(self, console: Console) -> None:
+        """Run the command."""
+        arguments = ["--tyro-write-completion", self.shell, "-"]
+        try:
+            tyro.cli(Command, args=arguments, prog="ppo-fast")
+        except AssertionError as error:  # tyro 1.0 has no fish
+            raise ValueError(f"completion: {self.shell} needs a newer tyro; upgrade it") from error
+
+
+COMMANDS: dict[str, type] = {
+    "train": TrainFlags,
+    "reward": Reward,
+    "demo": Demo,
+    "env": Env,
+    "doctor": Doctor,
+    "plan": Plan,
+    "report": Report,
+    "watch": Watch,
+    "completion": Completion,
+}
+Command: Any = Union[  # noqa: UP007
+    tuple(Annotated[cls, tyro.conf.subcommand(name)] for name, cls in COMMANDS.items())
+]
 PARTS = (Train, Reward, Demo, Env, Doctor, Plan, Report, Watch, PPOConfig, RewardModelConfig)
 FLAGS = {item.name for part in PARTS for item in fields(part)}
 
@@ -54,6 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # texts may hold what the terminal's encoding has not
             stream.reconfigure(errors="backslashreplace")
+    if arguments == ["--version"]:
+        print(f"ppo-fast {__version__}")
+        return
     try:
         # no markup: of the texts printed, few are ours
         parse(arguments).run(Output(markup=False, emoji=False))
@@ -78,29 +108,39 @@ class Output(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def parse(arguments: list[str]) -> Train | Reward | Demo | Env | Doctor | Plan | Report | Watch:
+def parse(
+    arguments: list[str],
+) -> Train | Reward | Demo | Env | Doctor | Plan | Report | Watch | Completion:
     """Parse the arguments to a command, with the defaults of its ``--config`` file, if any.
 
     Raises:
-        ValueError: no such command, or settings that PPOConfig refuses.
+        ValueError: no such command or flag, or settings that PPOConfig refuses.
     """
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
-        near = difflib.get_close_matches(arguments[0], COMMANDS, 1)
+    name, *rest = arguments or [""]
+    if name and not name.startswith("-") and name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
-        raise ValueError(f"no command {arguments[0]!r}; {hint}")
+        raise ValueError(f"no command {name!r}; {hint}")
     command: Any = Command
-    options: dict[str, Any] = {"prog": "ppo-fast", "description": __doc__}
+    options: dict[str, Any] = {"prog": "ppo-fast", "description": DESCRIPTION}
     default = config_defaults(arguments)
     if default is not None:
-        command, arguments = Train, arguments[1:]
-        options = {"prog": "ppo-fast train", "default": default}
+        command, arguments = TrainFlags, rest
+        options = {"prog": "ppo-fast train", "default": flags_of(default)}
     try:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            return tyro.cli(command, args=arguments, **options)
+            found = tyro.cli(command, args=arguments, **options)
     except SystemExit as ended:
         if (refused := _raised_in_package(ended)) is not None:
             raise refused from None
-    return tyro.cli(command, args=arguments, **options)  # again: it prints help, or what is wrong
+        if ended.code and name in COMMANDS:
+            check_flags(name, COMMANDS[name], rest)
+        try:
+            tyro.cli(command, args=arguments, **options)  # it prints help, or what is wrong
+        except BrokenPipeError:  # ``| head`` has read enough
+            Output().on_broken_pipe()
+        raise
+    return train_of(found) if isinstance(found, TrainFlags) else found
 
 
 def _raised_in_package(ended: SystemExit) -> ValueError | None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from signal import Signals
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-import tyro
 from rich.console import Console
 
 from ppo_fast.checks import check_counts
@@ -37,7 +36,10 @@ TIME_IS_UP = 75
 
 @dataclass(frozen=True)
 class Train:
-    """Train a policy on prompts. Every field of PPOConfig is a flag."""
+    """Train a policy on prompts. Every field of PPOConfig is a flag.
+
+    ``cli/groups.py`` has the groups that the help shows the flags in.
+    """
 
     policy: str = ""
     """The policy: a model directory or a hub name. Required."""
@@ -109,7 +111,7 @@ class Train:
     write nothing."""
     config: Path | None = None
     """A YAML file of any of these flags (names with underscores); a flag overrides the file."""
-    ppo: tyro.conf.OmitArgPrefixes[PPOConfig] = field(default_factory=PPOConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
 
     def run(self, console: Console) -> None:
         """Run the command."""

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from tiny_models import VOCAB_SIZE, tiny_classifier, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
 
-from ppo_fast.cli.main import main, parse
+from ppo_fast.cli.main import COMMANDS, main, parse
 from ppo_fast.models.pretrained import check_model
 from ppo_fast.rewards.load import load_reward
 
@@ -26,7 +26,7 @@ from ppo_fast.rewards.load import load_reward
     [
         ("trian", "did you mean train?"),
         ("dmeo", "did you mean demo?"),
-        ("qqq", "expected one of train, reward, demo, env, doctor, plan"),
+        ("qqq", f"expected one of {', '.join(COMMANDS)}"),
     ],
 )
 def test_an_unknown_command_names_the_nearest(capsys, given, hint):

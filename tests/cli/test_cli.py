@@ -207,15 +207,14 @@ def test_traceback_on_request(place, monkeypatch):
     [("--lerning-rate", "--learning-rate"), ("--gama", "--gamma"), ("--num-step", "--num-steps")],
 )
 def test_an_unknown_flag_names_the_nearest(place, capsys, wrong, nearest):
-    said = flat(fails(capsys, *arguments(wrong, "0.5")))
-    assert wrong in said
-    assert re.search(rf"Perhaps you meant: .*{nearest} ", said)
+    said = fails_in_a_line(capsys, *arguments(wrong, "0.5"))
+    assert said == f"no flag {wrong} of train; did you mean {nearest}?"
 
 
 def test_an_unknown_flag_beside_a_config_file(place, capsys):
     write(place / "run.yaml", "gamma: 0.9")
-    said = flat(fails(capsys, "train", "--config", "run.yaml", "--gama", "0.5"))
-    assert re.search(r"Perhaps you meant: .*--gamma ", said)
+    said = fails_in_a_line(capsys, "train", "--config", "run.yaml", "--gama", "0.5")
+    assert said == "no flag --gama of train; did you mean --gamma?"
 
 
 def test_flags_out_of_range(place, capsys):
