@@ -128,7 +128,8 @@ class Trackers(Callback):
     def on_end(self, result: Mapping[str, Any] | None) -> None:
         """Finish the trackers."""
         for one in self._running:
-            one.attempt(lambda t: t.finish())
+            fail = one.kind.fail if result is None else None
+            one.attempt(fail or (lambda t: t.finish()))
         self._running = []
         if self._release is not None:
             self._release()
@@ -180,7 +181,7 @@ class _Running:
     def __init__(
         self, name: str, make: Callable[..., Any], run: TrackedRun, known: Mapping[str, Any]
     ) -> None:
-        self.name, self._failures = name, 0
+        self.name, self._failures, self._said = name, 0, False
         self.kind = KINDS.get(name, Kind(lambda run: {}))
         self._before = {what: known.get(what, -1) for what in ("step", "evaluation")}
         if self.kind.rewrites:
@@ -204,8 +205,7 @@ class _Running:
         """Log numbers, those that are finite, and a table, unless it was done before."""
         if (step <= self._logged[what] and what == "step") or step < 0:
             return
-        finite = {k: float(v) for k, v in metrics.items() if math.isfinite(v)}
-        self.attempt(lambda t: t.log(finite, step=step))
+        self.attempt(lambda t: t.log(self.kind.named(metrics), step=step))
         show = self.kind.table
         if table is not None and show is not None:
             self.attempt(lambda t: show(t, name, table, step))
@@ -220,10 +220,23 @@ class _Running:
             self._failures = 0
         except Exception as error:  # of any type: no tracker ends a run
             self._failures += 1
-            if self._failures == 1:
-                logger.warning("%s failed (%s: %s)", self.name, type(error).__name__, error)
+            if not self._said:
+                self._said = True
+                logger.warning(
+                    "report_to: %s failed, and the run goes on (%s: %s)",
+                    self.name,
+                    type(error).__name__,
+                    error,
+                )
             if self._failures == MOST_FAILURES:
-                logger.warning("%s failed %d times in a row", self.name, MOST_FAILURES)
+                logger.warning(
+                    "report_to: %s failed %d times in a row (now %s: %s); it gets no more of this "
+                    "run until it is resumed",
+                    self.name,
+                    MOST_FAILURES,
+                    type(error).__name__,
+                    error,
+                )
 
     def state(self) -> dict[str, Any]:
         """Return what the next process needs to go on."""

@@ -114,7 +114,7 @@ def one_process() -> Callable[[], None]:
         return lambda: None
     with _environment():
         state()
-    return state._reset_state  # type: ignore[no-any-return]
+    return state._reset_state
 
 
 @contextmanager

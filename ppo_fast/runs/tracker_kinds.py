@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,15 +44,26 @@ class Kind:
     arguments: keyword arguments of the tracker's class for a run.
     identity: reads from a started tracker what ``TrackedRun.identity`` is.
     table: shows a table: (tracker, name, table, step); None: the tracker shows none.
+    fail: finishes a run that ends with an error; None: as any other.
     rewrites: whether steps that a resumed run repeats take the place of those logged before.
     settings_once: whether settings cannot be changed when a run goes on.
+    plain_names: whether names of metrics are letters, digits, spaces and ``_-./`` alone.
     """
 
     arguments: Callable[[TrackedRun], dict[str, Any]]
     identity: Callable[[Any], str | None] = lambda tracker: None
     table: Callable[[Any, str, Table, int], None] | None = None
+    fail: Callable[[Any], None] | None = None
     rewrites: bool = False
     settings_once: bool = False
+    plain_names: bool = False
+
+    def named(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Return the metrics that are finite, under names that the tracker takes."""
+        numbers = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+        if not self.plain_names:
+            return numbers
+        return {re.sub(r"[^\w\-./ ]", "_", name): value for name, value in numbers.items()}
 
 
 def _tensorboard(run: TrackedRun) -> dict[str, Any]:
@@ -79,11 +92,8 @@ def _trackio(run: TrackedRun) -> dict[str, Any]:
 
 
 def _trackio_table(tracker: Any, name: str, table: Table, step: int) -> None:
-    import pandas
-    import trackio
-
-    frame = pandas.DataFrame(table.rows, columns=table.columns)
-    tracker.log({name: trackio.Table(dataframe=frame)}, step=step)
+    frame = import_module("pandas").DataFrame(table.rows, columns=table.columns)
+    tracker.log({name: import_module("trackio").Table(dataframe=frame)}, step=step)
 
 
 def _mlflow(run: TrackedRun) -> dict[str, Any]:
@@ -91,10 +101,12 @@ def _mlflow(run: TrackedRun) -> dict[str, Any]:
 
 
 def _mlflow_table(tracker: Any, name: str, table: Table, step: int) -> None:
-    import mlflow
-
     columns = {c: [row[i] for row in table.rows] for i, c in enumerate(table.columns)}
-    mlflow.log_table(columns, artifact_file=f"{name}/step_{step}.json")
+    import_module("mlflow").log_table(columns, artifact_file=f"{name}/step_{step}.json")
+
+
+def _mlflow_fail(tracker: Any) -> None:
+    import_module("mlflow").end_run("FAILED")
 
 
 def _comet(run: TrackedRun) -> dict[str, Any]:
@@ -142,15 +154,25 @@ KINDS = {
         rewrites=True,
         settings_once=True,
     ),
-    "wandb": Kind(_wandb, lambda tracker: tracker.tracker.id, _log_table),
+    "wandb": Kind(
+        _wandb,
+        lambda tracker: tracker.tracker.id,
+        _log_table,
+        fail=lambda tracker: tracker.tracker.finish(exit_code=1),
+    ),
     "trackio": Kind(_trackio, lambda tracker: tracker.tracker.name, _trackio_table),
     "mlflow": Kind(
-        _mlflow, lambda tracker: tracker.tracker.info.run_id, _mlflow_table, settings_once=True
+        _mlflow,
+        lambda tracker: tracker.tracker.info.run_id,
+        _mlflow_table,
+        fail=_mlflow_fail,
+        settings_once=True,
+        plain_names=True,
     ),
     "comet_ml": Kind(_comet, lambda tracker: tracker.tracker.get_key(), _comet_table),
     "clearml": Kind(_clearml, lambda tracker: tracker.tracker.id, _log_table),
     "dvclive": Kind(_dvclive, lambda tracker: "dvclive"),
-    "swanlab": Kind(_swanlab, lambda tracker: tracker.tracker.id),
+    "swanlab": Kind(_swanlab, lambda tracker: tracker.tracker.id, plain_names=True),
     "aim": Kind(_aim, lambda tracker: tracker.tracker.hash),
 }
 
