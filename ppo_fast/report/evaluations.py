@@ -1,0 +1,66 @@
+"""Evaluations over steps, with error bars."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ppo_fast.report.charts import Line, chart, description
+from ppo_fast.report.html import Html, cut, element, joined
+from ppo_fast.report.read import Run
+from ppo_fast.report.tables import before_and_after
+from ppo_fast.report.thin import spread
+
+MOST_CHARTS, MOST_POINTS = 24, 120
+
+
+def evaluations(runs: Sequence[Run], data: dict[str, Any]) -> Html | None:
+    """Return charts of the evaluations and tables of the first and last; None if there are none.
+
+    Args:
+        data: what the page's script reads gets the points of each chart, by its name.
+    """
+    shown = [run for run in runs if run.evaluations]
+    if not shown:
+        return None
+    names = [*dict.fromkeys(name for run in shown for one in run.evaluations for name in one)]
+    kept = [
+        n for n in names if n not in ("step", "time", "standard_error") and not n.endswith("/std")
+    ]
+    figures = [
+        figure for i, name in enumerate(kept[:MOST_CHARTS])
+        if (figure := _figure(f"evaluation-{i}", name, runs, data)) is not None
+    ]  # fmt: skip
+    return joined(
+        element("div", *before_and_after(runs), class_="tables"),
+        element("div", *figures, class_="charts") if figures else None,
+    )
+
+
+def _figure(name: str, metric: str, runs: Sequence[Run], data: dict[str, Any]) -> Html | None:
+    lines = [line for i, run in enumerate(runs) if (line := _line(i, run, metric)) is not None]
+    if not any(len(line.raw) > 1 for line in lines):
+        return None
+    data[name] = [{"run": line.run, "points": [[*point] for point in line.raw]} for line in lines]
+    words = description(lines, [cut(run.name, 60) for run in runs])
+    note = element("figcaption", element("p", "Bars: ± one standard error of the mean."))
+    return element(
+        "figure",
+        element("h4", cut(metric, 80)),
+        chart(name, f"{cut(metric, 80)} in evaluations", words, lines),
+        note if any(line.bars for line in lines) else None,
+    )
+
+
+def _line(index: int, run: Run, metric: str) -> Line | None:
+    found = [one for one in run.evaluations if one.get(metric) is not None]
+    found = [found[i] for i in spread(len(found), MOST_POINTS)]
+    if not found:
+        return None
+    points = [(float(one["step"]), one[metric]) for one in found]
+    errors = [one.get("standard_error") for one in found] if metric == "reward" else []
+    bars = [
+        (step, value - error, value + error)
+        for (step, value), error in zip(points, errors, strict=False) if error is not None
+    ]  # fmt: skip
+    return Line(index, raw=points, bars=bars)

@@ -1,0 +1,64 @@
+"""What metrics mean, and where those of a run that goes well lie.
+
+metrics.json holds the table of docs/metrics.md; ``tests/helpers/metric_notes.py`` writes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
+from typing import NamedTuple
+
+from ppo_fast.report.courses import Course
+from ppo_fast.runs.health import FIRST
+
+# What ppo_fast.runs.health warns of, as numbers: a fixed bound, ...
+LOWEST = {"explained_variance": 0.0, "reward_std": 0.0, "finished_fraction": 0.0}
+HIGHEST = {"kl_sequence": 50.0, "clip_fraction": 0.3}
+# ... or this share of the mean of the first steps.
+LEAST_SHARE = {"entropy": 0.1, "response_length": 0.1}
+
+
+class Note(NamedTuple):
+    """A metric's meaning, and when to look closer; each may be empty."""
+
+    meaning: str
+    look: str
+
+
+@cache
+def _table() -> dict[str, Note]:
+    rows = json.loads(files("ppo_fast.report").joinpath("metrics.json").read_text("utf-8"))
+    return {name: Note(row["meaning"], row["look"]) for row in rows for name in row["names"]}
+
+
+def note_of(metric: str) -> Note:
+    """Return the note of a metric; an empty one for a metric that the table has not."""
+    if metric.startswith("reward/"):
+        metric = f"reward/<name>/{metric.rpartition('/')[2]}"
+    return _table().get(metric, Note("", ""))
+
+
+class Healthy(NamedTuple):
+    """Bounds within which a metric of a run that goes well lies; None: no bound on that side."""
+
+    low: float | None
+    high: float | None
+
+    def __str__(self) -> str:
+        parts = [] if self.low is None else [f"above {self.low:.3g}"]
+        return " and ".join(parts + ([] if self.high is None else [f"below {self.high:.3g}"]))
+
+
+def healthy(metric: str, course: Course) -> Healthy | None:
+    """Return the bounds of a metric in one run; None where nothing is expected of it."""
+    low, high = LOWEST.get(metric), HIGHEST.get(metric)
+    if metric in LEAST_SHARE and len(course):
+        low = LEAST_SHARE[metric] * _mean(course.values[:FIRST])
+    return None if low is None and high is None else Healthy(low, high)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
