@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from ppo_fast.data.examples import Example, Stream
+from ppo_fast.runs.files import written
 from ppo_fast.runs.plain_text import plain
+
+# Written last, when all else of a run's results is whole.
+DONE = "results.json"
 
 if TYPE_CHECKING:
     from ppo_fast.cli.train import Train
@@ -49,15 +53,29 @@ def save_results(
         )
 
     folder = run.output_dir / "policy"
-    policy, tokenizer = ppo.policy.model, ppo.tokenizer
-    kind = export_policy(policy, tokenizer, folder, adapter_only=run.adapter_only)
-    replace(card(kind), quantization=run.quantization).write(folder)
     if ppo.critic.trained and run.save_critic != "none":
         whole = run.save_critic == "whole"
-        save_critic(ppo, run.output_dir / "critic", whole=whole)
-        card("critic" if whole else "critic's weights").write(run.output_dir / "critic")
+        save_critic(ppo, run.output_dir / "critic", whole=whole, card=card("critic"))
+    policy, tokenizer = ppo.policy.model, ppo.tokenizer
+    kind = export_policy(
+        policy, tokenizer, folder, adapter_only=run.adapter_only, card=card("policy")
+    )
     what = "trained policy" if kind == "policy" else "trained adapter"
     console.print(plain(f"{what}: {folder}"), soft_wrap=True)
     if run.push_to_hub is not None:
         url = push_to_hub(folder, run.push_to_hub)
         console.print(plain(f"pushed: {url}"), soft_wrap=True)
+    with written(run.output_dir / DONE) as file:
+        file.write(json.dumps({"step": ppo.progress.steps}).encode())
+
+
+def results_are_saved(folder: Path, step: int) -> bool:
+    """Return whether all results of a run after ``step`` are whole in its folder.
+
+    Without a sign that they are, as in folders of older versions, they are to be saved again.
+    """
+    try:
+        found = json.loads((folder / DONE).read_text("utf-8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("step") == step

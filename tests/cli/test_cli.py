@@ -31,6 +31,7 @@ def test_train_fills_the_output_folder(place, capsys):
         "config.yaml",
         "checkpoints",
         "policy",
+        "results.json",
     }
     metrics = lines(run / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [1, 2]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import pytest
 import torch
-from command_line import arguments, fails_in_a_line
+from command_line import arguments, fails, fails_in_a_line
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from ppo_fast.cli.main import main
+from ppo_fast.cli.results import results_are_saved
+from ppo_fast.runs.model_card import ModelCard
 
 
 def test_a_card_says_how_the_policy_was_trained(place, monkeypatch):
@@ -106,3 +110,28 @@ def test_choices_in_a_config_file(place, capsys):
     (place / "run.yaml").write_text("save_critic: all\n")
     said = fails_in_a_line(capsys, *arguments("--config", "run.yaml"))
     assert "save_critic: got 'all', expected one of ('weights', 'whole', 'none')" in said
+
+
+def test_results_count_as_saved_when_all_are(place, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr("ppo_fast.runs.export.export_policy", _full)
+        fails_in_a_line(capsys, *arguments("--critic", "head"))
+    assert (place / "run/critic/README.md").exists()
+    assert not results_are_saved(place / "run", 2)
+    main(arguments("--critic", "head", "--resume"))
+    assert results_are_saved(place / "run", 2)
+    assert not results_are_saved(place / "run", 3)
+    assert not results_are_saved(place, 2)
+
+
+def test_a_card_that_cannot_be_written_leaves_the_policy_of_before(place, monkeypatch, capsys):
+    main(arguments())
+    before = (place / "run/policy/model.safetensors").read_bytes()
+    monkeypatch.setattr(ModelCard, "write", _full)
+    assert "No space left" in fails(capsys, *arguments("--resume", num_steps=3))
+    assert (place / "run/policy/model.safetensors").read_bytes() == before
+    assert (place / "run/policy/README.md").exists()
+
+
+def _full(*arguments, **options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
