@@ -1,0 +1,129 @@
+"""Kill tiny runs at random moments, resume them, and compare their ends with an unkilled run's."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from soak.file_faults import Action, FileFaults
+from soak.kept_whole import differences, lost
+from soak.kept_whole import lines as lines_of
+from soak.part import Found
+from soak.tiny_runs import VARIANTS, TinyRun, make_place, warm_up
+from soak.worker import Ended
+
+STEPS = 5
+# How a run is ended; the last three at a file operation.
+WAYS = ("SIGKILL", "SIGKILL", "SIGTERM", "SIGINT", "before", "after", "half")
+AT_OPERATIONS = {"before": Action.KILL, "after": Action.KILL_AFTER, "half": Action.KILL_HALF}
+# Of a stopped run, by the signal: after its step, or before the run handles signals.
+STATUSES = {"SIGTERM": (143, -signal.SIGTERM), "SIGINT": (130, -signal.SIGINT)}
+
+
+class Kills:
+    """Part of the soak; the count that has a target is that of SIGKILLs that hit a run."""
+
+    name, target, counted = "kills", 1000, "kills"
+
+    def __init__(self) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="soak-kills-"))
+        self._place = make_place(self._folder / "place")
+        self._faults = FileFaults()
+        warm_up(self._place, self._folder)
+        self._references: dict[str, tuple[float, int]] = {}
+
+    def close(self) -> None:
+        """Remove the folders of runs that lost nothing."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def case(self, seed: int) -> Found:
+        """Run one run to its end, with kills between."""
+        draw = random.Random(f"kills {seed}")
+        variant = draw.choice([*VARIANTS])
+        seconds, operations = self._reference(variant)
+        run = self._run(variant, f"{variant}-{seed}")
+        counts, failures, saved = Counter(runs=1), [], 0
+        for goal in draw.choice([(STEPS,), (2, STEPS), (3, STEPS)]):
+            left = draw.randint(1, 4)
+            while True:
+                exported = (run.folder / "policy").exists()
+                way = draw.choice(WAYS) if left else None
+                ended = self._end(run, goal, way, draw.uniform(0, seconds), draw, operations)
+                saved = max([saved, *ended.numbers("saved")])
+                counts += _counted(way, ended)
+                failures += [f"{way}, goal {goal}: {x}" for x in _of_status(way, ended)]
+                failures += [f"{way}, goal {goal}: {x}" for x in lost(run.folder, saved, exported=exported)]
+                if way in STATUSES and ended.status in (130, 143):
+                    failures += _lost_steps(run.folder, saved, ended)
+                left -= 1
+                if ended.status == 0 or failures:
+                    break
+                left = max(left, 0)
+            if failures:
+                break
+        if not failures:
+            failures = [*differences(run.folder, self._folder / f"{variant}-reference", STEPS)]
+            shutil.rmtree(run.folder)
+        return Found(counts, failures)
+
+    def _run(self, variant: str, name: str) -> TinyRun:
+        return TinyRun(variant, self._place, self._folder / name, self._folder / f"{name}.out")
+
+    def _reference(self, variant: str) -> tuple[float, int]:
+        """Run a variant without a kill, once; return its seconds and number of file operations."""
+        if variant not in self._references:
+            run = self._run(variant, f"{variant}-reference")
+            self._faults.plan()
+            worker = run.start(STEPS, self._faults)
+            ended = worker.wait()
+            if ended.status:
+                raise RuntimeError(f"status {ended.status}: {run.output.read_text()}")
+            assert not [*lost(run.folder, STEPS, exported=True)]
+            self._references[variant] = ended.seconds, self._faults.count
+        return self._references[variant]
+
+    def _end(
+        self,
+        run: TinyRun,
+        goal: int,
+        way: str | None,
+        moment: float,
+        draw: random.Random,
+        operations: int,
+    ) -> Ended:
+        """Run to ``goal`` steps, or to where it is ended."""
+        action = AT_OPERATIONS.get(way or "", Action.COUNT)
+        self._faults.plan(action, draw.randint(1, operations))
+        worker = run.start(goal, self._faults)
+        if way is None or way in AT_OPERATIONS:
+            return worker.wait()
+        worker.send_after(moment, getattr(signal, way))
+        return worker.wait()
+
+
+def _counted(way: str | None, ended: Ended) -> Counter[str]:
+    if ended.status == 0:
+        return Counter()
+    if way in STATUSES:
+        return Counter({way: 1})
+    return Counter(kills=1, kills_in_file_operations=int(way in AT_OPERATIONS))
+
+
+def _of_status(way: str | None, ended: Ended) -> list[str]:
+    """Return what is wrong with how a run ended."""
+    expected = STATUSES.get(way or "", (-signal.SIGKILL,)) if way else ()
+    if ended.hung:
+        return ["it hung"]
+    if ended.status not in (0, *expected):
+        return [f"it ended with status {ended.status}"]
+    return []
+
+
+def _lost_steps(folder: Path, saved: int, ended: Ended) -> list[str]:
+    """Return the steps that a run lost that was stopped by a signal and ended by itself."""
+    done = max((line["step"] for line in lines_of(folder / "metrics.jsonl")), default=0)
+    return [f"step {done} was done, and step {saved} saved"] if done > saved else []

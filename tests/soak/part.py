@@ -1,0 +1,74 @@
+"""Parts of the soak: what they find, and how far they are, in a file of JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from ppo_fast.runs.files import written
+
+
+class Found(NamedTuple):
+    """Counts of a case, and what was wrong in it."""
+
+    counts: Counter[str]
+    failures: list[str]
+
+
+class Part(Protocol):
+    """A part: cases by number, each the same in every run."""
+
+    name: str
+    target: int
+    counted: str
+
+    def case(self, seed: int) -> Found: ...
+
+    def close(self) -> None: ...
+
+
+class State:
+    """How far a part is.
+
+    Args:
+        path: of the file; it is read where it exists, and written by ``save``.
+
+    Attributes:
+        next: number of the next case.
+        counts: of all cases so far.
+        failures: of them, each with its number.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        found = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        self.next: int = found.get("next", 0)
+        self.seconds: float = found.get("seconds", 0.0)
+        self.counts: Counter[str] = Counter(found.get("counts", {}))
+        self.failures: list[dict[str, object]] = found.get("failures", [])
+
+    def save(self) -> None:
+        """Write the file, whole or not at all."""
+        names = ("next", "seconds", "counts", "failures")
+        text = json.dumps({name: getattr(self, name) for name in names}, indent=1)
+        with written(self.path) as file:
+            file.write(text.encode())
+
+    def run(self, part: Part, seconds: float, cases: int | None = None) -> bool:
+        """Run cases for so long, or so many, or until the part's target; return if it is reached."""
+        ends = time.monotonic() + seconds
+        last = None if cases is None else self.next + cases
+        while self.counts[part.counted] < part.target and self.next != last:
+            started = time.monotonic()
+            if started >= ends:
+                break
+            found = part.case(self.next)
+            self.counts += found.counts
+            self.failures += [{"case": self.next, "what": what} for what in found.failures]
+            self.next += 1
+            self.seconds += time.monotonic() - started
+            self.save()
+        return self.counts[part.counted] >= part.target

@@ -1,0 +1,111 @@
+"""Tiny runs of ``ppo-fast train``, in forked processes, and what their folders must hold."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tiny_models import tiny_model, tiny_tokenizer
+from tiny_trainer import PROMPTS
+
+from ppo_fast.cli.main import main
+from ppo_fast.ppo import PPO
+from soak.file_faults import FileFaults
+from soak.worker import Report, Worker, import_all_of
+
+# A reward that draws from every random generator: their states must come back too.
+REWARD = """
+import random
+import numpy as np
+import torch
+
+def reward(prompts, completions):
+    noise = random.random() + np.random.rand() + torch.rand(()).item()
+    return [sum(map(ord, text)) % 97 / 50 + noise for text in completions]
+"""
+COMMON = {
+    "policy": "model",
+    "prompts": "prompts.txt",
+    "reward": "noisy_reward.py:reward",
+    "batch_size": 2,
+    "max_length": 4,
+    "learning_rate": 0.001,
+    "device": "cpu",
+}
+# Runs that differ in what they train, write and keep.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "head": {"critic": "head", "checkpoint_freq": 1, "num_epochs": 2},
+    "samples": {"samples_per_prompt": 2, "checkpoint_freq": 1, "keep_last": 2, "num_epochs": 1},
+    "value": {"value_model": "model", "checkpoint_freq": 2, "keep_last": 1, "num_epochs": 1},
+    "adapter": {"lora_rank": 2, "critic": "head", "checkpoint_freq": 1, "held_out": 0.4},
+}
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """A run of a variant in its own folder.
+
+    variant: name of VARIANTS.
+    place: folder with models, prompts and the reward, which are only read.
+    folder: of the run: an absolute path.
+    output: file for what its processes print.
+    """
+
+    variant: str
+    place: Path
+    folder: Path
+    output: Path
+
+    def argv(self, steps: int) -> list[str]:
+        """Return the arguments of the command that runs or resumes it, until ``steps`` are done."""
+        settings = COMMON | VARIANTS[self.variant] | {"output_dir": self.folder, "num_steps": steps}
+        flags = [(f"--{name.replace('_', '-')}", str(v)) for name, v in settings.items()]
+        return ["train", *(part for flag in flags for part in flag), "--resume"]
+
+    def start(self, steps: int, faults: FileFaults | None = None) -> Worker:
+        """Start it in a process of its own; its file operations follow the plan of ``faults``."""
+
+        def task(report: Report) -> None:
+            os.chdir(self.place)
+            sys.argv = ["ppo-fast"]
+            report_saves(report)
+            if faults is not None:
+                faults.watch(self.folder)
+            main(self.argv(steps))
+
+        return Worker(task, self.output)
+
+
+def report_saves(report: Report) -> None:
+    """Report each checkpoint once it is written, in this process."""
+    save = PPO.save_checkpoint
+
+    def reporting(self: PPO, checkpoint_dir: Any, step: int) -> Path:
+        path = save(self, checkpoint_dir, step)
+        report(f"saved {step}")
+        return path
+
+    PPO.save_checkpoint = reporting  # type: ignore[method-assign]
+
+
+def make_place(folder: Path) -> Path:
+    """Make the folder with what runs read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tiny_model(layers=1, hidden=32).save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS), "utf-8")
+    (folder / "noisy_reward.py").write_text(REWARD, "utf-8")
+    return folder
+
+
+def warm_up(place: Path, folder: Path) -> None:
+    """Import what runs import, so that forked ones need not."""
+
+    def run(report: Report) -> None:
+        os.chdir(place)
+        main(TinyRun("adapter", place, folder / "warm", folder / "warm.out").argv(1))
+
+    import_all_of(run, folder / "imports.out")
