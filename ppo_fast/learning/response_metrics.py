@@ -1,4 +1,4 @@
-"""Metrics of a batch's responses: their lengths, how varied they are, how they repeat themselves."""
+"""Metrics of a batch's responses: lengths, variety, repetition, EOS."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _numbered(grams: Tensor, mask: Tensor) -> tuple[Tensor, int]:
 
 
 def _repetition(pair: Tensor, count: int, real: Tensor) -> float | None:
-    """Return the mean share of 4-grams that occurred before; ``pair`` [B, T - 1] are the 2-grams."""
+    """Return the mean share of repeated 4-grams; ``pair`` [B, T - 1] are the numbered 2-grams."""
     mask = real[:, REPEATED - 1 :]
     totals = mask.sum(1)
     if not totals.any():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_large_ids_and_batches_agree_with_loops():
         for n in torch.randint(1, 60, (40,), generator=g).tolist()
     ]
     found = response_metrics(tokens(*rows), {10_000_019})
-    pairs = [pair for row in rows for pair in zip(row, row[1:], strict=False)]
+    pairs = [pair for row in rows for pair in pairwise(row)]
     shares = []
     for row in rows:
         grams = [tuple(row[i : i + 4]) for i in range(len(row) - 3)]
