@@ -62,6 +62,11 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
+def short(value: float) -> str:
+    """Return a number with three digits that count."""
+    return f"{value:.3g}" if abs(value) < 1e3 else number(value)
+
+
 def tick_labels(values: Sequence[float]) -> list[str]:
     """Return short texts for ticks, with as many digits as tell them apart."""
     largest = max((abs(value) for value in values), default=0.0)

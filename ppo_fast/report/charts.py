@@ -12,6 +12,7 @@ from ppo_fast.report.thin import Points
 
 WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 24
+ACROSS = WIDTH - LEFT - RIGHT
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,11 @@ def chart(name: str, title: str, description: str, lines: Sequence[Line]) -> Htm
     across, up, outside = _axes(lines)
     inside = element(
         "svg",
-        *(_healthy(line, across, up) for line in lines),
+        *_healthy(lines, up),
         *(_band(line, across, up) for line in lines),
         *(_curve(line, across, up) for line in lines),
-        x=LEFT, y=TOP, width=WIDTH - LEFT - RIGHT, height=HEIGHT - TOP - BOTTOM,
-        viewBox=f"{LEFT} {TOP} {WIDTH - LEFT - RIGHT} {HEIGHT - TOP - BOTTOM}",
+        x=LEFT - 4, y=TOP, width=ACROSS + 8, height=HEIGHT - TOP - BOTTOM,
+        viewBox=f"{LEFT - 4} {TOP} {ACROSS + 8} {HEIGHT - TOP - BOTTOM}",
     )  # fmt: skip
     if outside:
         description += f" {outside} values lie outside of the picture."
@@ -81,11 +82,16 @@ def _axes(lines: Sequence[Line]) -> tuple[Axis, Axis, int]:
     return Axis(first, last, LEFT, WIDTH - RIGHT), up, outside
 
 
+def bounds_of(line: Line) -> tuple[float | None, float | None]:
+    """Return the lowest and the highest value of a run that goes well; None: no bound."""
+    return (None, None) if line.healthy is None else (line.healthy.low, line.healthy.high)
+
+
 def _with_bounds(low: float, high: float, lines: Sequence[Line]) -> tuple[float, float]:
     """Return a range with the healthy bounds that lie near."""
     width = (high - low) or abs(high)
     for line in lines:
-        for bound in line.healthy or ():
+        for bound in bounds_of(line):
             if bound is not None and low - width / 2 <= bound <= high + width / 2:
                 low, high = min(low, bound), max(high, bound)
     return low, high
@@ -104,22 +110,30 @@ def grid(across: Axis, up: Axis, *, label: str = "step") -> Html:
     found = [step for step in ticks(across.low, across.high, 5) if step == round(step)]
     for value, text in zip(found, tick_labels(found), strict=True):
         x = across.at(value)
-        if x > WIDTH - 44:  # there stands the label
-            continue
-        parts.append(element("text", text, x=x, y=HEIGHT - 8, class_="tick middle"))
-    parts.append(element("text", label, x=WIDTH - RIGHT, y=HEIGHT - 8, class_="tick end"))
+        anchor = "end" if x + 3 * len(text) > WIDTH else "middle"
+        parts.append(element("text", text, x=x, y=HEIGHT - 8, class_=f"tick {anchor}"))
+    parts.append(element("text", label, x=LEFT - 16, y=HEIGHT - 8, class_="tick end"))
     return element("g", *parts, aria_hidden="true")
 
 
-def _healthy(line: Line, across: Axis, up: Axis) -> Html | None:
+def _healthy(lines: Sequence[Line], up: Axis) -> list[Html]:
+    """Return lines at the bounds; what lies beyond them is tinted where all runs have the same."""
     parts = []
-    for bound in line.healthy or ():
-        if bound is not None and up.low < bound < up.high:
+    same = len({line.healthy for line in lines}) == 1
+    for line in lines[:1] if same else lines:
+        low, high = bounds_of(line)
+        for bound, edge in ((low, HEIGHT - BOTTOM), (high, TOP)):
+            if bound is None or not up.low < bound < up.high:
+                continue
             y = up.at(bound)
-            parts.append(
-                element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_=f"bound r{line.run}")
-            )
-    return joined(*parts) if parts else None
+            if same:
+                top, tall = min(y, edge), round(abs(y - edge), 1)
+                parts.append(
+                    element("rect", x=LEFT, y=top, width=ACROSS, height=tall, class_="beyond")
+                )
+            kind = "bound" if same else f"bound r{line.run}"
+            parts.append(element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_=kind))
+    return parts
 
 
 def _band(line: Line, across: Axis, up: Axis) -> Html | None:

@@ -27,8 +27,10 @@ def curves(runs: Sequence[Run], data: dict[str, Any]) -> Html:
         data: what the page's script reads gets the points of each chart, by its name.
     """
     names = [*dict.fromkeys(name for run in runs for name in run.courses.by_name)]
-    flat = {name: text for name in names if (text := _constant(name, runs)) is not None}
-    groups = pictures(name for name in names if name not in flat)
+    groups = pictures(names)
+    charted = [picture.metric for group in groups.values() for picture in group]
+    flat = {name: text for name in charted if (text := _constant(name, runs)) is not None}
+    groups = {title: [p for p in group if p.metric not in flat] for title, group in groups.items()}
     left, shown = MOST_CHARTS, {}
     for title, group in groups.items():
         shown[title], left = group[:left], max(left - len(group), 0)
@@ -47,12 +49,9 @@ def curves(runs: Sequence[Run], data: dict[str, Any]) -> Html:
     if omitted:
         parts.append(element("p", f"{omitted} more metrics have no chart here.", class_="hint"))
     if flat:
-        rows = [
-            element("tr", element("th", element("code", name), scope="row"), element("td", text))
-            for name, text in flat.items()
-        ]
+        items = [element("li", element("code", name), f" {text}") for name, text in flat.items()]
         parts.append(element("h3", "Metrics that did not change"))
-        parts.append(element("div", element("table", *rows, class_="narrow"), class_="wide"))
+        parts.append(element("ul", *items, class_="defaults"))
     return joined(*parts)
 
 
@@ -81,8 +80,12 @@ def _figure(
     ]
     return element(
         "figure",
-        element("h4", picture.metric),
-        element("p", *_latest(picture.metric, runs), class_="latest"),
+        element(
+            "div",
+            element("h4", picture.metric),
+            element("p", *_latest(picture.metric, runs), class_="latest"),
+            class_="top",
+        ),
         chart(name, picture.metric, description(lines, names), lines),
         element("figcaption", *_caption(picture, lines)),
     )
@@ -94,7 +97,8 @@ def _latest(metric: str, runs: Sequence[Run]) -> list[Html]:
     for index, run in enumerate(runs):
         if metric in run.courses:
             text = number(run.courses[metric].values[-1])
-            found.append(element("span", element("i", class_=f"key r{index}"), text))
+            key = element("i", class_=f"key r{index}") if len(runs) > 1 else None
+            found.append(element("span", key, text))
     return found
 
 
@@ -103,15 +107,20 @@ def _caption(picture: Picture, lines: Sequence[Line]) -> list[Html]:
     bounds = [*dict.fromkeys(str(line.healthy) for line in lines if line.healthy)]
     parts = []
     if note.meaning:
-        parts.append(element("p", f"{note.meaning[0].upper()}{note.meaning[1:]}."))
+        parts.append(element("p", _sentence(note.meaning)))
     if str(picture):
-        parts.append(element("p", f"{str(picture)[0].upper()}{str(picture)[1:]}."))
+        parts.append(element("p", _sentence(str(picture))))
     if bounds:
         where = bounds[0] if len(bounds) == 1 else "; ".join(bounds)
         parts.append(element("p", "In a run that goes well: ", element("b", where), "."))
     if note.look:
         parts.append(element("p", element("b", "Look closer when: "), f"{note.look}."))
     return parts
+
+
+def _sentence(words: str) -> str:
+    """Return words with a capital, unless they begin with a symbol, and a full stop."""
+    return f"{words[0].upper() if words[0].isascii() else words[0]}{words[1:]}."
 
 
 def _line(index: int, run: Run, picture: Picture, most: int) -> Line:

@@ -12,13 +12,14 @@ from importlib.resources import files
 from typing import NamedTuple
 
 from ppo_fast.report.courses import Course
-from ppo_fast.runs.health import FIRST
+from ppo_fast.runs.health import FIRST, RANGES
 
 # What ppo_fast.runs.health warns of, as numbers: a fixed bound, ...
 LOWEST = {"explained_variance": 0.0, "reward_std": 0.0, "finished_fraction": 0.0}
 HIGHEST = {"kl_sequence": 50.0, "clip_fraction": 0.3}
 # ... or this share of the mean of the first steps.
 LEAST_SHARE = {"entropy": 0.1, "response_length": 0.1}
+FROM_STEP = {one.metric: one.steps for one in RANGES}
 
 
 class Note(NamedTuple):
@@ -42,14 +43,21 @@ def note_of(metric: str) -> Note:
 
 
 class Healthy(NamedTuple):
-    """Bounds within which a metric of a run that goes well lies; None: no bound on that side."""
+    """Bounds within which a metric of a run that goes well lies.
+
+    low, high: None: no bound on that side.
+    start: the step from which on it is looked at.
+    """
 
     low: float | None
     high: float | None
+    start: int = 1
 
     def __str__(self) -> str:
         parts = [] if self.low is None else [f"above {self.low:.3g}"]
-        return " and ".join(parts + ([] if self.high is None else [f"below {self.high:.3g}"]))
+        parts += [] if self.high is None else [f"below {self.high:.3g}"]
+        late = f" from step {self.start} on" if self.start > 10 else ""
+        return " and ".join(parts) + late
 
 
 def healthy(metric: str, course: Course) -> Healthy | None:
@@ -57,7 +65,9 @@ def healthy(metric: str, course: Course) -> Healthy | None:
     low, high = LOWEST.get(metric), HIGHEST.get(metric)
     if metric in LEAST_SHARE and len(course):
         low = LEAST_SHARE[metric] * _mean(course.values[:FIRST])
-    return None if low is None and high is None else Healthy(low, high)
+    if low is None and high is None:
+        return None
+    return Healthy(low, high, FROM_STEP.get(metric, 1))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ppo_fast.report.axes import number
+from ppo_fast.report.axes import short
 from ppo_fast.report.curves import curves
 from ppo_fast.report.evaluations import evaluations
 from ppo_fast.report.html import Html, cut, element, embedded, joined
@@ -40,11 +40,11 @@ def page(runs: Sequence[Run]) -> str:
     sections = [
         ("summary", "Summary", _summary(runs)),
         ("evaluations", "Evaluations", evaluations(runs, data)),
+        ("events", "Events and warnings", joined(*events(runs)) or None),
         ("curves", "Metrics over steps", _curves(runs, data)),
         ("time", "Time by part", times(runs)),
         ("samples", "Samples, before and after", samples(runs)),
         ("settings", "Settings", joined(*settings(runs)) or None),
-        ("events", "Events and warnings", joined(*events(runs)) or None),
     ]
     shown = [section for section in sections if section[2] is not None]
     names = ", ".join(cut(run.name, 60) for run in runs)
@@ -105,12 +105,12 @@ def _tiles(run: Run) -> Html:
     ends = run.evaluations[:1] + run.evaluations[1:][-1:]
     rewards = [one for one in ends if one.get("reward") is not None]
     if rewards:
-        shown.append(("evaluated reward", " → ".join(number(one["reward"]) for one in rewards)))
+        shown.append(("evaluated reward", " → ".join(short(one["reward"]) for one in rewards)))
     elif "mean_reward" in run.courses:
         values = run.courses["mean_reward"].values
-        shown.append(("mean reward", f"{number(values[0])} → {number(values[-1])}"))
+        shown.append(("mean reward", f"{short(values[0])} → {short(values[-1])}"))
     if "kl_sequence" in run.courses:
-        shown.append(("KL, nats a sequence", number(run.courses["kl_sequence"].values[-1])))
+        shown.append(("KL, nats a sequence", short(run.courses["kl_sequence"].values[-1])))
     if (taken := time_taken(run)) is not None:
         shown.append(("time of the steps", taken))
     tiles = [
@@ -126,10 +126,10 @@ def _curves(runs: Sequence[Run], data: dict[str, Any]) -> Html:
     key = [named(run, index) for index, run in enumerate(runs)] if len(runs) > 1 else []
     words = (
         "Thin: the steps; thick: their running mean; pale: the band named under a chart; "
-        "dashed: where a run that goes well ends."
+        "dashed: bounds of a run that goes well."
     )
     return joined(
         element("p", *key, class_="legend") if key else None,
         element("p", words, class_="hint"),
-        curves(runs, data),
+        element("div", curves(runs, data), class_="several" if key else None),
     )

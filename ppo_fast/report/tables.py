@@ -48,7 +48,8 @@ def summary(runs: Sequence[Run]) -> Html:
         cells = [of(run) for run in runs]
         if any(cells):
             rows.append([title, *(cell or MISSING for cell in cells)])
-    return table("The runs", ["", *(named(run, i) for i, run in enumerate(runs))], rows)
+    heads = [named(run, i) for i, run in enumerate(runs)] if len(runs) > 1 else [""]
+    return table("The runs" if len(runs) > 1 else "The run", ["", *heads], rows)
 
 
 def setting(run: Run, name: str) -> str | None:
@@ -124,7 +125,9 @@ def _evaluated(run: Run) -> str | None:
 def with_error(evaluation: dict[str, Any]) -> str:
     """Return an evaluation's reward with its standard error."""
     error = evaluation.get("standard_error")
-    return number(evaluation["reward"]) + (f" ± {number(error)}" if error is not None else "")
+    return number(evaluation["reward"]) + (
+        f"\u00a0±\u00a0{number(error)}" if error is not None else ""
+    )
 
 
 def _warnings(run: Run) -> str | None:
@@ -156,15 +159,15 @@ def before_and_after(runs: Sequence[Run]) -> list[Html]:
         if not run.evaluations:
             continue
         first, last = run.evaluations[0], run.evaluations[-1]
-        name = f"{cut(run.name, 60)}: " if len(runs) > 1 else ""
+        of = f" of {cut(run.name, 60)}" if len(runs) > 1 else ""
         names = [n for n in first if n not in ("step", "time", "standard_error")]
         if first is last:
             rows = [[n, _value(first, n)] for n in names]
-            found.append(table(f"{name}the one evaluation", ["", f"step {first['step']}"], rows))
+            found.append(table(f"The one evaluation{of}", ["", f"step {first['step']}"], rows))
             continue
         rows = [[n, _value(first, n), _value(last, n), _change(first, last, n)] for n in names]
         head = ["", f"step {first['step']}", f"step {last['step']}", "change"]
-        found.append(table(f"{name}first and last evaluation", head, rows))
+        found.append(table(f"First and last evaluation{of}", head, rows))
     return found
 
 
@@ -183,25 +186,28 @@ def _change(first: dict[str, Any], last: dict[str, Any], name: str) -> str:
 
 
 def events(runs: Sequence[Run]) -> list[Html]:
-    """Return, for each run with events, a table of them."""
+    """Return, for each run with events, a list of them."""
     found = []
     for run in runs:
         if not run.events:
             continue
-        name = f"{cut(run.name, 60)}: " if len(runs) > 1 else ""
+        if len(runs) > 1:
+            found.append(element("h3", cut(run.name, 60)))
         left = run.event_count - len(run.events)
-        caption = f"{name}events" + (f", without the first {left:,}" if left else "")
-        rows = [
-            [
-                str(event["step"]),
-                element("span", cut(event.get("level", ""), 20), class_=_level(event)),
-                cut(event.get("source", ""), 80),
-                cut(event.get("text", ""), LONGEST_EVENT),
-            ]
-            for event in run.events
-        ]
-        found.append(table(caption, ["step", "level", "source", "text"], rows))
+        if left:
+            found.append(element("p", f"The first {left:,} events are left out.", class_="hint"))
+        found.append(element("ol", *map(_event, run.events), class_="events"))
     return found
+
+
+def _event(event: dict[str, Any]) -> Html:
+    head = element(
+        "p",
+        element("span", cut(event.get("level", ""), 20), class_=_level(event)),
+        f" step {event['step']}, {cut(event.get('source', ''), 80)}",
+        class_="level",
+    )
+    return element("li", head, element("p", cut(event.get("text", ""), LONGEST_EVENT)))
 
 
 def _level(event: dict[str, Any]) -> str:
@@ -239,12 +245,14 @@ def _settings(run: Run, several: bool) -> list[Html]:
         [element("mark", k), value_text(v), value_text(DEFAULTS[k])]
         for k, v in known if not _same(v, DEFAULTS[k])
     ]  # fmt: skip
-    same = [[k, value_text(v)] for k, v in known if _same(v, DEFAULTS[k])]
+    same = [(k, value_text(v)) for k, v in known if _same(v, DEFAULTS[k])]
     parts = [table("Settings of PPOConfig that differ from its defaults",
                    ["", "here", "default"], changed)] if changed else []  # fmt: skip
     parts.append(table("Settings of the run", ["", "here"], own))
     if same:
-        parts.append(table("Settings of PPOConfig that are the defaults", ["", "here"], same))
+        items = [element("li", element("code", k), f" {v}") for k, v in same]
+        title = element("summary", f"{len(same)} settings that are PPOConfig's defaults")
+        parts.append(element("details", title, element("ul", *items, class_="defaults")))
     count = f"{name}{len(changed)} of {len(known)} settings differ from PPOConfig's defaults"
     return [element("details", element("summary", count), joined(*parts), open=not several)]
 

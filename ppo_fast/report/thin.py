@@ -47,15 +47,14 @@ def thin_band(
 def smoothed(steps: Sequence[float], values: Sequence[float], most: int) -> Points:
     """Return running means (step, mean) at no more than ``most`` of the steps.
 
-    They are over a twentieth of the values, at least 3, and near the ends over less. They are
-    centred: they do not lag behind.
+    They are over a tenth of the values, at least 5, and near the ends over those that there are.
+    They are centred: they do not lag behind.
     """
     count = len(steps)
-    half = max(count // 40, 1)
+    half = max(count // 20, 2)
     found = []
     for i in spread(count, most):
-        reach = min(half, i, count - 1 - i)
-        near = values[i - reach : i + reach + 1]
+        near = values[max(i - half, 0) : i + half + 1]
         found.append((steps[i], sum(near) / len(near)))
     return found
 
