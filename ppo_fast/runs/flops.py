@@ -78,7 +78,8 @@ def sizes_of(model: nn.Module) -> Sizes:
 
 def _layers_and_config(model: nn.Module) -> tuple[nn.ModuleList, Any] | None:
     """Return a transformer's layers and config, in a value model too; None: it is none."""
-    for part in (model, getattr(model, "body", None), getattr(model, "base_model", None)):
+    inner: list[Any] = [getattr(model, "body", None), getattr(model, "base_model", None)]
+    for part in [model, *inner]:
         try:
             body: Any = body_of(part)
             return layer_list(body), body.config.get_text_config()
