@@ -24,7 +24,7 @@ from ppo_fast.models.probe import probe_tokens, relative_difference
 from ppo_fast.models.quantized import quantization_of, quantized_layers
 from ppo_fast.models.trunk import run
 from ppo_fast.runs.checkpoint import trained_state
-from ppo_fast.runs.files import written_folder
+from ppo_fast.runs.export_folder import exported
 from ppo_fast.runs.model_card import ModelCard
 
 logger = logging.getLogger(__name__)
@@ -74,6 +74,7 @@ def export_policy(
 
     Raises:
         ValueError: ``adapter_only`` of a policy that is in no wrapper of peft's.
+        OSError: the folder cannot be written; what it held before stays.
     """
     folder, quantized = Path(folder), bool(quantized_layers(policy))
     kind: Literal["policy", "adapter"] = "adapter" if adapter_only or quantized else "policy"
@@ -81,13 +82,15 @@ def export_policy(
         _check_has_adapter(policy)
     if quantized:
         logger.info("the base is quantised: its adapter is saved, not a whole model")
-    with written_folder(folder) as new:
+    with exported(folder) as new:
         if kind == "policy":
             base: Any = base_of(policy)
             dtype = base.config.dtype
-            with merged_adapters(policy, in_float32=True):
-                base.save_pretrained(new)  # which notes the dtype in the config
-            base.config.dtype = dtype
+            try:
+                with merged_adapters(policy, in_float32=True):
+                    base.save_pretrained(new)  # which notes the dtype in the config
+            finally:
+                base.config.dtype = dtype
         else:  # "auto" would ask the hub for the base model's vocabulary
             policy.save_pretrained(new, save_embedding_layers=False)
         tokenizer.save_pretrained(new)
@@ -126,13 +129,14 @@ def save_critic(
     Raises:
         ValueError: the critic has no weights, or ``whole`` and transformers has no class that
             computes its values.
+        OSError: the folder cannot be written; what it held before stays.
     """
     folder, module = Path(folder), ppo.critic.module
     if not ppo.critic.trained:
         raise ValueError(f"critic: {type(ppo.critic).__name__} has no weights to save")
     if whole:
         model = token_classifier(ppo)
-        with written_folder(folder) as new:
+        with exported(folder) as new:
             model.save_pretrained(new)
             ppo.tokenizer.save_pretrained(new)
             if card is not None:
@@ -147,7 +151,7 @@ def save_critic(
         "states": _states_read(module),
         "num_layers_unfrozen": ppo.config.num_layers_unfrozen,
     }
-    with written_folder(folder) as new:
+    with exported(folder) as new:
         save_file(state, new / WEIGHTS, {"format": "pt"})
         (new / CONFIG).write_text(json.dumps(description, indent=2), "utf-8")
         if card is not None:
