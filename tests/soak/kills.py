@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 import shutil
 import signal
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 
+from ppo_fast.runs.kept import checkpoints_in
 from soak.file_faults import Action, FileFaults
 from soak.kept_whole import differences, lost
 from soak.kept_whole import lines as lines_of
@@ -57,8 +59,10 @@ class Kills:
                 counts += _counted(way, ended)
                 failures += [f"{way}, goal {goal}: {x}" for x in _of_status(way, ended)]
                 failures += [f"{way}, goal {goal}: {x}" for x in lost(run.folder, saved, exported=exported)]
-                if way in STATUSES and ended.status in (130, 143):
-                    failures += _lost_steps(run.folder, saved, ended)
+                # a checkpoint may be written and its process killed before it reported it
+                saved = max([saved, *checkpoints_in(run.folder / "checkpoints")])
+                if ended.status in (130, 143):
+                    failures += [f"{way}, goal {goal}: {x}" for x in _lost_steps(run.folder, saved)]
                 left -= 1
                 if ended.status == 0 or failures:
                     break
@@ -67,7 +71,10 @@ class Kills:
                 break
         if not failures:
             failures = [*differences(run.folder, self._folder / f"{variant}-reference", STEPS)]
-            shutil.rmtree(run.folder)
+        if failures and run.output.exists():
+            print(f"kills, case {seed}: {run.output.read_text()[-3000:]}", file=sys.stderr)
+        shutil.rmtree(run.folder, ignore_errors=True)
+        run.output.unlink(missing_ok=True)
         return Found(counts, failures)
 
     def _run(self, variant: str, name: str) -> TinyRun:
@@ -123,7 +130,7 @@ def _of_status(way: str | None, ended: Ended) -> list[str]:
     return []
 
 
-def _lost_steps(folder: Path, saved: int, ended: Ended) -> list[str]:
+def _lost_steps(folder: Path, saved: int) -> list[str]:
     """Return the steps that a run lost that was stopped by a signal and ended by itself."""
     done = max((line["step"] for line in lines_of(folder / "metrics.jsonl")), default=0)
     return [f"step {done} was done, and step {saved} saved"] if done > saved else []

@@ -21,9 +21,10 @@ SLICE = 120.0  # seconds of a part before the next has its turn
 
 def make_parts() -> dict[str, Callable[[], Part]]:
     """Return what makes each part, by name."""
+    from soak.faults import Faults
     from soak.kills import Kills
 
-    return {"kills": Kills}
+    return {"kills": Kills, "faults": Faults}
 
 
 def main() -> int:

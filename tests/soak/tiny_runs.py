@@ -92,12 +92,18 @@ def report_saves(report: Report) -> None:
 
 
 def make_place(folder: Path) -> Path:
-    """Make the folder with what runs read."""
+    """Make the folder with what runs read, in a process of its own: it starts threads."""
     folder.mkdir(parents=True, exist_ok=True)
-    tiny_model(layers=1, hidden=32).save_pretrained(folder / "model")
-    tiny_tokenizer().save_pretrained(folder / "model")
-    (folder / "prompts.txt").write_text("\n".join(PROMPTS), "utf-8")
-    (folder / "noisy_reward.py").write_text(REWARD, "utf-8")
+
+    def make(report: Report) -> None:
+        tiny_model(layers=1, hidden=32).save_pretrained(folder / "model")
+        tiny_tokenizer().save_pretrained(folder / "model")
+        (folder / "prompts.txt").write_text("\n".join(PROMPTS), "utf-8")
+        (folder / "noisy_reward.py").write_text(REWARD, "utf-8")
+
+    output = folder / "make.out"
+    if (ended := Worker(make, output).wait()).status:
+        raise RuntimeError(f"status {ended.status}: {output.read_text()}")
     return folder
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import math
 import os
 import select
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -55,6 +55,8 @@ class Worker:
         """Wait for its end, for so long at most."""
         hung = self._runs_until(self._started + seconds)
         if hung:
+            os.kill(self._process, signal.SIGUSR2)  # its stack goes to its output
+            self._runs_until(time.monotonic() + 1.0)
             os.kill(self._process, signal.SIGKILL)
             self._runs_until(math.inf)
         os.close(self._reader)
@@ -88,6 +90,7 @@ def _run(task: Callable[[Report], int | None], output: Path, writer: int) -> Non
         os.dup2(handle, 2)
         sys.stdout = os.fdopen(1, "w", buffering=1)
         sys.stderr = os.fdopen(2, "w", buffering=1)
+        faulthandler.register(signal.SIGUSR2, all_threads=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler if number == 2 else signal.SIG_DFL)
         status = task(lambda line: os.write(writer, f"{line}\n".encode()) and None)
@@ -116,10 +119,3 @@ def import_all_of(task: Callable[[Report], int | None], output: Path) -> None:
                 import_module(name)
             except (ImportError, AttributeError):  # modules made while they run
                 continue
-
-
-def python(*arguments: str, seconds: float = 600.0) -> subprocess.CompletedProcess[str]:
-    """Run this Python with arguments in a process of its own."""
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=seconds, check=False
-    )
