@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from itertools import count
+from typing import Any, NamedTuple
 
-from ppo_fast.runs.tracker_kinds import Kind, TrackedRun
+from ppo_fast.runs.tracker_kinds import KINDS, Kind, TrackedRun, log_table
 
 INSTALL = "pip install 'ppo_fast[trackers]'"
 # By these accelerate sees that a process is one of many, and waits for the others.
@@ -24,41 +26,50 @@ OF_LAUNCHERS = (
 # Without these, accelerate refuses several consumer GPUs, which it is not to use here.
 OF_NCCL = {"NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
 
-Make = Callable[[TrackedRun, Kind], Any]
+
+class Startable(NamedTuple):
+    """A tracker that can be started: what makes it of the arguments that its kind gives."""
+
+    make: Callable[[dict[str, Any], TrackedRun], Any]
+    kind: Kind
 
 
-def known_trackers(report_to: Sequence[Any] | str) -> dict[str, Make]:
-    """Return, by name, what makes and starts each tracker of ``report_to``.
+def known_trackers(report_to: Sequence[Any] | str) -> dict[str, Startable]:
+    """Return the trackers of ``report_to`` by name.
 
     Raises:
         TypeError, ValueError: ``report_to`` has something else.
         ModuleNotFoundError: accelerate, or a tracker's package, is not installed.
     """
-    asked = [report_to] if isinstance(report_to, str) or not _is_list(report_to) else report_to
-    asked = [one for one in asked if one != "none"]
+    one_alone = isinstance(report_to, str) or not isinstance(report_to, Sequence)
+    asked = [report_to] if one_alone else list(report_to)
+    asked = [one for one in asked if one is not None and one != "none"]
     if not asked:
         return {}
     tracking = _tracking()
     installed = [str(name) for name in tracking.get_available_trackers()]
     if "all" in asked:
         asked = [one for one in asked if not isinstance(one, str)] + installed
-    found: dict[str, Make] = {}
+    found: dict[str, Startable] = {}
     for one in asked:
         if isinstance(one, tracking.GeneralTracker):
-            found[str(one.name)] = partial(_start_given, one)
-            continue
-        if not isinstance(one, str):
+            found[_free(str(one.name), found)] = _given(one, tracking)
+        elif isinstance(one, str):
+            _check_name(one, tracking, installed)
+            kind = KINDS.get(one, Kind())
+            found[one] = Startable(partial(_of_class, tracking.LOGGER_TYPE_TO_CLASS[one]), kind)
+        else:
             raise TypeError(
                 f"report_to: got {type(one).__name__}, expected names, or objects of classes that "
                 "derive from accelerate.tracking.GeneralTracker"
             )
-        _check_name(one, tracking, installed)
-        found[one] = partial(_start_class, tracking.LOGGER_TYPE_TO_CLASS[one], one)
     return found
 
 
-def _is_list(report_to: Any) -> bool:
-    return isinstance(report_to, Sequence)
+def _free(name: str, taken: Mapping[str, Any]) -> str:
+    """Return a name, with a number if it is taken."""
+    names = (name if n == 1 else f"{name} {n}" for n in count(1))
+    return next(one for one in names if one not in taken)
 
 
 def _tracking() -> Any:
@@ -87,18 +98,25 @@ def _check_name(name: str, tracking: Any, installed: Sequence[str]) -> None:
         raise ModuleNotFoundError(f"report_to: {name} is not installed: {how}", name=name)
 
 
-def _start_class(cls: Any, name: str, run: TrackedRun, kind: Kind) -> Any:
-    arguments = kind.arguments(run)
+def _of_class(cls: Any, arguments: dict[str, Any], run: TrackedRun) -> Any:
     if arguments:
-        tracker = cls(**arguments)
-    else:  # of a class that a user registered
-        directory = [str(run.folder)] if cls.requires_logging_directory else []
-        tracker = cls(run.project, *directory)
-    return _start_given(tracker, run, kind)
+        return _started(cls(**arguments))
+    # a class that a user registered with accelerate
+    directory = [str(run.folder)] if cls.requires_logging_directory else []
+    return _started(cls(run.project, *directory))
 
 
-def _start_given(tracker: Any, run: TrackedRun, kind: Kind) -> Any:
-    if hasattr(tracker, "start"):  # accelerate 1.8 brought it; before, making one starts it
+def _given(tracker: Any, tracking: Any) -> Startable:
+    """Return a tracker that a user made."""
+    if type(tracker) is tracking.LOGGER_TYPE_TO_CLASS.get(tracker.name):
+        kind = KINDS.get(tracker.name, Kind())
+    else:
+        kind = Kind(table=log_table if hasattr(tracker, "log_table") else None)
+    return Startable(lambda arguments, run: _started(tracker), replace(kind, rewrites=False))
+
+
+def _started(tracker: Any) -> Any:
+    if hasattr(tracker, "start"):  # accelerate 1.8 brought it; before, making a tracker starts it
         tracker.start()
     return tracker
 
@@ -112,13 +130,13 @@ def one_process() -> Callable[[], None]:
     state = importlib.import_module("accelerate.state").PartialState
     if state._shared_state:
         return lambda: None
-    with _environment():
+    with _without_launchers():
         state()
     return state._reset_state
 
 
 @contextmanager
-def _environment() -> Iterator[None]:
+def _without_launchers() -> Iterator[None]:
     """Within the block, hide the launchers' variables."""
     before = dict(os.environ)
     try:

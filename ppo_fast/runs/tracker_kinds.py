@@ -41,7 +41,7 @@ class Table(NamedTuple):
 class Kind:
     """What differs between accelerate's trackers.
 
-    arguments: keyword arguments of the tracker's class for a run.
+    arguments: keyword arguments of the tracker's class for a run; empty: the project alone.
     identity: reads from a started tracker what ``TrackedRun.identity`` is.
     table: shows a table: (tracker, name, table, step); None: the tracker shows none.
     fail: finishes a run that ends with an error; None: as any other.
@@ -50,7 +50,7 @@ class Kind:
     plain_names: whether names of metrics are letters, digits, spaces and ``_-./`` alone.
     """
 
-    arguments: Callable[[TrackedRun], dict[str, Any]]
+    arguments: Callable[[TrackedRun], dict[str, Any]] = lambda run: {}
     identity: Callable[[Any], str | None] = lambda tracker: None
     table: Callable[[Any, str, Table, int], None] | None = None
     fail: Callable[[Any], None] | None = None
@@ -82,7 +82,8 @@ def _wandb(run: TrackedRun) -> dict[str, Any]:
     return {"run_name": run.project, "name": run.name, "dir": str(run.folder)} | resume
 
 
-def _log_table(tracker: Any, name: str, table: Table, step: int) -> None:
+def log_table(tracker: Any, name: str, table: Table, step: int) -> None:
+    """Show a table by the method that some of accelerate's trackers have."""
     tracker.log_table(name, columns=table.columns, data=table.rows, step=step)
 
 
@@ -157,7 +158,7 @@ KINDS = {
     "wandb": Kind(
         _wandb,
         lambda tracker: tracker.tracker.id,
-        _log_table,
+        log_table,
         fail=lambda tracker: tracker.tracker.finish(exit_code=1),
     ),
     "trackio": Kind(_trackio, lambda tracker: tracker.tracker.name, _trackio_table),
@@ -170,7 +171,7 @@ KINDS = {
         plain_names=True,
     ),
     "comet_ml": Kind(_comet, lambda tracker: tracker.tracker.get_key(), _comet_table),
-    "clearml": Kind(_clearml, lambda tracker: tracker.tracker.id, _log_table),
+    "clearml": Kind(_clearml, lambda tracker: tracker.tracker.id, log_table),
     "dvclive": Kind(_dvclive, lambda tracker: "dvclive"),
     "swanlab": Kind(_swanlab, lambda tracker: tracker.tracker.id, plain_names=True),
     "aim": Kind(_aim, lambda tracker: tracker.tracker.hash),
