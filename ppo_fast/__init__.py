@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from ppo_fast.rewards.classifier import ClassifierReward
     from ppo_fast.rewards.fit.settings import RewardModelConfig
     from ppo_fast.rewards.fit.train import train_reward_model
-    from ppo_fast.runs.evaluation import evaluate
+    from ppo_fast.runs.callbacks import Callback
+    from ppo_fast.runs.evaluation import Evaluation, evaluate
     from ppo_fast.trainer import PPOTrainer
 
 __all__ = [
     "PPO",
+    "Callback",
     "ClassifierReward",
+    "Evaluation",
     "Example",
     "Experience",
     "PPOConfig",
@@ -44,7 +47,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 # `from ppo_fast.ops import gae` loads torch, but neither transformers nor the trainer.
 _MODULES = {
     "PPO": "ppo_fast.ppo",
+    "Callback": "ppo_fast.runs.callbacks",
     "ClassifierReward": "ppo_fast.rewards.classifier",
+    "Evaluation": "ppo_fast.runs.evaluation",
     "Example": "ppo_fast.data.examples",
     "Experience": "ppo_fast.data.experience",
     "PPOConfig": "ppo_fast.config",

@@ -195,6 +195,11 @@ def _choices(hint: Any) -> Allowed | None:
     )
 
 
+def is_number(value: Any) -> bool:
+    """Return whether ``value`` is a finite number; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def is_whole(value: Any) -> bool:
     """Return whether ``value`` is an integer, and no bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)

@@ -130,15 +130,31 @@ def place_rewards(
         place_reward(one, device, reward_device)
 
 
+def placed_scorer(
+    reward: Any, *, device: torch.device, reward_device: torch.device | str | None, **parts: Any
+) -> Scorer:
+    """Load rewards, move them to their device, and make their scorer.
+
+    Args:
+        reward: as ``PPO`` takes it.
+        device, reward_device: of the trainer.
+        **parts: as ``make_scorer``'s.
+    """
+    reward = with_loaded(reward)
+    named_rewards(reward, parts["config"].reward_weights)
+    place_rewards(reward, parts["tokenizer"], device, reward_device)
+    return make_scorer(reward, **parts)
+
+
 def make_scorer(
     reward: Any,
     *,
     policy: LanguageModel,
     reference: LanguageModel,
     critic: Critic,
-    value_model: nn.Module | None,
     tokenizer: PreTrainedTokenizerBase,
     config: PPOConfig,
+    value_model: nn.Module | None = None,
 ) -> Scorer:
     """Make the scorer of rewards that are in their place.
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,21 +24,31 @@ from ppo_fast.data.experience import Experience
 from ppo_fast.data.prompts import check_lengths
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.scores import Scores
-from ppo_fast.data.step import Step
+from ppo_fast.data.step import Step, token_numbers
 from ppo_fast.diagnostics.memory_plan import MemoryPlan, plan_memory
 from ppo_fast.learning.make_experience import make_experience, warn_of_disagreement, with_trunk
 from ppo_fast.models.attention import without_cudnn_attention
 from ppo_fast.models.checks import context_limit
-from ppo_fast.parts import make_parts
+from ppo_fast.parts import make_parts, placed_scorer
 from ppo_fast.rewards.functions import RewardFunction
 from ppo_fast.rewards.score import check_scores
+from ppo_fast.rewards.scorer import Scorer
 from ppo_fast.rollout import Engine
 from ppo_fast.rollout.resample import resample
 from ppo_fast.rollout.sampler import MakeEnvironment
 from ppo_fast.runs import loop
-from ppo_fast.runs.checkpoint import checkpoint_path, read_checkpoint, write_checkpoint
+from ppo_fast.runs.callbacks import Callback, Callbacks, OnStep
+from ppo_fast.runs.checkpoint import (
+    checkpoint_path,
+    log_changes,
+    read_checkpoint,
+    write_checkpoint,
+)
+from ppo_fast.runs.contents import check_finite
+from ppo_fast.runs.evaluation import Evaluation
 from ppo_fast.runs.progress import Progress
 from ppo_fast.runs.prompts import check_run_prompts
+from ppo_fast.runs.report_to import Trackers
 
 # A string or path is that of a classifier's directory.
 OneReward = nn.Module | RewardFunction | str | Path
@@ -148,6 +158,7 @@ class PPO:
         *,
         samples_per_prompt: int | None = None,
         seeds: Tensor | None = None,
+        greedy: bool = False,
     ) -> Rollout:
         """Sample responses to prompts from the current policy.
 
@@ -160,11 +171,13 @@ class PPO:
                 None: the config's.
             seeds: [B] int64; each draw depends on its sequence's seed and the token's position.
                 None: new seeds, which change no draw of later steps.
+            greedy: take the likeliest token each time, instead of drawing one.
         """
         count = samples_per_prompt
         count = self.config.samples_per_prompt if count is None else count
         check_counts(samples_per_prompt=count)
         sampling = self.config.sampling(max_length, temperature)
+        sampling = replace(sampling, top_k=1) if greedy else sampling
         self._warned = self._warned or warn_of_discount(self.config.gamma, sampling.max_length)
         examples = as_examples(prompts)
         if seeds is None:
@@ -178,13 +191,30 @@ class PPO:
         return self.scores(rollout).total
 
     @without_cudnn_attention()
-    def scores(self, rollout: Rollout) -> Scores:
-        """Compute the scores of a rollout, and those of each reward and of its parts."""
-        return self.scorer.of_rollout(self._with_trunk(rollout))
+    def scores(self, rollout: Rollout, scorer: Scorer | None = None) -> Scores:
+        """Compute the scores of a rollout, and those of each reward and of its parts.
 
-    def _with_trunk(self, rollout: Rollout) -> Rollout:
-        """Return ``rollout`` with the trunk states that the reward reads, if it reads any."""
-        if not self.scorer.reads_trunk:
+        ``scorer``: of ``make_scorer``; None: the trainer's.
+        """
+        scorer = scorer or self.scorer
+        return scorer.of_rollout(self._with_trunk(rollout, scorer))
+
+    def make_scorer(self, reward: Reward) -> Scorer:
+        """Make a scorer of other rewards than the trainer's, with weights of 1."""
+        return placed_scorer(
+            reward,
+            policy=self.policy,
+            reference=self.reference,
+            critic=self.critic,
+            tokenizer=self.tokenizer,
+            config=replace(self.config, reward_weights=()),
+            device=self.device,
+            reward_device=self.reward_device,
+        )
+
+    def _with_trunk(self, rollout: Rollout, scorer: Scorer | None = None) -> Rollout:
+        """Return ``rollout`` with the trunk states that the rewards read, if they read any."""
+        if not (scorer or self.scorer).reads_trunk:
             return rollout
         return with_trunk(rollout, self.policy, self.config.forward_batch_tokens, whole=True)
 
@@ -240,8 +270,7 @@ class PPO:
             whitening), and more (docs/metrics.md).
 
         Raises:
-            FloatingPointError: a gradient was not finite. It changed nothing; earlier optimizer
-                steps of this update stand.
+            NotFiniteError: a loss or gradient was not finite; see ``Learner.update``.
         """
         epochs = self._epochs(num_epochs)
         steps = self.progress.steps
@@ -307,7 +336,14 @@ class PPO:
         for part, start, end in zip(parts, times, times[1:], strict=False):
             metrics[f"time/{part}"] = end - start
         light = replace(rollout, trunk_states=None, states=None)
-        return Step(self.progress.steps, metrics, light, experience.scores, scores.parts)
+        return Step(
+            self.progress.steps,
+            metrics,
+            light,
+            experience.scores,
+            scores.parts,
+            token_numbers(experience, valued=self.critic.trained),
+        )
 
     def _sample(
         self, prompts: list[Example], *, max_length: int | None, temperature: float | None
@@ -345,8 +381,13 @@ class PPO:
         checkpoint_freq: int = 10,
         keep_last: int | None = None,
         max_time: float | None = None,
+        evaluation: Evaluation | None = None,
+        callbacks: Sequence[Callback] = (),
+        report_to: str | Sequence[str] = (),
+        metric_names: Literal["ppo_fast", "trl"] = "ppo_fast",
+        control: str | Path | None = None,
         progress: bool = True,
-        on_step: loop.OnStep | None = None,
+        on_step: OnStep | None = None,
     ) -> dict[str, Any]:
         """Run ``num_steps`` steps of PPO on batches drawn from ``prompts``.
 
@@ -361,9 +402,19 @@ class PPO:
             batch_size: prompts per step; more than there are means all of them.
             num_epochs, max_length, temperature: as in ``step``.
             checkpoint_dir: where ``ppo_checkpoint_step_<step>.pt`` files go; None: nowhere.
-            checkpoint_freq: steps between them.
+            checkpoint_freq: steps between them; the last step gets one too.
             keep_last: number of checkpoints that are kept, the newest; None: all.
             max_time: seconds from now; no step begins that would end later. None: no limit.
+            evaluation: held-out prompts, when they are evaluated, which checkpoints are kept for
+                it, and whether the run ends early; None: nothing is evaluated.
+            callbacks: objects that are told of steps, evaluations and checkpoints.
+            report_to: names of trackers, "tensorboard", "wandb", "trackio", "mlflow" and others
+                that accelerate has; ``ppo_fast.runs.report_to.Trackers`` is a callback with more
+                settings.
+            metric_names: "trl": trackers get TRL's names of metrics (docs/metrics.md).
+            control: path of a YAML file that is looked for after each step, for a new
+                learning_rate, value_learning_rate or kl_penalty, or ``checkpoint: true``; None:
+                nothing is looked for.
             progress: show a progress bar on a terminal.
             on_step: called with the Step after every step.
 
@@ -371,8 +422,12 @@ class PPO:
             training_history (policy_losses, value_losses, kl_divergences, mean_rewards,
                 step_avg_rewards (their running mean): one entry per step), final_stats (averages
                 and running totals), final_avg_reward, final_kl_divergence (of the last step),
-                interrupted, stopped_by ("SIGINT", "SIGTERM", "max_time" or None).
+                interrupted (before its end), stopped_by ("SIGINT", "SIGTERM", "max_time",
+                "patience" or None), evaluations (the metrics of each, and its step).
         """
+        told = [*Callbacks(callbacks).all]
+        if report_to:
+            told.append(Trackers(report_to, metric_names=metric_names, folder=checkpoint_dir))
         return loop.train(
             self,
             prompts,
@@ -385,6 +440,9 @@ class PPO:
             checkpoint_freq=checkpoint_freq,
             keep_last=keep_last,
             max_time=max_time,
+            evaluation=evaluation,
+            callbacks=told,
+            control=control,
             progress=progress,
             on_step=on_step,
         )
@@ -396,15 +454,23 @@ class PPO:
 
         The file holds the trained weights of policy and critic, their optimizers, the counters and
         all random states, for ``load_checkpoint``. Of frozen weights it holds a fingerprint.
+
+        Raises:
+            NotFiniteError: weights, moments or the outputs for a few tokens are not finite.
+            OSError: it cannot be written.
         """
         path = checkpoint_path(checkpoint_dir, step)
+        modules = self._trained_modules()
+        check_finite(modules, self.learner.optimizers)
+        self.learner.guard.check_outputs()
         write_checkpoint(
             path,
             step,
-            modules=self._trained_modules(),
+            modules=modules,
             optimizers=self.learner.optimizers,
             reference=self.reference.model,
             progress=self.progress.state_dict() | {"learner": self.learner.state_dict()},
+            config=asdict(self.config),
         )
         self.newest_checkpoint = path.resolve()
         return path
@@ -425,6 +491,7 @@ class PPO:
         )
         self.progress.load_state_dict(contents)
         self.learner.load_state_dict(contents.get("learner", {}))
+        log_changes(contents, asdict(self.config))
         self.learner.amid_update, self.newest_checkpoint = False, path.resolve()
         return contents["step"]
 
@@ -437,20 +504,27 @@ class PPO:
     # Checks and construction
 
     def check_prompts(
-        self, prompts: Prompts | Stream, max_length: int | None = None
+        self,
+        prompts: Prompts | Stream,
+        max_length: int | None = None,
+        *,
+        scorer: Scorer | None = None,
     ) -> list[Example] | Stream:
         """Check all prompts, and what rewards take of their rows, before the first step.
 
         Returns them as examples, without those that ``long_prompts="drop"`` drops. Of a stream,
-        the first is checked now, and the others when they are read.
+        the first is checked now, and the others when they are read. ``scorer``: of the rewards
+        that will judge the responses; None: the trainer's.
         """
         length = self.config.max_length if max_length is None else max_length
+        scorer = scorer or self.scorer
+        check_columns = partial(self._check_columns, scorer=scorer)
         return check_run_prompts(
-            prompts, self.texts, self.scorer, self._check_columns, length, self._readers()
+            prompts, self.texts, scorer, check_columns, length, self._readers()
         )
 
-    def _check_columns(self, columns: set[str]) -> None:
-        self.scorer.check_columns(columns)
+    def _check_columns(self, columns: set[str], scorer: Scorer | None = None) -> None:
+        (scorer or self.scorer).check_columns(columns)
         self.sampler.check_columns(columns)
 
     def plan_run(self, num_steps: int, num_epochs: int | None = None) -> None:

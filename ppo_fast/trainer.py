@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +26,14 @@ from ppo_fast.models.checks import context_limit, to_device
 from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.models.setup import make_reference
 from ppo_fast.ops import gae, ppo_loss
-from ppo_fast.parts import make_scorer, place_rewards
+from ppo_fast.parts import placed_scorer
 from ppo_fast.ppo import PPO, Prompts, Reward
-from ppo_fast.rewards.load import with_loaded
-from ppo_fast.rewards.scorer import named_rewards
 from ppo_fast.rewards.shaping import place_scores
 from ppo_fast.rollout import Engine
 from ppo_fast.rollout.sampler import MakeEnvironment
 from ppo_fast.rollout.texts import Pairs
-from ppo_fast.runs.loop import OnStep
+from ppo_fast.runs.callbacks import Callback, OnStep
+from ppo_fast.runs.evaluation import Evaluation
 
 
 class PPOTrainer(PPO):
@@ -142,17 +141,16 @@ class PPOTrainer(PPO):
 
     @reward_model.setter
     def reward_model(self, reward_model: Reward) -> None:
-        reward = with_loaded(reward_model)
-        named_rewards(reward, self.config.reward_weights)
-        place_rewards(reward, self.tokenizer, self.device, self.reward_device)
-        self.scorer = make_scorer(
-            reward,
+        self.scorer = placed_scorer(
+            reward_model,
             policy=self.policy,
             reference=self.reference,
             critic=self.critic,
             value_model=self.value_model,
             tokenizer=self.tokenizer,
             config=self.config,
+            device=self.device,
+            reward_device=self.reward_device,
         )
 
     @property
@@ -203,6 +201,11 @@ class PPOTrainer(PPO):
         *,
         keep_last: int | None = None,
         max_time: float | None = None,
+        evaluation: Evaluation | None = None,
+        callbacks: Sequence[Callback] = (),
+        report_to: str | Sequence[str] = (),
+        metric_names: Literal["ppo_fast", "trl"] = "ppo_fast",
+        control: str | Path | None = None,
         progress: bool = True,
         on_step: OnStep | None = None,
     ) -> dict[str, Any]:
@@ -223,6 +226,11 @@ class PPOTrainer(PPO):
             checkpoint_freq=checkpoint_freq,
             keep_last=keep_last,
             max_time=max_time,
+            evaluation=evaluation,
+            callbacks=callbacks,
+            report_to=report_to,
+            metric_names=metric_names,
+            control=control,
             progress=progress,
             on_step=on_step,
         )
@@ -283,10 +291,16 @@ class PPOTrainer(PPO):
         *,
         samples_per_prompt: int | None = None,
         seeds: Tensor | None = None,
+        greedy: bool = False,
     ) -> Rollout:
         """Sample as ``PPO.rollout`` does, and keep the rollout for methods that take texts."""
         rollout = super().rollout(
-            prompts, max_length, temperature, samples_per_prompt=samples_per_prompt, seeds=seeds
+            prompts,
+            max_length,
+            temperature,
+            samples_per_prompt=samples_per_prompt,
+            seeds=seeds,
+            greedy=greedy,
         )
         self.last_rollout = replace(rollout, trunk_states=None, states=None)
         return rollout

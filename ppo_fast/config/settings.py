@@ -61,10 +61,10 @@ class PPOConfig:
     ``PPOTrainer(...)`` uses.
     """
 
-    learning_rate: float = number(1e-5, above=0)
+    learning_rate: float = number(1e-5, above=0, at_most=1)
     """AdamW step size of the policy. 1e-6 to 1e-5 for all weights of a model of 1B parameters and
     up, 1e-5 to 1e-4 for the top layers of a small one."""
-    value_learning_rate: float | None = number(None, above=0, or_none=True)
+    value_learning_rate: float | None = number(None, above=0, at_most=1, or_none=True)
     """AdamW step size of the value function; None: the policy's."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Course of both learning rates after the warm-up, over the run's optimizer steps: "constant",
@@ -209,12 +209,25 @@ class PPOConfig:
     adam_betas: tuple[float, float] = allowed((0.9, 0.999), _are_betas, "two numbers in [0, 1)")
     """AdamW's decay rates for the running means of gradients and of their squares; the usual
     numbers."""
-    adam_eps: float = number(1e-5, above=0)
+    adam_eps: float = number(1e-5, at_least=1e-20, at_most=1)
     """AdamW's epsilon. 1e-5, as in the original PPO code, prevents large steps of weights that
     rarely have a gradient."""
-    weight_decay: float = number(0.0, at_least=0)
+    weight_decay: float = number(0.0, at_least=0, at_most=1)
     """AdamW's weight decay, of all weights but biases and those of norms. 0: the KL term keeps the
     policy near the reference; nothing has to pull weights to zero."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """Where a loss, gradient, value or score is NaN or infinite, the run stops with an error that
+    says where, or goes on without that optimizer step (of a value or score: with new prompts)."""
+    max_skipped: int = whole(4, at_least=0)
+    """Most optimizer steps, or batches of prompts, in a row that "skip" leaves out."""
+    check_gradients_together: bool = True
+    """Compute the gradients of policy and value function before an optimizer step changes either,
+    so that neither moves where one is not finite. False: a value model's gradients take no memory
+    beside the policy's, and the policy has moved when they are not finite."""
+    undo_updates: bool = False
+    """Keep a copy of trained weights and moments from before each update (12 bytes a weight, in
+    host memory), and put it back where the policy's outputs are not finite after it. False: the run
+    stops, and goes on from its newest checkpoint."""
     samples_per_prompt: int = whole(1)
     """Responses to each prompt of a step; the prompt is computed once."""
     max_resampled_batches: int = whole(0, at_least=0)

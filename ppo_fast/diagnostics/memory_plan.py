@@ -52,7 +52,8 @@ class MemoryPlan:
 
     policy, reference, value_function: weights. The reference and a top do not count those that they
         share with the policy.
-    gradients: the most at one time: of the policy or of the value function; with a head, of both.
+    gradients: the most at one time: of both policy and value function; of the larger without
+        check_gradients_together, but for a head.
     optimizer: moments of all trained weights.
     trunk_states: trunk states of a batch.
     cache: keys and values of a rollout.
@@ -61,6 +62,7 @@ class MemoryPlan:
     activations: what autograd keeps of one microbatch, without logits.
     logits: tiles of the LM head's logits that are kept for the backward pass.
     reward_model: weights of the reward, where it is a model.
+    undo: the copy from before an update (undo_updates), where training is on the CPU.
     """
 
     policy: int
@@ -75,6 +77,7 @@ class MemoryPlan:
     activations: int
     logits: int
     reward_model: int = 0
+    undo: int = 0
 
     @property
     def peak(self) -> int:
@@ -82,7 +85,7 @@ class MemoryPlan:
         held = (
             self.policy + self.reference + self.value_function + self.optimizer + self.trunk_states
         )
-        held += self.reward_model
+        held += self.reward_model + self.undo
         update = self.gradients + self.activations + self.logits + self.kept_rollout
         return held + max(self.cache + self.copies, update)
 
@@ -142,6 +145,7 @@ def plan_memory(
         copies = _bytes(_copied(policy, config, device, packed))
     trained = [*_trained(policy.parameters()), *valued]
     rounded = 2 * _count(trained) if config.trained_weights == "kahan" else 0
+    moments = 2 * FLOAT * _count(trained) + rounded
     computed = FLOAT if config.compute_dtype is None else 2
     kept = computed if config.trunk_dtype is None else 2
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -156,11 +160,11 @@ def plan_memory(
         + sum(packed_bytes(weight, quantization) for weight in packed if quantization),
         reference=0 if reference is None else _bytes(_own(reference, policy)),
         value_function=_bytes(set(value) - set(policy_model.parameters() if policy_model else ())),
-        # a head has gradients together with the policy, a value model after the policy
+        # a head's gradients always come together with the policy's
         gradients=_bytes(trained)
-        if config.critic == "head"
+        if config.critic == "head" or config.check_gradients_together
         else max(_bytes(_trained(policy.parameters())), _bytes(valued)),
-        optimizer=2 * FLOAT * _count(trained) + rounded,
+        optimizer=moments,
         trunk_states=0 if k is None else kept * sequences * length * text.hidden_size,
         cache=cache,
         copies=copies,
@@ -168,6 +172,7 @@ def plan_memory(
         activations=activations,
         logits=min(FLOAT * rows * config.max_length * text.vocab_size, logits_budget_bytes(config)),
         reward_model=reward_bytes,
+        undo=_bytes(trained) + moments if config.undo_updates and device == "cpu" else 0,
     )
 
 

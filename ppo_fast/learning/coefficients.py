@@ -15,11 +15,33 @@ class Coefficients:
     def __init__(self, config: PPOConfig) -> None:
         self._config = config
         self._kl, self._bonus = config.kl_penalty, config.entropy_coef
+        self._factor, self._by_hand = 1.0, False  # of a linear course; whether it was set
+
+    @property
+    def kl_changes(self) -> bool:
+        """Whether the KL's coefficient is another than the config's, or may become another."""
+        return self._by_hand or self._config.kl_controller != "fixed"
 
     def kl(self, share: float) -> float:
         """Return the KL's coefficient after a ``share`` of the schedule's steps."""
         end = self._config.kl_penalty_end
-        return self._kl if end is None else linear(self._config.kl_penalty, end, share)
+        if end is None:
+            return self._kl
+        return linear(self._config.kl_penalty, end, share) * self._factor
+
+    def set_kl(self, coefficient: float, share: float) -> None:
+        """Set the KL's coefficient; a linear course is scaled to it.
+
+        Raises:
+            ValueError: the course is at 0, and cannot be scaled.
+        """
+        self._by_hand = True
+        if self._config.kl_penalty_end is None:
+            self._kl = coefficient
+        elif now := self.kl(share):
+            self._factor *= coefficient / now
+        else:
+            raise ValueError("kl_penalty: its linear course is at 0, and cannot be scaled")
 
     def entropy(self, entropy: float) -> float:
         """Return the bonus's weight for a batch whose tokens have this mean ``entropy``, in nats.
@@ -46,12 +68,18 @@ class Coefficients:
             )
 
     def state_dict(self) -> dict[str, float]:
-        return {"kl": self._kl, "bonus": self._bonus}
+        return {
+            "kl": self._kl,
+            "bonus": self._bonus,
+            "factor": self._factor,
+            "by_hand": float(self._by_hand),
+        }
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Restore what has adapted; a coefficient without a target stays the config's."""
-        if self._config.kl_target is not None:
+        """Restore what has adapted, or was set by hand; the rest stays the config's."""
+        if self._config.kl_target is not None or state.get("by_hand"):
             self._kl = state["kl"]
+        self._factor, self._by_hand = state.get("factor", 1.0), bool(state.get("by_hand"))
         if self._config.entropy_target is not None:
             self._bonus = state["bonus"]
 

@@ -14,9 +14,12 @@ from ppo_fast.critics.critic import Critic
 from ppo_fast.data.batches import batches_by_tokens
 from ppo_fast.data.experience import Batch, Experience, Moments, select
 from ppo_fast.learning.coefficients import Coefficients
+from ppo_fast.learning.guard import Guard
 from ppo_fast.learning.optimizers import make_adamw
 from ppo_fast.learning.schedules import Schedule, current_rates
+from ppo_fast.learning.undo import Undo
 from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.nonfinite import NotFiniteError
 from ppo_fast.ops import ppo_loss, value_loss
 from ppo_fast.ops.stats import (
     PPO_STATS,
@@ -56,10 +59,19 @@ class Learner:
         self.schedule = Schedule(config, rates)
         self.reward_moments = NO_SCORES
         self.amid_update = False
+        self.guard, self._undo = Guard(policy, critic, config), Undo(self.optimizers)
 
     def kl_coefficient(self, steps: int) -> float:
         """Return the coefficient of the KL to the reference after ``steps`` steps of PPO."""
         return self.coefficients.kl(self.schedule.share(steps))
+
+    def set_kl_coefficient(self, coefficient: float, steps: int) -> None:
+        """Set the KL's coefficient after ``steps`` steps; a course of it is scaled."""
+        self.coefficients.set_kl(coefficient, self.schedule.share(steps))
+
+    def set_rate(self, name: str, rate: float) -> float:
+        """Set the highest learning rate of "policy" or "value", and return the one before."""
+        return self.schedule.set_rate(name, rate, self.optimizers[name])
 
     @torch.enable_grad()
     def update(
@@ -90,11 +102,42 @@ class Learner:
                 ratios are 1 but for rounding.
 
         Raises:
-            FloatingPointError: a gradient is not finite. It changed nothing; earlier optimizer
-                steps of this update stand, including the policy's before a value model's.
+            NotFiniteError: a loss or a gradient is not finite (with ``on_nonfinite="skip"``: in
+                ``max_skipped`` optimizer steps in a row). Earlier optimizer steps of this update
+                stand. With ``undo_updates``, they do not, and the error is also raised where the
+                outputs after the update are not finite.
         """
         self.schedule.check(steps)
+        state = self.state_dict()
+        if self.config.undo_updates:
+            self._undo.keep()
         self.amid_update = True
+        try:
+            metrics = self._update(experience, policy_epochs, value_epochs, seed, steps)
+            if self.config.undo_updates:
+                self.guard.check_outputs()
+        except NotFiniteError as error:
+            for optimizer in self.optimizers.values():
+                optimizer.zero_grad()
+            if not self.config.undo_updates:
+                raise
+            self._undo.put_back()
+            self.load_state_dict(state)
+            self.amid_update = False
+            raise NotFiniteError(f"{error}. The update was undone") from error
+        self.reward_moments = experience.reward_moments or NO_SCORES
+        self.amid_update = False
+        return metrics
+
+    def _update(
+        self,
+        experience: Experience,
+        policy_epochs: int,
+        value_epochs: int,
+        seed: int,
+        steps: int,
+    ) -> dict[str, float]:
+        """Train in epochs and minibatches."""
         if self.config.gradient_checkpointing:  # transformers checkpoints in train mode alone
             self.policy.model.train()
             self.critic.module.train()
@@ -124,15 +167,15 @@ class Learner:
             metrics.pop("entropy", None)  # it was not computed, or of some tokens alone
         if self.config.target_kl is not None:
             metrics["policy_optimizer_steps"] = float(len(done.norms))
-        if self.config.kl_controller != "fixed":
+        if self.config.on_nonfinite == "skip":
+            metrics["skipped_optimizer_steps"] = float(done.skipped)
+        if self.coefficients.kl_changes:
             metrics["kl_coefficient"] = terms.kl_coef
         if self.config.entropy_target is not None:
             metrics["entropy_coefficient"] = terms.entropy_coef
         if done.policy_stats and {"kl_sequence", "entropy"} <= experience.metrics.keys():
             kl, entropy = (experience.metrics[name] for name in ("kl_sequence", "entropy"))
             self.coefficients.adapt(kl, entropy, len(experience.tokens))
-        self.reward_moments = experience.reward_moments or NO_SCORES
-        self.amid_update = False
         return metrics
 
     def train_critic(self, experience: Experience, *, epochs: int, seed: int) -> dict[str, float]:
@@ -158,9 +201,10 @@ class Learner:
     ) -> None:
         """Train the policy, the value function or both on one minibatch.
 
-        A head is trained in the policy's backward pass. A value model of its own is trained after
-        the policy, so that the graphs, and the gradients, of both are never in memory at the same
-        time.
+        A head is trained in the policy's backward pass. The backward pass of a value model of its
+        own follows the policy's, so that the graphs of both are never in memory at the same time;
+        without ``check_gradients_together``, it follows the policy's optimizer step, and neither
+        are the gradients.
         """
         joint = policy and value and self.critic.reads_states
         counts = experience.tokens.trained_counts[rows]
@@ -170,27 +214,30 @@ class Learner:
         parts = batches_by_tokens(experience.tokens.lengths[rows], self.config.microbatch_tokens)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()  # what an interrupted pass, or the user, may have left
-        found: list[Tensor] = []
+        names: list[str] = []
+        found = _Found()
         for part in parts if policy else ():
             batch = select(experience, rows[part])
             loss, stats, states = self._policy_loss(batch, terms, units)
-            found.append(stats)
+            found.policy_stats.append(stats)
             if joint:
-                loss = loss + self._value_loss(batch, states, count, done)
+                loss = loss + self._value_loss(batch, states, count, found)
             loss.backward()
+            found.losses.append(loss.detach())
         if policy:
-            done.policy_stats.append(merge_stats(PPO_STATS, found))
-            done.far = self._is_far(done.policy_stats[-1])
+            done.far = self._is_far(merge_stats(PPO_STATS, found.policy_stats))
             if done.far:
                 self.optimizers["policy"].zero_grad()
             names = ["policy"] * (not done.far) + ["value"] * joint
-            norms = self._step(names)
-            done.norms += [norms["policy"]] if "policy" in norms else []
-        if value and not joint:
-            for part in parts:
-                batch = select(experience, rows[part])
-                self._value_loss(batch, self._states(batch), count, done).backward()
-            self._step(["value"])
+            if not self.config.check_gradients_together:
+                self._step(names, found, experience, done)
+                names, found = [], _Found()
+        for part in parts if value and not joint else ():
+            batch = select(experience, rows[part])
+            loss = self._value_loss(batch, self._states(batch), count, found)
+            loss.backward()
+            found.losses.append(loss.detach())
+        self._step(names + ["value"] * (value and not joint), found, experience, done)
 
     def _is_far(self, stats: Tensor) -> bool:
         """Return whether the policy's KL to the one that sampled is beyond ``target_kl``."""
@@ -236,7 +283,7 @@ class Learner:
         )
         return loss, stats, forward.states
 
-    def _value_loss(self, batch: Batch, states: Tensor | None, count: int, done: _Done) -> Tensor:
+    def _value_loss(self, batch: Batch, states: Tensor | None, count: int, found: _Found) -> Tensor:
         loss, stats = value_loss(
             self.critic.values(batch.tokens, states, batch.trunk_states),
             old_values=batch.values,
@@ -246,36 +293,36 @@ class Learner:
             huber=self.config.value_huber,
             normalizer=count,
         )
-        done.value_stats.append(stats)
+        found.value_stats.append(stats)
         return self.config.value_loss_coef * loss
 
-    def _step(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Clip and apply the gradients of these optimizers; return their norms before clipping."""
+    def _step(
+        self, names: Sequence[str], found: _Found, experience: Experience, done: _Done
+    ) -> None:
+        """Clip and apply the gradients of these optimizers, unless something is not finite."""
         optimizers = {name: self.optimizers[name] for name in names}
         norms = {}
         for name, optimizer in optimizers.items():
             weights = [p for group in optimizer.param_groups for p in group["params"]]
             norms[name] = torch.nn.utils.clip_grad_norm_(weights, self.config.max_grad_norm)
-        if norms and not torch.isfinite(torch.stack(list(norms.values()))).all():
-            for optimizer in optimizers.values():
-                optimizer.zero_grad()
-            found = ", ".join(f"{name} {float(norm)}" for name, norm in norms.items())
-            raise FloatingPointError(
-                f"gradient norms: {found}; expected finite numbers. The weights are as they were "
-                "before this optimizer step. Lower the learning rate, or look for NaN in the "
-                "models' outputs"
-            )
+        step = self.schedule.steps + 1
+        admitted = not norms or self.guard.admits(norms, found.losses, experience, step)
         for name, optimizer in optimizers.items():
-            self.schedule.before_step(name, optimizer)
-            optimizer.step()
+            if admitted:
+                self.schedule.before_step(name, optimizer)
+                optimizer.step()
             optimizer.zero_grad()
-        return norms
+        if admitted:
+            done.add(found, norms.get("policy"))
+        else:
+            done.skipped += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the learner counts and adapts, besides the optimizers, for a checkpoint."""
         return {
             "coefficients": self.coefficients.state_dict(),
             "reward_moments": list(self.reward_moments),
+            "rates": dict(self.schedule.changed),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -284,6 +331,8 @@ class Learner:
         if state:
             self.coefficients.load_state_dict(state["coefficients"])
             self.reward_moments = Moments(*state["reward_moments"])
+            for name, rate in state.get("rates", {}).items():
+                self.set_rate(name, rate)
 
 
 class Terms(NamedTuple):
@@ -306,16 +355,34 @@ class Terms(NamedTuple):
 
 
 @dataclass
+class _Found:
+    """Statistics and losses of a minibatch's parts."""
+
+    policy_stats: list[Tensor] = field(default_factory=list)
+    value_stats: list[Tensor] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
 class _Done:
     """Statistics and gradient norms of an update's minibatches so far.
 
     far: whether the policy has gone beyond ``target_kl``.
+    skipped: optimizer steps that were not taken, since something was not finite.
     """
 
     policy_stats: list[Tensor] = field(default_factory=list)
     value_stats: list[Tensor] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
     far: bool = False
+    skipped: int = 0
+
+    def add(self, found: _Found, norm: Tensor | None) -> None:
+        """Add a minibatch, and the norm of the policy's gradient, if the policy was changed."""
+        if found.policy_stats:
+            self.policy_stats.append(merge_stats(PPO_STATS, found.policy_stats))
+        self.value_stats += found.value_stats
+        self.norms += [] if norm is None else [norm]
 
     def metrics(self) -> dict[str, float]:
         metrics = {"policy_loss": 0.0}

@@ -19,6 +19,7 @@ from ppo_fast.data.trunk_states import TrunkStates
 from ppo_fast.learning.importance import highest, importance_weights, mismatch_metrics
 from ppo_fast.models.language_model import LanguageModel, logprobs_of_both
 from ppo_fast.models.precision import uses_tf32
+from ppo_fast.nonfinite import NotFiniteError
 from ppo_fast.ops import gae, kl_estimate, whiten
 from ppo_fast.rewards.shaping import NO_SCORES, normalize_groups, place_scores, shape_rewards
 
@@ -57,7 +58,7 @@ def make_experience(
         moments: of the scores before this batch.
 
     Raises:
-        ValueError: a value is NaN or infinite.
+        NotFiniteError: a value is NaN or infinite.
     """
     _check(rollout, config)
     max_tokens = config.forward_batch_tokens
@@ -87,7 +88,7 @@ def make_experience(
     rewards = less_kl(shaped, old, ref, mask, kl_coef, config)
     values = critic.values_of_rollout(rollout, shaped.sum(1), policy, max_tokens).float()
     if not torch.isfinite(values).all():
-        raise ValueError("value_model: returned NaN or infinity; values must be finite")
+        raise NotFiniteError("value_model: returned NaN or infinity; values must be finite")
     advantages, returns = estimate_advantages(rewards, values, tokens, critic, config)
     metrics = experience_metrics(rollout, placed.sum(1), old, ref, advantages)
     metrics |= _sampling_metrics(rollout, old, config, computed=computed)

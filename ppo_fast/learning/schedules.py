@@ -65,14 +65,35 @@ class Schedule:
     Args:
         config: the course of the rates.
         rates: the highest rate of each optimizer, by name.
+
+    Attributes:
+        steps: steps of PPO done before the update that began last.
+        changed: the highest rates that were set by hand, by name.
     """
 
     def __init__(self, config: PPOConfig, rates: dict[str, float]) -> None:
         self._config, self._rates = config, rates
         self._total, self._epochs = config.schedule_steps, config.num_epochs
         self._factors: dict[str, Callable[[int], float]] = {}
-        self._steps, self._made = 0, dict.fromkeys(rates, 0)
+        self.steps, self._made = 0, dict.fromkeys(rates, 0)
         self._suspended = False
+        self.changed: dict[str, float] = {}
+
+    def set_rate(self, name: str, rate: float, optimizer: Optimizer) -> float:
+        """Set an optimizer's highest rate, and return the one before; its course is scaled.
+
+        Raises:
+            ValueError: the rate is that of a scheduler of the user's own.
+        """
+        if any("initial_lr" in group for group in optimizer.param_groups):
+            raise ValueError(f"the rate of the {name} is that of a scheduler of your own")
+        scheduled = is_scheduled(self._config)
+        before = self._rates[name] if scheduled else float(optimizer.param_groups[0]["lr"])
+        self._rates[name] = self.changed[name] = rate
+        if not scheduled:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        return before
 
     def plan(self, total_steps: int, num_epochs: int) -> None:
         """Plan a run of ``total_steps`` steps of PPO, those already done included.
@@ -138,7 +159,7 @@ class Schedule:
 
     def begin_update(self, steps: int) -> None:
         """Begin the update after ``steps`` steps of PPO."""
-        self._steps, self._made = steps, dict.fromkeys(self._rates, 0)
+        self.steps, self._made = steps, dict.fromkeys(self._rates, 0)
 
     def before_step(self, name: str, optimizer: Optimizer) -> None:
         """Set the rate of an optimizer's next step in the update.
@@ -147,7 +168,7 @@ class Schedule:
         """
         if is_scheduled(self._config):
             skipped = self._config.critic_warmup_steps if name == "policy" else 0
-            made = (self._steps - skipped) * self._per_step(name) + self._made[name]
+            made = (self.steps - skipped) * self._per_step(name) + self._made[name]
             factor = 1.0 if self._suspended else self._factor(name)(made)
             for group in optimizer.param_groups:
                 group["lr"] = self._rates[name] * factor

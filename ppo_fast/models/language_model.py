@@ -28,6 +28,7 @@ from ppo_fast.models.transformers_internals import (
     softcap,
 )
 from ppo_fast.models.trunk import Split, run
+from ppo_fast.nonfinite import NotFiniteError
 from ppo_fast.ops import (
     TokenLogprobs,
     few_row_linear,
@@ -327,10 +328,6 @@ def tolerance(dtype: torch.dtype, device: torch.device) -> float:
     if dtype == torch.float32 and uses_tf32(device):
         return TF32_TOLERANCE
     return HEAD_TOLERANCE.get(dtype, HALF_TOLERANCE)
-
-
-class NotFiniteError(ValueError):
-    """A model gives NaN."""
 
 
 def nan_error(model: LanguageModel) -> NotFiniteError:

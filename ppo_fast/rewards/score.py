@@ -19,6 +19,7 @@ from ppo_fast.data.trunk_states import TrunkStates
 from ppo_fast.models.call_on_rows import call_on_rows, takes_padding
 from ppo_fast.models.heads import RewardModel
 from ppo_fast.models.trunk import Split
+from ppo_fast.nonfinite import NotFiniteError
 from ppo_fast.rewards.functions import RewardFunction, call_function, name_of
 
 LARGEST_SCORE = 1e15
@@ -149,7 +150,9 @@ def check_scores(
     worst = scores if scores.dim() == 1 else _worst(scores)
     for prompt, value in zip(prompts, worst.tolist(), strict=True):
         if not math.isfinite(value):
-            raise ValueError(f"{what}: got {value} for the prompt {prompt!r}; scores are finite")
+            raise NotFiniteError(
+                f"{what}: got {value} for the prompt {prompt!r}; scores are finite"
+            )
         if abs(value) > LARGEST_SCORE:
             raise ValueError(
                 f"{what}: got {value} for the prompt {prompt!r}, expected at most "

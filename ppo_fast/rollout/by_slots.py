@@ -14,6 +14,7 @@ from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.tokens import Tokens
 from ppo_fast.data.trunk_states import TrunkStates
 from ppo_fast.models.language_model import LanguageModel, Next
+from ppo_fast.nonfinite import NotFiniteError
 from ppo_fast.rollout.buffers import Buffers, KeptBuffers, Sizes, recorded_with
 from ppo_fast.rollout.draw import NOT_FINITE, draw
 from ppo_fast.rollout.prompts import PromptBatch, Prompts
@@ -185,7 +186,7 @@ class _Decoding:
         b = self.buffers
         logprobs = drawn(b.logprobs)
         if not torch.isfinite(logprobs).all():
-            raise FloatingPointError(NOT_FINITE)
+            raise NotFiniteError(NOT_FINITE)
         return Rollout(
             tokens,
             logprobs,

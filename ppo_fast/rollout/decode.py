@@ -76,7 +76,7 @@ def decode(
     Raises:
         ValueError: a stop token id beyond the vocabulary, stop strings without ``to_text``, or a
             model whose layers cannot be cached.
-        FloatingPointError: the model gave NaN or infinite logits.
+        NotFiniteError: the model gave NaN or infinite logits.
     """
     _check_stop_token_ids(sampling, model.vocab_size)
     request = Request(

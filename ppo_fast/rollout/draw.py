@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast.data.sampling import Sampling
+from ppo_fast.nonfinite import NotFiniteError
 from ppo_fast.ops import Sampled, logprobs_from_logits, sample_tokens
 
 NOT_FINITE = (
@@ -29,7 +30,7 @@ def draw(
         ends: [V] bool, whether a token ends a response.
 
     Raises:
-        FloatingPointError: logits are NaN or infinite (found on the CPU alone).
+        NotFiniteError: logits are NaN or infinite (found on the CPU alone).
     """
     s, drawn_from = sampling, logits
     if s.min_new_tokens > 0:
@@ -39,7 +40,7 @@ def draw(
     try:
         sampled = sample(drawn_from, seeds, positions)
     except ValueError as error:
-        raise FloatingPointError(NOT_FINITE) from error
+        raise NotFiniteError(NOT_FINITE) from error
     if drawn_from is logits:
         return sampled
     full = logprobs_from_logits(logits, sampled.tokens, temperature=s.temperature, entropy=False)

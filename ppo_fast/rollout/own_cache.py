@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ppo_fast.data.rollout import Rollout
-from ppo_fast.models.language_model import LanguageModel, NotFiniteError
+from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.models.probe import relative_difference
 from ppo_fast.models.transformers_internals import keep_rows, next_with_own_cache, output_of
+from ppo_fast.nonfinite import NotFiniteError
 from ppo_fast.rollout.draw import NOT_FINITE, draw
 from ppo_fast.rollout.request import Request
 from ppo_fast.rollout.speedups.cuda_graphs import first_line
@@ -119,7 +120,7 @@ def decode_with_own_cache(model: LanguageModel, request: Request) -> Rollout:
     width, beyond = tokens.response_ids.shape[1], ~tokens.response_mask
     logprobs = drawn.logprobs[:, :, :width].masked_fill(beyond, 0.0)
     if not torch.isfinite(logprobs[0]).all():
-        raise FloatingPointError(NOT_FINITE)
+        raise NotFiniteError(NOT_FINITE)
     finished = torch.tensor(drawn.finished, device="cpu")
     return Rollout(tokens, logprobs[0], logprobs[1], finished, request.sampling)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 import warnings
 from collections.abc import Iterable
@@ -13,12 +14,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from ppo_fast import __version__
 from ppo_fast.checks import is_whole, plain_numbers
 from ppo_fast.models.quantized import constant_names
-from ppo_fast.runs.contents import check_contents, check_finite
+from ppo_fast.runs.contents import check_contents
 from ppo_fast.runs.files import written
 from ppo_fast.runs.manifest import MANIFEST, find_damage, make_manifest
 from ppo_fast.runs.optimizer_state import check_optimizer, optimizer_state, restore_optimizer
+
+logger = logging.getLogger(__name__)
 
 FORMAT, VERSION = "ppo_fast checkpoint", 3
 CONTENTS = {
@@ -50,6 +54,7 @@ def write_checkpoint(
     optimizers: dict[str, torch.optim.Optimizer],
     reference: nn.Module,
     progress: dict[str, Any],
+    config: dict[str, Any],
 ) -> None:
     """Write all that a run needs to go on, whole or not at all.
 
@@ -60,12 +65,11 @@ def write_checkpoint(
         optimizers: by name.
         reference: the model that the KL is measured to; its fingerprint is written.
         progress: counters and the seed.
+        config: the settings.
 
     Raises:
-        FloatingPointError: a weight or a moment is NaN or infinite, from which no run goes on.
         OSError: it cannot be written.
     """
-    check_finite(modules, optimizers)
     save(
         {
             "step": step,
@@ -76,6 +80,8 @@ def write_checkpoint(
             "optimizers": {n: optimizer_state(o, modules[n]) for n, o in optimizers.items()},
             **progress,
             "random_states": random_states(),
+            "config": config,
+            "versions": {"ppo_fast": __version__, "torch": str(torch.__version__)},
         },
         path,
     )
@@ -127,6 +133,29 @@ def read_checkpoint(
         restore_optimizer(optimizer, payload["optimizers"][name], modules[name])
     restore_random_states(payload["random_states"])
     return payload
+
+
+def log_changes(contents: dict[str, Any], config: dict[str, Any]) -> None:
+    """Log which settings, and numbers changed by hand, are not those of before.
+
+    Args:
+        contents: of the checkpoint that was loaded.
+        config: the trainer's settings.
+    """
+    before = contents.get("config", {})
+    changed = [
+        f"{name} {before[name]!r} -> {value!r}"
+        for name, value in config.items()
+        if name in before and before[name] != value
+    ]
+    if changed:
+        logger.warning("settings changed since the checkpoint: %s", ", ".join(changed))
+    learner = contents.get("learner", {})
+    by_hand = [f"the rate of the {k} is {v:g}" for k, v in learner.get("rates", {}).items()]
+    if learner.get("coefficients", {}).get("by_hand"):
+        by_hand.append("the KL's coefficient")
+    if by_hand:
+        logger.warning("as changed in the run before: %s", ", ".join(by_hand))
 
 
 def _check_fit(

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ppo_fast.nonfinite import NotFiniteError, first_not_finite, weights_of
+
 
 def check_contents(
     payload: Mapping[str, Any],
@@ -43,14 +45,6 @@ def check_contents(
         damage = f"{type(error).__name__}: {error}"
     if damage is not None:
         raise ValueError(f"checkpoint: {path} is damaged: {damage}")
-
-
-def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """Return the name of the first tensor that holds NaN or infinity; None: all are finite."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            return name
-    return None
 
 
 def _of_weights(
@@ -87,9 +81,14 @@ def _of_counters(payload: Mapping[str, Any]) -> str | None:
             return f"{name} is {payload[name]!r}"
     if not isinstance(payload["stats"]["total_steps"], (int, float)):
         return "it has no number of steps"
+    for evaluation in payload.get("evaluations", []):
+        numbers = [evaluation["step"], *evaluation.values()]
+        if not all(isinstance(number, (int, float)) for number in numbers):
+            return f"an evaluation of it holds {numbers!r}"
     if learner := payload.get("learner"):
         coefficients, moments = learner["coefficients"], learner["reward_moments"]
-        numbers = [coefficients["kl"], coefficients["bonus"], *moments]
+        rates = learner.get("rates", {})
+        numbers = [*coefficients.values(), *moments, *rates.values()]
         if len(moments) != 3 or not all(map(math.isfinite, numbers)):
             return "its coefficients are not finite numbers"
     return None
@@ -110,12 +109,11 @@ def check_finite(modules: Mapping[str, nn.Module], optimizers: Mapping[str, Opti
     """Check that what a checkpoint would hold is finite: a run cannot go on from NaN.
 
     Raises:
-        FloatingPointError: a trained weight or a moment is not.
+        NotFiniteError: a trained weight or a moment is not.
     """
     for name, module in modules.items():
-        weights = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
-        if (weight := first_not_finite(weights)) is not None:
-            raise FloatingPointError(
+        if (weight := first_not_finite(weights_of(module))) is not None:
+            raise NotFiniteError(
                 f"checkpoint: {weight} of the {name} holds NaN or infinity; it is not written, and "
                 "the newest one before stays"
             )
@@ -123,7 +121,7 @@ def check_finite(modules: Mapping[str, nn.Module], optimizers: Mapping[str, Opti
         for entry in optimizer.state.values():
             tensors = {k: v for k, v in entry.items() if isinstance(v, Tensor)}
             if (moment := first_not_finite(tensors)) is not None:
-                raise FloatingPointError(
+                raise NotFiniteError(
                     f"checkpoint: {moment} in the optimizer of the {name} holds NaN or infinity; "
                     "it is not written, and the newest one before stays"
                 )

@@ -7,6 +7,10 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from ppo_fast.data.evaluated import Evaluated
+from ppo_fast.data.step import Step
+from ppo_fast.runs.callbacks import Callback
+
 logger = logging.getLogger(__name__)
 
 FIRST, LAST = 5, 10  # steps whose means are compared
@@ -95,12 +99,41 @@ RANGES = (
 )
 
 
-class Health:
+class Health(Callback):
     """Looks at a run's metrics after every step, and warns once of each that leaves its range."""
 
     def __init__(self) -> None:
         self._courses: dict[str, list[float]] = defaultdict(list)
         self._said: set[str] = set()
+        self._evaluations: list[tuple[float, float, float]] = []
+        self._rewards: list[float] = []
+
+    def on_step(self, step: Step) -> None:
+        self._rewards.append(step.metrics["mean_reward"])
+        self.note(step.metrics)
+
+    def on_evaluate(self, evaluated: Evaluated) -> None:
+        """Warn where the reward of held-out prompts falls while that of training rises."""
+        if not self._rewards:
+            return
+        held_out, error = (evaluated.metrics[name] for name in ("reward", "standard_error"))
+        trained, self._rewards = _mean(self._rewards), []
+        before = max(self._evaluations, default=None)
+        self._evaluations.append((held_out, error, trained))
+        if before is None or "held-out" in self._said:
+            return
+        if held_out + 2 * (error + before[1]) < before[0] and trained > before[2]:
+            self._said.add("held-out")
+            logger.warning(
+                "the reward of held-out prompts fell from %.3g to %.3g, while that of training "
+                "rose from %.3g to %.3g; the policy learns its prompts by heart, or what pleases "
+                "the reward alone: go back to the best checkpoint, raise kl_penalty, or take more "
+                "prompts",
+                before[0],
+                held_out,
+                before[2],
+                trained,
+            )
 
     def note(self, metrics: Mapping[str, float]) -> None:
         """Take the metrics of one more step."""

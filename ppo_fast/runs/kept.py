@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from ppo_fast.runs.checkpoint import checkpoint_path
@@ -59,13 +59,22 @@ def _set_aside(folder: Path, newer_than: Path) -> None:
             path.replace(path.with_name(f"{path.name}.damaged"))
 
 
-def remove_old(folder: Path, written: int, keep_last: int | None) -> None:
-    """Remove all but ``keep_last`` checkpoints up to the one of step ``written``; None: keep all.
+def remove_old(
+    folder: Path, written: int, keep_last: int | None, best: Collection[int] = ()
+) -> None:
+    """Remove checkpoints up to the one of step ``written``, but for those that are kept.
 
     Those of later steps stay: they are damaged, or of another course of the run.
+
+    Args:
+        folder: of the checkpoints.
+        written: the step of the newest.
+        keep_last: number that are kept, the newest; None: all.
+        best: steps whose checkpoints are kept too.
     """
     if keep_last is None:
         return
     steps = [step for step in checkpoints_in(folder) if step <= written]
     for step in steps[keep_last:]:
-        checkpoint_path(folder, step).unlink(missing_ok=True)
+        if step not in best:
+            checkpoint_path(folder, step).unlink(missing_ok=True)

@@ -1,10 +1,11 @@
-"""The loop around PPO's steps: batches, history, checkpoints, Ctrl-C."""
+"""The loop around PPO's steps: batches, evaluations, checkpoints, signals, callbacks."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,44 +18,30 @@ from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.sampling import Sampling
 from ppo_fast.data.step import Step
 from ppo_fast.learning.learner import Learner
-from ppo_fast.runs.checkpoint import checkpoint_path, make_folder
+from ppo_fast.nonfinite import NotFiniteError
+from ppo_fast.runs.callbacks import Callback, Callbacks, OnStep
+from ppo_fast.runs.checkpoints import Checkpoints, Saves
+from ppo_fast.runs.control import Control
 from ppo_fast.runs.display import ProgressBar
-from ppo_fast.runs.files import remove_partial
+from ppo_fast.runs.evaluation import Evaluable, Evaluation, Evaluator
 from ppo_fast.runs.health import Health
-from ppo_fast.runs.kept import remove_old
-from ppo_fast.runs.lock import FolderLock
-from ppo_fast.runs.progress import LISTS, Progress
+from ppo_fast.runs.history import History
+from ppo_fast.runs.progress import Progress
 from ppo_fast.runs.prompts import counted_drops
-from ppo_fast.runs.signals import handled_signals
+from ppo_fast.runs.signals import Received, handled_signals
 from ppo_fast.runs.time_limit import TimeLimit
 
 logger = logging.getLogger(__name__)
 
-OnStep = Callable[[Step], None]
 
-HISTORY = ("policy_losses", "value_losses", "kl_divergences", "mean_rewards")
-
-
-class Trainable(Protocol):
+class Trainable(Saves, Evaluable, Protocol):
     """Interface of PPO that the loop uses."""
 
     progress: Progress
     learner: Learner
-    newest_checkpoint: Path | None
 
     @property
     def config(self) -> PPOConfig: ...
-
-    @property
-    def amid_update(self) -> bool:
-        """Whether an update was broken off, so that the weights are those of no whole step."""
-        ...
-
-    def check_prompts(
-        self, prompts: Any, max_length: int | None = None
-    ) -> list[Example] | Stream: ...
-
-    def rollout(self, prompts: Any) -> Rollout: ...
 
     def make_experience(self, rollout: Rollout) -> Experience: ...
 
@@ -69,8 +56,6 @@ class Trainable(Protocol):
     ) -> Step: ...
 
     def plan_run(self, num_steps: int, num_epochs: int | None) -> None: ...
-
-    def save_checkpoint(self, checkpoint_dir: str | Path, step: int) -> Path: ...
 
 
 def train(
@@ -88,6 +73,9 @@ def train(
     max_time: float | None = None,
     progress: bool = True,
     on_step: OnStep | None = None,
+    callbacks: Sequence[Callback] = (),
+    evaluation: Evaluation | None = None,
+    control: str | Path | None = None,
 ) -> dict[str, Any]:
     """Run ``num_steps`` steps on batches drawn from ``prompts``; see ``PPO.train``."""
     check_counts(
@@ -100,77 +88,93 @@ def train(
     limit = TimeLimit(max_time)
     Sampling(1, 1.0 if temperature is None else temperature)  # Sampling checks the temperature
     ppo.plan_run(num_steps, num_epochs)
+    told = Callbacks([Health(), *Callbacks(callbacks).all], on_step)
     prompts = ppo.check_prompts(prompts, max_length)
-    if checkpoint_dir is not None:
-        make_folder(checkpoint_dir)
-    history: dict[str, list[float]] = {name: [] for name in (*HISTORY, "step_avg_rewards")}
-    health, stopped_by = Health(), None
-    failed: OSError | None = None
+    ppo.progress.note_data(prompts)
+    evaluator, history = Evaluator(ppo, evaluation), History()
+    options = {"num_epochs": num_epochs, "max_length": max_length, "temperature": temperature}
+    settings = asdict(ppo.config) | {k: v for k, v in options.items() if v is not None}
+    changes = Control(None if control is None else Path(control), ppo.learner)
+    stopped_by: str | None = None
     with (
-        nullcontext() if checkpoint_dir is None else _own_folder(Path(checkpoint_dir)),
+        Checkpoints(ppo, checkpoint_dir, keep_last) as checkpoints,
         counted_drops(prompts),
         handled_signals() as signals,
         ProgressBar(num_steps, shown=progress) as bar,
+        _ended(told, history, ppo.progress),
     ):
-        for _ in range(num_steps):
-            step = _step(
-                ppo,
-                prompts,
-                batch_size,
-                checkpoint_dir,
-                num_epochs=num_epochs,
-                max_length=max_length,
-                temperature=temperature,
-            )
-            _note(history, step)
-            health.note(step.metrics)
-            bar.advance(step.metrics)
-            if on_step is not None:
-                try:
-                    on_step(step)
-                except (Exception, SystemExit):  # of any type; it is raised again
-                    _keep(ppo, checkpoint_dir, "an error in on_step")
-                    raise
-            due = step.number % checkpoint_freq == 0 or signals.take_save()
-            if checkpoint_dir is not None and due:
-                failed = _save(ppo, Path(checkpoint_dir), step.number, keep_last)
+        told.on_start(settings | {"batch_size": batch_size}, ppo.progress.steps)
+        if _evaluate(evaluator, checkpoints, told):
             limit.step_done()
-            if signals.stop is not None:
-                stopped_by = signals.stop.name
-            elif limit.reached:
-                stopped_by = "max_time"
-            if stopped_by is not None:
-                _keep(ppo, checkpoint_dir, "Ctrl-C" if stopped_by == "SIGINT" else stopped_by)
+        for number in range(1, num_steps + 1):
+            if (stopped_by := _reason(signals, limit, evaluator)) is not None:
                 break
-    if failed is not None:
-        raise failed
-    statistics = ppo.progress.statistics()
-    return {
-        "training_history": history,
-        "final_stats": statistics,
-        "final_avg_reward": statistics["avg_reward"],
-        "final_kl_divergence": history["kl_divergences"][-1],
-        "interrupted": stopped_by is not None,
-        "stopped_by": stopped_by,
-    }
+            step = _step(ppo, prompts, batch_size, checkpoints, **options)
+            history.note(step)
+            bar.advance(step.metrics)
+            with _kept(checkpoints, "an error in a callback"):
+                told.on_step(step)
+            evaluated = _evaluate(evaluator, checkpoints, told, last=number == num_steps)
+            asked = changes.apply(step.number)
+            best = evaluator.best
+            due = step.number % checkpoint_freq == 0 or number == num_steps
+            due = due or (evaluated and step.number in best)
+            if signals.take_save() or asked or due:
+                path = checkpoints.save(best)
+                if path is not None:
+                    told.on_save(step.number, path)
+                if path is not None or checkpoint_dir is None:
+                    changes.forget()
+            limit.step_done()
+        else:
+            stopped_by = _reason(signals, limit, evaluator)
+        if stopped_by is not None:
+            checkpoints.keep("Ctrl-C" if stopped_by == "SIGINT" else stopped_by)
+        history.stopped_by = stopped_by
+    if checkpoints.failed is not None:
+        raise checkpoints.failed
+    return history.result(ppo.progress)
 
 
-def _save(ppo: Trainable, folder: Path, step: int, keep_last: int | None) -> OSError | None:
-    """Write a checkpoint. If the disk is full or gone, warn and return the error: a run goes on."""
+def _reason(signals: Received, limit: TimeLimit, evaluator: Evaluator) -> str | None:
+    """Return why a run ends before its next step; None: it goes on."""
+    if signals.stop is not None:
+        return signals.stop.name
+    if limit.reached:
+        return "max_time"
+    return "patience" if evaluator.exhausted else None
+
+
+def _evaluate(
+    evaluator: Evaluator, checkpoints: Checkpoints, told: Callbacks, *, last: bool = False
+) -> bool:
+    """Evaluate if it is due, and say whether it was."""
+    if not evaluator.due(last=last):
+        return False
+    with _kept(checkpoints, "an error in an evaluation"):
+        told.on_evaluate(evaluator.run())
+    return True
+
+
+@contextmanager
+def _kept(checkpoints: Checkpoints, what: str) -> Iterator[None]:
+    """If the block raises an error, write a checkpoint before it goes on."""
     try:
-        ppo.save_checkpoint(folder, step)
-        remove_old(folder, step, keep_last)
-    except OSError as error:
-        logger.warning("%s; the run goes on, and tries again at the next checkpoint", error)
-        return error
-    return None
+        yield
+    except (Exception, SystemExit):
+        checkpoints.keep(what)
+        raise
 
 
-def _own_folder(folder: Path) -> FolderLock:
-    """Lock the folder of the checkpoints, and remove what killed runs left half written there."""
-    lock = FolderLock(folder, "checkpoint_dir")
-    remove_partial(folder)
-    return lock
+@contextmanager
+def _ended(told: Callbacks, history: History, progress: Progress) -> Iterator[None]:
+    """After the block, tell the callbacks of the end."""
+    try:
+        yield
+    except BaseException:
+        told.on_end(None)
+        raise
+    told.on_end(history.result(progress))
 
 
 def pretrain_critic(
@@ -195,50 +199,33 @@ def pretrain_critic(
     return found
 
 
-def _note(history: dict[str, list[float]], step: Step) -> None:
-    for name in HISTORY:
-        history[name].append(step.metrics[LISTS[name]])
-    rewards = history["mean_rewards"]
-    history["step_avg_rewards"].append(sum(rewards) / len(rewards))
-
-
 def _step(
     ppo: Trainable,
     prompts: list[Example] | Stream,
     batch_size: int,
-    checkpoint_dir: str | Path | None,
+    checkpoints: Checkpoints,
     **options: Any,
 ) -> Step:
-    """Run the next step. If it fails, the next call repeats it, with the same prompts and draws."""
-    drawn, sampled = ppo.progress.prompts_drawn, ppo.progress.sequences_sampled
+    """Run the next step. If it fails, the next call repeats it, with the same prompts and draws.
+
+    With ``on_nonfinite="skip"``, a step in which a number is not finite is given up for one with
+    the next prompts.
+    """
+    before = ppo.progress.prompts_drawn, ppo.progress.sequences_sampled
+    more_prompts = partial(ppo.progress.next_prompts, prompts)
+    skipped = 0
     try:
-        more_prompts = partial(ppo.progress.next_prompts, prompts)
-        batch = more_prompts(batch_size)
-        return ppo.step(batch, more_prompts=more_prompts, **options)
-    except BaseException as error:
-        ppo.progress.prompts_drawn, ppo.progress.sequences_sampled = drawn, sampled
-        if isinstance(error, Exception):
-            _keep(ppo, checkpoint_dir, "an error")
-        raise
-
-
-def _keep(ppo: Trainable, checkpoint_dir: str | Path | None, why: str) -> None:
-    """Write a checkpoint of what was trained so far, if possible, and log where it is."""
-    step = ppo.progress.steps
-    if step == 0:
-        return  # there is nothing to keep, and the error says the rest
-    where = "no checkpoint_dir was given; the weights are in the policy"
-    if checkpoint_dir is not None:
-        path = checkpoint_path(checkpoint_dir, step)
-        where = f"checkpoint {path}"
-        if ppo.amid_update:
-            # these weights are of no step: a run resumed from them would not be the same
-            where = (
-                f"during the update of the next step; newest checkpoint: {ppo.newest_checkpoint}"
-            )
-        elif path.resolve() != ppo.newest_checkpoint:
+        while True:
             try:
-                ppo.save_checkpoint(checkpoint_dir, step)
-            except (OSError, FloatingPointError) as error:  # it must not hide why the run ends
-                where = f"{error}; newest checkpoint: {ppo.newest_checkpoint}"
-    logger.warning("stopped by %s after step %d: %s", why, step, where)
+                return ppo.step(more_prompts(batch_size), more_prompts=more_prompts, **options)
+            except NotFiniteError as error:
+                skips = ppo.config.on_nonfinite == "skip" and not ppo.amid_update
+                if not skips or skipped >= ppo.config.max_skipped:
+                    raise
+                skipped += 1
+                logger.warning("%s; these prompts are left out (on_nonfinite='skip')", error)
+    except BaseException as error:
+        ppo.progress.prompts_drawn, ppo.progress.sequences_sampled = before
+        if isinstance(error, Exception):
+            checkpoints.keep("an error")
+        raise

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import random
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ppo_fast.data.examples import Example, Stream
+from ppo_fast.data.examples import Example, Stream, key_of
+
+logger = logging.getLogger(__name__)
 
 # Lists of the classic interface, with a number for each step, and the metric that is listed.
 LISTS = {
@@ -44,12 +48,16 @@ class Progress:
         sequences_sampled: number of responses that steps sampled.
         sequences_outside: number of responses sampled outside of steps. These have seeds of their
             own: an evaluation changes no later draw of the training.
+        evaluations: metrics of each evaluation of the run, and its "step".
+        data: a hash of the prompts that are trained on; "" if they are not known.
     """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.stats: dict[str, Any] = {"total_steps": 0} | {name: [] for name in LISTS}
         self.prompts_drawn = self.sequences_sampled = self.sequences_outside = 0
+        self.evaluations: list[dict[str, float]] = []
+        self.data = ""
 
     @property
     def steps(self) -> int:
@@ -66,6 +74,21 @@ class Progress:
         """Return a copy of ``stats``, and the AVERAGES, 0.0 before the first step."""
         means = {name: _mean(self.stats[numbers]) for name, numbers in AVERAGES.items()}
         return _copied(self.stats) | means
+
+    def note_data(self, prompts: list[Example] | Stream) -> None:
+        """Note which prompts are trained on; warn if a checkpoint's were others."""
+        if isinstance(prompts, Stream):
+            return
+        digest = hashlib.sha256()
+        for example in prompts:
+            digest.update(repr(key_of(example.prompt)).encode("utf-8", "backslashreplace"))
+        found = digest.hexdigest()[:16]
+        if self.data not in ("", found):
+            logger.warning(
+                "prompts: they are others than those that the checkpoint was trained on, so that "
+                "the run goes on with another order of them"
+            )
+        self.data = found
 
     def next_prompts(self, prompts: list[Example] | Stream, batch_size: int) -> list[Example]:
         """Return the next batch of an endless sequence of random permutations of ``prompts``.
@@ -109,8 +132,10 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counters and the seed, for a checkpoint."""
-        names = ("seed", "prompts_drawn", "sequences_sampled", "sequences_outside")
-        return {"stats": _copied(self.stats)} | {name: getattr(self, name) for name in names}
+        names = ("seed", "prompts_drawn", "sequences_sampled", "sequences_outside", "data")
+        counters = {name: getattr(self, name) for name in names}
+        evaluations = [dict(one) for one in self.evaluations]
+        return {"stats": _copied(self.stats), "evaluations": evaluations} | counters
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Set the counters to those of ``state``; the seed stays."""
@@ -122,7 +147,10 @@ class Progress:
                 self.stats[name] = [total / max(steps, 1)] * steps
         self.prompts_drawn = state["prompts_drawn"]
         self.sequences_sampled = state["sequences_sampled"]
-        self.sequences_outside = state.get("sequences_outside", 0)  # older files have none
+        # older files have none of these
+        self.sequences_outside = state.get("sequences_outside", 0)
+        self.evaluations = [dict(one) for one in state.get("evaluations", [])]
+        self.data = state.get("data", "")
 
 
 def _mean(numbers: list[float]) -> float:

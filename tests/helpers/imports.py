@@ -12,12 +12,12 @@ DOCUMENT = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- drawn by tests/helpers/imports.py -->\n", "<!-- end -->\n"
 
 LAYERS = (
-    ("checks", "user_code", "hub"),
+    ("checks", "nonfinite", "user_code", "hub"),
     ("ops", "data"),
     ("config",),
     ("models",),
     ("rollout", "rewards", "critics"),
-    ("learning", "runs", "diagnostics"),
+    ("learning", "runs", "diagnostics", "report"),
     ("parts",),
     ("ppo",),
     ("trainer",),

@@ -73,7 +73,7 @@ def test_a_full_disk_does_not_hide_why_a_run_ends(tmp_path, full_disk, caplog):
         tiny_trainer().train(
             PROMPTS, 3, 2, checkpoint_dir=tmp_path, checkpoint_freq=1, progress=False, on_step=fail
         )
-    assert "stopped by an error in on_step after step 2" in caplog.text
+    assert "stopped by an error in a callback after step 2" in caplog.text
     assert "step_2.pt cannot be written" in caplog.text
     assert "newest checkpoint: " + str(tmp_path / "ppo_checkpoint_step_1.pt") in caplog.text
 

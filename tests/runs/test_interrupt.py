@@ -9,7 +9,8 @@ import pytest
 import torch
 from tiny_trainer import PROMPTS, changed, count_letters, names, tiny_trainer, weights
 
-from ppo_fast.runs import checkpoint, loop
+from ppo_fast.runs import checkpoint
+from ppo_fast.runs.checkpoints import Checkpoints
 
 QUIET = {"progress": False}
 
@@ -88,7 +89,7 @@ def test_ctrl_c_finishes_the_write_in_hand(tmp_path, handler, monkeypatch):
     monkeypatch.setattr(torch, "save", interrupted_write)
     trainer = tiny_trainer()
     # the write when stopping would be interrupted again: the second Ctrl-C
-    monkeypatch.setattr(loop, "_keep", lambda *args: None)
+    monkeypatch.setattr(Checkpoints, "keep", lambda *args: None)
     result = trainer.train(
         PROMPTS, num_steps=9, batch_size=2, checkpoint_dir=tmp_path, checkpoint_freq=2, **QUIET
     )

@@ -33,6 +33,7 @@ def test_result():
         "final_kl_divergence",
         "interrupted",
         "stopped_by",
+        "evaluations",
     }
     history = result["training_history"]
     assert sorted(history) == sorted(HISTORY)
@@ -199,11 +200,11 @@ def test_a_batch_larger_than_the_list_is_the_list(batch_size):
 # Checkpoints
 
 
-def test_checkpoints_come_every_few_steps(tmp_path):
+def test_checkpoints_come_every_few_steps_and_after_the_last(tmp_path):
     folder = tmp_path / "not" / "there" / "yet"
     trainer = tiny_trainer()
     trainer.train(PROMPTS, 5, 2, checkpoint_dir=str(folder), checkpoint_freq=2, **QUIET)
-    assert names(folder) == ["ppo_checkpoint_step_2.pt", "ppo_checkpoint_step_4.pt"]
+    assert names(folder) == [f"ppo_checkpoint_step_{step}.pt" for step in (2, 4, 5)]
     # steps count on over calls
     trainer.train(PROMPTS, 1, 2, checkpoint_dir=folder, checkpoint_freq=2, **QUIET)
     assert names(folder)[-1] == "ppo_checkpoint_step_6.pt"

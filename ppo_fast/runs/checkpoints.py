@@ -1,0 +1,101 @@
+"""The checkpoints of a run: when they are written, and which are kept."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from pathlib import Path
+from typing import Protocol
+
+from ppo_fast.runs.checkpoint import checkpoint_path, make_folder
+from ppo_fast.runs.files import remove_partial
+from ppo_fast.runs.kept import remove_old
+from ppo_fast.runs.lock import FolderLock
+from ppo_fast.runs.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+
+class Saves(Protocol):
+    """Interface of PPO that checkpoints use."""
+
+    progress: Progress
+    newest_checkpoint: Path | None
+
+    @property
+    def amid_update(self) -> bool:
+        """Whether an update was broken off, so that the weights are those of no whole step."""
+        ...
+
+    def save_checkpoint(self, checkpoint_dir: str | Path, step: int) -> Path: ...
+
+
+class Checkpoints:
+    """Writes a run's checkpoints. Use as a context manager: the folder is locked within.
+
+    Args:
+        ppo: the trainer.
+        folder: where they go; None: nowhere.
+        keep_last: number that are kept, the newest; None: all.
+
+    Attributes:
+        failed: the error of the last one, if it could not be written.
+    """
+
+    def __init__(self, ppo: Saves, folder: str | Path | None, keep_last: int | None) -> None:
+        self._ppo, self._keep_last = ppo, keep_last
+        self.folder = None if folder is None else Path(folder)
+        self.failed: OSError | None = None
+        if folder is not None:
+            make_folder(folder)
+
+    def __enter__(self) -> Checkpoints:
+        if self.folder is not None:
+            self._lock = FolderLock(self.folder, "checkpoint_dir")
+            remove_partial(self.folder)  # what killed runs left half written
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.folder is not None:
+            self._lock.release()
+
+    def save(self, best: Collection[int] = ()) -> Path | None:
+        """Write one, and remove those that are not kept. Return its path.
+
+        None: there is no folder, or the disk is full or gone, which is logged: a run goes on.
+
+        Args:
+            best: steps whose checkpoints are kept besides the newest.
+        """
+        if self.folder is None:
+            return None
+        step, self.failed = self._ppo.progress.steps, None
+        try:
+            path = self._ppo.save_checkpoint(self.folder, step)
+            remove_old(self.folder, step, self._keep_last, best)
+        except OSError as error:
+            logger.warning("%s; the run goes on, and tries again at the next checkpoint", error)
+            self.failed = error
+            return None
+        return path
+
+    def keep(self, why: str) -> None:
+        """Write one of what was trained so far, if possible, and log where it is."""
+        step = self._ppo.progress.steps
+        if step == 0:
+            return  # there is nothing to keep, and the error says the rest
+        where = "no checkpoint_dir was given; the weights are in the policy"
+        if self.folder is not None:
+            path = checkpoint_path(self.folder, step)
+            where = f"checkpoint {path}"
+            newest = self._ppo.newest_checkpoint
+            if self._ppo.amid_update:
+                # these weights are of no step: a run resumed from them would not be the same
+                where = f"during the update of the next step; newest checkpoint: {newest}"
+            elif path.resolve() != newest:
+                try:
+                    self._ppo.save_checkpoint(self.folder, step)
+                    self.failed = None
+                except (OSError, FloatingPointError) as error:  # must not hide why the run ends
+                    where = f"{error}; newest checkpoint: {newest}"
+        logger.warning("stopped by %s after step %d: %s", why, step, where)

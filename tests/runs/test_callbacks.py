@@ -1,0 +1,103 @@
+"""Objects that are told of a run."""
+
+import pytest
+import torch
+from tiny_trainer import PROMPTS, tiny_trainer
+
+from ppo_fast import Callback, Evaluation
+
+QUIET = {"progress": False}
+
+
+class Told(Callback):
+    """Notes what it is told, in order."""
+
+    def __init__(self):
+        self.calls, self.result = [], "not told"
+
+    def on_start(self, settings, steps):
+        self.settings = settings
+        self.calls.append(("start", steps))
+
+    def on_step(self, step):
+        self.calls.append(("step", step.number))
+        self.step = step
+
+    def on_evaluate(self, evaluated):
+        self.calls.append(("evaluate", evaluated.step))
+
+    def on_save(self, step, path):
+        assert path.is_file()
+        self.calls.append(("save", step))
+
+    def on_end(self, result):
+        self.calls.append(("end",))
+        self.result = result
+
+
+def test_order_of_the_calls(tmp_path):
+    told, functions = Told(), []
+    result = tiny_trainer().train(
+        PROMPTS, 3, 2, callbacks=[told], on_step=functions.append, checkpoint_dir=tmp_path,
+        checkpoint_freq=2, evaluation=Evaluation(["One"], every=2), **QUIET,
+    )  # fmt: skip
+    assert told.calls == [
+        ("start", 0), ("evaluate", 0), ("step", 1), ("step", 2), ("evaluate", 2), ("save", 2),
+        ("step", 3), ("evaluate", 3), ("save", 3), ("end",),
+    ]  # fmt: skip
+    assert [step.number for step in functions] == [1, 2, 3]
+    assert told.result == result
+    assert told.settings["learning_rate"] == 1e-3
+    assert told.settings["batch_size"] == 2
+
+
+def test_a_callback_that_overrides_nothing_is_one():
+    tiny_trainer().train(PROMPTS, 1, 2, callbacks=[Callback()], **QUIET)
+
+
+@pytest.mark.parametrize("wrong", [print, "tensorboard", object()])
+def test_what_is_no_callback_is_refused_before_training(wrong):
+    trainer = tiny_trainer()
+    with pytest.raises(TypeError, match=r"callbacks: got .*, expected objects of classes that"):
+        trainer.train(PROMPTS, 1, 2, callbacks=[wrong], **QUIET)
+    assert trainer.progress.steps == 0
+
+
+@pytest.mark.parametrize("method", ["on_step", "on_evaluate"])
+def test_an_error_in_a_callback_ends_the_run_after_a_checkpoint(tmp_path, method):
+    class Fails(Told):
+        pass
+
+    def fail(self, given):
+        if self.calls and getattr(given, "number", getattr(given, "step", 0)) == 2:
+            raise KeyError("mine")
+
+    setattr(Fails, method, fail)
+    told = Fails()
+    with pytest.raises(KeyError, match="mine"):
+        tiny_trainer().train(
+            PROMPTS, 4, 2, callbacks=[told], checkpoint_dir=tmp_path, checkpoint_freq=9,
+            evaluation=Evaluation(["One"], every=1), **QUIET,
+        )  # fmt: skip
+    assert (tmp_path / "ppo_checkpoint_step_2.pt").exists()
+    assert told.result is None, "told of an end with an error"
+
+
+@pytest.mark.parametrize("critic", ["model", "baseline"])
+def test_a_step_has_numbers_of_each_token(critic):
+    told = Told()
+    trainer = tiny_trainer(critic=critic)
+    trainer.train(PROMPTS, 1, 4, callbacks=[told], **QUIET)
+    step = told.step
+    shape = step.rollout.tokens.response_ids.shape
+    names = {"log_ratio", "advantage"} | ({"value"} if critic == "model" else set())
+    assert step.per_token.keys() == names
+    mask = step.rollout.tokens.response_mask
+    for number in step.per_token.values():
+        assert number.shape == shape
+        assert number.dtype == torch.float32
+        assert not number[~mask].any()
+    assert step.per_token["log_ratio"].abs().max() < 1e-4, (
+        "the first step's policy is the reference"
+    )
+    assert step.per_token["advantage"].any()
