@@ -22,9 +22,11 @@ SLICE = 120.0  # seconds of a part before the next has its turn
 def make_parts() -> dict[str, Callable[[], Part]]:
     """Return what makes each part, by name."""
     from soak.faults import Faults
+    from soak.fuzz import Fuzz
     from soak.kills import Kills
+    from soak.steady import Steady
 
-    return {"kills": Kills, "faults": Faults}
+    return {"kills": Kills, "faults": Faults, "fuzz": Fuzz, "steady": Steady}
 
 
 def main() -> int:
@@ -42,7 +44,8 @@ def main() -> int:
     chosen = given.parts or [*makers]
     if given.seed is not None:
         part = makers[chosen[0]]()
-        counts, failures = part.case(given.seed)
+        again = getattr(part, "again", part.case)
+        counts, failures = again(given.seed)
         print(dict(counts), *failures, sep="\n")
         return int(bool(failures))
     states = {name: State(given.folder / f"{name}.json") for name in chosen}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,26 +53,37 @@ class TinyRun:
     place: folder with models, prompts and the reward, which are only read.
     folder: of the run: an absolute path.
     output: file for what its processes print.
+    more: settings beside those of the variant.
     """
 
     variant: str
     place: Path
     folder: Path
     output: Path
+    more: dict[str, Any] = field(default_factory=dict)
 
     def argv(self, steps: int) -> list[str]:
         """Return the arguments of the command that runs or resumes it, until ``steps`` are done."""
-        settings = COMMON | VARIANTS[self.variant] | {"output_dir": self.folder, "num_steps": steps}
+        settings = COMMON | VARIANTS[self.variant] | self.more
+        settings |= {"output_dir": self.folder, "num_steps": steps}
         flags = [(f"--{name.replace('_', '-')}", str(v)) for name, v in settings.items()]
         return ["train", *(part for flag in flags for part in flag), "--resume"]
 
-    def start(self, steps: int, faults: FileFaults | None = None) -> Worker:
-        """Start it in a process of its own; its file operations follow the plan of ``faults``."""
+    def start(
+        self,
+        steps: int,
+        faults: FileFaults | None = None,
+        before: Callable[[Report], None] | None = None,
+    ) -> Worker:
+        """Start it in a process of its own; its file operations follow the plan of ``faults``.
+
+        ``before`` is called in the process first.
+        """
 
         def task(report: Report) -> None:
             os.chdir(self.place)
             sys.argv = ["ppo-fast"]
-            report_saves(report)
+            (before or report_saves)(report)
             if faults is not None:
                 faults.watch(self.folder)
             main(self.argv(steps))
