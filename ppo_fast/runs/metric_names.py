@@ -42,10 +42,11 @@ def in_names_of_trl(
     """
     settings = settings or {}
     found = {SAME.get(name, name): value for name, value in metrics.items()}
-    masked = settings.get("mask_truncated")
-    bonus = settings.get("entropy_coef") or settings.get("entropy_target")
-    if {"entropy", "response_length"} <= metrics.keys() and not (bonus or masked):
-        found["objective/entropy"] = found.pop("entropy") * metrics["response_length"]
+    name = _name_of_entropy(settings)
+    if name == "objective/entropy" and {"entropy", "response_length"} <= metrics.keys():
+        found[name] = found.pop("entropy") * metrics["response_length"]
+    elif name == "policy/entropy_avg" and "entropy" in metrics:
+        found[name] = found.pop("entropy")
     if "objective/scores" in found and settings.get("missing_eos_penalty"):
         cut_off = 1 - metrics["finished_fraction"]
         found["objective/scores"] -= settings["missing_eos_penalty"] * cut_off
@@ -60,3 +61,12 @@ def in_names_of_trl(
     if sequences and step:
         found["episode"] = float(step * sequences)
     return found
+
+
+def _name_of_entropy(settings: Mapping[str, Any]) -> str:
+    """Return TRL's name of what ``entropy`` is with these settings; "entropy": it has none."""
+    if settings.get("entropy_target") is not None:  # it depends on the step which one it is
+        return "entropy"
+    if settings.get("entropy_coef") and settings.get("entropy_bonus_share", 1.0) == 1:
+        return "policy/entropy_avg"
+    return "entropy" if settings.get("mask_truncated") else "objective/entropy"
