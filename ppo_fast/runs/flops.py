@@ -131,6 +131,7 @@ def step_flops(
     policy_epochs: float = 1.0,
     value_epochs: float = 1.0,
     old_computed: bool = False,
+    value_of_prompts: bool = False,
 ) -> float:
     """Return the operations of one step, as its equations ask for: nothing is counted twice.
 
@@ -154,6 +155,7 @@ def step_flops(
         samples_per_prompt: rows next to one another with one prompt.
         policy_epochs, value_epochs: passes of the update.
         old_computed: whether old log-probs are computed anew before the update.
+        value_of_prompts: whether the value model reads prompts alone.
     """
     pairs = list(zip(tokens.prompt_lengths.tolist(), tokens.response_lengths.tolist(), strict=True))
     responses = sum(new for _, new in pairs)
@@ -165,7 +167,8 @@ def step_flops(
     backward = sum(policy.backward(prompt + new) for prompt, new in pairs)
     flops += policy_epochs * (above + backward + (1 + policy.head_trained) * heads)
     if value is not None:
-        above = sum(value.forward(0, prompt + new, value_top) for prompt, new in pairs)
-        backward = sum(value.backward(prompt + new) for prompt, new in pairs)
+        lengths = [prompt if value_of_prompts else prompt + new for prompt, new in pairs]
+        above = sum(value.forward(0, length, value_top) for length in lengths)
+        backward = sum(value.backward(length) for length in lengths)
         flops += above + value_epochs * (above + backward)
     return flops

@@ -81,7 +81,8 @@ class Performance:
         passes = self._config.num_epochs if policy_epochs is None else policy_epochs
         of_value = value_epochs or self._config.value_epochs or passes
         if "policy_optimizer_steps" in metrics:  # target_kl ended the epochs before
-            passes_done = metrics["policy_optimizer_steps"] / self._config.num_minibatches
+            minibatches = min(self._config.num_minibatches, len(tokens))
+            passes_done = metrics["policy_optimizer_steps"] / minibatches
         else:
             passes_done = float(passes)
         policy, value = self._both_sizes()
@@ -95,6 +96,7 @@ class Performance:
             policy_epochs=passes_done,
             value_epochs=of_value,
             old_computed=old_computed,
+            value_of_prompts=not getattr(self._critic, "per_token", True),
         )
         found = {
             "perf/tokens_per_second": float(tokens.lengths.sum()) / seconds,

@@ -45,6 +45,8 @@ def test_a_step_by_hand():
     value = Sizes((5,), (5,))
     more = step_flops(tokens, s, value, value_epochs=2) - step_flops(tokens, s)
     assert more == 5 * both * (1 + 2 * 3)
+    of_prompts = step_flops(tokens, s, value, value_of_prompts=True) - step_flops(tokens, s)
+    assert of_prompts == 5 * prompts * (1 + 3)
 
 
 def test_a_trunk_is_passed_once():
