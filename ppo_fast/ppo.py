@@ -27,13 +27,14 @@ from ppo_fast.data.scores import Scores
 from ppo_fast.data.step import Step, token_numbers
 from ppo_fast.diagnostics.memory_plan import MemoryPlan, plan_memory
 from ppo_fast.learning.make_experience import make_experience, warn_of_disagreement, with_trunk
+from ppo_fast.learning.response_metrics import response_metrics
 from ppo_fast.models.attention import without_cudnn_attention
 from ppo_fast.models.checks import context_limit
 from ppo_fast.parts import make_parts, placed_scorer
 from ppo_fast.rewards.functions import RewardFunction
 from ppo_fast.rewards.score import check_scores
 from ppo_fast.rewards.scorer import Scorer
-from ppo_fast.rollout import Engine
+from ppo_fast.rollout import Engine, eos_ids
 from ppo_fast.rollout.resample import resample
 from ppo_fast.rollout.sampler import MakeEnvironment
 from ppo_fast.runs import loop
@@ -46,6 +47,7 @@ from ppo_fast.runs.checkpoint import (
 )
 from ppo_fast.runs.contents import check_finite
 from ppo_fast.runs.evaluation import Evaluation
+from ppo_fast.runs.performance import Performance
 from ppo_fast.runs.progress import Progress
 from ppo_fast.runs.prompts import check_run_prompts
 from ppo_fast.runs.report_to import Trackers
@@ -93,6 +95,7 @@ class PPO:
         scorer: calls the reward.
         learner: updates policy and critic; owns their optimizers.
         progress: counts steps, prompts and samples.
+        performance: measures steps.
         config, device, tokenizer: as given or resolved.
         newest_checkpoint: the file that was written or loaded last, or None.
 
@@ -135,6 +138,7 @@ class PPO:
         self.policy, self.reference, self.critic = parts.policy, parts.reference, parts.critic
         self.texts, self.sampler = parts.texts, parts.sampler
         self.scorer, self.learner = parts.scorer, parts.learner
+        self.performance = Performance(parts.policy, parts.critic, config)
         self.progress = Progress(config.seed)
         self.newest_checkpoint: Path | None = None
         self._warned = False
@@ -254,7 +258,8 @@ class PPO:
             kl_coef=self.learner.kl_coefficient(self.progress.steps),
             moments=self.learner.reward_moments,
         )
-        return replace(experience, metrics=experience.metrics | scores.metrics())
+        responses = response_metrics(rollout.tokens, eos_ids(self.policy.model, self.tokenizer))
+        return replace(experience, metrics=experience.metrics | responses | scores.metrics())
 
     @without_cudnn_attention()
     def update(self, experience: Experience, num_epochs: int | None = None) -> dict[str, float]:
@@ -303,13 +308,14 @@ class PPO:
                 samples all got one score; None: these are sampled once more.
 
         Returns:
-            The Step. Its metrics are those of ``update`` and the seconds of each part, as
-                time/rollout, time/experience and time/update.
+            The Step. Its metrics are those of ``update``, of the responses and of the performance,
+                and the seconds of each part, as time/rollout, time/experience and time/update.
         """
         self._epochs(num_epochs)
         self.learner.schedule.check(self.progress.steps)
         examples = as_examples(prompts)
         self._check_columns({name for e in examples for name in e.columns})
+        self.performance.begin_step()
         times = [time.perf_counter()]
         sample = partial(self._sample, max_length=max_length, temperature=temperature)
         rollout = sample(examples)
@@ -335,6 +341,14 @@ class PPO:
         parts = ("rollout", "experience", "update")
         for part, start, end in zip(parts, times, times[1:], strict=False):
             metrics[f"time/{part}"] = end - start
+        epochs = self._epochs(num_epochs)
+        metrics |= self.performance.metrics(
+            rollout,
+            metrics,
+            policy_epochs=epochs if self.progress.steps > self.config.critic_warmup_steps else 0,
+            value_epochs=self.config.value_epochs or epochs,
+            old_computed="sampling_logprob_difference" in metrics,
+        )
         light = replace(rollout, trunk_states=None, states=None)
         return Step(
             self.progress.steps,

@@ -16,6 +16,7 @@ from ppo_fast.data.experience import Batch, Experience, Moments, select
 from ppo_fast.learning.coefficients import Coefficients
 from ppo_fast.learning.guard import Guard
 from ppo_fast.learning.optimizers import make_adamw
+from ppo_fast.learning.ratio_quantiles import ratio_quantiles
 from ppo_fast.learning.schedules import Schedule, current_rates
 from ppo_fast.learning.undo import Undo
 from ppo_fast.models.language_model import LanguageModel
@@ -152,6 +153,8 @@ class Learner:
         self.schedule.begin_update(steps)
         done = _Done()
         for epoch in range(max(policy_epochs, value_epochs)):
+            if epoch < policy_epochs and not done.far:
+                done.log_ratios, done.masks = [], []
             order = torch.randperm(len(experience.tokens), generator=generator, device="cpu")
             for rows in order.tensor_split(min(self.config.num_minibatches, len(order))):
                 self._train_on(
@@ -218,8 +221,7 @@ class Learner:
         found = _Found()
         for part in parts if policy else ():
             batch = select(experience, rows[part])
-            loss, stats, states = self._policy_loss(batch, terms, units)
-            found.policy_stats.append(stats)
+            loss, states = self._policy_loss(batch, terms, units, found)
             if joint:
                 loss = loss + self._value_loss(batch, states, count, found)
             loss.backward()
@@ -252,8 +254,8 @@ class Learner:
         return self.policy.forward(batch.tokens, batch.trunk_states).states
 
     def _policy_loss(
-        self, batch: Batch, terms: Terms, units: float
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        self, batch: Batch, terms: Terms, units: float, found: _Found
+    ) -> tuple[Tensor, Tensor | None]:
         config, tokens = self.config, batch.tokens
         forward = self.policy.forward(tokens, batch.trunk_states)
         new = self.policy.logprobs(
@@ -281,7 +283,10 @@ class Learner:
             aggregation=config.aggregation,
             normalizer=units,
         )
-        return loss, stats, forward.states
+        found.policy_stats.append(stats)
+        found.log_ratios.append((new.logprobs - batch.old_logprobs).detach())
+        found.masks.append(tokens.response_mask)
+        return loss, forward.states
 
     def _value_loss(self, batch: Batch, states: Tensor | None, count: int, found: _Found) -> Tensor:
         loss, stats = value_loss(
@@ -356,17 +361,20 @@ class Terms(NamedTuple):
 
 @dataclass
 class _Found:
-    """Statistics and losses of a minibatch's parts."""
+    """Statistics, log-ratios and losses of a minibatch's parts."""
 
     policy_stats: list[Tensor] = field(default_factory=list)
     value_stats: list[Tensor] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
+    log_ratios: list[Tensor] = field(default_factory=list)
+    masks: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
 class _Done:
     """Statistics and gradient norms of an update's minibatches so far.
 
+    log_ratios, masks: of the last epoch.
     far: whether the policy has gone beyond ``target_kl``.
     skipped: optimizer steps that were not taken, since something was not finite.
     """
@@ -374,6 +382,8 @@ class _Done:
     policy_stats: list[Tensor] = field(default_factory=list)
     value_stats: list[Tensor] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
+    log_ratios: list[Tensor] = field(default_factory=list)
+    masks: list[Tensor] = field(default_factory=list)
     far: bool = False
     skipped: int = 0
 
@@ -382,6 +392,8 @@ class _Done:
         if found.policy_stats:
             self.policy_stats.append(merge_stats(PPO_STATS, found.policy_stats))
         self.value_stats += found.value_stats
+        self.log_ratios += found.log_ratios
+        self.masks += found.masks
         self.norms += [] if norm is None else [norm]
 
     def metrics(self) -> dict[str, float]:
@@ -389,6 +401,7 @@ class _Done:
         if self.policy_stats:
             metrics |= ppo_metrics(merge_stats(PPO_STATS, self.policy_stats))
             metrics["first_max_log_ratio"] = ppo_metrics(self.policy_stats[0])["max_log_ratio"]
+            metrics |= ratio_quantiles(self.log_ratios, self.masks)
         if self.norms:
             metrics["policy_grad_norm"] = float(torch.stack(self.norms).mean())
         if self.value_stats:

@@ -33,8 +33,8 @@ def ratio_quantiles(log_ratios: Sequence[Tensor], masks: Sequence[Tensor]) -> di
         return {}
     count = torch.stack([mask.sum() for mask in masks]).sum()
     ordered = flat.sort().values
-    shares = torch.tensor(list(QUANTILES.values()), dtype=torch.float64).to(flat.device)
-    places = shares * (count - 1).clamp_min(0)
+    shares = torch.tensor(list(QUANTILES.values()), dtype=torch.float64, device="cpu")
+    places = shares.to(flat.device) * (count - 1).clamp_min(0)
     around = torch.cat([places.floor(), places.ceil()]).long()
     numbers = torch.cat([count.double()[None], places, ordered[around].double()]).tolist()
     if numbers[0] == 0:

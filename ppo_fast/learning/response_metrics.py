@@ -36,7 +36,8 @@ def response_metrics(tokens: Tokens, eos_ids: Collection[int] = ()) -> dict[str,
         return {}
     ids = tokens.response_ids.cpu()
     real = torch.arange(ids.shape[1], device="cpu") < lengths[:, None]
-    found = lengths.double().quantile(torch.tensor(list(QUANTILES.values()), dtype=torch.float64))
+    shares = torch.tensor(list(QUANTILES.values()), dtype=torch.float64, device="cpu")
+    found = lengths.double().quantile(shares)
     metrics = {
         f"response_length_{name}": value
         for name, value in zip(QUANTILES, found.tolist(), strict=True)

@@ -71,7 +71,8 @@ def changed(module: nn.Module, before: dict[str, Tensor]) -> set[str]:
 
 
 def without_times(metrics: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if not name.startswith("time/")}
+    """Metrics without those that the machine's speed and memory decide."""
+    return {k: value for k, value in metrics.items() if not k.startswith(("time/", "perf/"))}
 
 
 def true_logprobs(model: nn.Module, tokens: Any, temperature: float = 1.0) -> Tensor:

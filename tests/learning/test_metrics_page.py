@@ -22,6 +22,7 @@ OPTIONS = [
     {"critic": "model", "dual_clip": 3.0},
     {"critic": "head", "entropy_coef": 0.01, "kl_in": "loss"},
     {"critic": "baseline", "compute_dtype": "bfloat16"},
+    {"critic": "head", "on_nonfinite": "skip"},
     {"critic": "baseline", "samples_per_prompt": 2, "max_resampled_batches": 1},
     {"kl_controller": "adaptive", "kl_target": 6.0, "entropy_target": 1.0, "target_kl": 0.1},
 ]
