@@ -12,14 +12,14 @@ from importlib.resources import files
 from typing import NamedTuple
 
 from ppo_fast.report.courses import Course
-from ppo_fast.runs.health import FIRST, RANGES
 
-# What ppo_fast.runs.health warns of, as numbers: a fixed bound, ...
+FIRST = 5  # steps whose mean is where a metric begins
+# What ppo_fast.runs.health warns of, as numbers (it imports torch): a fixed bound, ...
 LOWEST = {"explained_variance": 0.0, "reward_std": 0.0, "finished_fraction": 0.0}
 HIGHEST = {"kl_sequence": 50.0, "clip_fraction": 0.3}
 # ... or this share of the mean of the first steps.
 LEAST_SHARE = {"entropy": 0.1, "response_length": 0.1}
-FROM_STEP = {one.metric: one.steps for one in RANGES}
+FROM_STEP = {"explained_variance": 50, "entropy": 4 * FIRST, "response_length": 4 * FIRST}
 
 
 class Note(NamedTuple):
@@ -56,7 +56,7 @@ class Healthy(NamedTuple):
     def __str__(self) -> str:
         parts = [] if self.low is None else [f"above {self.low:.3g}"]
         parts += [] if self.high is None else [f"below {self.high:.3g}"]
-        late = f" from step {self.start} on" if self.start > 10 else ""
+        late = f" from step {self.start} on" if self.start > 1 else ""
         return " and ".join(parts) + late
 
 

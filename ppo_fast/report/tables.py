@@ -11,9 +11,9 @@ from ppo_fast.config import PPOConfig
 from ppo_fast.report.axes import number
 from ppo_fast.report.html import MISSING, Child, Html, cut, element, joined
 from ppo_fast.report.lines import as_step
+from ppo_fast.report.notes import FIRST
 from ppo_fast.report.read import Run
 from ppo_fast.report.times import duration, parts_of
-from ppo_fast.runs.health import FIRST
 
 LONGEST_VALUE, MOST_SETTINGS, MOST_ITEMS = 300, 300, 20
 LONGEST_EVENT = 1000
