@@ -50,7 +50,7 @@ class Completion:
         """Run the command."""
         arguments = ["--tyro-write-completion", self.shell, "-"]
         try:
-            tyro.cli(Command, args=arguments, prog="ppo-fast")
+            tyro.cli(any_command(brief=True), args=arguments, prog="ppo-fast")
         except AssertionError as error:  # tyro 1.0 has no fish
             raise ValueError(f"completion: {self.shell} needs a newer tyro; upgrade it") from error
 
@@ -66,9 +66,17 @@ COMMANDS: dict[str, type] = {
     "watch": Watch,
     "completion": Completion,
 }
-Command: Any = Union[  # noqa: UP007
-    tuple(Annotated[cls, tyro.conf.subcommand(name)] for name, cls in COMMANDS.items())
-]
+
+
+def any_command(*, brief: bool) -> Any:
+    """Return a union of all commands; ``brief``: with the first line of each one's docstring."""
+    parts = []
+    for name, cls in COMMANDS.items():
+        line = (cls.__doc__ or "").partition("\n\n")[0] if brief else None
+        parts.append(Annotated[cls, tyro.conf.subcommand(name, description=line)])
+    return Union[tuple(parts)]  # noqa: UP007
+
+
 PARTS = (Train, Reward, Demo, Env, Doctor, Plan, Report, Watch, PPOConfig, RewardModelConfig)
 FLAGS = {item.name for part in PARTS for item in fields(part)}
 
@@ -121,7 +129,7 @@ def parse(
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
         raise ValueError(f"no command {name!r}; {hint}")
-    command: Any = Command
+    command = any_command(brief=name not in COMMANDS)
     options: dict[str, Any] = {"prog": "ppo-fast", "description": DESCRIPTION}
     default = config_defaults(arguments)
     if default is not None:

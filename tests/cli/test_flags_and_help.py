@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import tyro
-from command_line import arguments, fails_in_a_line, help_of
+from command_line import arguments, fails_in_a_line, flat, help_of
 
 from ppo_fast import PPOConfig, __version__
 from ppo_fast.cli.groups import GROUP_OF, GROUPS, TrainFlags, flags_of, train_of
@@ -47,6 +47,13 @@ def test_every_flag_of_train_is_in_its_group(capsys, monkeypatch):
     assert shown["gamma"] == "algorithm options"
     for name, group in GROUP_OF.items():
         assert shown[name] == f"{group} options", "a name in GROUPS that is no setting"
+
+
+def test_the_list_of_commands_has_their_first_sentences(capsys):
+    said = flat(help_of(capsys))
+    assert "Print the memory that several ways of training a policy take" in said
+    assert "A margin is added" not in said
+    assert "A margin is added" in flat(help_of(capsys, "plan"))
 
 
 def test_the_help_of_a_flag_is_its_docstring(capsys, monkeypatch):
