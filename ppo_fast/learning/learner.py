@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,20 +14,14 @@ from ppo_fast.data.batches import batches_by_tokens
 from ppo_fast.data.experience import Batch, Experience, Moments, select
 from ppo_fast.learning.coefficients import Coefficients
 from ppo_fast.learning.guard import Guard
+from ppo_fast.learning.minibatches import Done, Found, Terms
 from ppo_fast.learning.optimizers import make_adamw
-from ppo_fast.learning.ratio_quantiles import ratio_quantiles
 from ppo_fast.learning.schedules import Schedule, current_rates
 from ppo_fast.learning.undo import Undo
 from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.nonfinite import NotFiniteError
 from ppo_fast.ops import ppo_loss, value_loss
-from ppo_fast.ops.stats import (
-    PPO_STATS,
-    VALUE_STATS,
-    merge_stats,
-    ppo_metrics,
-    value_metrics,
-)
+from ppo_fast.ops.stats import PPO_STATS, merge_stats, ppo_metrics
 from ppo_fast.rewards.shaping import NO_SCORES
 
 
@@ -151,7 +144,7 @@ class Learner:
             max_length=experience.max_length,
         )
         self.schedule.begin_update(steps)
-        done = _Done()
+        done = Done()
         for epoch in range(max(policy_epochs, value_epochs)):
             if epoch < policy_epochs and not done.far:
                 done.log_ratios, done.masks = [], []
@@ -197,7 +190,7 @@ class Learner:
         experience: Experience,
         rows: Tensor,
         terms: Terms,
-        done: _Done,
+        done: Done,
         *,
         policy: bool,
         value: bool,
@@ -218,7 +211,7 @@ class Learner:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()  # what an interrupted pass, or the user, may have left
         names: list[str] = []
-        found = _Found()
+        found = Found()
         for part in parts if policy else ():
             batch = select(experience, rows[part])
             loss, states = self._policy_loss(batch, terms, units, found)
@@ -233,7 +226,7 @@ class Learner:
             names = ["policy"] * (not done.far) + ["value"] * joint
             if not self.config.check_gradients_together:
                 self._step(names, found, experience, done)
-                names, found = [], _Found()
+                names, found = [], Found()
         for part in parts if value and not joint else ():
             batch = select(experience, rows[part])
             loss = self._value_loss(batch, self._states(batch), count, found)
@@ -254,7 +247,7 @@ class Learner:
         return self.policy.forward(batch.tokens, batch.trunk_states).states
 
     def _policy_loss(
-        self, batch: Batch, terms: Terms, units: float, found: _Found
+        self, batch: Batch, terms: Terms, units: float, found: Found
     ) -> tuple[Tensor, Tensor | None]:
         config, tokens = self.config, batch.tokens
         forward = self.policy.forward(tokens, batch.trunk_states)
@@ -288,7 +281,7 @@ class Learner:
         found.masks.append(tokens.response_mask)
         return loss, forward.states
 
-    def _value_loss(self, batch: Batch, states: Tensor | None, count: int, found: _Found) -> Tensor:
+    def _value_loss(self, batch: Batch, states: Tensor | None, count: int, found: Found) -> Tensor:
         loss, stats = value_loss(
             self.critic.values(batch.tokens, states, batch.trunk_states),
             old_values=batch.values,
@@ -301,9 +294,7 @@ class Learner:
         found.value_stats.append(stats)
         return self.config.value_loss_coef * loss
 
-    def _step(
-        self, names: Sequence[str], found: _Found, experience: Experience, done: _Done
-    ) -> None:
+    def _step(self, names: Sequence[str], found: Found, experience: Experience, done: Done) -> None:
         """Clip and apply the gradients of these optimizers, unless something is not finite."""
         optimizers = {name: self.optimizers[name] for name in names}
         norms = {}
@@ -338,72 +329,3 @@ class Learner:
             self.reward_moments = Moments(*state["reward_moments"])
             for name, rate in state.get("rates", {}).items():
                 self.set_rate(name, rate)
-
-
-class Terms(NamedTuple):
-    """Numbers of an update's losses."""
-
-    config: PPOConfig
-    kl_coef: float
-    entropy_coef: float
-    temperature: float
-    max_length: int
-
-    def units(self, counts: Tensor) -> float:
-        """Return what a minibatch's policy loss is divided by; ``counts`` [b] are its tokens."""
-        return {
-            "token-mean": float(counts.sum()),
-            "seq-mean-token-mean": float((counts > 0).sum()),
-            "seq-mean-token-sum": float(len(counts) * self.max_length),
-            "token-sum": 1.0,
-        }[self.config.aggregation]
-
-
-@dataclass
-class _Found:
-    """Statistics, log-ratios and losses of a minibatch's parts."""
-
-    policy_stats: list[Tensor] = field(default_factory=list)
-    value_stats: list[Tensor] = field(default_factory=list)
-    losses: list[Tensor] = field(default_factory=list)
-    log_ratios: list[Tensor] = field(default_factory=list)
-    masks: list[Tensor] = field(default_factory=list)
-
-
-@dataclass
-class _Done:
-    """Statistics and gradient norms of an update's minibatches so far.
-
-    log_ratios, masks: of the last epoch.
-    far: whether the policy has gone beyond ``target_kl``.
-    skipped: optimizer steps that were not taken, since something was not finite.
-    """
-
-    policy_stats: list[Tensor] = field(default_factory=list)
-    value_stats: list[Tensor] = field(default_factory=list)
-    norms: list[Tensor] = field(default_factory=list)
-    log_ratios: list[Tensor] = field(default_factory=list)
-    masks: list[Tensor] = field(default_factory=list)
-    far: bool = False
-    skipped: int = 0
-
-    def add(self, found: _Found, norm: Tensor | None) -> None:
-        """Add a minibatch, and the norm of the policy's gradient, if the policy was changed."""
-        if found.policy_stats:
-            self.policy_stats.append(merge_stats(PPO_STATS, found.policy_stats))
-        self.value_stats += found.value_stats
-        self.log_ratios += found.log_ratios
-        self.masks += found.masks
-        self.norms += [] if norm is None else [norm]
-
-    def metrics(self) -> dict[str, float]:
-        metrics = {"policy_loss": 0.0}
-        if self.policy_stats:
-            metrics |= ppo_metrics(merge_stats(PPO_STATS, self.policy_stats))
-            metrics["first_max_log_ratio"] = ppo_metrics(self.policy_stats[0])["max_log_ratio"]
-            metrics |= ratio_quantiles(self.log_ratios, self.masks)
-        if self.norms:
-            metrics["policy_grad_norm"] = float(torch.stack(self.norms).mean())
-        if self.value_stats:
-            metrics |= value_metrics(merge_stats(VALUE_STATS, self.value_stats))
-        return metrics

@@ -18,7 +18,7 @@ LAYERS = (
     ("models",),
     ("rollout", "rewards", "critics"),
     ("learning", "runs", "diagnostics", "report"),
-    ("parts",),
+    ("parts", "running"),
     ("ppo",),
     ("trainer",),
     ("demo", "cli", "classic"),
