@@ -35,7 +35,7 @@ WEIGHTS = "model.safetensors"
 class Faults:
     """Part of the soak: a case is an operation of a save, a resume or an export, and its fault."""
 
-    name, counted = "faults", "cases"
+    counted = "cases"
 
     def __init__(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="soak-faults-"))
@@ -45,7 +45,7 @@ class Faults:
         self._output = self._folder / "output"
         for name, steps in (("before", ALREADY), ("reference", STEPS)):
             if (ended := self._run(name).start(steps).wait()).status:
-                raise RuntimeError(f"status {ended.status}: {(self._folder / 'output').read_text()}")
+                raise RuntimeError(f"status {ended.status}: {self._said()}")
         self._cases = [
             (what, action, number)
             for what in ("save", "export", "resume")
@@ -63,6 +63,10 @@ class Faults:
     def close(self) -> None:
         """Remove the folders."""
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def again(self, seed: int) -> Found:
+        """Run a case again."""
+        return self.case(seed)
 
     def case(self, seed: int) -> Found:
         """Let one operation fail, and look at what is left and what the next try does."""

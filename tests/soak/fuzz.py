@@ -17,6 +17,7 @@ import tempfile
 import traceback
 import warnings
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Hung(BaseException):
 class Fuzz:
     """Part of the soak: a case of it is BATCH fuzzed ones, in one process."""
 
-    name, target, counted = "fuzz", 10_000, "cases"
+    target, counted = 10_000, "cases"
 
     def __init__(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="soak-fuzz-"))
@@ -72,10 +73,10 @@ class Fuzz:
         """Run fuzzed cases; one that ends its process is a failure, and the next go on."""
         counts: Counter[str] = Counter()
         failures: list[str] = []
+        place = self._folder / "place"
         while seeds:
             self._output.unlink(missing_ok=True)
-            place = self._folder / "place"
-            worker = Worker(lambda report, s=seeds: _run(s, place, report), self._output)
+            worker = Worker(partial(_run, seeds, place), self._output)
             ended = worker.wait(len(seeds) * 2.0 + 2 * SECONDS)
             done = [line.split(" ", 2) for line in ended.reports]
             counts += Counter(outcome for _, outcome, _ in done) + Counter(cases=len(done))

@@ -48,7 +48,7 @@ def prompts(draw: random.Random) -> Any:
     if draw.random() < 0.9:
         return found
     containers: tuple[Callable[[], Any], ...] = (
-        lambda: tuple(found), lambda: iter(found), lambda: (x for x in found), lambda: [],
+        lambda: tuple(found), lambda: iter(found), lambda: (x for x in found), list,
         lambda: None, lambda: "There", lambda: 3, lambda: {"prompt": found}, lambda: {"a": "b"},
         lambda: np.array(["There", "a"]), lambda: torch.tensor([[3, 4], [5, 6]]), lambda: object(),
         lambda: {"There", "a"}, lambda: map(str, found), lambda: [found], lambda: Endless(),
@@ -119,7 +119,8 @@ MADE: tuple[Callable[[list[float]], Any], ...] = (
     lambda x: np.array([x]), lambda x: np.array(3.0), lambda x: np.array(["a"] * len(x)),
     lambda x: torch.tensor(x), lambda x: torch.tensor(x, requires_grad=True),
     lambda x: torch.tensor(x)[:, None], lambda x: torch.tensor(x).bool(),
-    lambda x: torch.zeros(len(x), 4), lambda x: torch.zeros(len(x), 3, 2), lambda x: torch.tensor(1),
+    lambda x: torch.zeros(len(x), 4), lambda x: torch.zeros(len(x), 3, 2),
+    lambda x: torch.tensor(1),
     lambda x: torch.zeros(len(x), device="meta"), lambda x: torch.tensor(x).to_sparse(),
     lambda x: torch.tensor(x, dtype=torch.complex64), lambda x: [torch.tensor(v) for v in x],
     lambda x: [torch.tensor([v, v]) for v in x], lambda x: [Decimal(v) for v in x],

@@ -29,7 +29,7 @@ STATUSES = {"SIGTERM": (143, -signal.SIGTERM), "SIGINT": (130, -signal.SIGINT)}
 class Kills:
     """Part of the soak; the count that has a target is that of SIGKILLs that hit a run."""
 
-    name, target, counted = "kills", 1000, "kills"
+    target, counted = 1000, "kills"
 
     def __init__(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="soak-kills-"))
@@ -41,6 +41,10 @@ class Kills:
     def close(self) -> None:
         """Remove the folders of runs that lost nothing."""
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def again(self, seed: int) -> Found:
+        """Run a case again."""
+        return self.case(seed)
 
     def case(self, seed: int) -> Found:
         """Run one run to its end, with kills between."""
@@ -57,12 +61,12 @@ class Kills:
                 ended = self._end(run, goal, way, draw.uniform(0, seconds), draw, operations)
                 saved = max([saved, *ended.numbers("saved")])
                 counts += _counted(way, ended)
-                failures += [f"{way}, goal {goal}: {x}" for x in _of_status(way, ended)]
-                failures += [f"{way}, goal {goal}: {x}" for x in lost(run.folder, saved, exported=exported)]
+                wrong = [*_of_status(way, ended), *lost(run.folder, saved, exported=exported)]
                 # a checkpoint may be written and its process killed before it reported it
                 saved = max([saved, *checkpoints_in(run.folder / "checkpoints")])
                 if ended.status in (130, 143):
-                    failures += [f"{way}, goal {goal}: {x}" for x in _lost_steps(run.folder, saved)]
+                    wrong += _lost_steps(run.folder, saved)
+                failures += [f"{variant}, {way}, goal {goal}: {x}" for x in wrong]
                 left -= 1
                 if ended.status == 0 or failures:
                     break

@@ -19,13 +19,21 @@ class Found(NamedTuple):
 
 
 class Part(Protocol):
-    """A part: cases by number, each the same in every run."""
+    """A part: cases by number, each the same in every run.
 
-    name: str
-    target: int
+    counted: name of the count that has the target.
+    """
+
     counted: str
 
+    @property
+    def target(self) -> int: ...
+
     def case(self, seed: int) -> Found: ...
+
+    def again(self, seed: int) -> Found:
+        """Run the case of a failure again."""
+        ...
 
     def close(self) -> None: ...
 
@@ -38,7 +46,9 @@ class State:
 
     Attributes:
         next: number of the next case.
+        seconds: that the cases took.
         counts: of all cases so far.
+        counted, target: name of the count that has a target, and the target.
         failures: of them, each with its number.
     """
 
@@ -48,17 +58,20 @@ class State:
         self.next: int = found.get("next", 0)
         self.seconds: float = found.get("seconds", 0.0)
         self.counts: Counter[str] = Counter(found.get("counts", {}))
+        self.counted: str = found.get("counted", "")
+        self.target: int = found.get("target", 0)
         self.failures: list[dict[str, object]] = found.get("failures", [])
 
     def save(self) -> None:
         """Write the file, whole or not at all."""
-        names = ("next", "seconds", "counts", "failures")
+        names = ("next", "seconds", "counts", "counted", "target", "failures")
         text = json.dumps({name: getattr(self, name) for name in names}, indent=1)
         with written(self.path) as file:
             file.write(text.encode())
 
     def run(self, part: Part, seconds: float, cases: int | None = None) -> bool:
-        """Run cases for so long, or so many, or until the part's target; return if it is reached."""
+        """Run cases for so long, or so many, or to the part's target; return if it is reached."""
+        self.counted, self.target = part.counted, part.target
         ends = time.monotonic() + seconds
         last = None if cases is None else self.next + cases
         while self.counts[part.counted] < part.target and self.next != last:

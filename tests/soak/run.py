@@ -1,25 +1,29 @@
-"""Run the parts of the soak, from where the last call left them, and print a table.
+"""Run the parts of the soak from where the last call left them, and print a table.
 
-python -m soak.run [--seconds 3600] [--folder build/soak] [kills faults fuzz steady]
-python -m soak.run --seed 123 fuzz     # one case again
+python -m soak.run [--seconds 3600] [kills faults fuzz steady]
+python -m soak.run --seed 123 fuzz     one case again
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from soak.file_faults import build, start_again_with
 from soak.part import Part, State
 
-SLICE = 120.0  # seconds of a part before the next has its turn
+# Seconds that a part runs before the next has its turn.
+TURN = 300.0
 
 
-def make_parts() -> dict[str, Callable[[], Part]]:
+def makers() -> dict[str, Callable[[], Part]]:
     """Return what makes each part, by name."""
     from soak.faults import Faults
     from soak.fuzz import Fuzz
@@ -30,38 +34,65 @@ def make_parts() -> dict[str, Callable[[], Part]]:
 
 
 def main() -> int:
-    """Return 1 if anything was lost, else 0."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("parts", nargs="*")
-    parser.add_argument("--seconds", type=float, default=3600.0)
+    """Return 1 if anything was lost in these parts so far, else 0."""
+    form = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("parts", nargs="*", help="kills, faults, fuzz, steady; none: all")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="of this call")
+    parser.add_argument("--cases", type=int, help="of each part in this call, at most")
     parser.add_argument("--folder", type=Path, default=Path("build/soak"))
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--cases", type=int, help="of each part, at most")
+    parser.add_argument("--seed", type=int, help="run this one case of the part again")
     given = parser.parse_args()
     start_again_with(build(given.folder.resolve()))
-    torch.set_num_threads(1)  # before any thread is there: forked processes have none of them
-    makers = make_parts()
-    chosen = given.parts or [*makers]
+    torch.set_num_threads(1)  # before there is any thread: a forked process would lack it
+    chosen = {name: makers()[name] for name in given.parts or makers()}
     if given.seed is not None:
-        part = makers[chosen[0]]()
-        again = getattr(part, "again", part.case)
-        counts, failures = again(given.seed)
-        print(dict(counts), *failures, sep="\n")
-        return int(bool(failures))
+        return run_again(next(iter(chosen.values()))(), given.seed)
     states = {name: State(given.folder / f"{name}.json") for name in chosen}
-    return 0 if run(makers, states, given.seconds, given.cases) else 1
+    run(chosen, states, given.seconds, given.cases)
+    show(states)
+    return int(any(state.failures for state in states.values()))
 
 
-def run(makers, states, seconds, cases) -> bool:
-    import time
+def run_again(part: Part, seed: int) -> int:
+    """Run one case, and print what it finds; return 1 if anything was lost, else 0."""
+    counts, failures = part.again(seed)
+    print(dict(counts), *failures, sep="\n")
+    part.close()
+    return int(bool(failures))
 
+
+def run(
+    chosen: dict[str, Callable[[], Part]],
+    states: dict[str, State],
+    seconds: float,
+    cases: int | None,
+) -> None:
+    """Run the parts in turns, for so long or until all reach their targets."""
     ends = time.monotonic() + seconds
-    for name, state in states.items():
-        part = makers[name]()
-        state.run(part, ends - time.monotonic(), cases)
-        print(name, state.next, state.seconds, dict(state.counts), *state.failures, sep="\n")
+    parts = {name: make() for name, make in chosen.items()}
+    left = list(parts)
+    while left and (time_left := ends - time.monotonic()) > 0:
+        name = left.pop(0)
+        done = states[name].run(parts[name], min(TURN, time_left), cases)
+        if not done and cases is None:
+            left.append(name)
+    for part in parts.values():
         part.close()
-    return True
+
+
+def show(states: dict[str, State]) -> None:
+    """Print what each part did so far, and every failure."""
+    console = Console(width=None if sys.stdout.isatty() else 120, markup=False)
+    table = Table("part", "of its target", "minutes", "what", "failures")
+    for name, state in states.items():
+        what = ", ".join(f"{count} {kind}" for kind, count in sorted(state.counts.items()))
+        progress = f"{state.counts[state.counted]} of {state.target}"
+        table.add_row(name, progress, f"{state.seconds / 60:.0f}", what, str(len(state.failures)))
+    console.print(table)
+    for name, state in states.items():
+        for failure in state.failures:
+            console.print(f"{name}, case {failure['case']}: {failure['what']}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -93,13 +94,17 @@ def _run(task: Callable[[Report], int | None], output: Path, writer: int) -> Non
         faulthandler.register(signal.SIGUSR2, all_threads=True)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler if number == 2 else signal.SIG_DFL)
-        status = task(lambda line: os.write(writer, f"{line}\n".encode()) and None)
+        status = task(partial(_write_line, writer))
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else 1
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(status or 0)
+
+
+def _write_line(writer: int, line: str) -> None:
+    os.write(writer, f"{line}\n".encode())
 
 
 def import_all_of(task: Callable[[Report], int | None], output: Path) -> None:
