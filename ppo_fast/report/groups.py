@@ -10,17 +10,29 @@ from typing import NamedTuple
 GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Reward", ("mean_reward", "reward")),
     ("Distance from the reference", ("kl_", "ref_kl")),
-    ("Responses", ("response_length", "finished_fraction", "entropy", "prompts_")),
+    (
+        "Responses",
+        (
+            "response_length",
+            "finished_",
+            "eos_share",
+            "entropy",
+            "distinct_",
+            "repetition",
+            "prompts_",
+        ),
+    ),
     (
         "Update of the policy",
         (
             "policy_",
-            "clip_fraction",
-            "dual_clip",
+            "skipped_",
+            "clip_",
+            "dual_clip_",
             "approx_kl",
             "ratio_",
             "max_log_ratio",
-            "mean_adv",
+            "mean_",
         ),
     ),
     ("Value function", ("value_", "return_", "explained_variance")),
@@ -29,6 +41,7 @@ GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "Schedules and sizes",
         ("learning_rate", "value_learning_rate", "kl_coefficient", "entropy_coefficient", "tokens"),
     ),
+    ("Speed", ("perf/",)),
     ("Others", ("",)),
 )
 QUANTILE = re.compile(r"(.+)_p(\d\d)")

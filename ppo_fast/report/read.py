@@ -24,7 +24,11 @@ FILES = ("config.yaml", "metrics.jsonl", "evaluations.jsonl", "evaluation.json",
 
 @dataclass(frozen=True)
 class Ends:
-    """Samples of the first and of the last step that have some; the same ones if there is one."""
+    """Samples of the first and of the last step that have some; the same ones if there is one.
+
+    first: may be empty, where lines at the file's beginning are too long.
+    last: empty without samples.
+    """
 
     first: list[Record]
     last: list[Record]
@@ -132,7 +136,8 @@ def _read(folder: Path, name: str) -> Run:
 
 
 def _ends(path: Path) -> Ends:
-    return Ends(first_step(path), last_step(path))
+    last = last_step(path)
+    return Ends(first_step(path) if last else [], last)
 
 
 def read_evaluations(folder: Path, last: int) -> list[Record]:

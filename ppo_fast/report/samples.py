@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ppo_fast.report.axes import number
 from ppo_fast.report.html import MISSING, Html, cut, element
@@ -19,21 +19,30 @@ MOST_NUMBERS = 20
 Pair = tuple[Record | None, Record | None]
 
 
+class Part(NamedTuple):
+    """Pairs of samples, and what they are."""
+
+    what: str
+    pairs: list[Pair]
+
+
 def samples(runs: Sequence[Run]) -> Html | None:
     """Return samples of each run, before and after; None where no run has some."""
-    most = max(MOST_PAIRS // len(runs), 2) if len(runs) > 1 else 8
-    by_run = [(run, *_pairs(run, most)) for run in runs]
-    shown = [s for _, _, pairs in by_run for pair in pairs for s in pair if s is not None]
+    most = 8 if len(runs) == 1 else max(MOST_PAIRS // len(runs), 2)
+    by_run = [(run, _parts(run, most)) for run in runs]
+    pairs = [pair for _, parts in by_run for part in parts for pair in part.pairs]
+    shown = [sample for pair in pairs for sample in pair if sample is not None]
     if not shown:
         return None
     by_name = scales(shown)
-    parts = []
-    for run, what, pairs in by_run:
+    contents = []
+    for run, parts in by_run:
         if len(runs) > 1:
-            parts.append(element("h3", cut(run.name, 60)))
-        parts.append(element("p", what, class_="hint"))
-        parts += [_pair(pair, by_name) for pair in pairs]
-    inside = element("div", *parts, class_="samples")
+            contents.append(element("h3", cut(run.name, 60)))
+        for part in parts:
+            contents.append(element("p", part.what, class_="hint"))
+            contents += [_pair(pair, by_name) for pair in part.pairs]
+    inside = element("div", *contents, class_="samples")
     if not by_name:
         return inside
     return element(
@@ -42,33 +51,43 @@ def samples(runs: Sequence[Run]) -> Html | None:
     )  # fmt: skip
 
 
-def _pairs(run: Run, most: int) -> tuple[str, list[Pair]]:
-    """Return what the samples of a run are, and at most ``most`` pairs of them."""
-    ends = run.evaluation_samples
-    if ends.first or ends.last:
-        if same_step(ends):
-            what = f"Responses of the one evaluation, at step {ends.first[0]['step']}."
-            return what, [(sample, None) for sample in _chosen(ends.first, most)]
-        after = {text_of(s.get("prompt")): s for s in _chosen(ends.last, len(ends.last))}
-        both = [s for s in ends.first if text_of(s.get("prompt")) in after]
-        what = "Responses to the same prompts, at the first and at the last evaluation."
-        return what, [
-            (sample, after[text_of(sample.get("prompt"))]) for sample in _chosen(both, most)
-        ]
-    ends = run.samples
-    if not ends.first:
-        return "This run has no samples.", []
+def _parts(run: Run, most: int) -> list[Part]:
+    """Return the samples of evaluations; also those of training, if they alone have tokens."""
+    parts = []
+    evaluated = run.evaluation_samples.first + run.evaluation_samples.last
+    if evaluated:
+        parts.append(_of_evaluations(run.evaluation_samples, most))
+    trained = run.samples.first + run.samples.last
+    if trained and not any(map(tokens_of, evaluated)) and (
+        not evaluated or any(map(tokens_of, trained))
+    ):  # fmt: skip
+        parts.append(_of_training(run.samples, min(most, 4) if evaluated else most))
+    return parts or [Part("This run has no samples.", [])]
+
+
+def _of_evaluations(ends: Ends, most: int) -> Part:
     if same_step(ends):
-        return "Responses of the one step.", [(s, None) for s in _chosen(ends.first, most)]
+        what = f"Responses of the one evaluation, at step {ends.last[0]['step']}."
+        return Part(what, [(sample, None) for sample in _chosen(ends.last, most)])
+    after = {text_of(s.get("prompt")): s for s in _chosen(ends.last, len(ends.last))}
+    both = [sample for sample in ends.first if text_of(sample.get("prompt")) in after]
+    return Part(
+        "Responses to the same prompts, at the first and at the last evaluation.",
+        [(sample, after[text_of(sample.get("prompt"))]) for sample in _chosen(both, most)],
+    )
+
+
+def _of_training(ends: Ends, most: int) -> Part:
+    if same_step(ends):
+        what = f"Responses of step {ends.last[0]['step']} of training."
+        return Part(what, [(sample, None) for sample in _chosen(ends.last, most)])
     pairs = zip(_chosen(ends.first, most), _chosen(ends.last, most), strict=False)
-    return "Responses of the first and of the last step of training; their prompts differ.", [
-        *pairs
-    ]
+    return Part("Responses of the first and of the last step of training.", [*pairs])
 
 
 def same_step(ends: Ends) -> bool:
-    """Say whether the first samples are those of the last step."""
-    return bool(ends.first and ends.last) and ends.first[0]["step"] == ends.last[0]["step"]
+    """Say whether there are samples of one step alone."""
+    return not ends.first or ends.first[0]["step"] == ends.last[0]["step"]
 
 
 def _chosen(found: Sequence[Record], most: int) -> list[Record]:

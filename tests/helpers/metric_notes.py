@@ -27,7 +27,11 @@ def notes() -> list[dict]:
         if look.endswith(": as above"):
             look = look.removesuffix("as above") + above["look"].rpartition(": ")[2]
         note["look"] = above["look"] if look == "as above" else look
-        note["meaning"] = note["meaning"].replace("the same of", f"as {above['names'][0]}, of")
+        note["meaning"] = (
+            note["meaning"]
+            .removesuffix("; see below")
+            .replace("the same of", f"as {above['names'][0]}, of")
+        )
     return found
 
 
