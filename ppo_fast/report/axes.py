@@ -72,7 +72,7 @@ def tick_labels(values: Sequence[float]) -> list[str]:
     largest = max((abs(value) for value in values), default=0.0)
     unit, end = (1e3, "k") if 1e4 <= largest < 1e6 else (1.0, "")
     scaled = [0.0 if abs(value) < 1e-9 * largest else value / unit for value in values]
-    for digits in range(3, 17):
+    for digits in range(4 if unit == 1.0 and largest >= 1e3 else 3, 17):
         texts = [f"{value:.{digits}g}" for value in scaled]
         if len({*texts}) == len(texts):
             break

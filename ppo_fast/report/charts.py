@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ppo_fast.report.axes import Axis, inner_range, number, tick_labels, ticks, widened
 from ppo_fast.report.html import Html, element, joined
@@ -169,6 +170,12 @@ def polyline(points: Points, across: Axis, up: Axis, kind: str) -> Html:
     """Return a line through points."""
     places = " ".join(f"{across.at(step)},{up.at(value)}" for step, value in points)
     return element("polyline", points=places, class_=kind)
+
+
+def points_of(line: Line) -> dict[str, Any]:
+    """Return the points of a line, for the page's script."""
+    points = [[int(step), float(f"{value:.5g}")] for step, value in line.raw]
+    return {"run": line.run, "points": points}
 
 
 def description(lines: Sequence[Line], names: Sequence[str]) -> str:

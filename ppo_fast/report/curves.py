@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ppo_fast.report.axes import number
-from ppo_fast.report.charts import Line, chart, description
+from ppo_fast.report.charts import Line, chart, description, points_of
 from ppo_fast.report.courses import Course
 from ppo_fast.report.groups import Picture, pictures
 from ppo_fast.report.html import Html, cut, element, joined
@@ -74,10 +74,7 @@ def _figure(
         for index, run in enumerate(runs) if picture.metric in run.courses
     ]  # fmt: skip
     names = [cut(run.name, 60) for run in runs]
-    data[name] = [
-        {"run": line.run, "points": [[step, float(f"{value:.5g}")] for step, value in line.raw]}
-        for line in lines
-    ]
+    data[name] = [points_of(line) for line in lines]
     return element(
         "figure",
         element(

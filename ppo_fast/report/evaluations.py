@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ppo_fast.report.charts import Line, chart, description
+from ppo_fast.report.charts import Line, chart, description, points_of
 from ppo_fast.report.html import Html, cut, element, joined
 from ppo_fast.report.read import Run
 from ppo_fast.report.tables import before_and_after
@@ -39,9 +39,10 @@ def evaluations(runs: Sequence[Run], data: dict[str, Any]) -> Html | None:
 
 def _figure(name: str, metric: str, runs: Sequence[Run], data: dict[str, Any]) -> Html | None:
     lines = [line for i, run in enumerate(runs) if (line := _line(i, run, metric)) is not None]
-    if not any(len(line.raw) > 1 for line in lines):
-        return None
-    data[name] = [{"run": line.run, "points": [[*point] for point in line.raw]} for line in lines]
+    values = {value for line in lines for _, value in line.raw}
+    if len(values) < 2 or not any(len(line.raw) > 1 for line in lines):
+        return None  # the tables say it
+    data[name] = [points_of(line) for line in lines]
     words = description(lines, [cut(run.name, 60) for run in runs])
     note = element("figcaption", element("p", "Bars: ± one standard error of the mean."))
     return element(

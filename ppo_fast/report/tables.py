@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ppo_fast.config import PPOConfig
-from ppo_fast.report.axes import number
+from ppo_fast.report.axes import number, short
 from ppo_fast.report.html import MISSING, Child, Html, cut, element, joined
 from ppo_fast.report.lines import as_step
 from ppo_fast.report.notes import FIRST
@@ -125,7 +125,8 @@ def _evaluated(run: Run) -> str | None:
 def with_error(evaluation: dict[str, Any]) -> str:
     """Return an evaluation's reward with its standard error."""
     error = evaluation.get("standard_error")
-    return number(evaluation["reward"]) + (
+    spread = "" if error is None else f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{short(error)}"
+    return short(evaluation["reward"]) + spread
         f"\u00a0±\u00a0{number(error)}" if error is not None else ""
     )
 
@@ -175,14 +176,14 @@ def _value(evaluation: dict[str, Any], name: str) -> str:
     value = evaluation.get(name)
     if value is None:
         return MISSING
-    return with_error(evaluation) if name == "reward" else number(value)
+    return with_error(evaluation) if name == "reward" else short(value)
 
 
 def _change(first: dict[str, Any], last: dict[str, Any], name: str) -> str:
     before, after = first.get(name), last.get(name)
     if before is None or after is None:
         return MISSING
-    return f"{'+' if after > before else ''}{number(after - before)}"
+    return f"{'+' if after > before else ''}{short(after - before)}"
 
 
 def events(runs: Sequence[Run]) -> list[Html]:
