@@ -16,7 +16,9 @@ from transformers.utils.logging import disable_progress_bar
 from ppo_fast.checks import check_counts
 from ppo_fast.config import PPOConfig
 from ppo_fast.data.batches import in_batches
+from ppo_fast.data.evaluated import Evaluated
 from ppo_fast.data.rollout import Rollout
+from ppo_fast.data.scores import Scores
 from ppo_fast.data.step import Step
 from ppo_fast.data.tokens import Tokens
 from ppo_fast.demo.smollm2 import load_smollm2
@@ -26,7 +28,7 @@ from ppo_fast.runs.display import StepDisplay
 from ppo_fast.runs.export import export_policy
 from ppo_fast.runs.folder import RunFolder
 from ppo_fast.runs.plain_text import plain
-from ppo_fast.runs.trackers import step_logger
+from ppo_fast.runs.run_writer import RunWriter
 
 NUM_STEPS, BATCH_SIZE = 22, 32
 SAMPLES_PER_PROMPT = 4  # of each of the 32 held-out prompts, before and after
@@ -68,6 +70,11 @@ class Evaluation:
         """Return the plain numbers."""
         names = ("reward", "standard_error", "kl", "ref_logprob", "distinct_2")
         return {name: getattr(self, name) for name in names}
+
+    def evaluated(self, step: int) -> Evaluated:
+        """Return it as a run's folder takes it."""
+        scores = Scores(torch.tensor(self.scores, device="cpu"))
+        return Evaluated(step, self.summary(), self.rollout, scores)
 
 
 def evaluate(ppo: PPO, prompts: list[str]) -> Evaluation:
@@ -126,16 +133,15 @@ def _run(
     count = len(held_out) * SAMPLES_PER_PROMPT
     console.print(f"Sampling {count} continuations of {len(held_out)} held-out openings ...")
     before = evaluate(ppo, held_out)
+    folder.write_evaluation(before.evaluated(0))
     console.print(f"before: {describe(before)}", soft_wrap=True)
     rewards: list[float] = []
     kls: list[float] = []
     with StepDisplay(console, num_steps) as display:
-        log = step_logger(folder, display)
 
         def on_step(step: Step) -> None:
             rewards.append(step.metrics["mean_reward"])
             kls.append(step.metrics["kl_sequence"])
-            log(step)
 
         ppo.train(
             train_prompts,
@@ -143,11 +149,13 @@ def _run(
             batch_size=BATCH_SIZE,
             progress=False,
             on_step=on_step,
+            callbacks=[RunWriter(folder, display, tokenizer)],
         )
     # before all that may fail
     export_policy(ppo.policy.model, tokenizer, output_dir / "policy")
     console.print(f"Sampling {count} continuations again, with the same seeds ...")
     after = evaluate(ppo, held_out)
+    folder.write_evaluation(after.evaluated(num_steps))
     numbers = {"before": before.summary(), "after": after.summary()}
     (output_dir / "evaluation.json").write_text(json.dumps(numbers, indent=2), "utf-8")
     plot_curves(output_dir / "learning.png", range(1, len(rewards) + 1), rewards, kls)

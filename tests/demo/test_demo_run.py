@@ -48,6 +48,8 @@ def test_the_demo_shows_texts_as_they_are(tiny_demo, tmp_path, name):
         ".lock",
         "config.yaml",
         "evaluation.json",
+        "evaluation_samples.jsonl",
+        "evaluations.jsonl",
         "learning.png",
         "metrics.jsonl",
         "policy",
