@@ -60,8 +60,10 @@ def check_space(
     num_steps: int,
     checkpoint_freq: int,
     keep_last: int | None,
+    keep_best: int = 0,
     done: int = 0,
     existing: int = 0,
+    name: str = "output_dir",
 ) -> None:
     """Check that what a run will write fits on the disk, and warn where not all will.
 
@@ -72,8 +74,10 @@ def check_space(
         num_steps: steps of the whole run; after the last one there is a checkpoint.
         checkpoint_freq: steps between checkpoints.
         keep_last: number of checkpoints that are kept; None: all.
+        keep_best: number that are kept besides.
         done: steps that are done already.
         existing: checkpoints that are in the folder already.
+        name: the argument that named the folder, for messages.
 
     Raises:
         ValueError: it does not fit, not even with keep_last=1.
@@ -89,25 +93,26 @@ def check_space(
         for step in writes:
             if (there + 1 - existing) * checkpoint > free:
                 return f"at step {step}"
-            there = there + 1 if keep is None else min(there + 1, keep)
+            there = there + 1 if keep is None else min(there + 1, keep + keep_best)
         over = (there - existing) * checkpoint + both > free
         return f"after the last step, when {' and '.join(exports)} are written" if over else None
 
     if full_at(1) is not None:
-        count = min(len(writes), 2)
+        count = min(len(writes), 2 + keep_best)
         parts = {f"{count} checkpoint{'s' * (count > 1)}": count * checkpoint} if count else {}
         parts |= exports
-        listed = ", ".join(f"{name} {shown_bytes(size)}" for name, size in parts.items())
+        listed = ", ".join(f"{part} {shown_bytes(size)}" for part, size in parts.items())
         use = "" if keep_last == 1 else ", use keep_last=1"
         raise ValueError(
-            f"output_dir: {folder} has {shown_bytes(free)} free; a run writes {listed}; free some "
+            f"{name}: {folder} has {shown_bytes(free)} free; a run writes {listed}; free some "
             f"space{use}, or name a folder on another disk"
         )
     if (when := full_at(keep_last)) is not None:
         fits = max(n for n in range(1, len(writes) + existing + 1) if full_at(n) is None)
         logger.warning(
-            "output_dir: %s has %s free, and each checkpoint takes %s: it will be full %s; "
+            "%s: %s has %s free, and each checkpoint takes %s: it will be full %s; "
             "keep_last=%d fits",
+            name,
             folder,
             shown_bytes(free),
             shown_bytes(checkpoint),

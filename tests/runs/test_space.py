@@ -117,6 +117,20 @@ def test_one_checkpoint_alone(tmp_path, free, caplog):
         check_space(tmp_path, 100, EXPORTS, **RUN | {"num_steps": 3})
 
 
+def test_the_best_are_kept_besides(tmp_path, free, caplog):
+    free[0] = 520
+    check_space(
+        tmp_path, 100, EXPORTS, **RUN | {"keep_last": 2}, keep_best=2, name="checkpoint_dir"
+    )
+    assert not caplog.records
+    check_space(
+        tmp_path, 100, EXPORTS, **RUN | {"keep_last": 3}, keep_best=2, name="checkpoint_dir"
+    )
+    assert "it will be full at step 60; keep_last=2 fits" in caplog.text
+    with pytest.raises(ValueError, match=r"^checkpoint_dir: .* a run writes 7 checkpoints 700 B"):
+        check_space(tmp_path, 100, EXPORTS, **RUN | best | {"keep_best": 5})
+
+
 def test_a_resumed_run_counts_what_is_there(tmp_path, free, caplog):
     free[0] = 150
     resumed = {"done": 80, "existing": 8}
