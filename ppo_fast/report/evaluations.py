@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ppo_fast.report.axes import short
 from ppo_fast.report.charts import Line, chart, description, points_of
-from ppo_fast.report.html import Html, cut, element, joined
+from ppo_fast.report.html import MISSING, Html, cut, element, joined
 from ppo_fast.report.read import Run
-from ppo_fast.report.tables import before_and_after
+from ppo_fast.report.tables import table
 from ppo_fast.report.thin import spread
 
 MOST_CHARTS, MOST_POINTS = 24, 120
@@ -65,3 +66,43 @@ def _line(index: int, run: Run, metric: str) -> Line | None:
         for (step, value), error in zip(points, errors, strict=False) if error is not None
     ]  # fmt: skip
     return Line(index, raw=points, bars=bars)
+
+
+def before_and_after(runs: Sequence[Run]) -> list[Html]:
+    """Return, for each run with evaluations, a table of its first and its last."""
+    found = []
+    for run in runs:
+        if not run.evaluations:
+            continue
+        first, last = run.evaluations[0], run.evaluations[-1]
+        of = f" of {cut(run.name, 60)}" if len(runs) > 1 else ""
+        names = [n for n in first if n not in ("step", "time", "standard_error")]
+        if first is last:
+            rows = [[n, _value(first, n)] for n in names]
+            found.append(table(f"The one evaluation{of}", ["", f"step {first['step']}"], rows))
+            continue
+        rows = [[n, _value(first, n), _value(last, n), _change(first, last, n)] for n in names]
+        head = ["", f"step {first['step']}", f"step {last['step']}", "change"]
+        found.append(table(f"First and last evaluation{of}", head, rows))
+    return found
+
+
+def with_error(evaluation: dict[str, Any]) -> str:
+    """Return an evaluation's reward with its standard error."""
+    error = evaluation.get("standard_error")
+    spread = "" if error is None else f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{short(error)}"
+    return short(evaluation["reward"]) + spread
+
+
+def _value(evaluation: dict[str, Any], name: str) -> str:
+    value = evaluation.get(name)
+    if value is None:
+        return MISSING
+    return with_error(evaluation) if name == "reward" else short(value)
+
+
+def _change(first: dict[str, Any], last: dict[str, Any], name: str) -> str:
+    before, after = first.get(name), last.get(name)
+    if before is None or after is None:
+        return MISSING
+    return f"{'+' if after > before else ''}{short(after - before)}"

@@ -9,20 +9,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ppo_fast.report.axes import short
 from ppo_fast.report.curves import curves
 from ppo_fast.report.evaluations import evaluations
+from ppo_fast.report.events import events
 from ppo_fast.report.html import Html, cut, element, embedded, joined
 from ppo_fast.report.read import Run
 from ppo_fast.report.samples import samples
-from ppo_fast.report.tables import (
-    events,
-    named,
-    settings,
-    steps_done,
-    summary,
-    time_taken,
-)
+from ppo_fast.report.settings import settings
+from ppo_fast.report.summary import summary
+from ppo_fast.report.tables import named
 from ppo_fast.report.times import times
 from ppo_fast.runs.files import written
 
@@ -38,7 +33,7 @@ def page(runs: Sequence[Run]) -> str:
     """Return the page of some runs. The same folders make the same page, on every machine."""
     data: dict[str, Any] = {}
     sections = [
-        ("summary", "Summary", _summary(runs)),
+        ("summary", "Summary", summary(runs)),
         ("evaluations", "Evaluations", evaluations(runs, data)),
         ("events", "Events and warnings", joined(*events(runs)) or None),
         ("curves", "Metrics over steps", _curves(runs, data)),
@@ -92,32 +87,6 @@ def _hash(text: str) -> str:
 
 def _section(name: str, title: str, contents: Html | None) -> Html:
     return element("section", element("h2", title), contents, id=name)
-
-
-def _summary(runs: Sequence[Run]) -> Html:
-    tiles = _tiles(runs[0]) if len(runs) == 1 else None
-    return joined(tiles, summary(runs))
-
-
-def _tiles(run: Run) -> Html:
-    """Return the main numbers of a run, large."""
-    shown = [("steps", steps_done(run))]
-    ends = run.evaluations[:1] + run.evaluations[1:][-1:]
-    rewards = [one for one in ends if one.get("reward") is not None]
-    if rewards:
-        shown.append(("evaluated reward", " → ".join(short(one["reward"]) for one in rewards)))
-    elif "mean_reward" in run.courses:
-        values = run.courses["mean_reward"].values
-        shown.append(("mean reward", f"{short(values[0])} → {short(values[-1])}"))
-    if "kl_sequence" in run.courses:
-        shown.append(("KL, nats a sequence", short(run.courses["kl_sequence"].values[-1])))
-    if (taken := time_taken(run)) is not None:
-        shown.append(("time of the steps", taken))
-    tiles = [
-        element("div", element("span", text, class_="large"), element("span", name))
-        for name, text in shown
-    ]
-    return element("div", *tiles, class_="tiles")
 
 
 def _curves(runs: Sequence[Run], data: dict[str, Any]) -> Html:
