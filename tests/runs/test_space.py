@@ -118,14 +118,10 @@ def test_one_checkpoint_alone(tmp_path, free, caplog):
 
 
 def test_the_best_are_kept_besides(tmp_path, free, caplog):
-    free[0] = 520
-    check_space(
-        tmp_path, 100, EXPORTS, **RUN | {"keep_last": 2}, keep_best=2, name="checkpoint_dir"
-    )
+    free[0], best = 520, {"keep_best": 2, "name": "checkpoint_dir"}
+    check_space(tmp_path, 100, EXPORTS, **RUN | {"keep_last": 2}, **best)
     assert not caplog.records
-    check_space(
-        tmp_path, 100, EXPORTS, **RUN | {"keep_last": 3}, keep_best=2, name="checkpoint_dir"
-    )
+    check_space(tmp_path, 100, EXPORTS, **RUN | {"keep_last": 3}, **best)
     assert "it will be full at step 60; keep_last=2 fits" in caplog.text
     with pytest.raises(ValueError, match=r"^checkpoint_dir: .* a run writes 7 checkpoints 700 B"):
         check_space(tmp_path, 100, EXPORTS, **RUN | best | {"keep_best": 5})
