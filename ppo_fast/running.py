@@ -31,9 +31,11 @@ from ppo_fast.runs.checkpoint import (
 )
 from ppo_fast.runs.contents import check_finite
 from ppo_fast.runs.evaluation import Evaluation
+from ppo_fast.runs.kept import checkpoints_in
 from ppo_fast.runs.progress import Progress
 from ppo_fast.runs.prompts import check_run_prompts
 from ppo_fast.runs.report_to import Trackers
+from ppo_fast.runs.space import check_space, checkpoint_bytes
 
 Prompts = Iterable[Prompt | Example | Mapping[str, Any]]
 
@@ -52,6 +54,7 @@ class Running:
     progress: Progress
     newest_checkpoint: Path | None
     _config: PPOConfig
+    _space_checked: Path | None = None
 
     config = property(lambda self: self._config)
 
@@ -126,6 +129,14 @@ class Running:
                 interrupted (before its end), stopped_by ("SIGINT", "SIGTERM", "max_time",
                 "patience" or None), evaluations (the metrics of each, and its step).
         """
+        check_counts(num_steps=num_steps, checkpoint_freq=checkpoint_freq)
+        if checkpoint_dir is not None and self._space_checked != Path(checkpoint_dir):
+            self.check_space(
+                checkpoint_dir,
+                num_steps=self.progress.steps + num_steps,
+                checkpoint_freq=checkpoint_freq,
+                keep_last=keep_last,
+            )
         told = [*Callbacks(callbacks).all]
         if report_to:
             told.append(Trackers(report_to, metric_names=metric_names, folder=checkpoint_dir))
@@ -237,6 +248,38 @@ class Running:
         """
         total = self.progress.steps + num_steps
         self.learner.schedule.plan(total, self._epochs(num_epochs))
+
+    def check_space(
+        self,
+        checkpoint_dir: str | Path,
+        *,
+        num_steps: int,
+        checkpoint_freq: int,
+        keep_last: int | None = None,
+        exports: Mapping[str, int] | None = None,
+    ) -> None:
+        """Check that what a run will write fits on the disk; ``train`` does it.
+
+        Args:
+            checkpoint_dir, checkpoint_freq, keep_last: as in ``train``.
+            num_steps: of the whole run.
+            exports: bytes of what is written after it, by name.
+
+        Raises:
+            ValueError: it does not fit. Where only some of the checkpoints do, it is logged.
+        """
+        folder = Path(checkpoint_dir)
+        check_space(
+            folder,
+            checkpoint_bytes(self._trained_modules(), self.learner.optimizers),
+            exports or {},
+            num_steps=num_steps,
+            checkpoint_freq=checkpoint_freq,
+            keep_last=keep_last,
+            done=self.progress.steps,
+            existing=len(checkpoints_in(folder)),
+        )
+        self._space_checked = folder
 
     def memory_plan(self, batch_size: int, prompt_length: int) -> MemoryPlan:
         """Plan the memory of steps of ``batch_size`` prompts of ``prompt_length`` tokens."""

@@ -23,15 +23,16 @@ GROUPS = {
 }
 # Settings that are not named here: those of PPOConfig are the algorithm's, Train's own the run's.
 NAMED = {
-    "run": ("seed",),
+    "run": ("seed", "on_nonfinite", "max_skipped"),
     "data": (
-        *("prompts", "prompt_column", "prompts_split", "stream", "held_out"),
+        *("prompts", "prompt_column", "prompts_split", "stream"),
+        *("held_out", "eval_every", "eval_samples", "eval_greedy"),
         *("max_prompt_length", "long_prompts", "samples_per_prompt", "max_resampled_batches"),
         *("max_length", "temperature", "top_k", "top_p", "min_new_tokens"),
         *("stop_token_ids", "stop_strings", "skip_special_tokens"),
     ),
     "reward": (
-        *("reward", "reward_label", "reward_format", "reward_cut_completions"),
+        *("reward", "eval_reward", "reward_label", "reward_format", "reward_cut_completions"),
         *("reward_dtype", "reward_device", "reward_weights"),
         *("reward_normalization", "reward_scale", "reward_clip"),
         *("missing_eos_penalty", "overlong_buffer", "overlong_penalty"),
@@ -40,10 +41,12 @@ NAMED = {
         *("microbatch_tokens", "forward_batch_tokens", "trunk_dtype", "compute_dtype"),
         *("trained_weights", "gradient_checkpointing", "adamw"),
         *("rollout_slots", "cuda_graphs", "kept_rollout_bytes"),
+        *("check_gradients_together", "undo_updates"),
     ),
     "output": (
         *("output_dir", "adapter_only", "save_critic", "push_to_hub"),
-        *("checkpoint_freq", "keep_last"),
+        *("checkpoint_freq", "keep_last", "keep_best", "export_from"),
+        *("report_to", "metric_names", "project", "run_name"),
     ),
 }
 GROUP_OF = {name: group for group, names in NAMED.items() for name in names}

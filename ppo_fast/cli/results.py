@@ -23,15 +23,21 @@ if TYPE_CHECKING:
 
 
 def save_results(
-    console: Console, run: Train, ppo: PPO, prompts: list[Example] | Stream, held_out: int
+    console: Console,
+    run: Train,
+    ppo: PPO,
+    prompts: list[Example] | Stream,
+    held_out: int,
+    last: int,
 ) -> None:
     """Save policy/ and critic/ in the run's folder, each with a card, and push the policy.
 
     Args:
         run: the command.
-        ppo: the trainer, at the end of its training.
+        ppo: the trainer, with the weights to save.
         prompts: what it was trained on.
         held_out: number of prompts that were held out.
+        last: the last step; the weights may be those of an earlier one.
     """
     from ppo_fast.runs.export import export_policy, save_critic
     from ppo_fast.runs.hub import push_to_hub
@@ -66,7 +72,7 @@ def save_results(
         url = push_to_hub(folder, run.push_to_hub)
         console.print(plain(f"pushed: {url}"), soft_wrap=True)
     with written(run.output_dir / DONE) as file:
-        file.write(json.dumps({"step": ppo.progress.steps}).encode())
+        file.write(json.dumps({"step": last}).encode())
 
 
 def results_are_saved(folder: Path, step: int) -> bool:

@@ -6,8 +6,7 @@ import logging
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from signal import Signals
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
@@ -18,20 +17,17 @@ from ppo_fast.data.files import hold_out, hold_out_where, read_prompts
 from ppo_fast.models.pretrained import check_model, load_pretrained
 from ppo_fast.rewards.load import function_of
 from ppo_fast.runs.hub import check_repo
-from ppo_fast.runs.plain_text import plain
 from ppo_fast.runs.time_limit import seconds_of
 
 if TYPE_CHECKING:
     import torch
 
     from ppo_fast.ppo import PPO
-    from ppo_fast.runs.folder import RunFolder
+    from ppo_fast.runs.callbacks import Callback
+    from ppo_fast.runs.evaluation import Evaluation
 
 
 logger = logging.getLogger(__name__)
-
-# The status of a process that did not finish and can be run again (EX_TEMPFAIL of sysexits.h).
-TIME_IS_UP = 75
 
 
 @dataclass(frozen=True)
@@ -53,8 +49,22 @@ class Train:
     stream: bool = False
     """Read a data set of the hub while training, in its own order."""
     held_out: str | None = None
-    """Prompts to evaluate on before and after, with none of them trained on: a share such as 0.1,
-    column=value, or another file or data set; None: none."""
+    """Prompts to evaluate on before, during and after, with none of them trained on: a share such
+    as 0.1, column=value, or another file or data set; None: none."""
+    eval_every: int | None = None
+    """Steps between evaluations on held_out; None: only before and after."""
+    eval_samples: int = 1
+    """Responses to each prompt of an evaluation."""
+    eval_greedy: bool = False
+    """In evaluations, take the likeliest tokens instead of drawing them."""
+    eval_reward: tuple[str, ...] = ()
+    """Rewards that judge evaluations, each as in reward, with weights of 1; none: reward."""
+    best: str = "reward"
+    """Metric of the evaluations by which the best is found."""
+    best_is_lowest: bool = False
+    """The best evaluation is the one with the smallest number."""
+    patience: int | None = None
+    """Evaluations in a row that are no new best, after which the run ends; None: it goes on."""
     reward: tuple[str, ...] = ()
     """One or several, each module:function or file.py:function, f(prompts, completions, **columns)
     -> list[float], or the directory or hub name of a sequence classifier. Required. Weights:
@@ -80,8 +90,9 @@ class Train:
     """Load the policy's frozen weights in 4 or 8 bits, under the adapters of lora_rank; None: as
     they are."""
     output_dir: Path = Path("runs/train")
-    """Folder for metrics.jsonl, samples.jsonl, config.yaml, checkpoints/ and, at the end, policy/
-    and critic/."""
+    """Folder for metrics.jsonl, samples.jsonl, evaluations.jsonl, events.jsonl, config.yaml,
+    checkpoints/ and, at the end, policy/ and critic/. A file control.yaml in it changes a running
+    run (docs/watching.md)."""
     adapter_only: bool = False
     """Save the policy's adapter alone, without the base model. That of a quantised model is always
     saved so."""
@@ -98,6 +109,20 @@ class Train:
     """Steps between checkpoints."""
     keep_last: int | None = None
     """Number of checkpoints that are kept, the newest; None: all."""
+    keep_best: int = 1
+    """Number of checkpoints that are kept besides them: those of the best evaluations."""
+    export_from: Literal["last", "best"] = "last"
+    """Content of policy/ and critic/: the weights after the last step, or those of the best
+    evaluation."""
+    report_to: tuple[str, ...] = ()
+    """Trackers that get metrics and samples: tensorboard, wandb, trackio, mlflow, and others that
+    accelerate has."""
+    metric_names: Literal["ppo_fast", "trl"] = "ppo_fast"
+    """Names of the metrics that trackers get: ours, or TRL's where it has one (docs/metrics.md)."""
+    project: str = "ppo_fast"
+    """Name of the project in trackers."""
+    run_name: str | None = None
+    """Name of the run in trackers; None: that of output_dir."""
     max_time: str | None = None
     """Time of this process, as seconds, MM:SS or HH:MM:SS: it ends with status 75, to be resumed,
     before a step that would end later; None: there is no limit."""
@@ -119,136 +144,84 @@ class Train:
         ends = None if self.max_time is None else time.monotonic() + seconds_of(self.max_time)
         prompts, held_out = self._prompts()
 
+        from ppo_fast.cli.train_run import TrainRun
         from ppo_fast.models.quantized import check_quantization
-        from ppo_fast.rewards.load import load_rewards
-        from ppo_fast.runs.folder import RunFolder
 
         device = self._device()
         if self.quantization is not None:
             check_quantization(self.quantization, device)
-        reward = load_rewards(
-            self.reward,
+        trackers = self._trackers()
+        reward = self._rewards(self.reward, device)
+        judges = self._rewards(self.eval_reward, device) if self.eval_reward else None
+        if self.dry_run:
+            from ppo_fast.cli.dry_run import show_run
+
+            ppo = self.make_ppo(reward, device)
+            show_run(console, ppo, prompts, self.batch_size, len(held_out))
+            return
+        TrainRun(
+            self,
+            console,
+            prompts=prompts,
+            evaluation=self._evaluation(held_out, judges),
+            trackers=trackers,
+            make_ppo=lambda: self.make_ppo(reward, device),
+            ends=ends,
+        ).run()
+
+    def _rewards(self, names: tuple[str, ...], device: torch.device) -> Any:
+        from ppo_fast.rewards.load import load_rewards
+
+        return load_rewards(
+            names,
             self.reward_device or device,
             self.reward_label,
             format=self.reward_format,
             cut_completions=self.reward_cut_completions,
             dtype=self.reward_dtype,
         )
-        if self.dry_run:
-            from ppo_fast.cli.dry_run import show_run
 
-            ppo = self._make_ppo(reward, device)
-            show_run(console, ppo, prompts, self.batch_size, len(held_out))
-            return
-        with RunFolder(self.output_dir) as folder:
-            self._train(console, folder, prompts, held_out, reward, device, ends)
+    def _trackers(self) -> list[Callback]:
+        """Return the trackers, whose packages are checked before a model is loaded."""
+        if not self.report_to:
+            return []
+        from ppo_fast.runs.report_to import Trackers
 
-    def _train(
-        self,
-        console: Console,
-        folder: RunFolder,
-        prompts: list[Example] | Stream,
-        held_out: list[Example],
-        reward: Any,
-        device: torch.device,
-        ends: float | None,
-    ) -> None:
-        from ppo_fast.cli.results import save_results
-        from ppo_fast.runs.checkpoint import checkpoint_path
-        from ppo_fast.runs.display import StepDisplay
-        from ppo_fast.runs.kept import checkpoints_in, load_newest, remove_old
-        from ppo_fast.runs.trackers import step_logger
-
-        checkpoints = self.output_dir / "checkpoints"
-        found = [path.name for path in checkpoints_in(checkpoints).values()]
-        if found and not self.resume:
-            raise ValueError(
-                f"--output-dir: {self.output_dir} holds a run ({found[0]}); continue it with "
-                "--resume, or name another folder"
+        return [
+            Trackers(
+                self.report_to,
+                project=self.project,
+                run_name=self.run_name,
+                folder=self.output_dir,
+                metric_names=self.metric_names,
             )
-        ppo = self._make_ppo(reward, device)
-        if (newest := load_newest(checkpoints, ppo.load_checkpoint)) is not None:
-            console.print(plain(f"resumed {newest} after step {ppo.progress.steps}"))
-        if self.save_critic == "whole":
-            self._check_whole_critic(ppo)
-        done = ppo.progress.steps
-        if self.num_steps < done:
-            raise ValueError(
-                f"--num-steps: got {self.num_steps}, expected at least the {done} done"
-            )
-        evaluations = folder.read_json("evaluation.json") if done else {}
-        evaluated = "after" in evaluations or not held_out
-        if self.num_steps == done and evaluated and (self.output_dir / "policy").exists():
-            console.print(f"nothing is left to do: all {done} steps are done", highlight=False)
-            return
-        folder.write_config(ppo.config, **self._own_settings())
-        folder.forget_after(done)
-        if held_out and "before" not in evaluations:
-            evaluations["before"] = self._evaluate(console, ppo, held_out, "before")
-            folder.write_json("evaluation.json", evaluations)
-        if self.num_steps > done:
-            with StepDisplay(console, self.num_steps - done) as display:
-                result = ppo.train(
-                    prompts,
-                    self.num_steps - done,
-                    self.batch_size,
-                    checkpoint_dir=checkpoints,
-                    checkpoint_freq=self.checkpoint_freq,
-                    keep_last=self.keep_last,
-                    max_time=None if ends is None else max(ends - time.monotonic(), 1e-3),
-                    progress=False,
-                    on_step=step_logger(folder, display),
-                )
-            if result["stopped_by"] is not None and ppo.progress.steps < self.num_steps:
-                self._end_early(console, ppo, result["stopped_by"])
-            if ppo.newest_checkpoint != checkpoint_path(checkpoints, self.num_steps).resolve():
-                ppo.save_checkpoint(checkpoints, ppo.progress.steps)
-                remove_old(checkpoints, ppo.progress.steps, self.keep_last)
-        if held_out:
-            evaluations["after"] = self._evaluate(console, ppo, held_out, "after")
-            folder.write_json("evaluation.json", evaluations)
-        save_results(console, self, ppo, prompts, len(held_out))
+        ]
 
-    def _check_whole_critic(self, ppo: PPO) -> None:
-        """Check, before anything is trained, that transformers has a class for the critic."""
-        from ppo_fast.runs.export import check_token_classifier
+    def _evaluation(self, held_out: list[Example], judges: Any) -> Evaluation | None:
+        if not held_out:
+            return None
+        from ppo_fast.runs.evaluation import Evaluation
 
-        flag = "--save-critic: whole is not possible"
-        if not ppo.critic.trained:
-            raise ValueError(f"{flag}: the critic has no weights; leave the flag out")
-        try:
-            check_token_classifier(ppo)
-        except ValueError as error:
-            reason = str(error).removeprefix("critic: ").removesuffix("; use whole=False")
-            raise ValueError(f"{flag}: {reason}; use --save-critic weights") from error
-
-    def _end_early(self, console: Console, ppo: PPO, stopped_by: str) -> NoReturn:
-        """End the process after a signal or at the time limit, before the last step."""
-        left = self.num_steps - ppo.progress.steps
-        console.print(
-            f"{left} of {self.num_steps} steps are left: --resume goes on", soft_wrap=True
+        return Evaluation(
+            held_out,
+            every=self.eval_every,
+            samples_per_prompt=self.eval_samples,
+            greedy=self.eval_greedy,
+            reward=judges,
+            best=self.best,
+            lower_is_better=self.best_is_lowest,
+            keep_best=max(self.keep_best, self.export_from == "best"),
+            patience=self.patience,
         )
-        raise SystemExit(TIME_IS_UP if stopped_by == "max_time" else 128 + Signals[stopped_by])
 
     def settings(self) -> dict[str, Any]:
         """Return every setting of the run by its name."""
-        return self._own_settings() | asdict(self.ppo)
+        return self.own_settings() | asdict(self.ppo)
 
-    def _own_settings(self) -> dict[str, Any]:
+    def own_settings(self) -> dict[str, Any]:
         """Return the settings that are not PPOConfig's; those of a --config file are among them."""
         names = [f.name for f in fields(self) if f.name not in ("ppo", "config")]
         return {name: getattr(self, name) for name in names}
-
-    def _evaluate(
-        self, console: Console, ppo: PPO, held_out: list[Example], when: str
-    ) -> dict[str, float]:
-        """Evaluate on the held-out prompts, and print the result."""
-        from ppo_fast.runs.evaluation import evaluate
-
-        found = evaluate(ppo, held_out)
-        line = f"{when}: reward {found['reward']:+.3f} ± {found['standard_error']:.3f}"
-        console.print(f"{line}, held-out prompts: {len(held_out)}", highlight=False)
-        return found
 
     def _prompts(self) -> tuple[list[Example] | Stream, list[Example]]:
         """Read the prompts to train on and those held out."""
@@ -279,6 +252,15 @@ class Train:
         for reward in self.reward:
             if function_of(reward) is None:
                 check_model("reward", reward)
+        given = [n for n in ("eval_every", "patience") if getattr(self, n) is not None]
+        given += [n for n in ("eval_reward", "eval_greedy") if getattr(self, n)]
+        given += ["export_from"] if self.export_from == "best" else []
+        if given and self.held_out is None:
+            flag = f"--{given[0].replace('_', '-')}"
+            raise ValueError(f"{flag}: needs prompts to evaluate on; add --held-out 0.1")
+        for reward in self.eval_reward:
+            if function_of(reward) is None:
+                check_model("eval-reward", reward)
         check_counts(lora_rank=1 if self.lora_rank is None else self.lora_rank)
         for name in ("quantization", "adapter_only"):
             if getattr(self, name) and self.lora_rank is None:
@@ -299,7 +281,7 @@ class Train:
 
         return resolve_device(self.device, nn.Module())
 
-    def _make_ppo(self, reward: Any, device: torch.device) -> PPO:
+    def make_ppo(self, reward: Any, device: torch.device) -> PPO:
         """Make PPO, with models from their folders or the hub."""
         import torch
         from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, set_seed

@@ -59,12 +59,13 @@ def test_held_out_prompts_are_evaluated_and_not_trained_on(place, capsys, held_o
     trained = {row["prompt"] for row in lines(place / "run/samples.jsonl")}
     assert len(trained) == (5 if held_out == "held.jsonl" else 4)
     assert held_out != "split=test" or PROMPTS[1] not in trained
-    numbers = json.loads((place / "run/evaluation.json").read_text())
+    found = lines(place / "run/evaluations.jsonl")
     reward = {"split=test": 1.0, "0.2": 2.0, "held.jsonl": 7.0}[held_out]
-    assert [numbers[when]["reward"] for when in ("before", "after")] == [reward, reward]
+    assert [(one["step"], one["reward"]) for one in found] == [(0, reward), (3, reward)]
+    assert [row["score"] for row in lines(place / "run/evaluation_samples.jsonl")] == [reward] * 2
     out = capsys.readouterr().out
-    assert f"before: reward +{reward:.3f} ± 0.000, held-out prompts: 1" in out
-    assert f"after: reward +{reward:.3f}" in out
+    assert f"evaluation before training: reward +{reward:.3f} ± 0.000, 1 responses" in out
+    assert f"evaluation after step 3: reward +{reward:.3f}" in out
 
 
 def test_an_evaluation_changes_no_draw_and_is_kept_by_a_resume(place):
@@ -75,9 +76,11 @@ def test_an_evaluation_changes_no_draw_and_is_kept_by_a_resume(place):
     write(place / "rest.jsonl", rest)
     main(run("--reward", "more.py:long", prompts="rest.jsonl", output_dir="b"))
     assert lines(place / "a/samples.jsonl") == lines(place / "b/samples.jsonl")
-    before = json.loads((place / "a/evaluation.json").read_text())["before"]
+    before = lines(place / "a/evaluations.jsonl")
     main(["train", "--config", "a/config.yaml", "--resume", "--num-steps", "3"])
-    assert json.loads((place / "a/evaluation.json").read_text())["before"] == before
+    after = lines(place / "a/evaluations.jsonl")
+    assert after[:-1] == before
+    assert after[-1]["step"] == 3
 
 
 def test_chats_from_a_file(place):

@@ -89,7 +89,8 @@ def test_a_run_that_fails_leaves_no_model(pairs, capsys, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", half)
-    assert "ppo-fast: disk full" in fails(capsys, *command(num_epochs=1)).splitlines()
+    said = "ppo-fast: export: out/model cannot be written (disk full); what it held before stays"
+    assert said in fails(capsys, *command(num_epochs=1)).splitlines()
     assert names(pairs / "out") == ["metrics.jsonl"]
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
     main(command(num_epochs=1))
