@@ -145,8 +145,8 @@ class RunFolder:
     def forget_after(self, step: int) -> None:
         """Drop the lines of steps after ``step``, which a resumed run computes again.
 
-        After step 0 a run begins anew: all lines are dropped. Warns if metrics.jsonl lacks lines of
-        steps up to ``step``.
+        After step 0 a run begins anew: all lines are dropped. Else events.jsonl says that it was
+        resumed. Warns if metrics.jsonl lacks lines of steps up to ``step``.
         """
         last = step if step > 0 else -1
         for name in (METRICS, SAMPLES, EVALUATIONS, EVENTS):
@@ -156,6 +156,9 @@ class RunFolder:
         keep_lines(self.folder / EVALUATION_SAMPLES, lambda line: step_of(line) in known)
         self._lines.forget_sizes()
         self._step = step
+        if step > 0:
+            line = {"level": "INFO", "source": __name__, "text": f"resumed after step {step}"}
+            self._write_event({"time": time.time()} | line)
         done = len(_steps_in(self.folder / METRICS))
         if done and done < step:
             logger.warning("%s has lines of %d of %d steps", self.folder / METRICS, done, step)

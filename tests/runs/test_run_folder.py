@@ -205,14 +205,19 @@ def test_a_resumed_run_drops_later_lines_of_every_file(tmp_path):
             file.write('{"step": 1, "x')
     with RunFolder(tmp_path) as folder:
         folder.forget_after(2)
-        logging.getLogger("ppo_fast.test").warning("resumed")
+        logging.getLogger("ppo_fast.test").warning("mine")
         folder.write_metrics(3, {"a": 1.0})
     assert steps_in(tmp_path, "metrics") == [1, 2, 3]
     assert steps_in(tmp_path, "samples") == [1, 1, 2, 2]
     assert steps_in(tmp_path, "evaluations") == [0, 1, 2]
     assert steps_in(tmp_path, "evaluation_samples") == [0, 0, 1, 1, 2, 2]
     events = lines(tmp_path / "events.jsonl")
-    assert [(e["step"], e["text"]) for e in events] == [(1, "at 1"), (2, "at 2"), (2, "resumed")]
+    assert [(e["step"], e["text"]) for e in events] == [
+        (1, "at 1"),
+        (2, "at 2"),
+        (2, "resumed after step 2"),
+        (2, "mine"),
+    ]
 
 
 def test_a_run_that_begins_anew_drops_everything(tmp_path):
