@@ -25,6 +25,7 @@ from ppo_fast.runs import loop
 from ppo_fast.runs.callbacks import Callback, Callbacks, OnStep
 from ppo_fast.runs.checkpoint import (
     checkpoint_path,
+    folder_path,
     log_changes,
     read_checkpoint,
     write_checkpoint,
@@ -130,7 +131,7 @@ class Running:
                 "patience" or None), evaluations (the metrics of each, and its step).
         """
         check_counts(num_steps=num_steps, checkpoint_freq=checkpoint_freq)
-        if checkpoint_dir is not None and self._space_checked != Path(checkpoint_dir):
+        if checkpoint_dir is not None and self._space_checked != folder_path(checkpoint_dir):
             self.check_space(
                 checkpoint_dir,
                 num_steps=self.progress.steps + num_steps,
@@ -268,7 +269,7 @@ class Running:
         Raises:
             ValueError: it does not fit. Where only some of the checkpoints do, it is logged.
         """
-        folder = Path(checkpoint_dir)
+        folder = folder_path(checkpoint_dir)
         check_space(
             folder,
             checkpoint_bytes(self._trained_modules(), self.learner.optimizers),

@@ -8,6 +8,7 @@ from typing import Any
 
 from ppo_fast.data.evaluated import Evaluated
 from ppo_fast.data.step import Step
+from ppo_fast.user_code import lacking, parameters
 
 OnStep = Callable[[Step], None]
 
@@ -45,7 +46,7 @@ class Callbacks(Callback):
         all: the callbacks.
 
     Raises:
-        TypeError: one is no Callback.
+        TypeError: one is no Callback, or on_step is no function of a Step.
     """
 
     def __init__(self, callbacks: Sequence[Callback], on_step: OnStep | None = None) -> None:
@@ -57,6 +58,8 @@ class Callbacks(Callback):
                     f"callbacks: got {type(one).__name__}, expected objects of classes that "
                     "derive from ppo_fast.Callback"
                 )
+        if on_step is not None and not (callable(on_step) and _takes_one(on_step)):
+            raise TypeError(f"on_step: got {on_step!r}, expected a function of a Step, or None")
         self.all, self._on_step = list(callbacks), on_step
 
     def on_start(self, settings: Mapping[str, Any], steps: int) -> None:
@@ -80,3 +83,9 @@ class Callbacks(Callback):
     def on_end(self, result: Mapping[str, Any] | None) -> None:
         for one in self.all:
             one.on_end(result)
+
+
+def _takes_one(function: OnStep) -> bool:
+    """Return whether a function can be called with one argument."""
+    found = parameters(function)
+    return (found.args or bool(found.positional)) and not lacking(function, 1, ())

@@ -192,16 +192,29 @@ def save(payload: dict[str, Any], path: Path) -> None:
         ) from error
 
 
-def make_folder(folder: str | Path) -> None:
+def folder_path(folder: str | Path) -> Path:
+    """Return the path of a folder for checkpoints.
+
+    Raises:
+        ValueError: it is no path.
+    """
+    if isinstance(folder, Path) or (isinstance(folder, str) and folder and "\0" not in folder):
+        return Path(folder)
+    raise ValueError(f"checkpoint_dir: {folder!r} cannot be made a folder (it is no path)")
+
+
+def make_folder(folder: Path) -> None:
     """Make the folder of the checkpoints, before any training.
 
     Raises:
         ValueError: it cannot be made (chained).
     """
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except (OSError, TypeError) as error:
-        raise ValueError(f"checkpoint_dir: {folder!r} cannot be made a folder ({error})") from error
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"checkpoint_dir: {str(folder)!r} cannot be made a folder ({error})"
+        ) from error
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol
 
-from ppo_fast.runs.checkpoint import checkpoint_path, make_folder
+from ppo_fast.runs.checkpoint import checkpoint_path, folder_path, make_folder
 from ppo_fast.runs.files import remove_partial
 from ppo_fast.runs.kept import remove_old
 from ppo_fast.runs.lock import FolderLock
@@ -44,10 +44,10 @@ class Checkpoints:
 
     def __init__(self, ppo: Saves, folder: str | Path | None, keep_last: int | None) -> None:
         self._ppo, self._keep_last = ppo, keep_last
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else folder_path(folder)
         self.failed: OSError | None = None
-        if folder is not None:
-            make_folder(folder)
+        if self.folder is not None:
+            make_folder(self.folder)
 
     def __enter__(self) -> Checkpoints:
         if self.folder is not None:

@@ -63,6 +63,25 @@ def test_what_is_no_callback_is_refused_before_training(wrong):
     assert trainer.progress.steps == 0
 
 
+@pytest.mark.parametrize("wrong", [3, "print", lambda: None, lambda step, more: None])
+def test_what_is_no_function_of_a_step_is_refused_before_training(wrong):
+    trainer = tiny_trainer()
+    with pytest.raises(TypeError, match=r"on_step: got .*, expected a function of a Step, or None"):
+        trainer.train(PROMPTS, 1, 2, on_step=wrong, **QUIET)
+    assert trainer.progress.steps == 0
+
+
+@pytest.mark.parametrize("right", [print, [].append, lambda *args: None, lambda s, more=1: None])
+def test_functions_that_take_a_step(right):
+    tiny_trainer().train(PROMPTS, 1, 2, on_step=right, **QUIET)
+
+
+@pytest.mark.parametrize("folder", [3, b"x", ["x"], "a\0b", ""])
+def test_what_is_no_folder_is_named(folder):
+    with pytest.raises(ValueError, match=r"^checkpoint_dir: .* cannot be made a folder"):
+        tiny_trainer().train(PROMPTS, 1, 2, checkpoint_dir=folder, **QUIET)
+
+
 @pytest.mark.parametrize("method", ["on_step", "on_evaluate"])
 def test_an_error_in_a_callback_ends_the_run_after_a_checkpoint(tmp_path, method):
     class Fails(Told):
