@@ -110,8 +110,8 @@ def _counts(module: nn.Module, visited: float) -> tuple[float, float]:
 def _products(module: nn.Module) -> Iterator[tuple[str, int, bool]]:
     """Yield name, number of weights and whether they are trained, of each matrix in a module."""
     for name, part in module.named_modules():
-        if hasattr(part, "base_layer") or isinstance(part, nn.Embedding):
-            continue  # a wrapper of adapters has the matrices as modules of their own
+        if isinstance(part, nn.Embedding):
+            continue  # a row is looked up
         for key, weight in part.named_parameters(recurse=False):
             if hasattr(part, "in_features") and key == "weight":
                 # packed in 4 bits, a weight has fewer elements

@@ -69,8 +69,8 @@ def test_quantiles_of_ratios_are_torchs_over_counted_tokens():
     parts = [torch.randn(3, 5, generator=g), torch.randn(2, 7, generator=g)]
     masks = [torch.rand(part.shape, generator=g) < 0.7 for part in parts]
     counted = torch.cat([p[m] for p, m in zip(parts, masks, strict=True)]).double().exp()
-    for part, mask in zip(parts, masks, strict=True):
-        part[~mask] = math.nan
+    for part, mask, garbage in zip(parts, masks, (math.nan, -50.0), strict=True):
+        part[~mask] = garbage
     found = ratio_quantiles(parts, masks)
     for name, share in {"ratio_p01": 0.01, "ratio_p50": 0.5, "ratio_p99": 0.99}.items():
         assert found[name] == pytest.approx(float(counted.quantile(share)), rel=1e-6)

@@ -192,6 +192,35 @@ def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, caplog):
     assert "stand-in failed, and the run goes on (ConnectionError: the network" in warnings[0]
 
 
+def test_failures_that_are_not_in_a_row_leave_no_tracker_out(tmp_path, caplog):
+    tracker = StandIn(4, 5, 7, 8, 10, 11)  # of the calls that log step 1 and others
+    run(Trackers(tracker, folder=tmp_path), 0, 9)
+    assert tracker.steps() == list(range(1, 10))
+    assert len(caplog.records) == 1
+
+
+def test_what_another_tracker_has_is_kept(tmp_path):
+    """A run resumed with other trackers does not forget the first one's."""
+
+    class Other(StandIn):
+        name = "other"
+
+    run(Trackers(StandIn(), folder=tmp_path), 0, 4)
+    run(Trackers(Other(), folder=tmp_path), 4, 6)
+    again = StandIn()
+    run(Trackers(again, folder=tmp_path), 2, 6)
+    assert again.steps() == [5, 6]
+
+
+def test_one_reward_is_no_column(tmp_path):
+    tracker, made = StandIn(), step(1)
+    trackers = Trackers(tracker, folder=tmp_path)
+    trackers.on_start(SETTINGS, 0)
+    trackers.on_step(replace(made, rewards={"one": made.rewards["one"]}))
+    [(_, _, columns, _)] = tracker.tables
+    assert columns == ["prompt", "completion", "score"]
+
+
 def test_a_tracker_that_fails_again_and_again_is_left_out(tmp_path, caplog):
     tracker, sound = StandIn(*range(4, 99)), StandIn()
     with caplog.at_level(logging.WARNING):
