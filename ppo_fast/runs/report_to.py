@@ -39,7 +39,8 @@ class Trackers(Callback):
             are installed; "none": none. Or objects of classes derived from accelerate's
             ``GeneralTracker``.
         project: what the trackers group runs by.
-        run_name: of this run; None: the folder's name, or the date.
+        run_name: of this run; None: the folder's name (of one called "checkpoints", its parent's),
+            or without a folder the time.
         folder: where trackers.json and local files go, TensorBoard's into its "tensorboard"; None:
             runs/<run_name>.
         metric_names: "trl": as TRL's PPOTrainer names them, where the meaning is the same.
@@ -67,8 +68,7 @@ class Trackers(Callback):
             raise ValueError(f"samples: got {samples!r}, expected a whole number of at least 0")
         self._startable = known_trackers(report_to)
         self._project, self._samples, self._names = project, samples, metric_names
-        default = None if folder is None else Path(folder).resolve().name
-        self._run_name = run_name or default or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        self._run_name = run_name or _name_of(folder)
         self._folder = Path("runs", self._run_name) if folder is None else Path(folder)
         self._running: list[RunningTracker] = []
         self._settings: Mapping[str, Any] = {}
@@ -164,3 +164,11 @@ class Trackers(Callback):
                 file.write(json.dumps(state, indent=2).encode())
         except OSError as error:
             logger.warning("%s cannot be written (%s)", self._folder / FILE, error)
+
+
+def _name_of(folder: Path | str | None) -> str:
+    """Return a name for a run in ``folder``."""
+    if folder is None:
+        return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    path = Path(folder).resolve()
+    return path.parent.name if path.name == "checkpoints" else path.name

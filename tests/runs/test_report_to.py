@@ -21,6 +21,7 @@ from ppo_fast.data.evaluated import Evaluated
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.scores import Scores
 from ppo_fast.data.step import Step
+from ppo_fast.runs import report_to
 from ppo_fast.runs.report_to import Trackers
 from ppo_fast.runs.running_tracker import as_settings
 from ppo_fast.runs.tracker_kinds import KINDS, Table, TrackedRun, as_markdown
@@ -251,7 +252,7 @@ def test_one_that_does_not_start_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("report_to", "error", "message"),
+    ("asked", "error", "message"),
     [
         ("tensorbord", ValueError, "got 'tensorbord'.*did you mean 'tensorboard'"),
         (["tensorboard", "x"], ValueError, "got 'x', expected some of aim"),
@@ -259,9 +260,9 @@ def test_one_that_does_not_start_is_an_error(tmp_path):
         (StandIn, TypeError, "got type"),
     ],
 )
-def test_bad_names_are_errors_at_once(report_to, error, message):
+def test_bad_names_are_errors_at_once(asked, error, message):
     with pytest.raises(error, match=message):
-        Trackers(report_to)
+        Trackers(asked)
 
 
 def test_a_package_that_is_missing_is_an_error_at_once(monkeypatch):
@@ -352,3 +353,18 @@ def test_a_file_that_is_broken_begins_new_runs(tmp_path, caplog):
 def test_settings_are_numbers_booleans_or_texts():
     given = {"a": True, "b": 2, "c": math.inf, "d": ["x"], "e": "y"}
     assert as_settings(given) == {"a": True, "b": 2, "c": "inf", "d": "['x']", "e": "y"}
+
+
+def test_names_of_runs(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        report_to, "TrackedRun", lambda *run: made.append(run[1]) or TrackedRun(*run)
+    )
+    monkeypatch.chdir(tmp_path)
+    for options in ({"folder": "a/checkpoints"}, {"folder": "b"}, {"folder": "b", "run_name": "c"}):
+        run(Trackers(StandIn(), **options), 0, 1)
+    assert made == ["a", "b", "c"]
+    run(Trackers("tensorboard"), 0, 1)
+    [folder] = (tmp_path / "runs").iterdir()
+    assert folder.name == made[-1]
+    assert events(folder).Scalars("mean_reward")
