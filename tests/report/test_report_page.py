@@ -330,6 +330,8 @@ def test_a_page_of_a_long_run_is_small(tmp_path):
     assert len(made.encode()) < 5_000_000
     assert max(map(len, found.texts)) < samples.LONGEST_COMPLETION + 100
     assert found.tags.count("figure") < curves.MOST_CHARTS + 40
+    assert "k100" in found.text
+    assert "k309" not in found.text
     assert "more metrics have no chart here" in found.text
     assert "The first 200 events are left out." in found.text
     assert f"({1_000_001 - samples.LONGEST_PROMPT:,} characters more)" in found.text
