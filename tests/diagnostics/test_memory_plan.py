@@ -257,12 +257,27 @@ def place(tmp_path, monkeypatch):
     tiny_config("llama", layers=1, hidden=512).save_pretrained("policy")
 
 
+@pytest.mark.parametrize("options", [{}, {"compute_dtype": "bfloat16", "trained_weights": "kahan"}])
+def test_what_a_check_of_both_gradients_and_an_undo_take(options):
+    def plan(device="cpu", **more):
+        config = PPOConfig(critic="model", **options, **more)
+        shape = tiny_config("llama", layers=2)
+        return plan_memory(shape, config, batch_size=2, prompt_length=8, device=device)
+
+    both, apart = plan(), plan(check_gradients_together=False)
+    assert both.gradients > 1.4 * apart.gradients, "the value model has no LM head"
+    undone = plan(undo_updates=True)
+    assert undone.undo == both.gradients + both.optimizer
+    assert undone.peak == both.peak + undone.undo
+    assert plan("cuda", undo_updates=True).undo == 0, "it is in host memory"
+
+
 def test_the_command(place, capsys):
     tiny_config("llama", layers=4).save_pretrained("policy")
     rows = shown_by(capsys, "--memory", "0.0001")
     assert list(rows)[-6:] == [
-        "logits",
         "reward model",
+        "undo",
         "peak",
         "with a margin of 10%",
         "fits 0.0001 GB",
