@@ -84,7 +84,7 @@ static int decide(int kind, int writes) {
   int what = decide(kind, writes); \
   if (what == REFUSED) return (type)-1; \
   type result = call; \
-  if (what == END_AFTER) end_process(); \
+  if (what != GO_ON) end_process(); \
   return result
 
 static int opened(int file, int of_folder) {

@@ -32,7 +32,7 @@ from soak.part import Found
 from soak.worker import Report, Worker, import_all_of
 
 PACKAGE = str(Path(ppo_fast.__file__).parent)
-BATCH = 100  # cases in one process
+BATCH = 50  # cases in one process
 SECONDS = 20  # after which a case hangs
 ALLOWED = (ValueError, TypeError, OSError, RuntimeError, ArithmeticError, ImportError)
 ARGUMENTS = (

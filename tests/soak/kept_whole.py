@@ -14,6 +14,7 @@ from ppo_fast.runs.checkpoint import checkpoint_path, load
 from ppo_fast.runs.files import HALF
 from ppo_fast.runs.kept import checkpoints_in
 
+TIMES = ("time", "perf/")
 LOGS = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "evaluation_samples.jsonl")
 
 
@@ -111,4 +112,4 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def without_times(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the lines without what no two runs have in common."""
-    return [{k: v for k, v in line.items() if not k.startswith("time")} for line in found]
+    return [{k: v for k, v in line.items() if not k.startswith(TIMES)} for line in found]

@@ -2,14 +2,17 @@
 
 python -m soak.run [--seconds 3600] [kills faults fuzz steady]
 python -m soak.run --seed 123 fuzz     one case again
+python -m soak.run --small             what the tests run of it: the same few cases
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,17 +23,21 @@ from soak.file_faults import build, start_again_with
 from soak.part import Part, State
 
 # Seconds that a part runs before the next has its turn.
-TURN = 300.0
+TURN = 120.0
+# Cases of each part, and steps of a long run, in the tests.
+SMALL = {"kills": 4, "faults": 12, "fuzz": 1, "steady": 1}
+SMALL_STEPS = 100
 
 
-def makers() -> dict[str, Callable[[], Part]]:
-    """Return what makes each part, by name."""
+def makers(steps: int | None = None) -> dict[str, Callable[[], Part]]:
+    """Return what makes each part, by name. ``steps`` are those of a long run; None: as usual."""
     from soak.faults import Faults
     from soak.fuzz import Fuzz
     from soak.kills import Kills
-    from soak.steady import Steady
+    from soak.steady import STEPS, Steady
 
-    return {"kills": Kills, "faults": Faults, "fuzz": Fuzz, "steady": Steady}
+    steady = partial(Steady, steps or STEPS)
+    return {"kills": Kills, "faults": Faults, "fuzz": Fuzz, "steady": steady}
 
 
 def main() -> int:
@@ -39,17 +46,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("parts", nargs="*", help="kills, faults, fuzz, steady; none: all")
     parser.add_argument("--seconds", type=float, default=3600.0, help="of this call")
-    parser.add_argument("--cases", type=int, help="of each part in this call, at most")
+    parser.add_argument("--small", action="store_true", help="a few cases of each part")
     parser.add_argument("--folder", type=Path, default=Path("build/soak"))
     parser.add_argument("--seed", type=int, help="run this one case of the part again")
     given = parser.parse_args()
     start_again_with(build(given.folder.resolve()))
     torch.set_num_threads(1)  # before there is any thread: a forked process would lack it
-    chosen = {name: makers()[name] for name in given.parts or makers()}
+    all_parts = makers(SMALL_STEPS if given.small else None)
+    chosen = {name: all_parts[name] for name in given.parts or all_parts}
     if given.seed is not None:
         return run_again(next(iter(chosen.values()))(), given.seed)
     states = {name: State(given.folder / f"{name}.json") for name in chosen}
-    run(chosen, states, given.seconds, given.cases)
+    run(chosen, states, math.inf if given.small else given.seconds, small=given.small)
     show(states)
     return int(any(state.failures for state in states.values()))
 
@@ -66,7 +74,8 @@ def run(
     chosen: dict[str, Callable[[], Part]],
     states: dict[str, State],
     seconds: float,
-    cases: int | None,
+    *,
+    small: bool,
 ) -> None:
     """Run the parts in turns, for so long or until all reach their targets."""
     ends = time.monotonic() + seconds
@@ -74,8 +83,9 @@ def run(
     left = list(parts)
     while left and (time_left := ends - time.monotonic()) > 0:
         name = left.pop(0)
-        done = states[name].run(parts[name], min(TURN, time_left), cases)
-        if not done and cases is None:
+        turn = math.inf if small else min(TURN, time_left)
+        done = states[name].run(parts[name], turn, SMALL[name] if small else None)
+        if not done and not small:
             left.append(name)
     for part in parts.values():
         part.close()

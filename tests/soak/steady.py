@@ -15,7 +15,7 @@ from soak.part import Found
 from soak.tiny_runs import VARIANTS, TinyRun, make_place, warm_up
 from soak.worker import Report
 
-STEPS, EVERY = 1000, 50
+STEPS, EVERY = 1000, 20
 # Rise of memory that is none, in MB: the allocator's; measured from a fifth of the run on.
 MEGABYTES = 8.0
 # Rise of Python's objects that is none: lists of numbers grow, objects that the collector tracks do
