@@ -137,6 +137,7 @@ class Running:
                 num_steps=self.progress.steps + num_steps,
                 checkpoint_freq=checkpoint_freq,
                 keep_last=keep_last,
+                keep_best=0 if evaluation is None else evaluation.keep_best,
             )
         told = [*Callbacks(callbacks).all]
         if report_to:
@@ -257,14 +258,18 @@ class Running:
         num_steps: int,
         checkpoint_freq: int,
         keep_last: int | None = None,
+        keep_best: int = 0,
         exports: Mapping[str, int] | None = None,
+        name: str = "checkpoint_dir",
     ) -> None:
         """Check that what a run will write fits on the disk; ``train`` does it.
 
         Args:
             checkpoint_dir, checkpoint_freq, keep_last: as in ``train``.
+            keep_best: as in ``Evaluation``.
             num_steps: of the whole run.
             exports: bytes of what is written after it, by name.
+            name: of the folder, for messages.
 
         Raises:
             ValueError: it does not fit. Where only some of the checkpoints do, it is logged.
@@ -277,6 +282,8 @@ class Running:
             num_steps=num_steps,
             checkpoint_freq=checkpoint_freq,
             keep_last=keep_last,
+            keep_best=keep_best,
+            name=name,
             done=self.progress.steps,
             existing=len(checkpoints_in(folder)),
         )

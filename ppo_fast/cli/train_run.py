@@ -84,6 +84,8 @@ class TrainRun:
                 num_steps=self.settings.num_steps,
                 checkpoint_freq=self.settings.checkpoint_freq,
                 keep_last=self.settings.keep_last,
+                keep_best=0 if self.evaluation is None else self.evaluation.keep_best,
+                name="output_dir",
                 exports=self._exports(ppo),
             )
             folder.write_config(ppo.config, **self.settings.own_settings())

@@ -88,7 +88,7 @@ def train(
     limit = TimeLimit(max_time)
     Sampling(1, 1.0 if temperature is None else temperature)  # Sampling checks the temperature
     ppo.plan_run(num_steps, num_epochs)
-    told = Callbacks([Health(), *Callbacks(callbacks).all], on_step)
+    told = Callbacks([*Callbacks(callbacks).all, Health()], on_step)
     prompts = ppo.check_prompts(prompts, max_length)
     ppo.progress.note_data(prompts)
     evaluator, history = Evaluator(ppo, evaluation), History()
