@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from ppo_fast.runs.kept import checkpoints_in, remove_old
 from ppo_fast.runs.model_card import ModelCard
 from soak.file_faults import Action, FileFaults
 from soak.kept_whole import damage_of_export, differences, lost
-from soak.part import Found
+from soak.part import Found, work_folder
 from soak.tiny_runs import TinyRun, make_place, warm_up
 from soak.worker import Ended, Report, Worker
 
@@ -38,7 +37,7 @@ class Faults:
     counted = "cases"
 
     def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="soak-faults-"))
+        self._folder = work_folder("faults")
         self._place = make_place(self._folder / "place")
         self._plan = FileFaults()
         warm_up(self._place, self._folder)

@@ -13,7 +13,6 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import traceback
 import warnings
 from collections import Counter
@@ -28,7 +27,7 @@ from tiny_trainer import count_letters
 import ppo_fast
 from ppo_fast import PPO, PPOConfig, ValueModel
 from soak import fuzz_inputs, fuzz_settings
-from soak.part import Found
+from soak.part import Found, work_folder
 from soak.worker import Report, Worker, import_all_of
 
 PACKAGE = str(Path(ppo_fast.__file__).parent)
@@ -53,7 +52,7 @@ class Fuzz:
     target, counted = 10_000, "cases"
 
     def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="soak-fuzz-"))
+        self._folder = work_folder("fuzz")
         self._output = self._folder / "output"
         import_all_of(lambda report: _run(range(2), self._folder / "warm", report), self._output)
 

@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from ppo_fast.runs.kept import checkpoints_in
 from soak.file_faults import Action, FileFaults
 from soak.kept_whole import differences, lost
 from soak.kept_whole import lines as lines_of
-from soak.part import Found
+from soak.part import Found, work_folder
 from soak.tiny_runs import VARIANTS, TinyRun, make_place, warm_up
 from soak.worker import Ended
 
@@ -34,7 +33,7 @@ class Kills:
     target, counted = 1000, "kills"
 
     def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="soak-kills-"))
+        self._folder = work_folder("kills")
         self._place = make_place(self._folder / "place")
         self._faults = FileFaults()
         warm_up(self._place, self._folder)

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from ppo_fast.runs.files import written
+
+
+def work_folder(name: str) -> Path:
+    """Make a new folder for a part, in memory if possible: a disk's fsync would take most of the
+    time, and what a killed process has written is as safe there."""
+    memory = Path("/dev/shm")
+    return Path(tempfile.mkdtemp(prefix=f"soak-{name}-", dir=memory if memory.is_dir() else None))
 
 
 class Found(NamedTuple):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ppo_fast.ppo import PPO
-from soak.part import Found
+from soak.part import Found, work_folder
 from soak.tiny_runs import VARIANTS, TinyRun, make_place, warm_up
 from soak.worker import Report
 
@@ -40,7 +39,7 @@ class Steady:
 
     def __init__(self, steps: int = STEPS) -> None:
         self.steps, self.target = steps, steps * len(VARIANTS)
-        self._folder = Path(tempfile.mkdtemp(prefix="soak-steady-"))
+        self._folder = work_folder("steady")
         self._place = make_place(self._folder / "place")
         warm_up(self._place, self._folder)
 
