@@ -58,8 +58,6 @@ class Follower:
         file.seek(self._place)
         while part := file.readline(LONGEST):
             ended = part.endswith(b"\n")
-            if not ended and len(part) < LONGEST:
-                break
             if ended and not longer and (record := record_of(part)) is not None:
                 found.append(record)
             longer = not ended

@@ -87,6 +87,29 @@ def test_samples_are_read_from_the_ends_alone(tmp_path, monkeypatch):
     assert [one["prompt"] for one in run.samples.first] == ["3.0", "3.1"]
 
 
+def test_samples_of_a_step_that_begins_where_reading_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(lines, "LONGEST", 1000)
+    path = tmp_path / "samples.jsonl"
+    found = [{"step": s, "prompt": "x" * 73} for s in (10, 20) for _ in range(10)]
+    assert write_lines(path, found).stat().st_size == 2000
+    assert len(lines.last_step(path)) == 10
+
+
+def test_numbers_that_json_does_not_have_are_none():
+    assert lines.record_of(b'{"step": 1, "a": NaN, "b": -Infinity}') == {
+        "step": 1, "a": None, "b": None,
+    }  # fmt: skip
+
+
+def test_evaluations_are_in_order_and_the_last_of_a_step_counts(tmp_path):
+    folder = write_run(tmp_path / "run", steps=5)
+    found = [{"step": s, "reward": r} for s, r in ((10, 1.0), (0, 2.0), (10, "x"), (5, 3.0))]
+    write_lines(folder / "evaluations.jsonl", found)
+    assert read(folder).evaluations == [
+        {"step": 0, "reward": 2.0}, {"step": 5, "reward": 3.0}, {"step": 10, "reward": None},
+    ]  # fmt: skip
+
+
 def test_a_line_in_parts_is_no_shorter_line(tmp_path, monkeypatch):
     monkeypatch.setattr(lines, "LONGEST", 50)
     path = tmp_path / "a.jsonl"
