@@ -30,7 +30,7 @@ def save_results(
     held_out: int,
     last: int,
 ) -> None:
-    """Save policy/ and critic/ in the run's folder, each with a card, and push the policy.
+    """Save policy/, critic/ and report.html in the run's folder, and push the policy.
 
     Args:
         run: the command.
@@ -39,6 +39,8 @@ def save_results(
         held_out: number of prompts that were held out.
         last: the last step; the weights may be those of an earlier one.
     """
+    from ppo_fast.report.page import write_page
+    from ppo_fast.report.read import read_runs
     from ppo_fast.runs.export import export_policy, save_critic
     from ppo_fast.runs.hub import push_to_hub
     from ppo_fast.runs.model_card import ModelCard, card_of_run
@@ -68,6 +70,8 @@ def save_results(
     )
     what = "trained policy" if kind == "policy" else "trained adapter"
     console.print(plain(f"{what}: {folder}"), soft_wrap=True)
+    write_page(run.output_dir / "report.html", read_runs([run.output_dir]))
+    console.print(plain(f"report: {run.output_dir / 'report.html'}"), soft_wrap=True)
     if run.push_to_hub is not None:
         url = push_to_hub(folder, run.push_to_hub)
         console.print(plain(f"pushed: {url}"), soft_wrap=True)

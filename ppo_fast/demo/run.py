@@ -24,6 +24,8 @@ from ppo_fast.data.tokens import Tokens
 from ppo_fast.demo.smollm2 import load_smollm2
 from ppo_fast.demo.task import distinct_2, load_prompts, plot_curves, positivity
 from ppo_fast.ppo import PPO
+from ppo_fast.report.page import write_page
+from ppo_fast.report.read import read_runs
 from ppo_fast.runs.display import StepDisplay
 from ppo_fast.runs.export import export_policy
 from ppo_fast.runs.folder import RunFolder
@@ -158,6 +160,7 @@ def _run(
     folder.write_evaluation(after.evaluated(num_steps))
     numbers = {"before": before.summary(), "after": after.summary()}
     (output_dir / "evaluation.json").write_text(json.dumps(numbers, indent=2), "utf-8")
+    write_page(output_dir / "report.html", read_runs([output_dir]))
     plot_curves(output_dir / "learning.png", range(1, len(rewards) + 1), rewards, kls)
     minutes, peak = (time.perf_counter() - started) / 60, peak_gigabytes()
     console.print(samples_table(before, after))
@@ -165,7 +168,7 @@ def _run(
     memory = "" if peak is None else f" and {peak:.1f} GB"
     summary = (
         f"mean reward {before.reward:+.2f} -> {after.reward:+.2f} in {minutes:.1f} minutes"
-        f"{memory}; everything is in {output_dir}: learning.png, metrics.jsonl, samples.jsonl, "
+        f"{memory}; everything is in {output_dir}: report.html, learning.png, metrics.jsonl, samples.jsonl, "
         "policy/ (loads with AutoModelForCausalLM.from_pretrained)"
     )
     console.print(plain(summary), soft_wrap=True)

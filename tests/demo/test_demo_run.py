@@ -53,6 +53,7 @@ def test_the_demo_shows_texts_as_they_are(tiny_demo, tmp_path, name):
         "learning.png",
         "metrics.jsonl",
         "policy",
+        "report.html",
         "samples.jsonl",
     }
     assert numbers.keys() == {"before", "after"}
