@@ -128,7 +128,7 @@ def _line(index: int, run: Run, picture: Picture, most: int) -> Line:
         index,
         raw=thin(steps, values, most),
         smooth=smoothed(steps, values, most // 2) if len(course) > 5 else [],
-        middle=thin(middle.steps, middle.values, most // 2),
+        middle=smoothed(middle.steps, middle.values, most // 2),
         band=thin_band(*_band(run, picture), most // 2),
         healthy=healthy(picture.metric, course),
     )

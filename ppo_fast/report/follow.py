@@ -9,6 +9,7 @@ from typing import IO
 from ppo_fast.report.lines import LONGEST, Record, record_of
 
 MARK = 64  # bytes before the place up to which a file was read
+MOST = 2000  # objects that one call returns
 
 
 class Follower:
@@ -27,7 +28,8 @@ class Follower:
         """Return whether the file's lines replace those read before, and the objects of new lines.
 
         They do where the file is another one, or has changed before the place up to which it was
-        read. A last line that has no end yet is left for a later call.
+        read. A last line that has no end yet is left for a later call, and so is what follows after
+        ``MOST`` objects.
         """
         try:
             file = self.path.open("rb")
@@ -56,7 +58,7 @@ class Follower:
     def _new_lines(self, file: IO[bytes]) -> list[Record]:
         found, longer = [], False
         file.seek(self._place)
-        while part := file.readline(LONGEST):
+        while len(found) < MOST and (part := file.readline(LONGEST)):
             ended = part.endswith(b"\n")
             if ended and not longer and (record := record_of(part)) is not None:
                 found.append(record)

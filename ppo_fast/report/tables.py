@@ -11,17 +11,18 @@ from ppo_fast.report.read import Run
 LONGEST_VALUE, MOST_ITEMS = 300, 20
 
 
-def table(caption: str, head: Iterable[Child], rows: Iterable[Sequence[Child]]) -> Html:
+def table(caption: str, head: Sequence[Child], rows: Iterable[Sequence[Child]]) -> Html:
     """Return a table, which scrolls where it is too wide; a row's first cell is its head."""
     body = [
         element("tr", element("th", row[0], scope="row"), *(element("td", c) for c in row[1:]))
         for row in rows
     ]
     heads = [element("th", cell, scope="col") for cell in head]
+    titles = element("thead", element("tr", *heads)) if any(head) else None
     inside = element(
         "table",
         element("caption", caption),
-        element("thead", element("tr", *heads)),
+        titles,
         element("tbody", *body),
     )
     return element("div", inside, class_="wide", tabindex="0", role="region", aria_label=caption)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from ppo_fast.report.courses import Courses
-from ppo_fast.report.follow import Follower
+from ppo_fast.report.follow import MOST, Follower
 from ppo_fast.report.lines import Record, as_step
 from ppo_fast.report.read import read_config, read_evaluations
 
@@ -41,18 +42,18 @@ class Watched:
 
     def update(self) -> None:
         """Read what is new."""
-        replaced, new = self._metrics.read()
-        if replaced:
-            self.courses = Courses()
-        for record in new:
-            self.courses.add(record)
-        replaced, new = self._events.read()
-        self.events = ([] if replaced else self.events) + new
-        del self.events[:-LAST_EVENTS]
-        replaced, new = self._samples.read()
-        if replaced or new:
-            newest = new[-1]["step"] if new else None
-            self.sample = next((one for one in new if one["step"] == newest), None)
+        for replaced, new in _all_of(self._metrics):
+            if replaced:
+                self.courses = Courses()
+            for record in new:
+                self.courses.add(record)
+        for replaced, new in _all_of(self._events):
+            self.events = ([] if replaced else self.events) + new
+            del self.events[:-LAST_EVENTS]
+        for replaced, new in _all_of(self._samples):
+            if replaced or new:
+                newest = new[-1]["step"] if new else None
+                self.sample = next((one for one in new if one["step"] == newest), None)
         if self._changed("config.yaml"):
             self.config = read_config(self.folder)
         # each is asked, whatever the other says
@@ -96,3 +97,12 @@ class Watched:
         before = self._seen.get(name)
         self._seen[name] = now
         return now != before
+
+
+def _all_of(follower: Follower) -> Iterator[tuple[bool, list[Record]]]:
+    """Yield what is new in a file, in pieces of bounded length."""
+    while True:
+        replaced, new = follower.read()
+        yield replaced, new
+        if len(new) < MOST:
+            return

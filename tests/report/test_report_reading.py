@@ -12,7 +12,7 @@ import pytest
 from command_line import fails_in_a_line
 from run_folders import append, write_config, write_lines, write_run
 
-from ppo_fast.report import lines
+from ppo_fast.report import follow, lines
 from ppo_fast.report.follow import Follower
 from ppo_fast.report.page import page
 from ppo_fast.report.read import read_runs
@@ -206,6 +206,12 @@ def test_a_follower_begins_anew_where_the_file_is_another(tmp_path):
     assert follower.read() == (False, [])
     append(path, '{"step": 9}\n')
     assert follower.read() == (True, [{"step": 9}])
+
+
+def test_a_follower_returns_a_bounded_number_of_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(follow, "MOST", 3)
+    follower = Follower(write_lines(tmp_path / "a.jsonl", [{"step": s} for s in range(7)]))
+    assert [len(follower.read()[1]) for _ in range(4)] == [3, 3, 1, 0]
 
 
 def test_a_follower_of_the_end_of_a_file(tmp_path):

@@ -19,6 +19,7 @@ from rich.console import Console
 from run_folders import START, append, metrics_line, sample_lines, write_config, write_run
 
 from ppo_fast.cli.main import main
+from ppo_fast.report.follow import MOST
 from ppo_fast.report.terminal import ASCII_BLOCKS, BLOCKS, Picture, sparkline
 from ppo_fast.report.watched import Watched
 
@@ -122,6 +123,14 @@ def test_it_follows_a_growing_and_a_resumed_run(tmp_path):
     assert "step 2 of 9" in picture(run)
     assert "evaluated reward  0.5 at step 2" in picture(run)
     assert "step 2  INFO  hello" in picture(run)
+
+
+def test_a_long_run_is_read_whole(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    text = "".join(f'{{"step": {step}, "entropy": 1}}\n' for step in range(1, 2 * MOST + 2))
+    append(folder / "metrics.jsonl", text)
+    assert len(watched(folder).courses["entropy"]) == 2 * MOST + 1
 
 
 def test_no_text_reaches_the_terminal_as_an_instruction(tmp_path):
