@@ -56,7 +56,8 @@ class Follower:
         return file.tell()
 
     def _new_lines(self, file: IO[bytes]) -> list[Record]:
-        found, longer = [], False
+        found: list[Record] = []
+        longer = False
         file.seek(self._place)
         while len(found) < MOST and (part := file.readline(LONGEST)):
             ended = part.endswith(b"\n")
