@@ -47,16 +47,23 @@ class Healthy(NamedTuple):
 
     low, high: None: no bound on that side.
     start: the step from which on it is looked at.
+    share: of the metric's first values, which the lowest bound is; None: it is a fixed number.
     """
 
     low: float | None
     high: float | None
     start: int = 1
+    share: float | None = None
 
     def __str__(self) -> str:
-        parts = [] if self.low is None else [f"above {self.low:.3g}"]
-        parts += [] if self.high is None else [f"below {self.high:.3g}"]
-        late = f" from step {self.start} on" if self.start > 1 else ""
+        parts = []
+        if self.share is not None:
+            parts.append(f"above {self.share:.0%} of where it began")
+        elif self.low is not None:
+            parts.append(f"above {self.low:.3g}")
+        if self.high is not None:
+            parts.append(f"below {self.high:.3g}")
+        late = f", from step {self.start} on" if self.start > 1 else ""
         return " and ".join(parts) + late
 
 
@@ -67,7 +74,7 @@ def healthy(metric: str, course: Course) -> Healthy | None:
         low = LEAST_SHARE[metric] * _mean(course.values[:FIRST])
     if low is None and high is None:
         return None
-    return Healthy(low, high, FROM_STEP.get(metric, 1))
+    return Healthy(low, high, FROM_STEP.get(metric, 1), LEAST_SHARE.get(metric))
 
 
 def _mean(values: Sequence[float]) -> float:

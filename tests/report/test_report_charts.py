@@ -142,6 +142,18 @@ def test_bounds_are_those_that_runs_warn_of(one):
     }  # fmt: skip
 
 
+def test_bounds_in_words():
+    course = course_of([2.0] * 20)
+    found = [
+        str(healthy(name, course)) for name in ("kl_sequence", "explained_variance", "entropy")
+    ]
+    assert found == [
+        "below 50", "above 0, from step 50 on", "above 10% of where it began, from step 20 on",
+    ]  # fmt: skip
+    assert healthy("entropy", course).low == pytest.approx(0.2)
+    assert healthy("of_a_user", course) is None
+
+
 def test_metrics_of_a_band_have_no_chart_of_their_own():
     names = [
         "mean_reward", "reward_std", "reward/a/mean", "reward/a/std", "response_length",
