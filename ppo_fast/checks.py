@@ -11,9 +11,10 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import field, fields
 from functools import wraps
-from numbers import Integral, Real
+from numbers import Integral, Rational, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -171,11 +172,15 @@ def check_fields(settings: Any) -> None:
 
 
 def plain_numbers(value: Any) -> Any:
-    """Return ``value`` with numpy's numbers as Python's, in lists, tuples and dicts too."""
+    """Return ``value`` with numpy's numbers as Python's, and fractions, which torch does not take,
+    as floats; in lists, tuples and dicts too."""
     if isinstance(value, dict):
         return {plain_numbers(key): plain_numbers(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(plain_numbers(item) for item in value)
+    if isinstance(value, Rational) and not isinstance(value, Integral):
+        with suppress(OverflowError):  # beyond all ranges
+            return float(value)
     is_number = type(value).__module__ == "numpy" and getattr(value, "shape", None) == ()
     return value.item() if is_number else value
 

@@ -9,6 +9,7 @@ import pickle
 import pydoc
 import re
 from dataclasses import FrozenInstanceError, fields, replace
+from fractions import Fraction
 
 import pytest
 
@@ -316,3 +317,12 @@ def test_settings_override_a_preset(preset):
     assert preset(learning_rate=0.5, num_epochs=3).learning_rate == 0.5
     with pytest.raises(TypeError, match="unknown argument 'learning_rat'; did you mean"):
         preset(learning_rat=0.5)
+
+
+def test_fractions_become_floats():
+    """torch's optimizers take none."""
+    config = PPOConfig(learning_rate=Fraction(1, 4), reward_weights=[Fraction(1, 2), 1])
+    assert (config.learning_rate, config.reward_weights) == (0.25, (0.5, 1))
+    assert type(config.learning_rate) is float
+    with pytest.raises(ValueError, match="learning_rate: got Fraction"):
+        PPOConfig(learning_rate=Fraction(10**400, 3))
