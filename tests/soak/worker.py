@@ -97,8 +97,11 @@ def _run(task: Callable[[Report], int | None], output: Path, writer: int) -> Non
         status = task(partial(_write_line, writer))
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else 1
-    except BaseException:
+    except BaseException as error:
         traceback.print_exc()
+        if isinstance(error, KeyboardInterrupt):  # as Python itself ends
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
     finally:
         os._exit(status or 0)
 
