@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ppo_fast.runs.files import written
 
@@ -68,7 +68,7 @@ class State:
         self.counts: Counter[str] = Counter(found.get("counts", {}))
         self.counted: str = found.get("counted", "")
         self.target: int = found.get("target", 0)
-        self.failures: list[dict[str, object]] = found.get("failures", [])
+        self.failures: list[dict[str, Any]] = found.get("failures", [])
 
     def save(self) -> None:
         """Write the file, whole or not at all."""
@@ -76,6 +76,15 @@ class State:
         text = json.dumps({name: getattr(self, name) for name in names}, indent=1)
         with written(self.path) as file:
             file.write(text.encode())
+
+    def try_again(self, part: Part) -> None:
+        """Run the cases that failed again, since the code may have been mended: what is wrong now
+        stays."""
+        for number in sorted({failure["case"] for failure in self.failures}):
+            found = part.case(number)
+            self.failures = [f for f in self.failures if f["case"] != number]
+            self.failures += [{"case": number, "what": what} for what in found.failures]
+            self.save()
 
     def run(self, part: Part, seconds: float, cases: int | None = None) -> bool:
         """Run cases for so long, or so many, or to the part's target; return if it is reached."""

@@ -80,6 +80,8 @@ def run(
     """Run the parts in turns, for so long or until all reach their targets."""
     ends = time.monotonic() + seconds
     parts = {name: make() for name, make in chosen.items()}
+    for name, part in parts.items():
+        states[name].try_again(part)
     left = list(parts)
     while left and (time_left := ends - time.monotonic()) > 0:
         name = left.pop(0)

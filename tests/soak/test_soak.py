@@ -149,3 +149,14 @@ def test_a_part_goes_on_where_it_was(tmp_path):
     assert State(path).failures == [{"case": 3, "what": "lost"}]
     assert State(path).run(part, 60)
     assert len(part.seen) == 5, "its target is reached"
+
+
+def test_a_mended_case_is_no_failure_any_more(tmp_path):
+    path, part = tmp_path / "state.json", Counting()
+    State(path).run(part, 60)
+    State(path).try_again(part)
+    assert State(path).failures == [{"case": 3, "what": "lost"}]
+    part.case = lambda seed: Found(Counter(), [])
+    State(path).try_again(part)
+    assert State(path).failures == []
+    assert State(path).counts["cases"] == 5
