@@ -12,7 +12,7 @@ from ppo_fast.report.read import Run
 from ppo_fast.report.tables import table
 from ppo_fast.report.thin import spread
 
-MOST_CHARTS, MOST_POINTS = 24, 120
+MOST_CHARTS, MOST_POINTS, MOST_ROWS = 24, 120, 100
 
 
 def evaluations(runs: Sequence[Run], data: dict[str, Any]) -> Html | None:
@@ -76,12 +76,14 @@ def before_and_after(runs: Sequence[Run]) -> list[Html]:
             continue
         first, last = run.evaluations[0], run.evaluations[-1]
         of = f" of {cut(run.name, 60)}" if len(runs) > 1 else ""
-        names = [n for n in first if n not in ("step", "time", "standard_error")]
+        names = [n for n in first if n not in ("step", "time", "standard_error")][:MOST_ROWS]
         if first is last:
-            rows = [[n, _value(first, n)] for n in names]
+            rows = [[cut(n, 60), _value(first, n)] for n in names]
             found.append(table(f"The one evaluation{of}", ["", f"step {first['step']}"], rows))
             continue
-        rows = [[n, _value(first, n), _value(last, n), _change(first, last, n)] for n in names]
+        rows = [
+            [cut(n, 60), _value(first, n), _value(last, n), _change(first, last, n)] for n in names
+        ]
         head = ["", f"step {first['step']}", f"step {last['step']}", "change"]
         found.append(table(f"First and last evaluation{of}", head, rows))
     return found

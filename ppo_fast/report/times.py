@@ -20,7 +20,7 @@ def times(runs: Sequence[Run]) -> Html | None:
         return None
     names = [*dict.fromkeys(name for _, parts in shown for name in parts)]
     key = [
-        element("span", element("i", class_=f"key s{i}"), name.removeprefix("time/"))
+        element("span", element("i", class_=f"key s{i}"), cut(name.removeprefix("time/"), 40))
         for i, name in enumerate(names)
     ]
     figures = [
@@ -93,7 +93,12 @@ def _area(
 
 
 def _table(shown: Sequence[tuple[Run, list[str]]], names: Sequence[str]) -> Html:
-    titles = ["run", *(name.removeprefix("time/") for name in names), "a step", "all steps"]
+    titles = [
+        "run",
+        *(cut(name.removeprefix("time/"), 40) for name in names),
+        "a step",
+        "all steps",
+    ]
     heads = [element("th", title, scope="col") for title in titles]
     rows = []
     for run, parts in shown:

@@ -318,6 +318,10 @@ def test_a_page_of_a_long_run_is_small(tmp_path):
     lines.append({"step": 300, "prompt": "p", "completion": long, "score": 1})
     write_lines(folder / "samples.jsonl", lines)
     (folder / "evaluation_samples.jsonl").unlink()
+    write_lines(
+        folder / "evaluations.jsonl",
+        [{"step": s} | {f"e{i}{long[:9000]}": s for i in range(300)} for s in (0, 300)],
+    )
     events = [{"step": i, "level": "WARNING", "text": long[:20_000]} for i in range(400)]
     write_lines(folder / "events.jsonl", events)
     steps = [metrics_line(s, 300, random.Random(s)) for s in range(1, 301)]
