@@ -171,6 +171,7 @@ class ShownEvaluations(Callback):
             f"evaluation {when}: reward {metrics['reward']:+.3f} ± "
             f"{metrics['standard_error']:.3f}, {count} responses to held-out prompts",
             highlight=False,
+            soft_wrap=True,
         )
 
 
