@@ -20,7 +20,7 @@ class Report:
     folder alone, while the run goes on or after it.
     """
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...")]
     """Folders of runs (--output-dir of train), at most 12."""
     output: Path | None = None
     """File to write; None: report.html in the run's folder, or, of several runs, in the current

@@ -18,7 +18,7 @@ class Watch:
     terminal, it prints one picture, as with --once.
     """
 
-    folder: Annotated[Path, tyro.conf.Positional]
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Folder of the run (--output-dir of train); it may still be empty."""
     once: bool = False
     """Print one picture and end."""
