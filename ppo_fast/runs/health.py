@@ -54,8 +54,8 @@ def _fell_to_a_tenth(course: Sequence[float]) -> str | None:
     return f"fell from {first:.3g} to {last:.3g}" if last < 0.1 * first else None
 
 
-def _all_zero(course: Sequence[float]) -> str | None:
-    return f"is 0 for {FIRST} steps" if not any(course[-FIRST:]) else None
+def _all_zero(course: Sequence[float], steps: int = FIRST) -> str | None:
+    return f"is 0 for {steps} steps" if not any(course[-steps:]) else None
 
 
 RANGES = (
@@ -93,7 +93,7 @@ RANGES = (
     Range(
         "finished_fraction",
         LAST,
-        lambda course: _all_zero(course) if not any(course[-LAST:]) else None,
+        lambda course: _all_zero(course, LAST),
         "every response is cut off: raise max_length, or missing_eos_penalty",
     ),
 )

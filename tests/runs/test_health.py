@@ -27,7 +27,7 @@ BAD = [
     ("entropy", 2.0, 0.1, 5, r"fell from 2 to 0\.1; "),
     ("response_length", 40.0, 1.0, 5, "fell from 40 to 1; .*shrink"),
     ("reward_std", 0.5, 0.0, 5, "is 0 for 5 steps; equal rewards"),
-    ("finished_fraction", 0.5, 0.0, 10, "every response is cut off"),
+    ("finished_fraction", 0.5, 0.0, 10, "is 0 for 10 steps; every response is cut off"),
 ]
 
 
