@@ -12,7 +12,6 @@ from pathlib import Path
 from ppo_fast.runs.kept import checkpoints_in
 from soak.file_faults import Action, FileFaults
 from soak.kept_whole import differences, lost
-from soak.kept_whole import lines as lines_of
 from soak.part import Found, work_folder
 from soak.tiny_runs import VARIANTS, TinyRun, make_place, warm_up
 from soak.worker import Ended
@@ -67,7 +66,7 @@ class Kills:
                 # a checkpoint may be written and its process killed before it reported it
                 saved = max([saved, *checkpoints_in(run.folder / "checkpoints")])
                 if ended.status in (130, 143):
-                    wrong += _lost_steps(run.folder, saved)
+                    wrong += _lost_steps(ended, saved)
                 failures += [f"{variant}, {way}, goal {goal}: {x}" for x in wrong]
                 left -= 1
                 if ended.status == 0 or failures:
@@ -138,7 +137,8 @@ def _of_status(way: str | None, ended: Ended) -> list[str]:
     return []
 
 
-def _lost_steps(folder: Path, saved: int) -> list[str]:
-    """Return the steps that a run lost that was stopped by a signal and ended by itself."""
-    done = max((line["step"] for line in lines_of(folder / "metrics.jsonl")), default=0)
+def _lost_steps(ended: Ended, saved: int) -> list[str]:
+    """Return the steps that a run did and did not save, which was stopped by a signal and ended by
+    itself."""
+    done = max(ended.numbers("done"), default=0)
     return [f"step {done} was done, and step {saved} saved"] if done > saved else []

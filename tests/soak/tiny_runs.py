@@ -92,15 +92,20 @@ class TinyRun:
 
 
 def report_saves(report: Report) -> None:
-    """Report each checkpoint once it is written, in this process."""
-    save = PPO.save_checkpoint
+    """Report each step once it is done, and each checkpoint once it is written, in this process."""
+    save, step = PPO.save_checkpoint, PPO.step
 
-    def reporting(self: PPO, checkpoint_dir: Any, step: int) -> Path:
-        path = save(self, checkpoint_dir, step)
-        report(f"saved {step}")
+    def saving(self: Any, checkpoint_dir: Any, number: int) -> Path:
+        path = save(self, checkpoint_dir, number)
+        report(f"saved {number}")
         return path
 
-    PPO.save_checkpoint = reporting  # type: ignore[method-assign]
+    def stepping(self: Any, *arguments: Any, **options: Any) -> Any:
+        found = step(self, *arguments, **options)
+        report(f"done {found.number}")
+        return found
+
+    PPO.save_checkpoint, PPO.step = saving, stepping  # type: ignore[method-assign]
 
 
 def make_place(folder: Path) -> Path:
