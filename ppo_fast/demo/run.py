@@ -168,8 +168,8 @@ def _run(
     memory = "" if peak is None else f" and {peak:.1f} GB"
     summary = (
         f"mean reward {before.reward:+.2f} -> {after.reward:+.2f} in {minutes:.1f} minutes"
-        f"{memory}; everything is in {output_dir}: report.html, learning.png, metrics.jsonl, samples.jsonl, "
-        "policy/ (loads with AutoModelForCausalLM.from_pretrained)"
+        f"{memory}; everything is in {output_dir}: report.html, learning.png, metrics.jsonl, "
+        "samples.jsonl, policy/ (loads with AutoModelForCausalLM.from_pretrained)"
     )
     console.print(plain(summary), soft_wrap=True)
     return numbers
