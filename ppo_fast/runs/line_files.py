@@ -35,6 +35,7 @@ class LineFiles:
         self._failed: OSError | None = None
         self._dropped = 0
         self._lock = threading.RLock()  # warnings of other threads become lines too
+        self._writing = False
 
     @property
     def failed(self) -> OSError | None:
@@ -54,14 +55,16 @@ class LineFiles:
     def flush(self) -> OSError | None:
         """Try to write all waiting lines; return the first error."""
         with self._lock:
-            before, first, said = self._failed, None, []
-            for name, lines in self._waiting.items():
-                try:
-                    if lines:
-                        said += self._write(name, b"".join(lines))
-                        lines.clear()
-                except OSError as error:
-                    first = first or error
+            if self._writing:
+                # the warning of a signal, whose handler runs amid a write: that writes it too
+                return self._failed
+            self._writing = True
+            try:
+                before = self._failed
+                said: list[str] = []
+                first = self._write_waiting(said)
+            finally:
+                self._writing = False
             self._failed = first
             if first is not None and before is None:
                 said.append(
@@ -77,6 +80,19 @@ class LineFiles:
                 )
         for message in said:
             logger.warning(message)
+        return first
+
+    def _write_waiting(self, said: list[str]) -> OSError | None:
+        """Write the waiting lines, and those that come meanwhile, unless one cannot be written."""
+        first = None
+        while first is None and any(self._waiting.values()):
+            for name, lines in self._waiting.items():
+                try:
+                    if count := len(lines):
+                        said += self._write(name, b"".join(lines[:count]))
+                        del lines[:count]
+                except OSError as error:
+                    first = first or error
         return first
 
     def forget_sizes(self) -> None:

@@ -203,3 +203,22 @@ def test_a_real_limit_of_the_system(tmp_path):
     said = subprocess.run(run, capture_output=True, text=True, check=True)
     assert said.stdout == "File too large 31\n"
     assert text(tmp_path).split() == ["a" * 30, "b" * 30, "c" * 30]
+
+
+@pytest.mark.parametrize("call", ["open", "fstat", "write", "fsync", "close"])
+def test_a_signal_amid_a_write_doubles_no_line(tmp_path, monkeypatch, call):
+    """Its handler logs a warning, which becomes a line while another is being written."""
+    files, real, fired = LineFiles(tmp_path, ["metrics", "events"]), getattr(os, call), []
+
+    def interrupted(*arguments):
+        result = real(*arguments)
+        if not fired:
+            fired.append(call)
+            files.append({"events": ["stopping"], "metrics": ["late"]})
+        return result
+
+    monkeypatch.setattr(os, call, interrupted)
+    files.append({"metrics": ["1"]})
+    files.append({"metrics": ["2"]})
+    assert (tmp_path / "metrics").read_text() == "1\nlate\n2\n"
+    assert (tmp_path / "events").read_text() == "stopping\n"
