@@ -23,7 +23,7 @@ from ppo_fast.runs.model_card import ModelCard
 from soak.file_faults import Action, FileFaults
 from soak.kept_whole import damage_of_export, differences, lost
 from soak.part import Found, work_folder
-from soak.tiny_runs import TinyRun, make_place, warm_up
+from soak.tiny_runs import TinyRun, place
 from soak.worker import Ended, Report, Worker
 
 ACTIONS = (Action.FAIL, Action.FULL, Action.KILL, Action.KILL_HALF)
@@ -38,9 +38,8 @@ class Faults:
 
     def __init__(self) -> None:
         self._folder = work_folder("faults")
-        self._place = make_place(self._folder / "place")
+        self._place = place()
         self._plan = FileFaults()
-        warm_up(self._place, self._folder)
         self._output = self._folder / "output"
         for name, steps in (("before", ALREADY), ("reference", STEPS)):
             if (ended := self._run(name).start(steps).wait()).status:

@@ -13,7 +13,7 @@ from ppo_fast.runs.kept import checkpoints_in
 from soak.file_faults import Action, FileFaults
 from soak.kept_whole import differences, lost
 from soak.part import Found, work_folder
-from soak.tiny_runs import VARIANTS, TinyRun, make_place, warm_up
+from soak.tiny_runs import VARIANTS, TinyRun, place
 from soak.worker import Ended
 
 STEPS = 5
@@ -33,9 +33,8 @@ class Kills:
 
     def __init__(self) -> None:
         self._folder = work_folder("kills")
-        self._place = make_place(self._folder / "place")
+        self._place = place()
         self._faults = FileFaults()
-        warm_up(self._place, self._folder)
         self._references: dict[Path, tuple[float, int]] = {}
 
     def close(self) -> None:

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -25,8 +24,8 @@ from soak.part import Part, State
 # Seconds that a part runs before the next has its turn.
 TURN = 120.0
 # Cases of each part, and steps of a long run, in the tests.
-SMALL = {"kills": 4, "faults": 12, "fuzz": 1, "steady": 1}
-SMALL_STEPS = 100
+SMALL = {"kills": 4, "faults": 10, "fuzz": 1, "steady": 1}
+SMALL_STEPS = 60
 
 
 def makers(steps: int | None = None) -> dict[str, Callable[[], Part]]:
@@ -51,6 +50,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="run this one case of the part again")
     given = parser.parse_args()
     start_again_with(build(given.folder.resolve()))
+
+    import torch
+
     torch.set_num_threads(1)  # before there is any thread: a forked process would lack it
     all_parts = makers(SMALL_STEPS if given.small else None)
     chosen = {name: all_parts[name] for name in given.parts or all_parts}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ppo_fast.ppo import PPO
 from soak.part import Found, work_folder
-from soak.tiny_runs import VARIANTS, TinyRun, make_place, warm_up
+from soak.tiny_runs import VARIANTS, TinyRun, place
 from soak.worker import Report
 
 STEPS, EVERY = 1000, 20
@@ -40,8 +40,7 @@ class Steady:
     def __init__(self, steps: int = STEPS) -> None:
         self.steps, self.target = steps, steps * len(VARIANTS)
         self._folder = work_folder("steady")
-        self._place = make_place(self._folder / "place")
-        warm_up(self._place, self._folder)
+        self._place = place()
 
     def close(self) -> None:
         """Remove the folder."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from tiny_trainer import PROMPTS
 from ppo_fast.cli.main import main
 from ppo_fast.ppo import PPO
 from soak.file_faults import FileFaults
+from soak.part import work_folder
 from soak.worker import Report, Worker, import_all_of
 
 # A reward that draws from every random generator: their states must come back too.
@@ -108,9 +112,14 @@ def report_saves(report: Report) -> None:
     PPO.save_checkpoint, PPO.step = saving, stepping  # type: ignore[method-assign]
 
 
-def make_place(folder: Path) -> Path:
-    """Make the folder with what runs read, in a process of its own: it starts threads."""
-    folder.mkdir(parents=True, exist_ok=True)
+@cache
+def place() -> Path:
+    """Make the folder with what runs read, once, and import what runs import.
+
+    Models and tokenizer are made in a process of its own: they start threads.
+    """
+    folder = work_folder("place")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
     def make(report: Report) -> None:
         tiny_model(layers=1, hidden=32).save_pretrained(folder / "model")
@@ -118,17 +127,12 @@ def make_place(folder: Path) -> Path:
         (folder / "prompts.txt").write_text("\n".join(PROMPTS), "utf-8")
         (folder / "noisy_reward.py").write_text(REWARD, "utf-8")
 
-    output = folder / "make.out"
+    def run(report: Report) -> None:
+        os.chdir(folder)
+        main(TinyRun("adapter", folder, folder / "warm", folder / "output").argv(1))
+
+    output = folder / "output"
     if (ended := Worker(make, output).wait()).status:
         raise RuntimeError(f"status {ended.status}: {output.read_text()}")
+    import_all_of(run, output)
     return folder
-
-
-def warm_up(place: Path, folder: Path) -> None:
-    """Import what runs import, so that forked ones need not."""
-
-    def run(report: Report) -> None:
-        os.chdir(place)
-        main(TinyRun("adapter", place, folder / "warm", folder / "warm.out").argv(1))
-
-    import_all_of(run, folder / "imports.out")
