@@ -133,7 +133,7 @@ def check_scores(
     if isinstance(scores, Tensor):
         if scores.is_complex() or scores.is_meta:
             raise TypeError(f"{what}: got {scores.dtype} on {scores.device}, expected real numbers")
-        scores = scores.detach().to("cpu", torch.float32)
+        scores = scores.detach().to_dense().to("cpu", torch.float32)
     else:
         try:
             scores = _tensor(list(scores), lengths)

@@ -263,6 +263,10 @@ def test_check_scores_names_what_it_checks():
         check_scores([1], ["a", "b"])
 
 
+def test_sparse_scores_are_scores():
+    assert check_scores(torch.tensor([0.0, 2.0]).to_sparse(), ["a", "b"]).tolist() == [0.0, 2.0]
+
+
 @pytest.mark.parametrize(
     ("values", "error", "match"),
     [
