@@ -12,6 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
@@ -81,18 +82,17 @@ def run(
 ) -> None:
     """Run the parts in turns, for so long or until all reach their targets."""
     ends = time.monotonic() + seconds
-    parts = {name: make() for name, make in chosen.items()}
-    for name, part in parts.items():
-        states[name].try_again(part)
-    left = list(parts)
-    while left and (time_left := ends - time.monotonic()) > 0:
-        name = left.pop(0)
-        turn = math.inf if small else min(TURN, time_left)
-        done = states[name].run(parts[name], turn, SMALL[name] if small else None)
-        if not done and not small:
-            left.append(name)
-    for part in parts.values():
-        part.close()
+    with ExitStack() as stack:
+        parts = {name: stack.enter_context(closing(make())) for name, make in chosen.items()}
+        for name, part in parts.items():
+            states[name].try_again(part)
+        left = list(parts)
+        while left and (time_left := ends - time.monotonic()) > 0:
+            name = left.pop(0)
+            turn = math.inf if small else min(TURN, time_left)
+            done = states[name].run(parts[name], turn, SMALL[name] if small else None)
+            if not done and not small:
+                left.append(name)
 
 
 def show(states: dict[str, State]) -> None:
