@@ -84,15 +84,11 @@ FLAGS = {item.name for part in PARTS for item in fields(part)}
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``ppo-fast``. On bad input, print one line on stderr and exit with status 2."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # where it is installed, it says on some CPUs, asked or not, that a faster kernel is to be had
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # texts may hold what the terminal's encoding has not
-            stream.reconfigure(errors="backslashreplace")
-    if arguments == ["--version"]:
-        print(f"ppo-fast {__version__}")
-        return
     try:
+        _set_up_output()
+        if arguments == ["--version"]:
+            print(f"ppo-fast {__version__}")
+            return
         # no markup: of the texts printed, few are ours
         parse(arguments).run(Output(markup=False, emoji=False))
     except KeyboardInterrupt as stopped:
@@ -105,6 +101,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"ppo-fast: {_line(error)}\n(PPO_FAST_TRACEBACK=1 shows where)", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def _set_up_output() -> None:
+    # where it is installed, it says on some CPUs, asked or not, that a faster kernel is to be had
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # texts may hold what the terminal's encoding has not
+            stream.reconfigure(errors="backslashreplace")
 
 
 class Output(Console):

@@ -222,12 +222,15 @@ def load(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
+        OSError: the disk does not give it.
         ValueError: it is truncated, not a ppo_fast checkpoint, or of a newer version.
     """
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: no file {path}")
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:  # of the disk: the file itself may be whole
+        raise OSError(f"checkpoint: {path} cannot be read ({error})") from error
     except Exception as error:  # torch raises half a dozen types for files it cannot read
         # not torch's message: it advises to let the file execute code
         raise ValueError(

@@ -70,6 +70,17 @@ def test_the_newest_whole_one_is_loaded(folder, tmp_path, caplog):
     assert load_newest(tmp_path / "none", trainer.load_checkpoint) is None
 
 
+def test_a_disk_that_does_not_give_a_file_damages_none(folder, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    before = sorted(path.name for path in folder.iterdir())
+    monkeypatch.setattr(torch, "load", fails)
+    with pytest.raises(OSError, match=r"checkpoint: .* cannot be read \(.*Input/output error\)"):
+        load_newest(folder, tiny_trainer().load_checkpoint)
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
 def test_where_none_is_whole_the_newest_is_named(folder, tmp_path):
     for path in copies(folder, tmp_path).iterdir():
         path.write_text("")

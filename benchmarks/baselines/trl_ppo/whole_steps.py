@@ -23,6 +23,11 @@ def _value_model(smollm2: Any) -> Step:
     return Ours(smollm2, PROMPTS, ValueModel(copy.deepcopy(smollm2[0]), 576), **OPTIONS).step
 
 
+def _apart(smollm2: Any) -> Step:
+    options = OPTIONS | {"check_gradients_together": False}
+    return Ours(smollm2, PROMPTS, ValueModel(copy.deepcopy(smollm2[0]), 576), **options).step
+
+
 def _head(smollm2: Any) -> Step:
     return Ours(smollm2, PROMPTS, critic="head", **OPTIONS).step
 
@@ -39,6 +44,7 @@ WORK = f"a PPO step: batch {len(PROMPTS)}, {NEW} new tokens, {EPOCHS} epochs"
 SIDES: dict[str, dict[str, Make]] = {
     WORK: {
         "ppo_fast, a value model of its own, all weights": _value_model,
+        "ppo_fast, the same with check_gradients_together=False": _apart,
         "ppo_fast, a value head, all weights: no such mode in TRL": _head,
         "ppo_fast, a value head, 4 layers: not the same training": _four_layers,
         "TRL's PPOTrainer, a value model of its own, all weights": _trl,
