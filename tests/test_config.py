@@ -55,7 +55,7 @@ OUT_OF_RANGE = {
     "max_prompt_length": [0, -1, 1.5, True],
     "long_prompts": ["cut ", "truncate", None],
     "reward_weights": [(1.0, NAN), (INF,), ("1",), 1.0],
-    "temperature": [0.0, -1.0, NAN, INF],
+    "temperature": [0.0, -1.0, NAN, INF, 1e-11, 1e11, 1e-320, 1e308],
     "top_k": [-1, 2.5, True],
     "min_new_tokens": [-1, 0.5, 151],
     "stop_token_ids": [2, "2", (2.0,)],

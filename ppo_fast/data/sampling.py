@@ -22,7 +22,7 @@ class Sampling:
     """
 
     max_length: int = whole(MISSING)
-    temperature: float = number(1.0, above=0)
+    temperature: float = number(1.0, at_least=1e-10, at_most=1e10)  # 1 / it is a float32 too
     top_k: int = whole(0, at_least=0)
     top_p: float = number(1.0, above=0, at_most=1)
     min_new_tokens: int = whole(0, at_least=0)
