@@ -155,7 +155,8 @@ def _outcome(error: BaseException, policy: Any, given: str) -> tuple[str, str]:
     if not last.filename.startswith(PACKAGE) or not isinstance(error, ALLOWED):
         own = next((f for f in reversed(frames) if f.filename.startswith(PACKAGE)), last)
         return "failure", f"[{own.filename.removeprefix(PACKAGE)}:{own.lineno}] {said}"
-    if not NAMED.search(message):
+    # an error of numbers names what is not finite, which no argument may be the cause of
+    if not isinstance(error, FloatingPointError) and not NAMED.search(message):
         return "failure", f"names no argument: {said}"
     return "refused", said
 
