@@ -78,12 +78,13 @@ class Fuzz:
             worker = Worker(partial(_run, seeds, place), self._output)
             ended = worker.wait(len(seeds) * 2.0 + 2 * SECONDS)
             done = [line.split(" ", 2) for line in ended.reports]
-            counts += Counter(outcome for _, outcome, _ in done) + Counter(cases=len(done))
+            outcomes = Counter(outcome for _, outcome, _ in done if outcome != "failure")
+            counts += outcomes + Counter(cases=len(done))
             failures += [f"seed {n}: {what}" for n, outcome, what in done if outcome == "failure"]
             seeds = seeds[len(done) :]
             if seeds:
                 failures.append(f"seed {seeds[0]}: ended its process: {ended.status}")
-                counts += Counter(cases=1, failure=1)
+                counts += Counter(cases=1)
                 seeds = seeds[1:]
             shutil.rmtree(place, ignore_errors=True)
         for failure in failures:
