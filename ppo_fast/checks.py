@@ -202,7 +202,10 @@ def _choices(hint: Any) -> Allowed | None:
 
 def is_number(value: Any) -> bool:
     """Return whether ``value`` is a finite number; True and False are none."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # of a whole number beyond those of float
+        return False
 
 
 def is_whole(value: Any) -> bool:

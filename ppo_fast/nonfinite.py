@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class NotFiniteError(FloatingPointError, ValueError):
-    """A reward, value, loss, gradient or logit is NaN or infinite. It has changed nothing."""
+    """A reward, value, loss, gradient or logit is NaN or infinite; no weight was changed by it."""
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:

@@ -26,8 +26,8 @@ from ppo_fast.runs.callbacks import Callback, Callbacks, OnStep
 from ppo_fast.runs.checkpoint import (
     checkpoint_path,
     folder_path,
-    log_changes,
     read_checkpoint,
+    settle_settings,
     write_checkpoint,
 )
 from ppo_fast.runs.contents import check_finite
@@ -87,7 +87,7 @@ class Running:
         keep_last: int | None = None,
         max_time: float | None = None,
         evaluation: Evaluation | None = None,
-        callbacks: Sequence[Callback] = (),
+        callbacks: Sequence[Callback] | None = (),
         report_to: str | Sequence[str] = (),
         metric_names: Literal["ppo_fast", "trl"] = "ppo_fast",
         control: str | Path | None = None,
@@ -205,8 +205,7 @@ class Running:
             seed=self.config.seed,
         )
         self.progress.load_state_dict(contents)
-        self.learner.load_state_dict(contents.get("learner", {}))
-        log_changes(contents, asdict(self.config))
+        self.learner.load_state_dict(settle_settings(contents, asdict(self.config)))
         self.learner.amid_update, self.newest_checkpoint = False, path.resolve()
         return contents["step"]
 

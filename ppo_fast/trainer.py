@@ -202,7 +202,7 @@ class PPOTrainer(PPO):
         keep_last: int | None = None,
         max_time: float | None = None,
         evaluation: Evaluation | None = None,
-        callbacks: Sequence[Callback] = (),
+        callbacks: Sequence[Callback] | None = (),
         report_to: str | Sequence[str] = (),
         metric_names: Literal["ppo_fast", "trl"] = "ppo_fast",
         control: str | Path | None = None,

@@ -12,10 +12,15 @@ from ppo_fast.runs.plain_text import plain
 
 if TYPE_CHECKING:
     from ppo_fast.ppo import PPO
+    from ppo_fast.runs.evaluation import Evaluation
 
 
 def show_run(
-    console: Console, ppo: PPO, prompts: list[Example] | Stream, batch_size: int, held_out: int
+    console: Console,
+    ppo: PPO,
+    prompts: list[Example] | Stream,
+    batch_size: int,
+    evaluation: Evaluation | None,
 ) -> None:
     """Print the memory plan of a run, and the prompts of its first step.
 
@@ -23,11 +28,14 @@ def show_run(
         ppo: the trainer; no model runs.
         prompts: to train on; all are checked.
         batch_size: prompts a step.
-        held_out: number of prompts that are held out.
+        evaluation: of the prompts that are held out, which are checked too; None: there are none.
     """
     from ppo_fast.diagnostics.memory_plan import show_plans
+    from ppo_fast.runs.evaluation import Evaluator
     from ppo_fast.runs.progress import Progress
 
+    Evaluator(ppo, evaluation)
+    held_out = 0 if evaluation is None else len(evaluation.prompts)
     checked = ppo.check_prompts(prompts)
     first = Progress(ppo.config.seed).next_prompts(checked, batch_size)
     tokens = ppo.texts.encode(first, ppo.config.max_length)

@@ -58,6 +58,7 @@ def save_results(
             command=shlex.join(["ppo-fast", *sys.argv[1:]]) if sys.argv[1:2] == ["train"] else "",
             settings=run.settings(),
             data=data,
+            step=ppo.progress.steps,
         )
 
     folder = run.output_dir / "policy"
@@ -76,16 +77,21 @@ def save_results(
         url = push_to_hub(folder, run.push_to_hub)
         console.print(plain(f"pushed: {url}"), soft_wrap=True)
     with written(run.output_dir / DONE) as file:
-        file.write(json.dumps({"step": last}).encode())
+        file.write(json.dumps({"step": last, "weights_of": ppo.progress.steps}).encode())
 
 
-def results_are_saved(folder: Path, step: int) -> bool:
-    """Return whether all results of a run after ``step`` are whole in its folder.
+def results_are_saved(folder: Path, step: int, weights_of: int) -> bool:
+    """Return whether all results of a run are whole in its folder.
 
     Without a sign that they are, as in folders of older versions, they are to be saved again.
+
+    Args:
+        folder: of the run.
+        step: the last one.
+        weights_of: the step whose weights are saved.
     """
     try:
         found = json.loads((folder / DONE).read_text("utf-8"))
     except (FileNotFoundError, ValueError):
         return False
-    return isinstance(found, dict) and found.get("step") == step
+    return isinstance(found, dict) and found == {"step": step, "weights_of": weights_of}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -152,18 +155,18 @@ class Train:
             check_quantization(self.quantization, device)
         trackers = self._trackers()
         reward = self._rewards(self.reward, device)
-        judges = self._rewards(self.eval_reward, device) if self.eval_reward else None
+        evaluation = self._evaluation(held_out, device)
         if self.dry_run:
             from ppo_fast.cli.dry_run import show_run
 
             ppo = self.make_ppo(reward, device)
-            show_run(console, ppo, prompts, self.batch_size, len(held_out))
+            show_run(console, ppo, prompts, self.batch_size, evaluation)
             return
         TrainRun(
             self,
             console,
             prompts=prompts,
-            evaluation=self._evaluation(held_out, judges),
+            evaluation=evaluation,
             trackers=trackers,
             make_ppo=lambda: self.make_ppo(reward, device),
             ends=ends,
@@ -197,11 +200,13 @@ class Train:
             )
         ]
 
-    def _evaluation(self, held_out: list[Example], judges: Any) -> Evaluation | None:
+    def _evaluation(self, held_out: list[Example], device: torch.device) -> Evaluation | None:
         if not held_out:
             return None
         from ppo_fast.runs.evaluation import Evaluation
 
+        with _as_eval_reward():
+            judges = self._rewards(self.eval_reward, device) if self.eval_reward else None
         return Evaluation(
             held_out,
             every=self.eval_every,
@@ -210,7 +215,7 @@ class Train:
             reward=judges,
             best=self.best,
             lower_is_better=self.best_is_lowest,
-            keep_best=max(self.keep_best, self.export_from == "best"),
+            keep_best=max(self.keep_best, int(self.export_from == "best")),
             patience=self.patience,
         )
 
@@ -252,15 +257,11 @@ class Train:
         for reward in self.reward:
             if function_of(reward) is None:
                 check_model("reward", reward)
-        given = [n for n in ("eval_every", "patience") if getattr(self, n) is not None]
-        given += [n for n in ("eval_reward", "eval_greedy") if getattr(self, n)]
-        given += ["export_from"] if self.export_from == "best" else []
-        if given and self.held_out is None:
-            flag = f"--{given[0].replace('_', '-')}"
-            raise ValueError(f"{flag}: needs prompts to evaluate on; add --held-out 0.1")
-        for reward in self.eval_reward:
-            if function_of(reward) is None:
-                check_model("eval-reward", reward)
+        self._check_evaluation()
+        with _as_eval_reward():
+            for reward in self.eval_reward:
+                if function_of(reward) is None:
+                    check_model("reward", reward)
         check_counts(lora_rank=1 if self.lora_rank is None else self.lora_rank)
         for name in ("quantization", "adapter_only"):
             if getattr(self, name) and self.lora_rank is None:
@@ -273,6 +274,34 @@ class Train:
             seconds_of(self.max_time)
         if self.push_to_hub is not None:
             check_repo(self.push_to_hub)
+
+    def _check_evaluation(self) -> None:
+        """Check the flags of evaluations, under their own names."""
+        defaults = {item.name: item.default for item in fields(self)}
+        of_evaluations = (
+            *("eval_every", "eval_samples", "eval_greedy", "eval_reward", "patience"),
+            *("best", "best_is_lowest", "keep_best", "export_from"),
+        )
+        given = [name for name in of_evaluations if getattr(self, name) != defaults[name]]
+        if given and self.held_out is None:
+            flag = f"--{given[0].replace('_', '-')}"
+            raise ValueError(f"{flag}: needs prompts to evaluate on; add --held-out 0.1")
+        check_counts(
+            eval_every=1 if self.eval_every is None else self.eval_every,
+            eval_samples=self.eval_samples,
+            patience=1 if self.patience is None else self.patience,
+        )
+        if self.keep_best < 0:
+            raise ValueError(
+                f"keep_best: got {self.keep_best}, expected a whole number of 0 or more"
+            )
+        if self.eval_greedy and self.eval_samples > 1:
+            raise ValueError(
+                f"eval_samples: got {self.eval_samples} with --eval-greedy, expected 1: they would "
+                "be the same"
+            )
+        if self.patience is not None and self.eval_every is None:
+            raise ValueError("patience: needs the steps between evaluations; add --eval-every 20")
 
     def _device(self) -> torch.device:
         from torch import nn
@@ -318,6 +347,16 @@ class Train:
             reward_device=self.reward_device,
             config=self.ppo,
         )
+
+
+@contextmanager
+def _as_eval_reward() -> Iterator[None]:
+    """Let an error of the block that names --reward name --eval-reward."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        named = re.sub(r"^(--)?reward\b", "--eval-reward", str(error))
+        raise ValueError(named) from error
 
 
 def _warn_of_overlap(prompts: list[Example] | Stream, held_out: list[Example]) -> None:

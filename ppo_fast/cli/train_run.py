@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from signal import Signals
@@ -27,6 +28,8 @@ from ppo_fast.runs.space import weights_bytes
 
 if TYPE_CHECKING:
     from ppo_fast.cli.train import Train
+
+logger = logging.getLogger(__name__)
 
 # The status of a process that did not finish and can be run again (EX_TEMPFAIL of sysexits.h).
 TIME_IS_UP = 75
@@ -76,8 +79,9 @@ class TrainRun:
             if self.settings.save_critic == "whole":
                 _check_whole_critic(ppo)
             if self._is_done(ppo):
-                done = f"nothing is left to do: all {ppo.progress.steps} steps are done"
-                self.console.print(done, highlight=False)
+                steps, most = ppo.progress.steps, self.settings.num_steps
+                done = f"all {most} steps are done" if steps == most else f"it ended at {steps}"
+                self.console.print(f"nothing is left to do: {done}", highlight=False)
                 return
             ppo.check_space(
                 self.checkpoints,
@@ -92,6 +96,7 @@ class TrainRun:
             folder.forget_after(ppo.progress.steps)
             if self.settings.num_steps > ppo.progress.steps:
                 self._train(ppo, folder)
+            self._evaluate_last(ppo, folder)
             self._save(ppo)
 
     def _is_done(self, ppo: PPO) -> bool:
@@ -99,8 +104,12 @@ class TrainRun:
         done, most = ppo.progress.steps, self.settings.num_steps
         if most < done:
             raise ValueError(f"--num-steps: got {most}, expected at least the {done} done")
-        last = most == done or Evaluator(ppo, self.evaluation).exhausted
-        return last and results_are_saved(self.settings.output_dir, done)
+        evaluator = Evaluator(ppo, self.evaluation)
+        if most > done and not evaluator.exhausted:
+            return False
+        return not evaluator.due(last=True) and results_are_saved(
+            self.settings.output_dir, done, self._step_to_export(ppo)
+        )
 
     def _train(self, ppo: PPO, folder: RunFolder) -> None:
         settings, left = self.settings, self.settings.num_steps - ppo.progress.steps
@@ -129,16 +138,37 @@ class TrainRun:
         self.console.print(left, soft_wrap=True)
         raise SystemExit(TIME_IS_UP if stopped_by == "max_time" else 128 + Signals[stopped_by])
 
+    def _evaluate_last(self, ppo: PPO, folder: RunFolder) -> None:
+        """Make the last evaluation, if the run was stopped before it."""
+        evaluator = Evaluator(ppo, self.evaluation)
+        if evaluator.due(last=True):
+            evaluated = evaluator.run()
+            for one in (RunWriter(folder), ShownEvaluations(self.console)):
+                one.on_evaluate(evaluated)
+
+    def _step_to_export(self, ppo: PPO) -> int:
+        """Return the step whose weights policy/ gets: the best that there is, or the last."""
+        last = ppo.progress.steps
+        if self.settings.export_from == "last":
+            return last
+        for step in Evaluator(ppo, self.evaluation).ranked:
+            if step == last or checkpoint_path(self.checkpoints, step).exists():
+                return step
+            if step > 0:
+                logger.warning("step %d is the best, but its checkpoint is gone", step)
+            else:
+                logger.warning("no evaluation is better than the one before training")
+        return last
+
     def _save(self, ppo: PPO) -> None:
         """Print the evaluations, and save policy/ and critic/."""
         last = ppo.progress.steps
         if len(ppo.progress.evaluations) > 1:
             self.console.print(evaluations_table(ppo.progress.evaluations))
-        if self.settings.export_from == "best":
-            best = Evaluator(ppo, self.evaluation).best
-            if best and best[0] != last:
-                ppo.load_checkpoint(checkpoint_path(self.checkpoints, best[0]))
-                self.console.print(f"the weights are those of step {best[0]}, the best evaluation")
+        step = self._step_to_export(ppo)
+        if step != last:
+            ppo.load_checkpoint(checkpoint_path(self.checkpoints, step))
+            self.console.print(f"the weights are those of step {step}, the best evaluation")
         held_out = 0 if self.evaluation is None else len(self.evaluation.prompts)
         save_results(self.console, self.settings, ppo, self.prompts, held_out, last)
 

@@ -226,8 +226,8 @@ class PPOConfig:
     beside the policy's, and the policy has moved when they are not finite."""
     undo_updates: bool = False
     """Keep a copy of trained weights and moments from before each update (12 bytes a weight, in
-    host memory), and put it back where the policy's outputs are not finite after it. False: the run
-    stops, and goes on from its newest checkpoint."""
+    host memory), and put it back where the update ends with a loss or gradient that is not finite,
+    or with such outputs. False: optimizer steps before that stand; resume from a checkpoint."""
     samples_per_prompt: int = whole(1)
     """Responses to each prompt of a step; the prompt is computed once."""
     max_resampled_batches: int = whole(0, at_least=0)

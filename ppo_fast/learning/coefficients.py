@@ -29,19 +29,26 @@ class Coefficients:
             return self._kl
         return linear(self._config.kl_penalty, end, share) * self._factor
 
-    def set_kl(self, coefficient: float, share: float) -> None:
-        """Set the KL's coefficient; a linear course is scaled to it.
+    def check_kl(self, coefficient: float, share: float) -> None:
+        """Check that the KL's coefficient can be set.
 
         Raises:
-            ValueError: the course is at 0, and cannot be scaled.
+            ValueError: it has a course, which cannot be scaled from 0, or to 0.
         """
+        if self._config.kl_controller != "fixed" and 0 in (coefficient, self.kl(share)):
+            raise ValueError(
+                f"kl_penalty: got {coefficient}, where it is {self.kl(share):g} by "
+                f"kl_controller={self._config.kl_controller!r}; a course can neither be scaled to "
+                "0 nor from 0"
+            )
+
+    def set_kl(self, coefficient: float, share: float) -> None:
+        """Set the KL's coefficient, after ``check_kl``; a linear course is scaled to it."""
         self._by_hand = True
         if self._config.kl_penalty_end is None:
             self._kl = coefficient
-        elif now := self.kl(share):
-            self._factor *= coefficient / now
         else:
-            raise ValueError("kl_penalty: its linear course is at 0, and cannot be scaled")
+            self._factor *= coefficient / self.kl(share)
 
     def entropy(self, entropy: float) -> float:
         """Return the bonus's weight for a batch whose tokens have this mean ``entropy``, in nats.
@@ -68,6 +75,7 @@ class Coefficients:
             )
 
     def state_dict(self) -> dict[str, float]:
+        """Return what has adapted, or was set by hand."""
         return {
             "kl": self._kl,
             "bonus": self._bonus,

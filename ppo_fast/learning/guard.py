@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from ppo_fast.data.tokens import Tokens
 from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.nonfinite import NotFiniteError, first_not_finite, gradients_of, weights_of
 
+logger = logging.getLogger(__name__)
+
 PROBE_TOKENS = 8
 
 
@@ -26,13 +29,13 @@ class Guard:
         config: of the training.
 
     Attributes:
-        skipped: optimizer steps in a row that were not taken.
+        skipped: optimizer steps in a row that were not taken, of each optimizer.
     """
 
     def __init__(self, policy: LanguageModel, critic: Critic, config: PPOConfig) -> None:
         self.modules = {"policy": policy.model, "value": critic.module}
         self.policy, self.critic, self.config = policy, critic, config
-        self.skipped = 0
+        self.skipped = {"policy": 0, "value": 0}
 
     def admits(
         self,
@@ -56,15 +59,17 @@ class Guard:
         found = torch.stack(list(norms.values()))
         # a norm that is finite is one of gradients whose squares, which AdamW takes, are too
         if bool(found.isfinite().all() & torch.stack(list(losses)).isfinite().all()):
-            self.skipped = 0
+            self.skipped |= dict.fromkeys(norms, 0)
             return True
-        self.skipped += 1
+        self.skipped |= {name: self.skipped[name] + 1 for name in norms}
         text = f"step {step}: {self._describe(norms, losses, experience)}"
-        if self.config.on_nonfinite == "stop":
-            raise NotFiniteError(f"{text}. This optimizer step changed nothing")
-        if self.skipped > self.config.max_skipped:
-            raise NotFiniteError(f"{text}; so were the {self.config.max_skipped} before, skipped")
-        return False
+        before = max(self.skipped[name] for name in norms) - 1
+        if self.config.on_nonfinite == "skip" and before < self.config.max_skipped:
+            logger.warning("%s; this optimizer step is left out (on_nonfinite='skip')", text)
+            return False
+        self.skipped |= dict.fromkeys(norms, 0)
+        more = f"; so were the {before} before, left out" if before else ""
+        raise NotFiniteError(f"{text}{more}. This optimizer step changed nothing")
 
     def _describe(
         self, norms: Mapping[str, Tensor], losses: Sequence[Tensor], experience: Experience

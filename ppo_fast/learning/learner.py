@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.critics.critic import Critic
@@ -23,6 +25,8 @@ from ppo_fast.nonfinite import NotFiniteError
 from ppo_fast.ops import ppo_loss, value_loss
 from ppo_fast.ops.stats import PPO_STATS, merge_stats, ppo_metrics
 from ppo_fast.rewards.shaping import NO_SCORES
+
+logger = logging.getLogger(__name__)
 
 
 class Learner:
@@ -62,6 +66,16 @@ class Learner:
     def set_kl_coefficient(self, coefficient: float, steps: int) -> None:
         """Set the KL's coefficient after ``steps`` steps; a course of it is scaled."""
         self.coefficients.set_kl(coefficient, self.schedule.share(steps))
+
+    def check_kl_coefficient(self, coefficient: float, steps: int) -> None:
+        """Raise ValueError if the KL's coefficient cannot be set to this."""
+        self.coefficients.check_kl(coefficient, self.schedule.share(steps))
+
+    def check_rate(self, name: str) -> None:
+        """Raise ValueError if the learning rate of "policy" or "value" cannot be set."""
+        if name not in self.optimizers:
+            raise ValueError("value_learning_rate: the trainer has no value function")
+        self.schedule.check_rate(name, self.optimizers[name])
 
     def set_rate(self, name: str, rate: float) -> float:
         """Set the highest learning rate of "policy" or "value", and return the one before."""
@@ -223,6 +237,7 @@ class Learner:
             done.far = self._is_far(merge_stats(PPO_STATS, found.policy_stats))
             if done.far:
                 self.optimizers["policy"].zero_grad()
+                found.losses = found.losses if joint else []
             names = ["policy"] * (not done.far) + ["value"] * joint
             if not self.config.check_gradients_together:
                 self._step(names, found, experience, done)
@@ -297,14 +312,19 @@ class Learner:
     def _step(self, names: Sequence[str], found: Found, experience: Experience, done: Done) -> None:
         """Clip and apply the gradients of these optimizers, unless something is not finite."""
         optimizers = {name: self.optimizers[name] for name in names}
-        norms = {}
-        for name, optimizer in optimizers.items():
-            weights = [p for group in optimizer.param_groups for p in group["params"]]
-            norms[name] = torch.nn.utils.clip_grad_norm_(weights, self.config.max_grad_norm)
+        weights = {
+            name: [p for group in optimizer.param_groups for p in group["params"]]
+            for name, optimizer in optimizers.items()
+        }
+        norms = {
+            name: get_total_norm([p.grad for p in part if p.grad is not None])
+            for name, part in weights.items()
+        }
         step = self.schedule.steps + 1
         admitted = not norms or self.guard.admits(norms, found.losses, experience, step)
         for name, optimizer in optimizers.items():
             if admitted:
+                clip_grads_with_norm_(weights[name], self.config.max_grad_norm, norms[name])
                 self.schedule.before_step(name, optimizer)
                 optimizer.step()
             optimizer.zero_grad()
@@ -324,8 +344,14 @@ class Learner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned; an older checkpoint's is empty."""
         self.coefficients, self.reward_moments = Coefficients(self.config), NO_SCORES
+        self.schedule.reset_rates(self.optimizers)
         if state:
             self.coefficients.load_state_dict(state["coefficients"])
             self.reward_moments = Moments(*state["reward_moments"])
             for name, rate in state.get("rates", {}).items():
+                try:
+                    self.check_rate(name)
+                except ValueError as error:
+                    logger.warning("checkpoint: %s; it stays, instead of %g", error, rate)
+                    continue
                 self.set_rate(name, rate)

@@ -76,6 +76,7 @@ class Done:
         self.norms += [] if norm is None else [norm]
 
     def metrics(self) -> dict[str, float]:
+        """Return means over all tokens and epochs, and quantiles of the last epoch's ratios."""
         metrics = {"policy_loss": 0.0}
         if self.policy_stats:
             metrics |= ppo_metrics(merge_stats(PPO_STATS, self.policy_stats))

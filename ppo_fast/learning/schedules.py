@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -72,28 +72,41 @@ class Schedule:
     """
 
     def __init__(self, config: PPOConfig, rates: dict[str, float]) -> None:
-        self._config, self._rates = config, rates
+        self._config, self._given, self._rates = config, rates, dict(rates)
         self._total, self._epochs = config.schedule_steps, config.num_epochs
         self._factors: dict[str, Callable[[int], float]] = {}
         self.steps, self._made = 0, dict.fromkeys(rates, 0)
         self._suspended = False
         self.changed: dict[str, float] = {}
 
-    def set_rate(self, name: str, rate: float, optimizer: Optimizer) -> float:
-        """Set an optimizer's highest rate, and return the one before; its course is scaled.
+    def check_rate(self, name: str, optimizer: Optimizer) -> None:
+        """Check that an optimizer's rate can be set by hand.
 
         Raises:
-            ValueError: the rate is that of a scheduler of the user's own.
+            ValueError: it is that of a scheduler of the user's own.
         """
         if any("initial_lr" in group for group in optimizer.param_groups):
             raise ValueError(f"the rate of the {name} is that of a scheduler of your own")
-        scheduled = is_scheduled(self._config)
-        before = self._rates[name] if scheduled else float(optimizer.param_groups[0]["lr"])
-        self._rates[name] = self.changed[name] = rate
-        if not scheduled:
+
+    def set_rate(self, name: str, rate: float, optimizer: Optimizer) -> float:
+        """Set an optimizer's highest rate, and return the one before.
+
+        Its course is scaled; so are the rates of all its groups, where there is no schedule.
+        """
+        if is_scheduled(self._config):
+            before = self._rates[name]
+        else:
+            before = float(optimizer.param_groups[0]["lr"])
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate if group["lr"] == before else group["lr"] * rate / before
+        self._rates[name] = self.changed[name] = rate
         return before
+
+    def reset_rates(self, optimizers: Mapping[str, Optimizer]) -> None:
+        """Take back the rates that were set by hand."""
+        for name in list(self.changed):
+            self.set_rate(name, self._given[name], optimizers[name])
+        self.changed = {}
 
     def plan(self, total_steps: int, num_epochs: int) -> None:
         """Plan a run of ``total_steps`` steps of PPO, those already done included.

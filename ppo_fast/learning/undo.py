@@ -26,7 +26,7 @@ class Undo:
         """Copy weights and states as they are now, in place of those kept before."""
         states: dict[Tensor, dict[str, Any]] = {}
         for optimizer in self._optimizers.values():
-            for weight in _weights(optimizer):
+            for weight in _of(optimizer):
                 self._weights[weight] = _copied(weight.detach(), self._weights.get(weight))
                 before = self._states.get(weight, {})
                 states[weight] = {
@@ -39,7 +39,7 @@ class Undo:
     def put_back(self) -> None:
         """Make weights and states what they were when ``keep`` was called last."""
         for optimizer in self._optimizers.values():
-            for weight in _weights(optimizer):
+            for weight in _of(optimizer):
                 weight.copy_(self._weights[weight])
                 now, before = optimizer.state.get(weight, {}), self._states[weight]
                 for name in set(now) - set(before):
@@ -53,7 +53,7 @@ class Undo:
                     optimizer.state.pop(weight, None)
 
 
-def _weights(optimizer: Optimizer) -> list[Tensor]:
+def _of(optimizer: Optimizer) -> list[Tensor]:
     return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from ppo_fast.data.evaluated import Evaluated
 from ppo_fast.data.step import Step
 from ppo_fast.user_code import lacking, parameters
+
+logger = logging.getLogger(__name__)
 
 OnStep = Callable[[Step], None]
 
@@ -49,9 +52,8 @@ class Callbacks(Callback):
         TypeError: one is no Callback, or on_step is no function of a Step.
     """
 
-    def __init__(self, callbacks: Sequence[Callback], on_step: OnStep | None = None) -> None:
-        if isinstance(callbacks, Callback):
-            callbacks = [callbacks]
+    def __init__(self, callbacks: Sequence[Callback] | None, on_step: OnStep | None = None) -> None:
+        callbacks = [callbacks] if isinstance(callbacks, Callback) else callbacks or []
         for one in callbacks:
             if not isinstance(one, Callback):
                 raise TypeError(
@@ -81,8 +83,16 @@ class Callbacks(Callback):
             one.on_save(step, path)
 
     def on_end(self, result: Mapping[str, Any] | None) -> None:
+        """Tell all of the end; then raise the first error, unless the run ends with another."""
+        first: Exception | None = None
         for one in self.all:
-            one.on_end(result)
+            try:
+                one.on_end(result)
+            except Exception as error:
+                logger.warning("callbacks: %s failed at the end: %s", type(one).__name__, error)
+                first = first or error
+        if first is not None and result is not None:
+            raise first
 
 
 def _takes_one(function: OnStep) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol
 
@@ -37,13 +37,23 @@ class Checkpoints:
         ppo: the trainer.
         folder: where they go; None: nowhere.
         keep_last: number that are kept, the newest; None: all.
+        best: returns the steps whose checkpoints are kept besides the newest.
+        on_save: told of each that was written.
 
     Attributes:
         failed: the error of the last one, if it could not be written.
     """
 
-    def __init__(self, ppo: Saves, folder: str | Path | None, keep_last: int | None) -> None:
+    def __init__(
+        self,
+        ppo: Saves,
+        folder: str | Path | None,
+        keep_last: int | None,
+        best: Callable[[], Collection[int]] = tuple,
+        on_save: Callable[[int, Path], None] = lambda step, path: None,
+    ) -> None:
         self._ppo, self._keep_last = ppo, keep_last
+        self._best, self._on_save = best, on_save
         self.folder = None if folder is None else folder_path(folder)
         self.failed: OSError | None = None
         if self.folder is not None:
@@ -59,25 +69,27 @@ class Checkpoints:
         if self.folder is not None:
             self._lock.release()
 
-    def save(self, best: Collection[int] = ()) -> Path | None:
-        """Write one, and remove those that are not kept. Return its path.
+    def save(self) -> bool:
+        """Write one, and remove those that are not kept; say whether nothing is left to write.
 
-        None: there is no folder, or the disk is full or gone, which is logged: a run goes on.
-
-        Args:
-            best: steps whose checkpoints are kept besides the newest.
+        Where the disk is full or gone, this is logged: a run goes on.
         """
         if self.folder is None:
-            return None
-        step, self.failed = self._ppo.progress.steps, None
+            return True
         try:
-            path = self._ppo.save_checkpoint(self.folder, step)
-            remove_old(self.folder, step, self._keep_last, best)
+            self._write(self.folder)
         except OSError as error:
             logger.warning("%s; the run goes on, and tries again at the next checkpoint", error)
             self.failed = error
-            return None
-        return path
+            return False
+        return True
+
+    def _write(self, folder: Path) -> None:
+        step = self._ppo.progress.steps
+        path = self._ppo.save_checkpoint(folder, step)
+        remove_old(folder, step, self._keep_last, self._best())
+        self.failed = None
+        self._on_save(step, path)
 
     def keep(self, why: str) -> None:
         """Write one of what was trained so far, if possible, and log where it is."""
@@ -94,8 +106,7 @@ class Checkpoints:
                 where = f"during the update of the next step; newest checkpoint: {newest}"
             elif path.resolve() != newest:
                 try:
-                    self._ppo.save_checkpoint(self.folder, step)
-                    self.failed = None
-                except (OSError, FloatingPointError) as error:  # must not hide why the run ends
+                    self._write(self.folder)
+                except Exception as error:  # of callbacks too; it must not hide why the run ends
                     where = f"{error}; newest checkpoint: {newest}"
         logger.warning("stopped by %s after step %d: %s", why, step, where)

@@ -30,10 +30,15 @@ class Control:
     Args:
         path: of the file; None: nothing is read.
         learner: whose numbers are changed.
+
+    Raises:
+        TypeError: the path is none.
     """
 
-    def __init__(self, path: Path | None, learner: Learner) -> None:
-        self._path, self._learner = path, learner
+    def __init__(self, path: str | Path | None, learner: Learner) -> None:
+        if path is not None and not isinstance(path, (str, Path)):
+            raise TypeError(f"control: got {path!r}, expected the path of a file, or None")
+        self._path, self._learner = None if path is None else Path(path), learner
         self._refused: str | None = None
         self._applied: str | None = None
 
@@ -46,28 +51,40 @@ class Control:
             steps: steps done.
         """
         text = self._read()
-        if text is None or text in (self._refused, self._applied):
-            return text is not None and text == self._applied
+        if text is None or not text.strip() or text == self._refused:
+            return False
+        if text == self._applied:
+            return True
         try:
-            changes = checked_changes(text, self._learner)
-            lines = [self._apply_one(name, value, steps) for name, value in changes.items()]
-        except ValueError as error:
+            changes = checked_changes(text, self._learner, steps)
+        except (ValueError, RecursionError) as error:
             self._refused = text
             logger.warning("%s: %s; nothing was changed", self._path, error)
             return False
+        asked = changes.pop("checkpoint", False) or bool(changes)
+        for name, value in changes.items():
+            before = self._apply_one(name, float(value), steps)
+            logger.warning(
+                "%s: from step %d on, %s is %g instead of %g",
+                self._path,
+                steps + 1,
+                name,
+                value,
+                before,
+            )
         self._applied = text
-        for line in lines:
-            if line:
-                logger.warning("%s: from step %d on, %s", self._path, steps + 1, line)
-        return True
+        return asked
 
     def forget(self) -> None:
         """Remove the file, unless it was changed since it was applied."""
-        if self._applied is None or self._path is None:
+        if self._applied is None or self._path is None or self._read() != self._applied:
             return
-        if self._read() == self._applied:
+        try:
             self._path.unlink(missing_ok=True)
-        self._applied = None
+            self._applied = None
+        except OSError as error:
+            self._refused, self._applied = self._applied, None
+            logger.warning("%s was applied and cannot be removed (%s)", self._path, error)
 
     def _read(self) -> str | None:
         if self._path is None:
@@ -79,23 +96,21 @@ class Control:
         except OSError:
             return None
 
-    def _apply_one(self, name: str, value: Any, steps: int) -> str:
-        """Apply a change, and return what is said of it."""
-        if name == "checkpoint":
-            return ""
-        if name == "kl_penalty":
-            before = self._learner.kl_coefficient(steps)
-            self._learner.set_kl_coefficient(float(value), steps)
-        else:
-            before = self._learner.set_rate(RATES[name], float(value))
-        return f"{name} is {float(value):g} instead of {before:g}"
+    def _apply_one(self, name: str, value: float, steps: int) -> float:
+        """Apply a change, and return the number before."""
+        if name in RATES:
+            return self._learner.set_rate(RATES[name], value)
+        before = self._learner.kl_coefficient(steps)
+        self._learner.set_kl_coefficient(value, steps)
+        return before
 
 
-def checked_changes(text: str, learner: Learner) -> dict[str, Any]:
+def checked_changes(text: str, learner: Learner, steps: int = 0) -> dict[str, Any]:
     """Return the changes that a control file asks for.
 
     Raises:
-        ValueError: it is no mapping of known names to numbers in their ranges.
+        ValueError: it is no mapping of known names to numbers in their ranges, or the learner
+            cannot change one of them after ``steps`` steps.
     """
     try:
         found = yaml.safe_load(text)
@@ -116,8 +131,10 @@ def checked_changes(text: str, learner: Learner) -> dict[str, Any]:
         elif not is_number(value) or not (0 < value <= 1 if name in RATES else 0 <= value < 1e6):
             expected = "above 0, at most 1" if name in RATES else "at least 0"
             raise ValueError(f"{name}: got {value!r}, expected a number {expected}")
-        elif name in RATES and RATES[name] not in learner.optimizers:
-            raise ValueError(f"{name}: the trainer has no value function")
+        elif name in RATES:
+            learner.check_rate(RATES[name])
+        else:
+            learner.check_kl_coefficient(value, steps)
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,7 +18,10 @@ from ppo_fast.data.examples import Example, Prompt, Stream
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.scores import Scores
 from ppo_fast.rewards.scorer import Scorer
-from ppo_fast.runs.progress import Progress
+from ppo_fast.runs.checkpoint import random_states, restore_random_states
+from ppo_fast.runs.progress import Progress, digest_of
+
+logger = logging.getLogger(__name__)
 
 # Seed of the first sequence; the next ones are -2, -3, ... Seeds of the training are not negative.
 EVALUATION_SEED = -1
@@ -91,28 +96,54 @@ class Evaluable(Protocol):
 class Evaluator:
     """Makes the evaluations of a run, and keeps their results in its progress.
 
+    Evaluations that were made before with other prompts, rewards or ways of sampling cannot be
+    compared with these; a warning says that they begin anew.
+
     Args:
         ppo: the trainer.
         evaluation: what is evaluated and when; None: nothing.
+        max_length, temperature: of the responses; None: the config's.
 
     Raises:
         TypeError, ValueError: a prompt or a reward does not fit.
     """
 
-    def __init__(self, ppo: Evaluable, evaluation: Evaluation | None) -> None:
+    def __init__(
+        self,
+        ppo: Evaluable,
+        evaluation: Evaluation | None,
+        max_length: int | None = None,
+        temperature: float | None = None,
+    ) -> None:
         if evaluation is not None and not isinstance(evaluation, Evaluation):
             raise TypeError(
                 f"evaluation: got {type(evaluation).__name__}, expected an Evaluation(prompts, ...)"
             )
         self._ppo, self._evaluation = ppo, evaluation
-        if evaluation is not None:
-            given = evaluation.reward
-            self._scorer = ppo.scorer if given is None else ppo.make_scorer(given)
-            self._examples = _checked(ppo, evaluation.prompts, self._scorer)
+        self._sampling: dict[str, Any] = {"max_length": max_length, "temperature": temperature}
+        if evaluation is None:
+            return
+        given = evaluation.reward
+        self._scorer = ppo.scorer if given is None else ppo.make_scorer(given)
+        self._examples = _checked(ppo, evaluation.prompts, self._scorer, max_length)
+        kind = [evaluation.samples_per_prompt, evaluation.greedy, *self._scorer.rewards]
+        digest = digest_of([*self._examples], repr(kind))
+        if self._found and ppo.progress.evaluated != digest:
+            logger.warning(
+                "evaluation: it has other prompts, rewards or samples than the ones before, which "
+                "are left out of the comparison"
+            )
+            ppo.progress.evaluations = []
+        ppo.progress.evaluated = digest
 
-    def due(self, *, last: bool = False) -> bool:
-        """Return whether to evaluate now: before the first step, after every n, after the last."""
-        one, done = self._evaluation, self._ppo.progress.steps
+    def due(self, *, last: bool = False, ahead: int = 0) -> bool:
+        """Return whether to evaluate now: before the first step, after every n, after the last.
+
+        Args:
+            last: whether the last step is done.
+            ahead: steps from now at which it is asked; 0: now.
+        """
+        one, done = self._evaluation, self._ppo.progress.steps + ahead
         if one is None or any(found["step"] == done for found in self._found):
             return False
         return not self._found or last or (one.every is not None and done % one.every == 0)
@@ -126,7 +157,12 @@ class Evaluator:
         one = self._evaluation
         assert one is not None
         rollout, scores = _sampled(
-            self._ppo, self._examples, one.samples_per_prompt, one.greedy, self._scorer
+            self._ppo,
+            self._examples,
+            one.samples_per_prompt,
+            one.greedy,
+            self._scorer,
+            **self._sampling,
         )
         metrics = evaluation_metrics(rollout, scores)
         if one.best not in metrics:
@@ -141,11 +177,17 @@ class Evaluator:
     def best(self) -> list[int]:
         """The steps of the best evaluations whose checkpoints are kept, the best first."""
         one = self._evaluation
+        return [] if one is None else [step for step in self.ranked if step > 0][: one.keep_best]
+
+    @property
+    def ranked(self) -> list[int]:
+        """The steps of all evaluations, the best first; 0: before training."""
+        one = self._evaluation
         if one is None:
             return []
-        trained = [found for found in self._found if found["step"] > 0 and one.best in found]
-        ranked = sorted(trained, key=lambda found: found[one.best], reverse=not one.lower_is_better)
-        return [int(found["step"]) for found in ranked[: one.keep_best]]
+        found = [f for f in self._found if math.isfinite(f.get(one.best, math.nan))]
+        found.sort(key=lambda f: f[one.best], reverse=not one.lower_is_better)
+        return [int(f["step"]) for f in found]
 
     @property
     def exhausted(self) -> bool:
@@ -153,9 +195,8 @@ class Evaluator:
         one = self._evaluation
         if one is None or one.patience is None or not self._found:
             return False
-        numbers = [found[one.best] for found in self._found if one.best in found]
-        best = min(numbers) if one.lower_is_better else max(numbers)
-        return len(numbers) - 1 - numbers.index(best) >= one.patience
+        steps, ranked = [int(found["step"]) for found in self._found], self.ranked
+        return bool(ranked) and len(steps) - 1 - steps.index(ranked[0]) >= one.patience
 
     @property
     def _found(self) -> list[dict[str, float]]:
@@ -209,21 +250,35 @@ def _check_greedy(greedy: bool, samples_per_prompt: int) -> None:
         )
 
 
-def _checked(ppo: Evaluable, prompts: Any, scorer: Scorer) -> list[Example]:
-    examples = ppo.check_prompts(prompts, scorer=scorer)
+def _checked(
+    ppo: Evaluable, prompts: Any, scorer: Scorer, max_length: int | None = None
+) -> list[Example]:
+    try:
+        examples = ppo.check_prompts(prompts, max_length, scorer=scorer)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"evaluation: {error}") from error
     if isinstance(examples, Stream):
-        raise TypeError("prompts: got a stream, expected a list: an evaluation reads all of it")
+        raise TypeError("evaluation: got a stream of prompts, expected a list: all of it is read")
     return examples
 
 
 def _sampled(
-    ppo: Evaluable, examples: list[Example], count: int, greedy: bool, scorer: Scorer
+    ppo: Evaluable,
+    examples: list[Example],
+    count: int,
+    greedy: bool,
+    scorer: Scorer,
+    **sampling: Any,
 ) -> tuple[Rollout, Scores]:
+    """Sample and score, and leave all random generators as they were: rewards may draw."""
     seeds = EVALUATION_SEED - torch.arange(len(examples) * count, device="cpu")
-    last = getattr(ppo, "last_rollout", None)
+    last, states = getattr(ppo, "last_rollout", None), random_states()
     try:
-        rollout = ppo.rollout(examples, samples_per_prompt=count, seeds=seeds, greedy=greedy)
+        rollout = ppo.rollout(
+            examples, samples_per_prompt=count, seeds=seeds, greedy=greedy, **sampling
+        )
+        return rollout, ppo.scores(rollout, scorer)
     finally:
+        restore_random_states(states)
         if hasattr(ppo, "last_rollout"):
             ppo.last_rollout = last  # of the training, for methods that take texts
-    return rollout, ppo.scores(rollout, scorer)

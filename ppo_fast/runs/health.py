@@ -100,9 +100,15 @@ RANGES = (
 
 
 class Health(Callback):
-    """Looks at a run's metrics after every step, and warns once of each that leaves its range."""
+    """Looks at a run's metrics after every step, and warns once of each that leaves its range.
 
-    def __init__(self) -> None:
+    Args:
+        best: metric of the evaluations that is looked at.
+        lower_is_better: whether it is to fall; rewards of training are then not compared with it.
+    """
+
+    def __init__(self, best: str = "reward", *, lower_is_better: bool = False) -> None:
+        self._best = None if lower_is_better or not best.startswith("reward") else best
         self._courses: dict[str, list[float]] = defaultdict(list)
         self._said: set[str] = set()
         self._evaluations: list[tuple[float, float, float]] = []
@@ -110,13 +116,14 @@ class Health(Callback):
 
     def on_step(self, step: Step) -> None:
         self._rewards.append(step.metrics["mean_reward"])
-        self.note(step.metrics)
+        lone = {"reward_std"} if len(step.scores) < 2 else set()  # one score has no deviation
+        self.note({name: value for name, value in step.metrics.items() if name not in lone})
 
     def on_evaluate(self, evaluated: Evaluated) -> None:
         """Warn where the reward of held-out prompts falls while that of training rises."""
-        if not self._rewards:
+        if not self._rewards or self._best is None:
             return
-        held_out, error = (evaluated.metrics[name] for name in ("reward", "standard_error"))
+        held_out, error = (evaluated.metrics[name] for name in (self._best, "standard_error"))
         trained, self._rewards = _mean(self._rewards), []
         before = max(self._evaluations, default=None)
         self._evaluations.append((held_out, error, trained))

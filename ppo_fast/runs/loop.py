@@ -73,7 +73,7 @@ def train(
     max_time: float | None = None,
     progress: bool = True,
     on_step: OnStep | None = None,
-    callbacks: Sequence[Callback] = (),
+    callbacks: Sequence[Callback] | None = (),
     evaluation: Evaluation | None = None,
     control: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -87,71 +87,83 @@ def train(
     )
     limit = TimeLimit(max_time)
     Sampling(1, 1.0 if temperature is None else temperature)  # Sampling checks the temperature
+    changes = Control(control, ppo.learner)
     ppo.plan_run(num_steps, num_epochs)
-    told = Callbacks([*Callbacks(callbacks).all, Health()], on_step)
+    told = Callbacks([*Callbacks(callbacks).all, _health(evaluation)], on_step)
     prompts = ppo.check_prompts(prompts, max_length)
     ppo.progress.note_data(prompts)
-    evaluator, history = Evaluator(ppo, evaluation), History()
+    evaluator = Evaluator(ppo, evaluation, max_length, temperature)
+    checkpoints = Checkpoints(
+        ppo, checkpoint_dir, keep_last, best=lambda: evaluator.best, on_save=told.on_save
+    )
     options = {"num_epochs": num_epochs, "max_length": max_length, "temperature": temperature}
     settings = asdict(ppo.config) | {k: v for k, v in options.items() if v is not None}
-    changes = Control(None if control is None else Path(control), ppo.learner)
-    stopped_by: str | None = None
+    history = History()
     with (
-        Checkpoints(ppo, checkpoint_dir, keep_last) as checkpoints,
+        checkpoints,
         counted_drops(prompts),
         handled_signals() as signals,
         ProgressBar(num_steps, shown=progress) as bar,
-        _ended(told, history, ppo.progress),
+        _ended(told, history, ppo.progress, checkpoints),
     ):
         told.on_start(settings | {"batch_size": batch_size}, ppo.progress.steps)
-        if _evaluate(evaluator, checkpoints, told):
-            limit.step_done()
+        evaluate = partial(_evaluate, evaluator, checkpoints, told, limit)
+        evaluate()
         for number in range(1, num_steps + 1):
-            if (stopped_by := _reason(signals, limit, evaluator)) is not None:
+            last = number == num_steps
+            history.stopped_by = _reason(signals, limit, evaluator, last=last)
+            if history.stopped_by is not None:
                 break
+            limit.begin_step()
             step = _step(ppo, prompts, batch_size, checkpoints, **options)
             history.note(step)
             bar.advance(step.metrics)
             with _kept(checkpoints, "an error in a callback"):
                 told.on_step(step)
-            evaluated = _evaluate(evaluator, checkpoints, told, last=number == num_steps)
-            asked = changes.apply(step.number)
-            best = evaluator.best
-            due = step.number % checkpoint_freq == 0 or number == num_steps
-            due = due or (evaluated and step.number in best)
-            if signals.take_save() or asked or due:
-                path = checkpoints.save(best)
-                if path is not None:
-                    told.on_save(step.number, path)
-                if path is not None or checkpoint_dir is None:
-                    changes.forget()
+            # a signal leaves little time: first the checkpoint
+            evaluated = signals.stop is None and evaluate(last=last)
+            with _kept(checkpoints, "an error in the control file"):
+                asked = changes.apply(step.number)
+            due = step.number % checkpoint_freq == 0 or last
+            due = due or (evaluated and step.number in evaluator.best)
+            if (signals.take_save() or asked or due) and checkpoints.save():
+                changes.forget()
             limit.step_done()
         else:
-            stopped_by = _reason(signals, limit, evaluator)
-        if stopped_by is not None:
-            checkpoints.keep("Ctrl-C" if stopped_by == "SIGINT" else stopped_by)
-        history.stopped_by = stopped_by
-    if checkpoints.failed is not None:
-        raise checkpoints.failed
+            history.stopped_by = None if signals.stop is None else signals.stop.name
+        if history.stopped_by is not None:
+            ctrl_c = history.stopped_by == "SIGINT"
+            checkpoints.keep("Ctrl-C" if ctrl_c else history.stopped_by)
     return history.result(ppo.progress)
 
 
-def _reason(signals: Received, limit: TimeLimit, evaluator: Evaluator) -> str | None:
+def _health(evaluation: Evaluation | None) -> Health:
+    if not isinstance(evaluation, Evaluation):  # Evaluator checks its type
+        return Health()
+    return Health(evaluation.best, lower_is_better=evaluation.lower_is_better)
+
+
+def _reason(signals: Received, limit: TimeLimit, evaluator: Evaluator, *, last: bool) -> str | None:
     """Return why a run ends before its next step; None: it goes on."""
     if signals.stop is not None:
         return signals.stop.name
-    if limit.reached:
+    if not limit.fits(evaluates=evaluator.due(last=last, ahead=1)):
         return "max_time"
     return "patience" if evaluator.exhausted else None
 
 
 def _evaluate(
-    evaluator: Evaluator, checkpoints: Checkpoints, told: Callbacks, *, last: bool = False
+    evaluator: Evaluator,
+    checkpoints: Checkpoints,
+    told: Callbacks,
+    limit: TimeLimit,
+    *,
+    last: bool = False,
 ) -> bool:
     """Evaluate if it is due, and say whether it was."""
     if not evaluator.due(last=last):
         return False
-    with _kept(checkpoints, "an error in an evaluation"):
+    with limit.evaluation(), _kept(checkpoints, "an error in an evaluation"):
         told.on_evaluate(evaluator.run())
     return True
 
@@ -167,10 +179,14 @@ def _kept(checkpoints: Checkpoints, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _ended(told: Callbacks, history: History, progress: Progress) -> Iterator[None]:
-    """After the block, tell the callbacks of the end."""
+def _ended(
+    told: Callbacks, history: History, progress: Progress, checkpoints: Checkpoints
+) -> Iterator[None]:
+    """After the block, tell the callbacks of the end; a last checkpoint that failed is an error."""
     try:
         yield
+        if checkpoints.failed is not None:
+            raise checkpoints.failed
     except BaseException:
         told.on_end(None)
         raise

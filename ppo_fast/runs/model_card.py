@@ -126,7 +126,7 @@ class ModelCard:
             _section("Data", _table(("file", "examples"), files)),
             _section("Results", _table(("metric", "value"), self.metrics)),
             _section(f"Course of the {escaped(self.curve_name)}", self._course()),
-            _section("Samples of the last step", _samples(self.samples)),
+            _section("Samples of the last of these steps", _samples(self.samples)),
             _section("Settings", _code(_local(settings), "yaml")),
             _section("Versions", _table(("library", "version"), versions)),
         ]
@@ -176,6 +176,7 @@ def card_of_run(
     command: str = "",
     settings: Mapping[str, Any] | None = None,
     data: Mapping[str, int] | None = None,
+    step: int | None = None,
     num_samples: int = 3,
 ) -> ModelCard:
     """Make the card of a run from its output folder's metrics.jsonl and samples.jsonl.
@@ -183,10 +184,20 @@ def card_of_run(
     Args:
         folder: the run's output folder.
         kind, title, base_model, command, settings, data: as ModelCard's.
-        num_samples: completions of the last step that are shown.
+        step: that the weights are of; None: the last.
+        num_samples: completions of that step that are shown.
     """
-    metrics = list(_lines(folder / "metrics.jsonl"))
+    metrics = [
+        m for m in _lines(folder / "metrics.jsonl") if step is None or m.get("step", 0) <= step
+    ]
     last = metrics[-1] if metrics else {}
+    held_out = {
+        f"held out: {name}": value
+        for row in _lines(folder / "evaluations.jsonl")
+        if row.get("step") == last.get("step")
+        for name, value in row.items()
+        if isinstance(value, (int, float)) and name not in ("step", "time")
+    }
     samples = (s for s in _lines(folder / "samples.jsonl") if s.get("step") == last.get("step"))
     shown = list(islice(samples, num_samples))
     return ModelCard(
@@ -199,8 +210,9 @@ def card_of_run(
         metrics={
             name: value
             for name, value in last.items()
-            if isinstance(value, (int, float)) and name != "time" and not name.startswith("time/")
-        },
+            if isinstance(value, (int, float)) and not name.startswith(("time", "perf/"))
+        }
+        | held_out,
         curve=[
             (row["step"], row["mean_reward"])
             for row in metrics

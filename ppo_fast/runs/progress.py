@@ -49,7 +49,8 @@ class Progress:
         sequences_outside: number of responses sampled outside of steps. These have seeds of their
             own: an evaluation changes no later draw of the training.
         evaluations: metrics of each evaluation of the run, and its "step".
-        data: a hash of the prompts that are trained on; "" if they are not known.
+        evaluated: a hash of what they evaluate; "": there are none.
+        data: a hash of the prompts that are trained on; "": there are none yet.
     """
 
     def __init__(self, seed: int) -> None:
@@ -57,7 +58,8 @@ class Progress:
         self.stats: dict[str, Any] = {"total_steps": 0} | {name: [] for name in LISTS}
         self.prompts_drawn = self.sequences_sampled = self.sequences_outside = 0
         self.evaluations: list[dict[str, float]] = []
-        self.data = ""
+        self.evaluated = self.data = ""
+        self._resumed = False
 
     @property
     def steps(self) -> int:
@@ -79,16 +81,13 @@ class Progress:
         """Note which prompts are trained on; warn if a checkpoint's were others."""
         if isinstance(prompts, Stream):
             return
-        digest = hashlib.sha256()
-        for example in prompts:
-            digest.update(repr(key_of(example.prompt)).encode("utf-8", "backslashreplace"))
-        found = digest.hexdigest()[:16]
-        if self.data not in ("", found):
+        found = digest_of(prompts)
+        if self._resumed and self.data not in ("", found):
             logger.warning(
                 "prompts: they are others than those that the checkpoint was trained on, so that "
                 "the run goes on with another order of them"
             )
-        self.data = found
+        self.data, self._resumed = found, False
 
     def next_prompts(self, prompts: list[Example] | Stream, batch_size: int) -> list[Example]:
         """Return the next batch of an endless sequence of random permutations of ``prompts``.
@@ -132,8 +131,8 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counters and the seed, for a checkpoint."""
-        names = ("seed", "prompts_drawn", "sequences_sampled", "sequences_outside", "data")
-        counters = {name: getattr(self, name) for name in names}
+        names = ("seed", "prompts_drawn", "sequences_sampled", "sequences_outside")
+        counters = {name: getattr(self, name) for name in (*names, "data", "evaluated")}
         evaluations = [dict(one) for one in self.evaluations]
         return {"stats": _copied(self.stats), "evaluations": evaluations} | counters
 
@@ -150,7 +149,16 @@ class Progress:
         # older files have none of these
         self.sequences_outside = state.get("sequences_outside", 0)
         self.evaluations = [dict(one) for one in state.get("evaluations", [])]
-        self.data = state.get("data", "")
+        self.data, self.evaluated = state.get("data", ""), state.get("evaluated", "")
+        self._resumed = True
+
+
+def digest_of(prompts: list[Example], more: str = "") -> str:
+    """Return a short hash of prompts in their order, and of ``more``."""
+    digest = hashlib.sha256(more.encode())
+    for example in prompts:
+        digest.update(repr(key_of(example.prompt)).encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()[:16]
 
 
 def _mean(numbers: list[float]) -> float:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ppo_fast.checks import is_whole
 
 
 class TimeLimit:
-    """Says when no further step fits into the time of a run.
+    """Says whether a further step fits into the time of a run; the first one always does.
 
     Args:
         seconds: from now; None: there is no limit.
@@ -23,21 +25,38 @@ class TimeLimit:
             (is_whole(seconds) or isinstance(seconds, float)) and 0 < seconds < float("inf")
         ):
             raise ValueError(f"max_time: got {seconds!r}, expected seconds above 0, or None")
-        self._seconds = seconds
-        self._started = self._last = time.monotonic()
-        self._longest = 0.0
+        self._ends = None if seconds is None else time.monotonic() + seconds
+        self._step: float | None = None  # the longest, without its evaluation
+        self._evaluation = 0.0  # the longest
+        self._began, self._within = time.monotonic(), 0.0
+
+    def begin_step(self) -> None:
+        """Note that a step begins."""
+        self._began, self._within = time.monotonic(), 0.0
 
     def step_done(self) -> None:
         """Note that a step, and what is written after it, is done."""
-        now = time.monotonic()
-        self._longest, self._last = max(self._longest, now - self._last), now
+        seconds = time.monotonic() - self._began - self._within
+        self._step = max(self._step or 0.0, seconds)
 
-    @property
-    def reached(self) -> bool:
-        """Whether a step as long as the longest so far would end after the limit."""
-        return (
-            self._seconds is not None and self._last + self._longest > self._started + self._seconds
-        )
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Measure the block as an evaluation."""
+        began = time.monotonic()
+        yield
+        seconds = time.monotonic() - began
+        self._evaluation, self._within = max(self._evaluation, seconds), self._within + seconds
+
+    def fits(self, *, evaluates: bool) -> bool:
+        """Return whether a step as long as the longest so far would end in time.
+
+        Args:
+            evaluates: whether an evaluation follows it.
+        """
+        if self._ends is None or self._step is None:
+            return True
+        seconds = self._step + (self._evaluation if evaluates else 0.0)
+        return time.monotonic() + seconds <= self._ends
 
 
 def seconds_of(text: str) -> float:

@@ -81,11 +81,21 @@ def test_other_rewards_and_greedy_responses(place):
         (["--eval-every", "2"], "--eval-every: needs prompts to evaluate on; add --held-out 0.1"),
         (["--patience", "2"], "--patience: needs prompts to evaluate on"),
         (["--export-from", "best"], "--export-from: needs prompts to evaluate on"),
-        (["--held-out", "held.txt", "--patience", "2"], "--patience: got 2 without every"),
+        (
+            ["--held-out", "held.txt", "--patience", "2"],
+            "--patience: needs the steps between evaluations",
+        ),
         (
             ["--held-out", "held.txt", "--eval-reward", "none.py:f"],
-            "--reward: no file none.py",
+            "--eval-reward: no file none.py",
         ),
+        (["--held-out", "held.txt", "--keep-best", "-1"], "--keep-best: got -1"),
+        (["--held-out", "held.txt", "--eval-every", "0"], "--eval-every: got 0"),
+        (
+            ["--held-out", "held.txt", "--eval-greedy", "--eval-samples", "2"],
+            "--eval-samples: got 2 with --eval-greedy",
+        ),
+        (["--best", "reward/length/mean"], "--best: needs prompts to evaluate on"),
         (["--report-to", "nothing"], "--report-to: "),
     ],
 )
@@ -120,7 +130,46 @@ def test_a_resumed_run_repeats_no_line_of_evaluations(place):
     assert [row["step"] for row in lines(place / "run/evaluation_samples.jsonl")] == [
         step for step in range(4) for _ in HELD_OUT
     ]
-    assert json.loads((place / "run/results.json").read_text()) == {"step": 3}
+    assert json.loads((place / "run/results.json").read_text()) == {"step": 3, "weights_of": 3}
+
+
+def test_the_best_weights_of_a_finished_run(place, capsys):
+    main(evaluated("--keep-last", "1", num_steps=3))
+    main(["train", "--config", "run/config.yaml", "--resume", "--export-from", "best"])
+    assert "the weights are those of step 1, the best evaluation" in capsys.readouterr().out
+    card = (place / "run/policy/README.md").read_text("utf-8")
+    assert "| step | 1 |" in card
+    assert "held out" in card
+    main(["train", "--config", "run/config.yaml", "--resume"])
+    assert "nothing is left to do: all 3 steps are done" in capsys.readouterr().out
+
+
+def test_best_weights_that_are_gone(place, capsys):
+    main(evaluated("--keep-best", "0", "--keep-last", "1", num_steps=3))
+    main(["train", "--config", "run/config.yaml", "--resume", "--export-from", "best"])
+    texts = [row["text"] for row in lines(place / "run/events.jsonl")]
+    assert any("step 1 is the best, but its checkpoint is gone" in text for text in texts)
+    assert (place / "run/policy/config.json").exists()
+
+
+def test_an_evaluation_that_failed_is_made_up_for(place, capsys):
+    main(evaluated("--keep-last", "1", num_steps=2))
+    course = COURSE.format(held_out=HELD_OUT)
+    write(place / "course.py", course.replace("[1, 3, 2, 1, 0, 0, 0]", "[]"))
+    with pytest.raises(SystemExit):  # the reward fails in the evaluation
+        main(["train", "--config", "run/config.yaml", "--resume", "--num-steps", "3"])
+    assert [row["step"] for row in lines(place / "run/metrics.jsonl")] == [1, 2, 3]
+    write(place / "course.py", course)
+    main(["train", "--config", "run/config.yaml", "--resume"])
+    assert [row["step"] for row in lines(place / "run/evaluations.jsonl")] == [0, 1, 2, 3]
+
+
+def test_a_dry_run_checks_the_evaluation(place, capsys):
+    said = fails_in_a_line(capsys, *evaluated("--dry-run", "--eval-reward", "course.py:none"))
+    assert said.startswith("--eval-reward: ")
+    write(place / "held.txt", "word " * 900)
+    said = fails_in_a_line(capsys, *evaluated("--dry-run"))
+    assert said.startswith("evaluation: ")
 
 
 def test_samples_have_their_tokens(place):

@@ -117,11 +117,11 @@ def test_results_count_as_saved_when_all_are(place, monkeypatch, capsys):
         patch.setattr("ppo_fast.runs.export.export_policy", _full)
         fails_in_a_line(capsys, *arguments("--critic", "head"))
     assert (place / "run/critic/README.md").exists()
-    assert not results_are_saved(place / "run", 2)
+    assert not results_are_saved(place / "run", 2, 2)
     main(arguments("--critic", "head", "--resume"))
-    assert results_are_saved(place / "run", 2)
-    assert not results_are_saved(place / "run", 3)
-    assert not results_are_saved(place, 2)
+    assert results_are_saved(place / "run", 2, 2)
+    assert not results_are_saved(place / "run", 3, 3)
+    assert not results_are_saved(place, 2, 2)
 
 
 def test_a_card_that_cannot_be_written_leaves_the_policy_of_before(place, monkeypatch, capsys):

@@ -64,11 +64,49 @@ def test_skip_leaves_out_an_optimizer_step_for_both():
     assert trainer.train_step(PROMPTS)["skipped_optimizer_steps"] == 0
 
 
+def test_what_is_left_out_is_said(caplog):
+    trainer = tiny_trainer(on_nonfinite="skip")
+    poison(trainer.policy_model, {0})
+    trainer.train_step(PROMPTS)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("step 1: the loss is ")
+    assert said.endswith("this optimizer step is left out (on_nonfinite='skip')")
+
+
+def test_the_message_names_the_weight_whose_gradient_is_nan():
+    trainer = tiny_trainer()
+    weight = dict(trainer.policy_model.named_parameters())["model.norm.weight"]
+    weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(NotFiniteError, match=r"the first .* is that of model\.norm\.weight of the"):
+        trainer.train_step(PROMPTS)
+
+
+@pytest.mark.parametrize("which", ["policy", "value"])
+def test_each_of_both_is_counted(which):
+    """Optimizer steps of the other one do not hide that one is never changed."""
+    options = {"num_epochs": 1, "value_epochs": 2} if which == "policy" else {"num_epochs": 2}
+    together = which == "policy"
+    trainer = tiny_trainer(
+        on_nonfinite="skip", max_skipped=2, check_gradients_together=together, **options
+    )
+    poison(getattr(trainer, f"{which}_model"), range(99))
+    with pytest.raises(NotFiniteError, match="so were the 2 before, left out"):
+        trainer.train(PROMPTS, 4, 5, progress=False)
+
+
+def test_after_an_error_counting_begins_anew():
+    trainer = tiny_trainer(on_nonfinite="skip", max_skipped=1, num_epochs=2)
+    poison(trainer.policy_model, {0, 1, 2})
+    with pytest.raises(NotFiniteError):
+        trainer.train_step(PROMPTS)
+    assert trainer.train_step(PROMPTS)["skipped_optimizer_steps"] == 1
+
+
 def test_skip_ends_after_too_many_in_a_row():
     trainer = tiny_trainer(on_nonfinite="skip", max_skipped=2, num_epochs=2)
     poison(trainer.policy_model, {1, 2, 3})
     trainer.train_step(PROMPTS)
-    with pytest.raises(NotFiniteError, match=r"^step 2: .*; so were the 2 before, skipped"):
+    with pytest.raises(NotFiniteError, match=r"^step 2: .*; so were the 2 before, left out"):
         trainer.train_step(PROMPTS)
 
 

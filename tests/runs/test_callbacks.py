@@ -102,6 +102,43 @@ def test_an_error_in_a_callback_ends_the_run_after_a_checkpoint(tmp_path, method
     assert told.result is None, "told of an end with an error"
 
 
+def test_all_are_told_of_the_end(caplog):
+    class Fails(Callback):
+        def on_step(self, step):
+            raise KeyError("the real one")
+
+        def on_end(self, result):
+            raise RuntimeError("at the end")
+
+    told = Told()
+    with pytest.raises(KeyError, match="the real one"):
+        tiny_trainer().train(PROMPTS, 1, 2, callbacks=[Fails(), told], **QUIET)
+    assert told.result is None
+    assert "callbacks: Fails failed at the end: at the end" in caplog.text
+
+    class FailsAtTheEnd(Fails):
+        def on_step(self, step):
+            pass
+
+    with pytest.raises(RuntimeError, match="at the end"):
+        tiny_trainer().train(PROMPTS, 1, 2, callbacks=[FailsAtTheEnd(), told], **QUIET)
+    assert told.result is not None
+
+
+def test_checkpoints_at_the_end_are_told_of_and_pruned(tmp_path):
+    told = Told()
+    options = {"checkpoint_dir": tmp_path, "keep_last": 1, "checkpoint_freq": 9}
+    trainer = tiny_trainer()
+    for _ in range(2):
+        trainer.train(PROMPTS, 3, 2, max_time=1e-6, callbacks=[told], **options, **QUIET)
+    assert [call for call in told.calls if call[0] == "save"] == [("save", 1), ("save", 2)]
+    assert [path.name for path in tmp_path.glob("*.pt")] == ["ppo_checkpoint_step_2.pt"]
+
+
+def test_no_callbacks():
+    tiny_trainer().train(PROMPTS, 1, 2, callbacks=None, **QUIET)
+
+
 @pytest.mark.parametrize("critic", ["model", "baseline"])
 def test_a_step_has_numbers_of_each_token(critic):
     told = Told()

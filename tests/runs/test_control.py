@@ -4,6 +4,7 @@ import os
 import time
 
 import pytest
+import torch
 from tiny_trainer import PROMPTS, changed, tiny_trainer, weights
 
 from ppo_fast.runs.control import Control, checked_changes
@@ -93,6 +94,8 @@ def test_a_change_is_in_the_checkpoint(tmp_path, caplog):
         ("kl_penalty: -1", "kl_penalty: got -1, expected a number at least 0"),
         ("kl_penalty: .nan", "kl_penalty: got nan, expected"),
         ("checkpoint: 3", "checkpoint: got 3, expected true or false"),
+        ("kl_penalty: 1" + 400 * "0", "kl_penalty: got 1000"),
+        ("[" * 3000, ""),
         ("- 1", r"got [1], expected lines such as learning_rate: 1.0e-6"),
         ("a: [", "no YAML"),
         ("!!python/object/apply:os.system ['true']", "no YAML"),
@@ -105,6 +108,89 @@ def test_what_cannot_be_applied_changes_nothing_and_is_said_once(tmp_path, caplo
     assert len(said) == 1
     assert message in said[0]
     assert (tmp_path / "control.yaml").exists()
+
+
+@pytest.mark.parametrize("text", ["", "  ", "{}", "checkpoint: false"])
+def test_nothing_is_asked(tmp_path, text):
+    control = Control(tmp_path / "control.yaml", tiny_trainer().learner)
+    write(tmp_path / "control.yaml", text)
+    assert control.apply(1) is False
+
+
+def test_of_two_changes_none_is_applied_if_one_cannot_be(tmp_path, caplog):
+    options = {"kl_controller": "linear", "kl_penalty": 0.1, "kl_penalty_end": 0.0}
+    text = "learning_rate: 5e-5\nkl_penalty: 0.1"
+    _, found = run(tmp_path, text, trainer=tiny_trainer(**options), steps=3, at=2)
+    assert {m["learning_rate"] for m in found} == {1e-3}
+    assert "a course can neither be scaled to 0 nor from 0; nothing was changed" in caplog.text
+
+
+def test_a_course_is_not_ended_by_0(tmp_path, caplog):
+    options = {"kl_controller": "adaptive", "kl_target": 3.0}
+    run(tmp_path, "kl_penalty: 0", trainer=tiny_trainer(**options))
+    assert "nothing was changed" in caplog.text
+
+
+def test_a_file_that_cannot_be_removed_is_applied_once(tmp_path, monkeypatch, caplog):
+    def refuse(*_, **__):
+        raise PermissionError("no")
+
+    monkeypatch.setattr("pathlib.Path.unlink", refuse)
+    _, found = run(tmp_path, "learning_rate: 1e-6", steps=4)
+    assert [m["learning_rate"] for m in found] == [1e-3, 1e-6, 1e-6, 1e-6]
+    assert caplog.text.count("was applied and cannot be removed") == 1
+    assert caplog.text.count("learning_rate is 1e-06") == 1
+
+
+def test_what_is_no_path_is_refused():
+    with pytest.raises(TypeError, match="control: got 5, expected the path of a file"):
+        tiny_trainer().train(PROMPTS, 1, 2, control=5, **QUIET)
+
+
+def test_rates_of_groups_are_scaled():
+    trainer = tiny_trainer(critic="baseline")
+    weights = list(trainer.policy_model.parameters())
+    trainer.policy_optimizer = torch.optim.AdamW(
+        [{"params": weights[:2], "lr": 1e-3}, {"params": weights[2:], "lr": 1e-5}]
+    )
+    trainer.learner.set_rate("policy", 1e-4)
+    rates = [group["lr"] for group in trainer.policy_optimizer.param_groups]
+    assert rates == pytest.approx([1e-4, 1e-6])
+
+
+def test_a_loaded_checkpoint_takes_changes_back(tmp_path):
+    trainer = tiny_trainer()
+    trainer.train_step(PROMPTS)
+    before = trainer.save_checkpoint(tmp_path, 1)
+    trainer.learner.set_rate("policy", 1e-6)
+    trainer.learner.set_kl_coefficient(0.9, 1)
+    trainer.load_checkpoint(before)
+    assert trainer.policy_optimizer.param_groups[0]["lr"] == 1e-3
+    assert trainer.learner.kl_coefficient(1) == 0.05
+
+
+def test_a_setting_given_anew_counts(tmp_path, caplog):
+    trainer = tiny_trainer()
+    trainer.learner.set_rate("policy", 1e-6)
+    trainer.learner.set_rate("value", 1e-7)
+    trainer.learner.set_kl_coefficient(0.9, 0)
+    saved = trainer.save_checkpoint(tmp_path, 1)
+    resumed = tiny_trainer(learning_rate=5e-4, value_learning_rate=1e-3, kl_penalty=0.3)
+    resumed.load_checkpoint(saved)
+    assert resumed.policy_optimizer.param_groups[0]["lr"] == 5e-4
+    assert resumed.learner.kl_coefficient(1) == 0.3
+    assert "settings changed since the checkpoint: kl_penalty 0.05 -> 0.3" in caplog.text
+    assert "as changed in the run before" not in caplog.text
+
+
+def test_a_scheduler_of_the_users_own_keeps_its_rate(tmp_path, caplog):
+    trainer = tiny_trainer()
+    trainer.learner.set_rate("policy", 1e-6)
+    saved = trainer.save_checkpoint(tmp_path, 1)
+    resumed = tiny_trainer()
+    torch.optim.lr_scheduler.ConstantLR(resumed.policy_optimizer)
+    resumed.load_checkpoint(saved)
+    assert "scheduler of your own; it stays, instead of 1e-06" in caplog.text
 
 
 def test_a_rate_of_no_value_function_is_refused():

@@ -1,13 +1,17 @@
 """Evaluations in the course of a run, and what follows from them."""
 
 import math
+import random
+import signal
 
+import numpy as np
 import pytest
 import torch
 from tiny_trainer import PROMPTS, count_letters, tiny_trainer
-from whole_state import assert_is, everything
+from whole_state import assert_is, everything, noisy_reward
 
 from ppo_fast import Callback, Evaluation, evaluate
+from ppo_fast.runs.evaluation import Evaluator
 
 HELD_OUT = ["The sea", "A second one"]
 QUIET = {"progress": False}
@@ -180,6 +184,110 @@ def test_an_unknown_metric_is_refused_before_training():
 def test_prompts_alone_are_no_evaluation():
     with pytest.raises(TypeError, match=r"evaluation: got list, expected an Evaluation\("):
         tiny_trainer().train(PROMPTS, 2, 2, evaluation=HELD_OUT, **QUIET)
+
+
+def test_another_evaluation_begins_anew(caplog):
+    trainer = tiny_trainer()
+    trainer.train(PROMPTS, 3, 2, evaluation=Evaluation(HELD_OUT, every=1), **QUIET)
+    result = trainer.train(
+        PROMPTS, 3, 2, evaluation=Evaluation(["One"], every=2, patience=9), **QUIET
+    )
+    assert [one["step"] for one in result["evaluations"]] == [3, 4, 6]
+    assert "evaluation: it has other prompts, rewards or samples" in caplog.text
+
+
+def test_responses_are_as_long_as_those_of_the_training():
+    seen = Evaluations()
+    tiny_trainer(max_length=20).train(
+        PROMPTS, 1, 2, max_length=3, evaluation=Evaluation(HELD_OUT), callbacks=[seen], **QUIET
+    )
+    assert {one.rollout.tokens.response_ids.shape[1] for one in seen.found} == {3}
+
+
+def test_rewards_that_draw_find_their_generators_as_without_evaluations():
+    plain, evaluated = tiny_trainer(noisy_reward), tiny_trainer(noisy_reward)
+    states = []
+    for trainer, options in ((plain, {}), (evaluated, {"evaluation": Evaluation(HELD_OUT)})):
+        random.seed(3)
+        torch.manual_seed(3)
+        np.random.seed(3)  # noqa: NPY002
+        trainer.train(PROMPTS, 2, 2, **options, **QUIET)
+        states.append(everything(trainer))
+    assert_is(evaluated, states[0])
+
+
+def test_numbers_that_are_not_finite_are_never_the_best():
+    trainer = tiny_trainer()
+    evaluator = Evaluator(trainer, Evaluation(HELD_OUT, every=1, keep_best=3, patience=2))
+    trainer.progress.evaluations = [
+        {"step": step, "reward": reward}
+        for step, reward in enumerate([1.0, math.nan, 3.0, math.nan])
+    ] + [{"step": 4}]
+    assert evaluator.ranked == [2, 0]
+    assert evaluator.best == [2]
+    assert evaluator.exhausted
+    trainer.progress.evaluations = [{"step": 0}]
+    assert not evaluator.exhausted
+
+
+def test_after_a_signal_the_checkpoint_comes_first(tmp_path):
+    order = []
+
+    class Order(Callback):
+        def on_evaluate(self, evaluated):
+            order.append(f"evaluation {evaluated.step}")
+
+        def on_save(self, step, path):
+            order.append(f"checkpoint {step}")
+
+        def on_step(self, step):
+            if step.number == 2:
+                signal.raise_signal(signal.SIGTERM)
+
+    trainer = tiny_trainer()
+    options = {"evaluation": Evaluation(HELD_OUT, every=1), "checkpoint_dir": tmp_path}
+    trainer.train(PROMPTS, 4, 2, callbacks=[Order()], checkpoint_freq=9, **options, **QUIET)
+    assert order[-1] == "checkpoint 2"
+    assert "evaluation 2" not in order
+    result = trainer.train(PROMPTS, 1, 2, **options, **QUIET)
+    assert [one["step"] for one in result["evaluations"]][-2:] == [2, 3], "it is made up for"
+
+
+def test_a_long_evaluation_does_not_end_a_run(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("ppo_fast.runs.time_limit.time.monotonic", lambda: now[0])
+
+    class Slow(Callback):
+        def on_evaluate(self, evaluated):
+            now[0] += 50
+
+        def on_step(self, step):
+            now[0] += 1
+
+    result = tiny_trainer().train(
+        PROMPTS, 90, 2, max_time=60, evaluation=Evaluation(HELD_OUT, every=100),
+        callbacks=[Slow()], **QUIET,
+    )  # fmt: skip
+    assert result["stopped_by"] == "max_time"
+    assert len(result["training_history"]["mean_rewards"]) == 10
+
+
+def test_a_run_whose_steps_are_all_done_was_not_interrupted(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("ppo_fast.runs.time_limit.time.monotonic", lambda: now[0])
+
+    def on_step(step):
+        now[0] += 20
+
+    result = tiny_trainer().train(PROMPTS, 2, 2, max_time=41, on_step=on_step, **QUIET)
+    assert (result["interrupted"], result["stopped_by"]) == (False, None)
+
+
+def test_a_reward_that_is_to_fall_may_fall(caplog):
+    tiny_trainer(Course(5, 4, 3, 2)).train(
+        PROMPTS, 3, 2, evaluation=Evaluation(HELD_OUT, every=1, lower_is_better=True), **QUIET
+    )
+    assert "held-out prompts fell" not in caplog.text
 
 
 def test_a_held_out_reward_that_falls_is_said_once(caplog):

@@ -96,17 +96,34 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
 def test_no_step_begins_that_would_end_too_late(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("ppo_fast.runs.time_limit.time.monotonic", lambda: now[0])
-    limit = TimeLimit(60)
-    reached = []
-    for seconds in (20, 10, 9, 1):
+    limit, fits = TimeLimit(60), []
+    with limit.evaluation():
+        now[0] += 15
+    assert limit.fits(evaluates=True), "the first step always begins"
+    for seconds in (20, 1, 4):
+        limit.begin_step()
         now[0] += seconds
         limit.step_done()
-        reached.append(limit.reached)
-    assert reached == [False, False, False, False], "40 s are gone, and a step takes 20 at most"
+        fits.append(limit.fits(evaluates=False))
+    assert fits == [True] * 3, "40 s are gone, and a step takes 20 at most"
+    assert not limit.fits(evaluates=True), "with an evaluation of 15"
     now[0] += 0.1
+    assert not limit.fits(evaluates=False)
+    assert TimeLimit(None).fits(evaluates=True)
+
+
+def test_an_evaluation_does_not_count_as_a_part_of_a_step(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("ppo_fast.runs.time_limit.time.monotonic", lambda: now[0])
+    limit = TimeLimit(100)
+    limit.begin_step()
+    now[0] += 10
+    with limit.evaluation():
+        now[0] += 50
     limit.step_done()
-    assert limit.reached
-    assert not TimeLimit(None).reached
+    assert limit.fits(evaluates=False)
+    now[0] += 30
+    assert limit.fits(evaluates=False), "10 s are left, and a step takes 10"
 
 
 def test_a_run_ends_at_its_time(tmp_path, caplog):
