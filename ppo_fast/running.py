@@ -130,14 +130,18 @@ class Running:
                 interrupted (before its end), stopped_by ("SIGINT", "SIGTERM", "max_time",
                 "patience" or None), evaluations (the metrics of each, and its step).
         """
-        check_counts(num_steps=num_steps, checkpoint_freq=checkpoint_freq)
+        check_counts(
+            num_steps=num_steps,
+            checkpoint_freq=checkpoint_freq,
+            keep_last=1 if keep_last is None else keep_last,
+        )
         if checkpoint_dir is not None and self._space_checked != folder_path(checkpoint_dir):
             self.check_space(
                 checkpoint_dir,
                 num_steps=self.progress.steps + num_steps,
                 checkpoint_freq=checkpoint_freq,
                 keep_last=keep_last,
-                keep_best=0 if evaluation is None else evaluation.keep_best,
+                keep_best=evaluation.keep_best if isinstance(evaluation, Evaluation) else 0,
             )
         told = [*Callbacks(callbacks).all]
         if report_to:
