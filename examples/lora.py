@@ -17,8 +17,8 @@ from peft import PeftModel
 from ppo_fast import PPO, PPOConfig, evaluate
 from ppo_fast.demo.smollm2 import load_smollm2
 from ppo_fast.demo.task import load_prompts, positivity
+from ppo_fast.exports.export import export_policy
 from ppo_fast.models.lora import with_lora
-from ppo_fast.runs.export import export_policy
 
 
 def main(num_steps: int = 16, batch_size: int = 32, rank: int = 8) -> None:

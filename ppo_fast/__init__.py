@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ppo_fast.rewards.fit.train import train_reward_model
     from ppo_fast.runs.callbacks import Callback
     from ppo_fast.runs.evaluation import Evaluation, evaluate
+    from ppo_fast.trackers.report_to import Trackers
     from ppo_fast.trainer import PPOTrainer
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "RewardModel",
     "RewardModelConfig",
     "Rollout",
+    "Trackers",
     "ValueModel",
     "evaluate",
     "read_prompts",
@@ -57,6 +59,7 @@ _MODULES = {
     "RewardModel": "ppo_fast.models.heads",
     "RewardModelConfig": "ppo_fast.rewards.fit.settings",
     "Rollout": "ppo_fast.data.rollout",
+    "Trackers": "ppo_fast.trackers.report_to",
     "ValueModel": "ppo_fast.models.heads",
     "evaluate": "ppo_fast.runs.evaluation",
     "read_prompts": "ppo_fast.data.files",

@@ -11,6 +11,16 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ppo_fast.checkpointing.checkpoint import (
+    checkpoint_path,
+    folder_path,
+    read_checkpoint,
+    settle_settings,
+    write_checkpoint,
+)
+from ppo_fast.checkpointing.contents import check_finite
+from ppo_fast.checkpointing.kept import checkpoints_in
+from ppo_fast.checkpointing.space import check_space, checkpoint_bytes
 from ppo_fast.checks import check_counts
 from ppo_fast.config import PPOConfig
 from ppo_fast.critics.critic import Critic, ModelCritic
@@ -23,20 +33,10 @@ from ppo_fast.rollout.sampler import Sampler
 from ppo_fast.rollout.texts import Texts
 from ppo_fast.runs import loop
 from ppo_fast.runs.callbacks import Callback, Callbacks, OnStep
-from ppo_fast.runs.checkpoint import (
-    checkpoint_path,
-    folder_path,
-    read_checkpoint,
-    settle_settings,
-    write_checkpoint,
-)
-from ppo_fast.runs.contents import check_finite
 from ppo_fast.runs.evaluation import Evaluation
-from ppo_fast.runs.kept import checkpoints_in
 from ppo_fast.runs.progress import Progress
 from ppo_fast.runs.prompts import check_run_prompts
-from ppo_fast.runs.report_to import Trackers
-from ppo_fast.runs.space import check_space, checkpoint_bytes
+from ppo_fast.trackers.report_to import Trackers
 
 Prompts = Iterable[Prompt | Example | Mapping[str, Any]]
 
@@ -114,8 +114,7 @@ class Running:
                 it, and whether the run ends early; None: nothing is evaluated.
             callbacks: objects that are told of steps, evaluations and checkpoints.
             report_to: names of trackers, "tensorboard", "wandb", "trackio", "mlflow" and others
-                that accelerate has; ``ppo_fast.runs.report_to.Trackers`` is a callback with more
-                settings.
+                that accelerate has; ``ppo_fast.Trackers`` is a callback with more settings.
             metric_names: "trl": trackers get TRL's names of metrics (docs/metrics.md).
             control: path of a YAML file that is looked for after each step, for a new
                 learning_rate, value_learning_rate or kl_penalty, or ``checkpoint: true``; None:

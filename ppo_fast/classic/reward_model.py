@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ppo_fast.checks import check_counts
+from ppo_fast.disk.files import written
 from ppo_fast.models.heads import RewardModel
 from ppo_fast.rewards.fit import train as fit
 from ppo_fast.rewards.fit.loss import pair_losses
 from ppo_fast.rewards.fit.settings import RewardModelConfig
-from ppo_fast.runs.files import written
 
 logger = logging.getLogger(__name__)
 

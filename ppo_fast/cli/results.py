@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from ppo_fast.data.examples import Example, Stream
-from ppo_fast.runs.files import written
+from ppo_fast.disk.files import written
 from ppo_fast.runs.plain_text import plain
 
 # Written last, when all else of a run's results is whole.
@@ -39,11 +39,11 @@ def save_results(
         held_out: number of prompts that were held out.
         last: the last step; the weights may be those of an earlier one.
     """
+    from ppo_fast.exports.export import export_policy, save_critic
+    from ppo_fast.exports.hub import push_to_hub
+    from ppo_fast.exports.model_card import ModelCard, card_of_run
     from ppo_fast.report.page import write_page
     from ppo_fast.report.read import read_runs
-    from ppo_fast.runs.export import export_policy, save_critic
-    from ppo_fast.runs.hub import push_to_hub
-    from ppo_fast.runs.model_card import ModelCard, card_of_run
 
     data = {} if isinstance(prompts, Stream) else {Path(run.prompts).name: len(prompts)}
     if held_out:

@@ -16,9 +16,9 @@ from ppo_fast.rewards.fit.settings import RewardModelConfig
 from ppo_fast.runs.plain_text import plain
 
 if TYPE_CHECKING:
+    from ppo_fast.exports.model_card import ModelCard
     from ppo_fast.rewards.fit.train import RewardModelResult
-    from ppo_fast.runs.folder import RunFolder
-    from ppo_fast.runs.model_card import ModelCard
+    from ppo_fast.run_folder.folder import RunFolder
 
 SHOWN = ("loss", "accuracy", "margin", "calibration")
 
@@ -57,7 +57,7 @@ class Reward:
             )
         rows, held_out = self._rows()
 
-        from ppo_fast.runs.folder import RunFolder
+        from ppo_fast.run_folder.folder import RunFolder
 
         with RunFolder(self.output_dir) as folder:
             folder.forget_after(0)  # of a run that did not end
@@ -76,8 +76,8 @@ class Reward:
     ) -> None:
         from transformers import AutoTokenizer
 
+        from ppo_fast.exports.export import export_policy
         from ppo_fast.rewards.fit.train import train_reward_model
-        from ppo_fast.runs.export import export_policy
 
         tokenizer = load_pretrained("model", AutoTokenizer, self.model)
         if tokenizer.pad_token is None:
@@ -105,7 +105,7 @@ class Reward:
         console.print(plain(f"reward model: {self.output_dir / 'model'}"), soft_wrap=True)
 
     def _card(self, result: RewardModelResult, count: int) -> ModelCard:
-        from ppo_fast.runs.model_card import ModelCard
+        from ppo_fast.exports.model_card import ModelCard
 
         held_out = "held_out/accuracy"
         name = held_out if result.evaluation else "accuracy"

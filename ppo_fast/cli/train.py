@@ -17,9 +17,9 @@ from ppo_fast.checks import check_counts
 from ppo_fast.config import PPOConfig
 from ppo_fast.data.examples import Example, Stream, key_of
 from ppo_fast.data.files import hold_out, hold_out_where, read_prompts
+from ppo_fast.exports.hub import check_repo
 from ppo_fast.models.pretrained import check_model, load_pretrained
 from ppo_fast.rewards.load import function_of
-from ppo_fast.runs.hub import check_repo
 from ppo_fast.runs.time_limit import seconds_of
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ class Train:
         """Return the trackers, whose packages are checked before a model is loaded."""
         if not self.report_to:
             return []
-        from ppo_fast.runs.report_to import Trackers
+        from ppo_fast.trackers.report_to import Trackers
 
         return [
             Trackers(

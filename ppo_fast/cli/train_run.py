@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, NoReturn
 from rich.console import Console
 from rich.table import Table
 
+from ppo_fast.checkpointing.checkpoint import checkpoint_path
+from ppo_fast.checkpointing.kept import checkpoints_in, load_newest
+from ppo_fast.checkpointing.space import weights_bytes
 from ppo_fast.cli.results import results_are_saved, save_results
 from ppo_fast.data.evaluated import Evaluated
 from ppo_fast.data.examples import Example, Stream
+from ppo_fast.exports.export import check_token_classifier
 from ppo_fast.ppo import PPO
+from ppo_fast.run_folder.folder import RunFolder
+from ppo_fast.run_folder.run_writer import RunWriter
 from ppo_fast.runs.callbacks import Callback
-from ppo_fast.runs.checkpoint import checkpoint_path
 from ppo_fast.runs.display import StepDisplay
 from ppo_fast.runs.evaluation import Evaluation, Evaluator
-from ppo_fast.runs.export import check_token_classifier
-from ppo_fast.runs.folder import RunFolder
-from ppo_fast.runs.kept import checkpoints_in, load_newest
 from ppo_fast.runs.plain_text import plain
-from ppo_fast.runs.run_writer import RunWriter
-from ppo_fast.runs.space import weights_bytes
 
 if TYPE_CHECKING:
     from ppo_fast.cli.train import Train

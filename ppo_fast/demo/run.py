@@ -23,14 +23,14 @@ from ppo_fast.data.step import Step
 from ppo_fast.data.tokens import Tokens
 from ppo_fast.demo.smollm2 import load_smollm2
 from ppo_fast.demo.task import distinct_2, load_prompts, plot_curves, positivity
+from ppo_fast.exports.export import export_policy
 from ppo_fast.ppo import PPO
 from ppo_fast.report.page import write_page
 from ppo_fast.report.read import read_runs
+from ppo_fast.run_folder.folder import RunFolder
+from ppo_fast.run_folder.run_writer import RunWriter
 from ppo_fast.runs.display import StepDisplay
-from ppo_fast.runs.export import export_policy
-from ppo_fast.runs.folder import RunFolder
 from ppo_fast.runs.plain_text import plain
-from ppo_fast.runs.run_writer import RunWriter
 
 NUM_STEPS, BATCH_SIZE = 22, 32
 SAMPLES_PER_PROMPT = 4  # of each of the 32 held-out prompts, before and after

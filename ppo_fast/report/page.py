@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ppo_fast.disk.files import written
 from ppo_fast.report.curves import curves
 from ppo_fast.report.evaluations import evaluations
 from ppo_fast.report.events import events
@@ -19,7 +20,6 @@ from ppo_fast.report.settings import settings
 from ppo_fast.report.summary import summary
 from ppo_fast.report.tables import named
 from ppo_fast.report.times import times
-from ppo_fast.runs.files import written
 
 
 def write_page(path: Path, runs: Sequence[Run]) -> None:

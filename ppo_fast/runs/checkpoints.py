@@ -7,10 +7,10 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Protocol
 
-from ppo_fast.runs.checkpoint import checkpoint_path, folder_path, make_folder
-from ppo_fast.runs.files import remove_partial
-from ppo_fast.runs.kept import remove_old
-from ppo_fast.runs.lock import FolderLock
+from ppo_fast.checkpointing.checkpoint import checkpoint_path, folder_path, make_folder
+from ppo_fast.checkpointing.kept import remove_old
+from ppo_fast.disk.files import remove_partial
+from ppo_fast.disk.lock import FolderLock
 from ppo_fast.runs.progress import Progress
 
 logger = logging.getLogger(__name__)

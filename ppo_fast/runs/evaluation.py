@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ppo_fast.checkpointing.checkpoint import random_states, restore_random_states
 from ppo_fast.checks import check_fields, whole
 from ppo_fast.config import PPOConfig
 from ppo_fast.data.evaluated import Evaluated
@@ -18,7 +19,6 @@ from ppo_fast.data.examples import Example, Prompt, Stream
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.scores import Scores
 from ppo_fast.rewards.scorer import Scorer
-from ppo_fast.runs.checkpoint import random_states, restore_random_states
 from ppo_fast.runs.progress import Progress, digest_of
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ppo_fast import PPOConfig
 from ppo_fast.cli.main import main
 from ppo_fast.cli.train import Train
-from ppo_fast.runs.folder import RunFolder
+from ppo_fast.run_folder.folder import RunFolder
 
 # A run
 
@@ -31,6 +31,7 @@ def test_train_fills_the_output_folder(place, capsys):
         "config.yaml",
         "checkpoints",
         "policy",
+        "report.html",
         "results.json",
     }
     metrics = lines(run / "metrics.jsonl")

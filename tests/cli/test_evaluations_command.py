@@ -11,8 +11,8 @@ import torch
 from command_line import arguments, fails_in_a_line, lines, write
 from transformers import AutoModelForCausalLM
 
+from ppo_fast.checkpointing.checkpoint import load
 from ppo_fast.cli.main import main
-from ppo_fast.runs.checkpoint import load
 
 HELD_OUT = ["Another text", "One more"]
 # the evaluations' mean rewards are 1, 3, 2, 1, 0

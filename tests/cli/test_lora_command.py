@@ -13,8 +13,8 @@ from tiny_trainer import PROMPTS, true_logprobs
 from transformers import AutoModelForCausalLM
 
 from ppo_fast.cli import main
+from ppo_fast.exports import export
 from ppo_fast.models.adapters import adapted_layers
-from ppo_fast.runs import export
 
 TOKENS = batch()
 

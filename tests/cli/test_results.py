@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 from ppo_fast.cli.main import main
 from ppo_fast.cli.results import results_are_saved
-from ppo_fast.runs.model_card import ModelCard
+from ppo_fast.exports.model_card import ModelCard
 
 
 def test_a_card_says_how_the_policy_was_trained(place, monkeypatch):
@@ -66,7 +66,7 @@ def test_the_policy_is_pushed(place, monkeypatch, capsys):
         pushed.append((sorted(path.name for path in folder.iterdir()), repo_id))
         return "https://hub/me/kind"
 
-    monkeypatch.setattr("ppo_fast.runs.hub.push_to_hub", push)
+    monkeypatch.setattr("ppo_fast.exports.hub.push_to_hub", push)
     main(arguments("--push-to-hub", "me/kind"))
     ((files, name),) = pushed
     assert name == "me/kind"
@@ -114,7 +114,7 @@ def test_choices_in_a_config_file(place, capsys):
 
 def test_results_count_as_saved_when_all_are(place, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr("ppo_fast.runs.export.export_policy", _full)
+        patch.setattr("ppo_fast.exports.export.export_policy", _full)
         fails_in_a_line(capsys, *arguments("--critic", "head"))
     assert (place / "run/critic/README.md").exists()
     assert not results_are_saved(place / "run", 2, 2)

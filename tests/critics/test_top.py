@@ -12,12 +12,12 @@ from tiny_trainer import PROMPTS, count_letters, tiny_trainer, weights
 from torch import nn
 
 from ppo_fast import PPOConfig, PPOTrainer
+from ppo_fast.checkpointing import checkpoint
 from ppo_fast.critics.critic import TopCritic
 from ppo_fast.data.tokens import position_ids
 from ppo_fast.data.trunk_states import TrunkStates
 from ppo_fast.models.heads import TopValue, ValueHead
 from ppo_fast.models.language_model import LanguageModel
-from ppo_fast.runs import checkpoint
 
 TOKENS = batch()
 

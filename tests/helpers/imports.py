@@ -12,12 +12,13 @@ DOCUMENT = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- drawn by tests/helpers/imports.py -->\n", "<!-- end -->\n"
 
 LAYERS = (
-    ("checks", "nonfinite", "user_code", "hub"),
+    ("checks", "disk", "nonfinite", "user_code", "hub"),
     ("ops", "data"),
     ("config",),
     ("models",),
     ("rollout", "rewards", "critics"),
-    ("learning", "runs", "diagnostics", "report"),
+    ("learning", "checkpointing", "runs", "diagnostics"),
+    ("exports", "run_folder", "trackers", "report"),
     ("parts", "running"),
     ("ppo",),
     ("trainer",),

@@ -25,13 +25,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ppo_fast import PPOConfig, PPOTrainer, ValueModel
+from ppo_fast.checkpointing import checkpoint
 from ppo_fast.data.tokens import position_ids
 from ppo_fast.models.adapters import adapted_layers, merged_adapters
 from ppo_fast.models.heads import ValueHead
 from ppo_fast.models.lora import with_lora
 from ppo_fast.models.parts import body_of
 from ppo_fast.models.transformers_internals import why_no_add_adapter
-from ppo_fast.runs import checkpoint
 
 TOKENS = batch()
 families = pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -8,7 +8,7 @@ import torch
 from tiny_models import tiny_model, tiny_tokenizer
 from tiny_trainer import PROMPTS, count_letters, names
 
-from ppo_fast.runs import hub
+from ppo_fast.exports import hub
 
 pytest.importorskip("bitsandbytes", reason="quantised weights need bitsandbytes")
 

@@ -25,6 +25,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from ppo_fast import PPO, PPOConfig
+from ppo_fast.checkpointing import checkpoint
 from ppo_fast.models.adapters import adapted_layers, merged_adapters
 from ppo_fast.models.checks import to_device
 from ppo_fast.models.lora import with_lora
@@ -41,7 +42,6 @@ from ppo_fast.models.quantized import (
 )
 from ppo_fast.rewards.fit.settings import RewardModelConfig
 from ppo_fast.rewards.fit.train import train_reward_model
-from ppo_fast.runs import checkpoint
 
 bnb = pytest.importorskip("bitsandbytes", reason="quantised weights need bitsandbytes")
 both = pytest.mark.parametrize("quantization", ["4bit", "8bit"])

@@ -21,7 +21,7 @@ from torch import nn
 
 from ppo_fast import PPO, ClassifierReward, PPOConfig
 from ppo_fast.data.rollout import Rollout
-from ppo_fast.runs.folder import RunFolder
+from ppo_fast.run_folder.folder import RunFolder
 
 ROWS = [{"prompt": text, "answer": i, "unit": "m"} for i, text in enumerate(PROMPTS)]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_trainer import PROMPTS, changed, count_letters, names, tiny_trainer, weights
 
-from ppo_fast.runs import checkpoint
+from ppo_fast.checkpointing import checkpoint
 from ppo_fast.runs.checkpoints import Checkpoints
 
 QUIET = {"progress": False}

@@ -235,7 +235,7 @@ def test_a_resumed_command_finishes_what_is_missing(place, capsys, monkeypatch):
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ppo_fast.runs.export.export_policy", fail)
+        patch.setattr("ppo_fast.exports.export.export_policy", fail)
         with pytest.raises(SystemExit):
             main(arguments(reward="signalling.py:reward"))
     assert not (place / "run/policy").exists()

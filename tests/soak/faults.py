@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 from tiny_trainer import PROMPTS, tiny_trainer
 
-from ppo_fast.runs.checkpoint import checkpoint_path, load
-from ppo_fast.runs.export import export_policy, load_critic, save_critic
-from ppo_fast.runs.files import HALF, remove_partial
-from ppo_fast.runs.kept import checkpoints_in, remove_old
-from ppo_fast.runs.model_card import ModelCard
+from ppo_fast.checkpointing.checkpoint import checkpoint_path, load
+from ppo_fast.checkpointing.kept import checkpoints_in, remove_old
+from ppo_fast.disk.files import HALF, remove_partial
+from ppo_fast.exports.export import export_policy, load_critic, save_critic
+from ppo_fast.exports.model_card import ModelCard
 from soak.file_faults import Action, FileFaults
 from soak.kept_whole import damage_of_export, differences, lost
 from soak.part import Found, work_folder

@@ -10,9 +10,9 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ppo_fast.runs.checkpoint import checkpoint_path, load
-from ppo_fast.runs.files import HALF
-from ppo_fast.runs.kept import checkpoints_in
+from ppo_fast.checkpointing.checkpoint import checkpoint_path, load
+from ppo_fast.checkpointing.kept import checkpoints_in
+from ppo_fast.disk.files import HALF
 
 TIMES = ("time", "perf/")
 LOGS = ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "evaluation_samples.jsonl")

@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from ppo_fast.runs.kept import checkpoints_in
+from ppo_fast.checkpointing.kept import checkpoints_in
 from soak.file_faults import Action, FileFaults
 from soak.kept_whole import differences, lost
 from soak.part import Found, work_folder

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from ppo_fast.runs.files import written
+from ppo_fast.disk.files import written
 
 
 def work_folder(name: str) -> Path:

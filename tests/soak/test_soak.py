@@ -14,7 +14,7 @@ import pytest
 from tiny_models import tiny_model, tiny_tokenizer
 from tiny_trainer import PROMPTS, tiny_trainer
 
-from ppo_fast.runs.export import export_policy
+from ppo_fast.exports.export import export_policy
 from soak.fuzz import run_one
 from soak.kept_whole import damage_of_export, differences, lost
 from soak.part import Found, State

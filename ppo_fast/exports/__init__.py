@@ -1,0 +1,1 @@
+"""Models for others: saved with a card, and pushed to the hub."""

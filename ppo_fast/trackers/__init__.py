@@ -1,0 +1,1 @@
+"""Trackers of runs: TensorBoard, Weights & Biases and others, through accelerate."""
