@@ -15,11 +15,11 @@ from ppo_fast.checkpointing.checkpoint import (
     checkpoint_path,
     folder_path,
     read_checkpoint,
-    settle_settings,
     write_checkpoint,
 )
 from ppo_fast.checkpointing.contents import check_finite
 from ppo_fast.checkpointing.kept import checkpoints_in
+from ppo_fast.checkpointing.settings import settle_settings
 from ppo_fast.checkpointing.space import check_space, checkpoint_bytes
 from ppo_fast.checks import check_counts
 from ppo_fast.config import PPOConfig

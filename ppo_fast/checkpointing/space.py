@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ppo_fast.checkpointing.checkpoint import trained_state
+from ppo_fast.checkpointing.identity import trained_state
 from ppo_fast.learning.half_adamw import HalfAdamW
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForTokenClassification, PreTrainedModel
 
-from ppo_fast.checkpointing.checkpoint import trained_state
+from ppo_fast.checkpointing.identity import trained_state
 from ppo_fast.config import PPOConfig
 from ppo_fast.critics.critic import Critic
 from ppo_fast.exports.export_folder import exported

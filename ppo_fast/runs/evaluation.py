@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ppo_fast.checkpointing.checkpoint import random_states, restore_random_states
+from ppo_fast.checkpointing.random_states import random_states, restore_random_states
 from ppo_fast.checks import check_fields, whole
 from ppo_fast.config import PPOConfig
 from ppo_fast.data.evaluated import Evaluated
