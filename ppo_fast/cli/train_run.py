@@ -76,6 +76,7 @@ class TrainRun:
             ppo = self.make_ppo()
             if (newest := load_newest(self.checkpoints, ppo.load_checkpoint)) is not None:
                 self.console.print(plain(f"resumed {newest} after step {ppo.progress.steps}"))
+            evaluated = {found["step"] for found in ppo.progress.evaluations}
             if self.settings.save_critic == "whole":
                 _check_whole_critic(ppo)
             if self._is_done(ppo):
@@ -93,7 +94,7 @@ class TrainRun:
                 exports=self._exports(ppo),
             )
             folder.write_config(ppo.config, **self.settings.own_settings())
-            folder.forget_after(ppo.progress.steps)
+            folder.forget_after(ppo.progress.steps, evaluated)
             if self.settings.num_steps > ppo.progress.steps:
                 self._train(ppo, folder)
             self._evaluate_last(ppo, folder)
@@ -145,6 +146,7 @@ class TrainRun:
             evaluated = evaluator.run()
             for one in (RunWriter(folder), ShownEvaluations(self.console)):
                 one.on_evaluate(evaluated)
+            ppo.save_checkpoint(self.checkpoints, ppo.progress.steps)  # with the evaluation
 
     def _step_to_export(self, ppo: PPO) -> int:
         """Return the step whose weights policy/ gets: the best that there is, or the last."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,13 +143,20 @@ class RunFolder:
         """Write a file of JSON, whole or not at all."""
         self._write(name, json.dumps(contents, indent=2, ensure_ascii=False))
 
-    def forget_after(self, step: int) -> None:
+    def forget_after(self, step: int, evaluated: Collection[float] | None = None) -> None:
         """Drop the lines of steps after ``step``, which a resumed run computes again.
 
         After step 0 a run begins anew: all lines are dropped. Else events.jsonl says that it was
         resumed. Warns if metrics.jsonl lacks lines of steps up to ``step``.
+
+        Args:
+            step: the last one that is done.
+            evaluated: steps of the evaluations that the checkpoint knows of; others are made
+                again, and their lines dropped. None: those up to ``step``.
         """
         last = step if step > 0 else -1
+        if evaluated is not None:
+            keep_lines(self.folder / EVALUATIONS, lambda line: step_of(line) in evaluated)
         for name in (METRICS, SAMPLES, EVALUATIONS, EVENTS):
             keep_lines(self.folder / name, lambda line: step_of(line) <= last)
         known = _steps_in(self.folder / EVALUATIONS)

@@ -11,7 +11,8 @@ import torch
 from command_line import arguments, fails_in_a_line, lines, write
 from transformers import AutoModelForCausalLM
 
-from ppo_fast.checkpointing.checkpoint import load
+from ppo_fast.checkpointing.checkpoint import load, save
+from ppo_fast.checkpointing.manifest import MANIFEST
 from ppo_fast.cli.main import main
 
 HELD_OUT = ["Another text", "One more"]
@@ -162,6 +163,34 @@ def test_an_evaluation_that_failed_is_made_up_for(place, capsys):
     write(place / "course.py", course)
     main(["train", "--config", "run/config.yaml", "--resume"])
     assert [row["step"] for row in lines(place / "run/evaluations.jsonl")] == [0, 1, 2, 3]
+
+
+def test_a_signal_in_the_last_step_costs_no_evaluation(place):
+    """The checkpoint of a run that is continued has it too."""
+    ends = "import os, signal\ncalls = []\n" + COURSE.format(held_out=HELD_OUT).replace(
+        "    return [len(text) / 10",
+        "    calls.append(1)\n"
+        "    if len(calls) == 2:\n        signal.raise_signal(signal.SIGTERM)\n"
+        "    return [len(text) / 10",
+    )
+    write(place / "course.py", ends)
+    main(evaluated(num_steps=2, eval_every=9))
+    assert [row["step"] for row in lines(place / "run/evaluations.jsonl")] == [0, 2]
+    saved = load(place / "run/checkpoints/ppo_checkpoint_step_2.pt")
+    assert [one["step"] for one in saved["evaluations"]] == [0, 2]
+
+
+def test_an_evaluation_that_is_in_no_checkpoint_is_made_again(place, monkeypatch):
+    """As after a kill between the lines of the last evaluation and the checkpoint with it."""
+    main(evaluated(num_steps=2, eval_every=9))
+    saved = place / "run/checkpoints/ppo_checkpoint_step_2.pt"
+    contents = torch.load(saved, weights_only=True)
+    contents["evaluations"].pop()
+    del contents[MANIFEST]
+    save(contents, saved)
+    main(["train", "--config", "run/config.yaml", "--resume"])
+    assert [row["step"] for row in lines(place / "run/evaluations.jsonl")] == [0, 2]
+    assert len(lines(place / "run/evaluation_samples.jsonl")) == 4
 
 
 def test_a_dry_run_checks_the_evaluation(place, capsys):
