@@ -109,7 +109,8 @@ class Running:
             checkpoint_dir: where ``ppo_checkpoint_step_<step>.pt`` files go; None: nowhere.
             checkpoint_freq: steps between them; the last step gets one too.
             keep_last: number of checkpoints that are kept, the newest; None: all.
-            max_time: seconds from now; no step begins that would end later. None: no limit.
+            max_time: seconds from now; after the first, no step begins that would end later. None:
+                no limit.
             evaluation: held-out prompts, when they are evaluated, which checkpoints are kept for
                 it, and whether the run ends early; None: nothing is evaluated.
             callbacks: objects that are told of steps, evaluations and checkpoints.

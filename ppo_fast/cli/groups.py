@@ -74,7 +74,7 @@ def _flags() -> type:
     return make_dataclass("TrainFlags", groups, frozen=True, namespace={"__doc__": SUMMARY})
 
 
-# What tyro parses; ``train_of`` makes a Train of it.
+# tyro parses the flags to a TrainFlags, and ``train_of`` turns that into a Train.
 TrainFlags = _flags()
 
 

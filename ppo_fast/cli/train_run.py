@@ -79,6 +79,7 @@ class TrainRun:
             evaluated = {found["step"] for found in ppo.progress.evaluations}
             if self.settings.save_critic == "whole":
                 _check_whole_critic(ppo)
+            self.evaluator = Evaluator(ppo, self.evaluation)
             if self._is_done(ppo):
                 steps, most = ppo.progress.steps, self.settings.num_steps
                 done = f"all {most} steps are done" if steps == most else f"it ended at {steps}"
@@ -105,10 +106,9 @@ class TrainRun:
         done, most = ppo.progress.steps, self.settings.num_steps
         if most < done:
             raise ValueError(f"--num-steps: got {most}, expected at least the {done} done")
-        evaluator = Evaluator(ppo, self.evaluation)
-        if most > done and not evaluator.exhausted:
+        if most > done and not self.evaluator.exhausted:
             return False
-        return not evaluator.due(last=True) and results_are_saved(
+        return not self.evaluator.due(last=True) and results_are_saved(
             self.settings.output_dir, done, self._step_to_export(ppo)
         )
 
@@ -141,9 +141,8 @@ class TrainRun:
 
     def _evaluate_last(self, ppo: PPO, folder: RunFolder) -> None:
         """Make the last evaluation, if the run was stopped before it."""
-        evaluator = Evaluator(ppo, self.evaluation)
-        if evaluator.due(last=True):
-            evaluated = evaluator.run()
+        if self.evaluator.due(last=True):
+            evaluated = self.evaluator.run()
             for one in (RunWriter(folder), ShownEvaluations(self.console)):
                 one.on_evaluate(evaluated)
             ppo.save_checkpoint(self.checkpoints, ppo.progress.steps)  # with the evaluation
@@ -153,7 +152,7 @@ class TrainRun:
         last = ppo.progress.steps
         if self.settings.export_from == "last":
             return last
-        for step in Evaluator(ppo, self.evaluation).ranked:
+        for step in self.evaluator.ranked:
             if step == last or checkpoint_path(self.checkpoints, step).exists():
                 return step
             if step > 0:

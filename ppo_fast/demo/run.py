@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from ppo_fast.report.read import read_runs
 from ppo_fast.run_folder.folder import RunFolder
 from ppo_fast.run_folder.run_writer import RunWriter
 from ppo_fast.runs.display import StepDisplay
+from ppo_fast.runs.performance import peak_memory_gb
 from ppo_fast.runs.plain_text import plain
 
 NUM_STEPS, BATCH_SIZE = 22, 32
@@ -162,7 +162,7 @@ def _run(
     (output_dir / "evaluation.json").write_text(json.dumps(numbers, indent=2), "utf-8")
     write_page(output_dir / "report.html", read_runs([output_dir]))
     plot_curves(output_dir / "learning.png", range(1, len(rewards) + 1), rewards, kls)
-    minutes, peak = (time.perf_counter() - started) / 60, peak_gigabytes()
+    minutes, peak = (time.perf_counter() - started) / 60, peak_memory_gb(ppo.device)
     console.print(samples_table(before, after))
     console.print(f"before: {describe(before)}\nafter:  {describe(after)}", soft_wrap=True)
     memory = "" if peak is None else f" and {peak:.1f} GB"
@@ -173,16 +173,6 @@ def _run(
     )
     console.print(plain(summary), soft_wrap=True)
     return numbers
-
-
-def peak_gigabytes() -> float | None:
-    """Return the peak memory of this process so far, in units of 10^9 bytes; None on Windows."""
-    try:
-        import resource
-    except ModuleNotFoundError:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def describe(evaluation: Evaluation) -> str:

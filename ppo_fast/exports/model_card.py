@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 
 Kind = Literal["policy", "adapter", "critic", "critic's weights", "reward model"]
-# What the hub calls a model's task, and the library that loads it.
+# For each kind of weights, the hub's names of their task and of the library that loads them.
 TASKS = {
     "policy": ("text-generation", "transformers"),
     "adapter": ("text-generation", "peft"),
@@ -71,7 +71,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a card says. Texts may hold anything: they are escaped, or stand in a block of code.
+    """Contents of a model card. Any text is escaped, or stands in a block of code.
 
     Attributes:
         title: heading of the page.

@@ -234,7 +234,8 @@ class Learner:
             loss.backward()
             found.losses.append(loss.detach())
         if policy:
-            done.far = self._is_far(merge_stats(PPO_STATS, found.policy_stats))
+            found.policy_stats = [merge_stats(PPO_STATS, found.policy_stats)]
+            done.far = self._is_far(found.policy_stats[0])
             if done.far:
                 self.optimizers["policy"].zero_grad()
                 found.losses = found.losses if joint else []

@@ -1,4 +1,4 @@
-"""What an update knows of its minibatches: the numbers of their losses, and what was found."""
+"""Minibatches of an update: the numbers of their losses, and their statistics."""
 
 from __future__ import annotations
 
@@ -68,8 +68,7 @@ class Done:
 
     def add(self, found: Found, norm: Tensor | None) -> None:
         """Add a minibatch, and the norm of the policy's gradient, if the policy was changed."""
-        if found.policy_stats:
-            self.policy_stats.append(merge_stats(PPO_STATS, found.policy_stats))
+        self.policy_stats += found.policy_stats
         self.value_stats += found.value_stats
         self.log_ratios += found.log_ratios
         self.masks += found.masks

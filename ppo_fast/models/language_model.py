@@ -28,7 +28,7 @@ from ppo_fast.models.transformers_internals import (
     softcap,
 )
 from ppo_fast.models.trunk import Split, run
-from ppo_fast.nonfinite import NotFiniteError
+from ppo_fast.nonfinite import NotFiniteError, first_not_finite
 from ppo_fast.ops import (
     TokenLogprobs,
     few_row_linear,
@@ -332,9 +332,8 @@ def tolerance(dtype: torch.dtype, device: torch.device) -> float:
 
 def nan_error(model: LanguageModel) -> NotFiniteError:
     """Return the error to raise where a few tokens gave NaN."""
-    for name, weight in model.model.named_parameters():
-        if not torch.isfinite(weight).all():
-            return NotFiniteError(f"policy_model: its weight {name} holds NaN or infinite numbers")
+    if (name := first_not_finite(dict(model.model.named_parameters()))) is not None:
+        return NotFiniteError(f"policy_model: its weight {name} holds NaN or infinite numbers")
     own = attention_of(model.text_config)
     other = "sdpa" if own == "eager" else "eager"
     float16 = ", or float16 overflowed" if model.dtype == torch.float16 else ""

@@ -18,7 +18,7 @@ ACROSS = WIDTH - LEFT - RIGHT
 
 @dataclass(frozen=True)
 class Line:
-    """What a chart shows of one run.
+    """The line of one run in a chart, with its band and bars.
 
     run: its index, which its colour is by.
     raw, smooth: points (step, value).

@@ -48,7 +48,7 @@ QUANTILE = re.compile(r"(.+)_p(\d\d)")
 
 
 class Picture(NamedTuple):
-    """What one chart shows.
+    """The metrics that one chart draws.
 
     metric: its line.
     low, high: metrics that bound a band, or None.

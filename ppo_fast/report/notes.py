@@ -1,4 +1,4 @@
-"""What metrics mean, and where those of a run that goes well lie.
+"""The meaning of each metric, and the range in which a healthy run keeps it.
 
 metrics.json holds the table of docs/metrics.md; ``tests/helpers/metric_notes.py`` writes it.
 """
@@ -12,14 +12,7 @@ from importlib.resources import files
 from typing import NamedTuple
 
 from ppo_fast.report.courses import Course
-
-FIRST = 5  # steps whose mean is where a metric begins
-# What ppo_fast.runs.health warns of, as numbers (it imports torch): a fixed bound, ...
-LOWEST = {"explained_variance": 0.0, "reward_std": 0.0, "finished_fraction": 0.0}
-HIGHEST = {"kl_sequence": 50.0, "clip_fraction": 0.3}
-# ... or this share of the mean of the first steps.
-LEAST_SHARE = {"entropy": 0.1, "response_length": 0.1}
-FROM_STEP = {"explained_variance": 50, "entropy": 4 * FIRST, "response_length": 4 * FIRST}
+from ppo_fast.runs.bounds import FIRST, FROM_STEP, HIGHEST, LEAST_SHARE, LOWEST
 
 
 class Note(NamedTuple):

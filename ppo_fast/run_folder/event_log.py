@@ -41,7 +41,9 @@ class EventLog(logging.Handler):
                 "text": record.getMessage(),
             }
             self._write(line)
-        except Exception:
+        except (
+            Exception
+        ):  # as in logging's own handlers: a warning that cannot be written ends no run
             self.handleError(record)
         if self._prints(record) and logging.lastResort is not None:
             logging.lastResort.handle(record)

@@ -9,11 +9,15 @@ from typing import NamedTuple
 
 from ppo_fast.data.evaluated import Evaluated
 from ppo_fast.data.step import Step
+from ppo_fast.runs.bounds import FIRST, FROM_STEP, HIGHEST, LEAST_SHARE, LOWEST
 from ppo_fast.runs.callbacks import Callback
 
 logger = logging.getLogger(__name__)
 
-FIRST, LAST = 5, 10  # steps whose means are compared
+# Returns what is wrong with a metric's course so far, or None.
+Wrong = Callable[[Sequence[float]], str | None]
+
+LAST = 10  # steps of the mean that is looked at
 
 
 class Range(NamedTuple):
@@ -27,7 +31,7 @@ class Range(NamedTuple):
 
     metric: str
     steps: int
-    wrong: Callable[[Sequence[float]], str | None]
+    wrong: Wrong
     mend: str
 
 
@@ -35,65 +39,86 @@ def _mean(numbers: Sequence[float]) -> float:
     return sum(numbers) / len(numbers)
 
 
-def _below_zero(course: Sequence[float]) -> str | None:
-    mean = _mean(course[-LAST:])
-    return f"is {mean:.2f} in the mean of {LAST} steps" if mean < 0 else None
+def _mean_is_low(metric: str) -> Wrong:
+    def wrong(course: Sequence[float]) -> str | None:
+        mean = _mean(course[-LAST:])
+        return f"is {mean:.2f} in the mean of {LAST} steps" if mean < LOWEST[metric] else None
+
+    return wrong
 
 
-def _far(course: Sequence[float]) -> str | None:
-    return f"is {course[-1]:.0f} nats" if course[-1] > 50 else None
+def _mean_is_high(metric: str) -> Wrong:
+    def wrong(course: Sequence[float]) -> str | None:
+        mean = _mean(course[-FIRST:])
+        return f"is {mean:.2f} in the mean of {FIRST} steps" if mean > HIGHEST[metric] else None
+
+    return wrong
 
 
-def _above_a_third(course: Sequence[float]) -> str | None:
-    mean = _mean(course[-FIRST:])
-    return f"is {mean:.2f} in the mean of {FIRST} steps" if mean > 0.3 else None
+def _is_high(metric: str) -> Wrong:
+    def wrong(course: Sequence[float]) -> str | None:
+        return f"is {course[-1]:.0f} nats" if course[-1] > HIGHEST[metric] else None
+
+    return wrong
 
 
-def _fell_to_a_tenth(course: Sequence[float]) -> str | None:
-    first, last = _mean(course[:FIRST]), _mean(course[-FIRST:])
-    return f"fell from {first:.3g} to {last:.3g}" if last < 0.1 * first else None
+def _fell(metric: str) -> Wrong:
+    def wrong(course: Sequence[float]) -> str | None:
+        first, last = _mean(course[:FIRST]), _mean(course[-FIRST:])
+        low = last < LEAST_SHARE[metric] * first
+        return f"fell from {first:.3g} to {last:.3g}" if low else None
+
+    return wrong
 
 
-def _all_zero(course: Sequence[float], steps: int = FIRST) -> str | None:
-    return f"is 0 for {steps} steps" if not any(course[-steps:]) else None
+def _stays_at_0(steps: int) -> Wrong:
+    def wrong(course: Sequence[float]) -> str | None:
+        return f"is 0 for {steps} steps" if not any(course[-steps:]) else None
+
+    return wrong
 
 
 RANGES = (
     Range(
         "explained_variance",
-        50,
-        _below_zero,
+        FROM_STEP["explained_variance"],
+        _mean_is_low("explained_variance"),
         "the values are worse than a constant: raise value_learning_rate, or try another critic",
     ),
-    Range("kl_sequence", 1, _far, "the policy runs away from its reference: raise kl_penalty"),
+    Range(
+        "kl_sequence",
+        1,
+        _is_high("kl_sequence"),
+        "the policy runs away from its reference: raise kl_penalty",
+    ),
     Range(
         "clip_fraction",
         FIRST,
-        _above_a_third,
+        _mean_is_high("clip_fraction"),
         "the policy moves far in a step: lower learning_rate, or num_epochs",
     ),
     Range(
         "entropy",
-        4 * FIRST,
-        _fell_to_a_tenth,
+        FROM_STEP["entropy"],
+        _fell("entropy"),
         "the samples become one and the same: raise kl_penalty, or add entropy_coef",
     ),
     Range(
         "response_length",
-        4 * FIRST,
-        _fell_to_a_tenth,
+        FROM_STEP["response_length"],
+        _fell("response_length"),
         "the responses shrink: look at the samples, and at what the reward pays for",
     ),
     Range(
         "reward_std",
         FIRST,
-        _all_zero,
+        _stays_at_0(FIRST),
         "equal rewards teach nothing: look at the reward, or take other prompts",
     ),
     Range(
         "finished_fraction",
         LAST,
-        lambda course: _all_zero(course, LAST),
+        _stays_at_0(LAST),
         "every response is cut off: raise max_length, or missing_eos_penalty",
     ),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import sys
 from dataclasses import replace
 from io import BytesIO, StringIO, TextIOWrapper
@@ -89,19 +88,6 @@ def test_the_command_on_a_console_without_unicode(tiny_demo, tmp_path, monkeypat
     monkeypatch.setattr(sys, "stdout", stream)
     main(["demo", "--num-steps", "1", "--output-dir", str(tmp_path / "ä")])
     assert rb"\xb1" in written.getvalue(), "the plus-minus sign, as an escape"
-
-
-def test_without_the_module_resource_there_is_no_peak(monkeypatch):
-    assert 0.01 < demo.peak_gigabytes() < 1000
-    imported = builtins.__import__
-
-    def on_windows(name, *more):
-        if name == "resource":
-            raise ModuleNotFoundError(name)
-        return imported(name, *more)
-
-    monkeypatch.setattr(builtins, "__import__", on_windows)
-    assert demo.peak_gigabytes() is None
 
 
 def test_no_steps_are_refused_at_once(tmp_path):

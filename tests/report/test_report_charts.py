@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppo_fast.report import charts, notes
+from ppo_fast.report import charts
 from ppo_fast.report.axes import inner_range, number, short, tick_labels, ticks, widened
 from ppo_fast.report.charts import Line, chart
 from ppo_fast.report.courses import Course
@@ -20,6 +20,7 @@ from ppo_fast.report.groups import pictures
 from ppo_fast.report.notes import healthy, note_of
 from ppo_fast.report.thin import smoothed, spread, thin, thin_band
 from ppo_fast.report.times import duration
+from ppo_fast.runs import bounds as bounds_of
 from ppo_fast.runs.health import RANGES
 
 FINITE = st.floats(-1e90, 1e90)
@@ -138,7 +139,7 @@ def test_bounds_are_those_that_runs_warn_of(one):
     if bounds.start > 1:
         assert bounds.start == one.steps
     assert {each.metric for each in RANGES} == {
-        *notes.LOWEST, *notes.HIGHEST, *notes.LEAST_SHARE,
+        *bounds_of.LOWEST, *bounds_of.HIGHEST, *bounds_of.LEAST_SHARE,
     }  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -157,3 +159,9 @@ def test_memory_is_in_bytes_of_the_system(monkeypatch):
     assert peak_memory_gb(cpu) == 2.048
     monkeypatch.setattr(performance.sys, "platform", "darwin")
     assert peak_memory_gb(cpu) == 0.002
+
+
+def test_without_the_module_resource_there_is_no_peak(monkeypatch):
+    """Windows has none."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert peak_memory_gb(torch.device("cpu")) is None
