@@ -30,7 +30,7 @@ def show_run(
         batch_size: prompts a step.
         evaluation: of the prompts that are held out, which are checked too; None: there are none.
     """
-    from ppo_fast.diagnostics.memory_plan import show_plans
+    from ppo_fast.diagnostics.show_plans import show_plans
     from ppo_fast.runs.evaluation import Evaluator
     from ppo_fast.runs.progress import Progress
 

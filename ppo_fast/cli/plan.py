@@ -45,7 +45,8 @@ class Plan:
         """Run the command."""
         from transformers import AutoConfig
 
-        from ppo_fast.diagnostics.memory_plan import classifier_bytes, plans, show_plans
+        from ppo_fast.diagnostics.memory_plan import classifier_bytes, plans
+        from ppo_fast.diagnostics.show_plans import show_plans
 
         check_model("policy", self.policy)
         names = ("batch_size", "prompt_length", "lora_rank")

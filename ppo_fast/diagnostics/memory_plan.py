@@ -9,12 +9,10 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -22,21 +20,20 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from ppo_fast.config import PPOConfig
 from ppo_fast.critics.baselines import BASELINES
 from ppo_fast.critics.make import critic_name
+from ppo_fast.diagnostics.activations import kept_activations
 from ppo_fast.models.adapters import adapted_layers
 from ppo_fast.models.heads import ValueHead, ValueModel
 from ppo_fast.models.lora import lora_config, with_adapter
 from ppo_fast.models.parts import base_of, body_of
-from ppo_fast.models.patching import replaced_forwards
-from ppo_fast.models.precision import computing_in, hold_trained_weights
+from ppo_fast.models.precision import hold_trained_weights
 from ppo_fast.models.quantized import Quantization, packed_bytes, quantization_of
 from ppo_fast.models.setup import (
-    enable_gradient_checkpointing,
     freeze_matching,
     frozen_copy,
     logits_budget_bytes,
 )
 from ppo_fast.models.transformers_internals import Conv1D, layer_types
-from ppo_fast.models.trunk import Split, freeze_trunk
+from ppo_fast.models.trunk import freeze_trunk
 
 FLOAT = 4
 TOP = 4
@@ -141,7 +138,7 @@ def plan_memory(
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         # new adapters are left out, others copied: they are small
         reference = None if adapter is not None else frozen_copy(policy, config)
-        activations = _kept(policy, k, rows, length, config)
+        activations = kept_activations(policy, k, rows, length, config)
         copies = _bytes(_copied(policy, config, device, packed))
     trained = [*_trained(policy.parameters()), *valued]
     rounded = 2 * _count(trained) if config.trained_weights == "kahan" else 0
@@ -234,42 +231,6 @@ def plans(
         )
         for name, way in ways.items()
     }
-
-
-def show_plans(
-    console: Console,
-    found: dict[str, MemoryPlan],
-    memory_gb: float | None,
-    in_bfloat16: dict[str, MemoryPlan] | None = None,
-) -> None:
-    """Print a table with one column per plan, in GB (10^9 bytes).
-
-    Of ``in_bfloat16``, the same plans with compute_dtype="bfloat16", it shows the sums.
-    """
-    table = Table(title="memory of a run in GB, computed from the config")
-    table.add_column("", min_width=14)
-    for name in found:
-        table.add_column(name, justify="right")
-    parts = [item.name for item in fields(MemoryPlan)]
-    for part in (*parts, "peak"):
-        sizes = [f"{getattr(plan, part) / 1e9:.2f}" for plan in found.values()]
-        table.add_row(part.replace("_", " "), *sizes, end_section=part == parts[-1])
-    margin = f"with a margin of {MARGIN:.0%}"
-    _add_sums(table, margin, found, memory_gb)
-    if in_bfloat16 is not None:
-        _add_sums(table, f"{margin}, computed in bfloat16", in_bfloat16, memory_gb)
-    console.print(table)
-
-
-def _add_sums(
-    table: Table, name: str, found: dict[str, MemoryPlan], memory_gb: float | None
-) -> None:
-    """Add a row of the peaks with their margins and, if ``memory_gb`` is given, which ones fit."""
-    sums = [plan.with_margin / 1e9 for plan in found.values()]
-    table.add_row(name, *(f"{size:.2f}" for size in sums), end_section=memory_gb is None)
-    if memory_gb is not None:
-        fits = ["yes" if size <= memory_gb else "no" for size in sums]
-        table.add_row(f"fits {memory_gb:g} GB", *fits, end_section=True)
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:
@@ -366,49 +327,3 @@ def _copied(
     if device == "cpu" and not packed:
         merged = (adapted.layer.base_layer.weight for adapted in adapted_layers(policy))
         yield from (w if config.compute_dtype is None else w.bfloat16() for w in merged)
-
-
-def _kept(policy: Any, k: int | None, rows: int, length: int, config: PPOConfig) -> int:
-    """Return the bytes that autograd keeps of a microbatch in the policy's pass.
-
-    The value function's pass takes as much, but not at the same time. With gradient checkpointing,
-    they are what the forward pass keeps, and one layer's activations, computed again in the
-    backward pass.
-    """
-    layers: int = policy.config.get_text_config().num_hidden_layers
-    whole = _saved(policy, k, rows, length, config.torch_dtype)
-    if not config.gradient_checkpointing:
-        return whole
-    enable_gradient_checkpointing(policy, "policy_model")
-    policy.train()
-    return _saved(policy, k, rows, length, config.torch_dtype) + whole // (k or layers)
-
-
-def _saved(policy: Any, k: int | None, rows: int, length: int, dtype: torch.dtype | None) -> int:
-    weights = {p.untyped_storage()._cdata for p in policy.parameters()}
-    kept: dict[int, int] = {}
-    alive = []  # else a new storage might get the address of a freed one
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
-
-    body = body_of(policy)
-    with (
-        computing_in(dtype, torch.device("cpu")),
-        torch.enable_grad(),
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
-    ):
-        input_ids = torch.zeros(rows, length, dtype=torch.int64)
-        if k is None:
-            body(input_ids=input_ids, use_cache=False)
-        else:
-            hidden = policy.config.get_text_config().hidden_size
-            trunk_states = torch.zeros(rows, length, hidden, dtype=next(body.parameters()).dtype)
-            lower = Split(body, k).lower
-            with replaced_forwards([(layer, lambda *_, **__: trunk_states) for layer in lower]):
-                body(input_ids=input_ids, use_cache=False)
-    return sum(kept.values())

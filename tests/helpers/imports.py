@@ -21,6 +21,7 @@ LAYERS = (
     ("exports", "run_folder", "trackers", "report"),
     ("parts", "running"),
     ("ppo",),
+    ("classic_methods",),
     ("trainer",),
     ("demo", "cli", "classic"),
 )
