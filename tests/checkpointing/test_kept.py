@@ -81,6 +81,26 @@ def test_a_disk_that_does_not_give_a_file_damages_none(folder, tmp_path, monkeyp
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
+@pytest.mark.parametrize(("prompts", "warns"), [(PROMPTS, False), (PROMPTS[:3], True)])
+def test_other_prompts_than_the_checkpoints_are_told(tmp_path, caplog, prompts, warns):
+    first = tiny_trainer()
+    first.train(PROMPTS, 1, 2, checkpoint_dir=tmp_path, progress=False)
+    first.train(PROMPTS[1:], 1, 2, progress=False)
+    assert "prompts: they are others" not in caplog.text, "no checkpoint was loaded"
+    resumed = tiny_trainer()
+    resumed.load_checkpoint(tmp_path / "ppo_checkpoint_step_1.pt")
+    resumed.train(prompts, 1, 2, progress=False)
+    assert ("prompts: they are others than those" in caplog.text) is warns
+
+
+def test_evaluations_that_are_no_numbers_are_damage(tmp_path):
+    trainer = tiny_trainer()
+    trainer.progress.evaluations = [{"step": 1, "reward": "high"}]
+    path = trainer.save_checkpoint(tmp_path, 1)
+    with pytest.raises(ValueError, match="is damaged: an evaluation of it holds"):
+        tiny_trainer().load_checkpoint(path)
+
+
 def test_where_none_is_whole_the_newest_is_named(folder, tmp_path):
     for path in copies(folder, tmp_path).iterdir():
         path.write_text("")

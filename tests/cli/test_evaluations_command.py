@@ -193,6 +193,14 @@ def test_an_evaluation_that_is_in_no_checkpoint_is_made_again(place, monkeypatch
     assert len(lines(place / "run/evaluation_samples.jsonl")) == 4
 
 
+def test_space_is_checked_once(place, monkeypatch):
+    calls = []
+    monkeypatch.setattr("ppo_fast.running.check_space", lambda *_, **given: calls.append(given))
+    main(evaluated(num_steps=1))
+    (given,) = calls
+    assert (given["name"], given["keep_best"]) == ("output_dir", 1)
+
+
 def test_a_dry_run_checks_the_evaluation(place, capsys):
     said = fails_in_a_line(capsys, *evaluated("--dry-run", "--eval-reward", "course.py:none"))
     assert said.startswith("--eval-reward: ")

@@ -184,6 +184,31 @@ def test_an_update_whose_outputs_overflow_is_undone():
     trainer.train_step(PROMPTS)
 
 
+def test_coefficients_that_adapted_in_it_are_undone_too():
+    trainer = tiny_trainer(undo_updates=True, kl_controller="adaptive", kl_target=3.0, kl_horizon=4)
+    before = trainer.learner.state_dict()
+    break_outputs(trainer)
+    with pytest.raises(NotFiniteError, match="outputs"):
+        trainer.train_step(PROMPTS, num_epochs_per_batch=1)
+    assert trainer.learner.state_dict() == before
+
+
+def test_the_loss_of_a_policy_beyond_target_kl_does_not_count(monkeypatch):
+    """It is not trained on, and the value model is."""
+    trainer = tiny_trainer(target_kl=0.1)
+    learner, before = trainer.learner, weights(trainer.value_model)
+    policy_loss = learner._policy_loss
+
+    def infinite(*given):
+        loss, states = policy_loss(*given)
+        return loss + float("inf"), states
+
+    monkeypatch.setattr(learner, "_policy_loss", infinite)
+    monkeypatch.setattr(learner, "_is_far", lambda stats: True)
+    trainer.train_step(PROMPTS)
+    assert changed(trainer.value_model, before)
+
+
 def test_weights_whose_outputs_overflow_reach_no_checkpoint(tmp_path):
     trainer = tiny_trainer()
     break_outputs(trainer)

@@ -265,6 +265,19 @@ def test_nan_gradients_leave_the_weights_alone(whose):
         assert changed(model, before), "no NaN was left in the gradients"
 
 
+def test_quantiles_of_ratios_are_those_of_the_last_epoch(monkeypatch):
+    seen = []
+
+    def quantiles(log_ratios, masks):
+        seen.append([float(x[mask].abs().max()) for x, mask in zip(log_ratios, masks, strict=True)])
+        return {}
+
+    monkeypatch.setattr("ppo_fast.learning.minibatches.ratio_quantiles", quantiles)
+    tiny_trainer(num_epochs=3).train_step(PROMPTS)
+    ((largest,),) = seen
+    assert largest > 0, "the ratios of the first epoch are 1"
+
+
 def test_rollout_depends_on_seeds_alone():
     trainer = tiny_trainer()
     first, second = trainer.rollout(PROMPTS), trainer.rollout(PROMPTS)

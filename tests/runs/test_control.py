@@ -57,6 +57,14 @@ def test_a_linear_course_of_the_kl_is_scaled(tmp_path):
     assert [m["kl_coefficient"] for m in found] == pytest.approx([0.1, 0.1, 0.15, 0.2])
 
 
+def test_a_course_is_scaled_each_time_anew():
+    options = {"kl_controller": "linear", "kl_penalty": 0.1, "kl_penalty_end": 0.4}
+    learner = tiny_trainer(**options, schedule_steps=4).learner
+    for coefficient in (0.3, 0.7):
+        learner.set_kl_coefficient(coefficient, 2)
+        assert learner.kl_coefficient(2) == pytest.approx(coefficient)
+
+
 def test_an_adaptive_coefficient_adapts_from_there_on(tmp_path):
     options = {"kl_controller": "adaptive", "kl_target": 1e9, "kl_horizon": 4}
     _, found = run(tmp_path, "kl_penalty: 2.0", trainer=tiny_trainer(**options))
@@ -181,6 +189,14 @@ def test_a_setting_given_anew_counts(tmp_path, caplog):
     assert resumed.learner.kl_coefficient(1) == 0.3
     assert "settings changed since the checkpoint: kl_penalty 0.05 -> 0.3" in caplog.text
     assert "as changed in the run before" not in caplog.text
+
+
+def test_a_new_rate_of_the_policy_counts_for_a_value_function_without_one(tmp_path):
+    trainer = tiny_trainer()
+    trainer.learner.set_rate("value", 1e-7)
+    resumed = tiny_trainer(learning_rate=5e-4)
+    resumed.load_checkpoint(trainer.save_checkpoint(tmp_path, 1))
+    assert resumed.value_optimizer.param_groups[0]["lr"] == 5e-4
 
 
 def test_a_scheduler_of_the_users_own_keeps_its_rate(tmp_path, caplog):

@@ -272,6 +272,24 @@ def test_a_long_evaluation_does_not_end_a_run(monkeypatch):
     assert len(result["training_history"]["mean_rewards"]) == 10
 
 
+def test_no_step_begins_whose_evaluation_would_end_too_late(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("ppo_fast.runs.time_limit.time.monotonic", lambda: now[0])
+
+    class Slow(Callback):
+        def on_evaluate(self, evaluated):
+            now[0] += 50
+
+        def on_step(self, step):
+            now[0] += 1
+
+    result = tiny_trainer().train(
+        PROMPTS, 90, 2, max_time=100, evaluation=Evaluation(HELD_OUT, every=3),
+        callbacks=[Slow()], **QUIET,
+    )  # fmt: skip
+    assert len(result["training_history"]["mean_rewards"]) == 2
+
+
 def test_a_run_whose_steps_are_all_done_was_not_interrupted(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("ppo_fast.runs.time_limit.time.monotonic", lambda: now[0])
