@@ -60,7 +60,7 @@ def test_a_linear_course_of_the_kl_is_scaled(tmp_path):
 def test_a_course_is_scaled_each_time_anew():
     options = {"kl_controller": "linear", "kl_penalty": 0.1, "kl_penalty_end": 0.4}
     learner = tiny_trainer(**options, schedule_steps=4).learner
-    for coefficient in (0.3, 0.7):
+    for coefficient in (0.6, 0.7):
         learner.set_kl_coefficient(coefficient, 2)
         assert learner.kl_coefficient(2) == pytest.approx(coefficient)
 
