@@ -34,7 +34,11 @@ struct Kernels {
 
 // x86-64: the instructions that every such processor has. aarch64: NEON, which every one has.
 extern const Kernels kernels_baseline;
-extern const Kernels kernels_avx2;  // AVX2 and FMA; there only where PPO_FAST_HAVE_AVX2 is defined
+// Each is there only where PPO_FAST_HAVE_AVX2 and so on is defined. AVX2 and FMA; AVX-512 F, BW, VL
+// and DQ; these and AVX-512 BF16.
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512_bf16;
 
 // The kernels in use: the best that this processor can run, or those that use_instruction_set chose
 // (bindings/module.cpp).

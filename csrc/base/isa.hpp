@@ -12,3 +12,14 @@
 #else
 #define PPO_FAST_INLINE inline
 #endif
+
+namespace ppo_fast::PPO_FAST_ISA {
+
+// Asks for the memory at `address`, which may be any; it comes while the processor goes on.
+PPO_FAST_INLINE void prefetch([[maybe_unused]] const void* address) {
+#if defined(__GNUC__) || defined(__clang__)
+  __builtin_prefetch(address);
+#endif
+}
+
+}  // namespace ppo_fast::PPO_FAST_ISA

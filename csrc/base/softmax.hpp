@@ -41,12 +41,6 @@ const Compute<T>* load_chunk(const T* x, std::int64_t count, Chunk<Compute<T>>* 
   return room->numbers;
 }
 
-PPO_FAST_INLINE void prefetch([[maybe_unused]] const void* address) {
-#if defined(__GNUC__) || defined(__clang__)
-  __builtin_prefetch(address);
-#endif
-}
-
 // Returns x where 2^x is not 0, else a finite number: 2^x times it is then 0, where 0 * -inf is
 // NaN.
 PPO_FAST_INLINE float finite_weight(float x) { return x < -127.0f ? -127.0f : x; }

@@ -13,6 +13,7 @@ DecodeLayerArgs of_dict(const py::dict& given) {
   const auto real = [&](const char* name) { return given[name].cast<double>(); };
   DecodeLayerArgs args{};
   args.dtype = static_cast<Dtype>(given["dtype"].cast<int>());
+  args.weight_dtype = static_cast<Dtype>(given["weight_dtype"].cast<int>());
   args.hidden_size = size("hidden_size");
   args.num_heads = size("num_heads");
   args.num_kv_heads = size("num_kv_heads");

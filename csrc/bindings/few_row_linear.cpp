@@ -5,12 +5,13 @@ namespace ppo_fast {
 void bind_few_row_linear(py::module_& m) {
   m.def(
       "few_row_linear",
-      [](int dtype, Address x, Address weight, Address bias, Address y, std::int64_t num_rows,
-         std::int64_t num_inputs, std::int64_t num_outputs, std::int64_t weight_stride,
-         int num_threads) {
+      [](int dtype, int weight_dtype, Address x, Address weight, Address bias, Address y,
+         std::int64_t num_rows, std::int64_t num_inputs, std::int64_t num_outputs,
+         std::int64_t weight_stride, int num_threads) {
         check({num_rows, num_inputs, num_outputs}, num_threads, {x, weight});
         check({num_rows, num_outputs}, num_threads, {y});
         const FewRowLinearArgs args{static_cast<Dtype>(dtype),
+                                    static_cast<Dtype>(weight_dtype),
                                     pointer<const void>(x),
                                     pointer<const void>(weight),
                                     pointer<const void>(bias),
@@ -22,9 +23,9 @@ void bind_few_row_linear(py::module_& m) {
         py::gil_scoped_release release;
         kernels().few_row_linear(args, num_threads);
       },
-      py::kw_only(), py::arg("dtype"), py::arg("x"), py::arg("weight"), py::arg("bias"),
-      py::arg("y"), py::arg("num_rows"), py::arg("num_inputs"), py::arg("num_outputs"),
-      py::arg("weight_stride"), py::arg("num_threads"),
+      py::kw_only(), py::arg("dtype"), py::arg("weight_dtype"), py::arg("x"), py::arg("weight"),
+      py::arg("bias"), py::arg("y"), py::arg("num_rows"), py::arg("num_inputs"),
+      py::arg("num_outputs"), py::arg("weight_stride"), py::arg("num_threads"),
       "A linear layer for few rows; see csrc/kernels/few_row_linear.hpp.");
 }
 

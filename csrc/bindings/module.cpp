@@ -9,9 +9,21 @@ namespace ppo_fast {
 
 namespace {
 
-// Returns the kernels that this processor can run, the best first.
+// Returns the kernels that this processor can run, the best first. The compiler's builtin asks the
+// processor, and whether the system saves the wide registers (XGETBV).
 std::vector<const Kernels*> runnable() {
   std::vector<const Kernels*> sets;
+#if defined(PPO_FAST_HAVE_AVX512) || defined(PPO_FAST_HAVE_AVX512_BF16)
+  const bool avx512 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#endif
+#ifdef PPO_FAST_HAVE_AVX512_BF16
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) sets.push_back(&kernels_avx512_bf16);
+#endif
+#ifdef PPO_FAST_HAVE_AVX512
+  if (avx512) sets.push_back(&kernels_avx512);
+#endif
 #ifdef PPO_FAST_HAVE_AVX2
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     sets.push_back(&kernels_avx2);

@@ -14,10 +14,12 @@
 
 namespace ppo_fast {
 
-// Real is float or double, by `dtype`; all contiguous. N rows (tokens), D hidden
-// size, H heads on K key-value heads of size S, I inputs of the last product.
+// Real is float or double, by `dtype`; the weights of products are Real, or bfloat16 where it is
+// float, by `weight_dtype`. All contiguous. N rows (tokens), D hidden size, H heads on K key-value
+// heads of size S, I inputs of the last product.
 struct DecodeLayerArgs {
   Dtype dtype;
+  Dtype weight_dtype;
   std::int64_t num_rows, hidden_size, num_heads, num_kv_heads, head_size, intermediate_size;
   const void *attention_norm, *mlp_norm;                  // [D]
   const void *q_weight, *k_weight, *v_weight, *o_weight;  // [H S, D], [K S, D], [K S, D], [D, H S]
@@ -35,7 +37,7 @@ struct DecodeLayerArgs {
   const std::int64_t* slots;    // [N], the slot of a token's sequence
   const std::int64_t* lengths;  // [N], the number of tokens before it there
   void* y;                      // out, [N, D]
-  void* scratch;                // Real [N (D + (H + 2 K) S + H S + 2 I)]
+  void* scratch;                // Real [N (D + (H + 2 K) S + H S + I)]
 };
 
 namespace PPO_FAST_ISA {
@@ -55,9 +57,10 @@ PPO_FAST_INLINE Real reduce(const Real* x, std::int64_t count, Real start, F f) 
   return parts[0];
 }
 
-// Zhang and Sennrich 2019 (arXiv 1910.07467), eq. 4: x / sqrt(mean(x^2) + eps) * weight.
-template <typename Real>
-void rms_norm(const Real* x, const Real* weight, std::int64_t count, double eps, Real* out) {
+// Zhang and Sennrich 2019 (arXiv 1910.07467), eq. 4: x / sqrt(mean(x^2) + eps) * weight, as
+// activations for weights of type W.
+template <typename W, typename Real = Compute<W>>
+void rms_norm(const Real* x, const Real* weight, std::int64_t count, double eps, Operand<W>* out) {
   constexpr int kWidth = 16;
   Real sums[kWidth] = {};
   std::int64_t i = 0;
@@ -68,7 +71,7 @@ void rms_norm(const Real* x, const Real* weight, std::int64_t count, double eps,
   for (int l = 0; l < kWidth; ++l) sum += static_cast<double>(sums[l]);
   for (; i < count; ++i) sum += static_cast<double>(x[i] * x[i]);
   const Real scale = static_cast<Real>(1.0 / std::sqrt(sum / static_cast<double>(count) + eps));
-  for (i = 0; i < count; ++i) out[i] = weight[i] * (x[i] * scale);
+  for (i = 0; i < count; ++i) out[i] = Dot<W>::operand(weight[i] * (x[i] * scale));
 }
 
 // Su et al. 2021 (arXiv 2104.09864), in the form that rotates entry i with entry i + S / 2.
@@ -106,37 +109,48 @@ void attend(Real* scores, const Real* values, std::int64_t stride, std::int64_t 
   for (std::int64_t i = 0; i < size; ++i) out[i] *= share;
 }
 
-template <typename Real>
+template <typename W>  // the type of the weights of products
 struct DecodeLayer {
+  using Real = Compute<W>;
   const DecodeLayerArgs& args;
   const Real* x = static_cast<const Real*>(args.x);
   Real* y = static_cast<Real*>(args.y);
   const std::int64_t n = args.num_rows, hidden = args.hidden_size;
   const std::int64_t size = args.head_size, inner = args.intermediate_size;
   const std::int64_t q_outputs = args.num_heads * size, kv_outputs = args.num_kv_heads * size;
-  Real* normed = static_cast<Real*>(args.scratch);  // [N, D]
-  Real* q = normed + n * hidden;                    // [N, H S]
-  Real* k = q + n * q_outputs;                      // [N, K S]
-  Real* v = k + n * kv_outputs;                     // [N, K S]
-  Real* attended = v + n * kv_outputs;              // [N, H S]
-  Real* gate = attended + n * q_outputs;            // [N, I]
-  Real* up = gate + n * inner;                      // [N, I]
+  Real* q = static_cast<Real*>(args.scratch);  // [N, H S]
+  Real* k = q + n * q_outputs;                 // [N, K S]
+  Real* v = k + n * kv_outputs;                // [N, K S]
+  // What products multiply their weights with.
+  Operand<W>* normed = reinterpret_cast<Operand<W>*>(v + n * kv_outputs);  // [N, D]
+  Operand<W>* attended = normed + n * hidden;                              // [N, H S]
+  Operand<W>* gate = attended + n * q_outputs;                             // [N, I]
 
   static std::int64_t blocks(std::int64_t outputs) {
     return (outputs + kOutputsAtATime - 1) / kOutputsAtATime;
   }
 
-  // Computes block i of `to` [N, outputs] = `from` [N, inputs] weight^T + bias, plus any `base`.
-  void product(std::int64_t i, const Real* from, const void* weight, const void* bias,
-               std::int64_t inputs, std::int64_t outputs, const Real* base, Real* to) const {
-    const Real* shift = static_cast<const Real*>(bias);
+  // Computes block i of `from` [N, inputs] weight^T + bias, plus any `base`, whose rows are `stride`
+  // apart, as those of `to`; both start at the block.
+  void block_product(std::int64_t i, const Operand<W>* from, const void* weight, const void* bias,
+                     std::int64_t inputs, std::int64_t outputs, const Real* base, Real* to,
+                     std::int64_t stride) const {
     const std::int64_t first = i * kOutputsAtATime;
     const std::int64_t last = std::min(first + kOutputsAtATime, outputs);
-    products(static_cast<const Real*>(weight) + first * inputs, inputs, from, n, inputs, first,
-             last, [&](std::int64_t r, std::int64_t o, Real dot) {
+    const Real* shift = bias == nullptr ? nullptr : static_cast<const Real*>(bias) + first;
+    products(static_cast<const W*>(weight) + first * inputs, inputs, from, n, inputs, 0,
+             last - first, [&](std::int64_t r, std::int64_t o, Real dot) {
                const Real sum = dot + (shift == nullptr ? Real(0) : shift[o]);
-               to[r * outputs + o] = base == nullptr ? sum : base[r * outputs + o] + sum;
+               to[r * stride + o] = base == nullptr ? sum : base[r * stride + o] + sum;
              });
+  }
+
+  // The same for a block of [N, outputs].
+  void product(std::int64_t i, const Operand<W>* from, const void* weight, const void* bias,
+               std::int64_t inputs, std::int64_t outputs, const Real* base, Real* to) const {
+    const std::int64_t first = i * kOutputsAtATime;
+    block_product(i, from, weight, bias, inputs, outputs, base == nullptr ? base : base + first,
+                  to + first, outputs);
   }
 
   void qkv(std::int64_t i) const {
@@ -161,7 +175,7 @@ struct DecodeLayer {
     const Real* cos = static_cast<const Real*>(args.cos) + row * size;
     const Real* sin = static_cast<const Real*>(args.sin) + row * size;
     const auto turn = [&](Real* x, const void* norm, double eps) {
-      if (norm != nullptr) rms_norm(x, static_cast<const Real*>(norm), size, eps, x);
+      if (norm != nullptr) rms_norm<Real>(x, static_cast<const Real*>(norm), size, eps, x);
       rotate(x, cos, sin, size);
     };
     for (std::int64_t h = 0; h < args.num_heads; ++h) {
@@ -187,27 +201,36 @@ struct DecodeLayer {
         args.window > 0 ? std::max<std::int64_t>(length + 1 - args.window, 0) : 0;
     const std::int64_t count = length + 1 - first;
     static thread_local std::vector<Real> scores;
-    scores.resize(static_cast<std::size_t>(group * count));
-    Real* to = scores.data();
+    scores.resize(static_cast<std::size_t>(group * count + size));
+    Real *to = scores.data(), *out = to + group * count;
     const Real scaling = static_cast<Real>(args.scaling);
     products(keys + first * stride, stride, queries, group, size, 0, count,
              [=](std::int64_t g, std::int64_t j, Real dot) { to[g * count + j] = dot * scaling; });
     for (std::int64_t g = 0; g < group; ++g) {
-      attend(to + g * count, values + first * stride, stride, count, size,
-             attended + row * q_outputs + (head * group + g) * size);
+      attend(to + g * count, values + first * stride, stride, count, size, out);
+      Operand<W>* of_head = attended + row * q_outputs + (head * group + g) * size;
+      for (std::int64_t j = 0; j < size; ++j) of_head[j] = Dot<W>::operand(out[j]);
     }
   }
 
   // Computes block i of gate = silu(gate) * up.
   void gated(std::int64_t i) const {
-    product(i, normed, args.gate_weight, args.gate_bias, hidden, inner, nullptr, gate);
-    product(i, normed, args.up_weight, args.up_bias, hidden, inner, nullptr, up);
+    static thread_local std::vector<Real> room;
+    room.resize(static_cast<std::size_t>(2 * n * kOutputsAtATime));
+    Real *gates = room.data(), *ups = gates + n * kOutputsAtATime;
+    const auto block = [&](const void* weight, const void* bias, Real* to) {
+      block_product(i, normed, weight, bias, hidden, inner, nullptr, to, kOutputsAtATime);
+    };
+    block(args.gate_weight, args.gate_bias, gates);
+    block(args.up_weight, args.up_bias, ups);
     const std::int64_t first = i * kOutputsAtATime;
     const std::int64_t count = std::min(kOutputsAtATime, inner - first);
     for (std::int64_t r = 0; r < n; ++r) {
-      Real* g = gate + r * inner + first;
-      const Real* u = up + r * inner + first;
-      for (std::int64_t j = 0; j < count; ++j) g[j] = g[j] / (Real(1) + exp(-g[j])) * u[j];
+      const Real *g = gates + r * kOutputsAtATime, *u = ups + r * kOutputsAtATime;
+      Operand<W>* to = gate + r * inner + first;
+      for (std::int64_t j = 0; j < count; ++j) {
+        to[j] = Dot<W>::operand(g[j] / (Real(1) + exp(-g[j])) * u[j]);
+      }
     }
   }
 
@@ -215,8 +238,8 @@ struct DecodeLayer {
     const auto norm = [this](const Real* from, const void* weight, double eps) {
       return Loop{n, 1, [=](std::int64_t r) {
                     const std::int64_t row = r * hidden;
-                    rms_norm(from + row, static_cast<const Real*>(weight), hidden, eps,
-                             normed + row);
+                    rms_norm<W>(from + row, static_cast<const Real*>(weight), hidden, eps,
+                                normed + row);
                   }};
     };
     const auto out = [this](std::int64_t i) {
@@ -239,6 +262,7 @@ struct DecodeLayer {
 };
 
 inline void decode_layer(const DecodeLayerArgs& args, int num_threads) {
+  if (args.weight_dtype == Dtype::bfloat16) return DecodeLayer<BFloat16>{args}.run(num_threads);
   with_real(args.dtype, [&](auto* type) {
     DecodeLayer<std::remove_pointer_t<decltype(type)>>{args}.run(num_threads);
   });

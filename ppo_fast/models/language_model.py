@@ -234,12 +234,12 @@ class LanguageModel:
         Rounded to bfloat16, a logit of 20 would put a probability 6% off.
         """
         weight, bias = self._head_weights()
-        if states.dtype not in HALF:
+        if states.dtype not in HALF and weight.dtype not in HALF:
             return few_row_linear(states, weight, bias)
         if states.is_cuda:
             products = torch.mm(states, weight.T, out_dtype=torch.float32)
         else:
-            products = few_row_linear(states.float(), weight.float())
+            products = few_row_linear(states.float(), weight)
         return products if bias is None else products + bias
 
     def _shape(self, logits: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ def prefer_huge_pages(*, start: int, num_bytes: int) -> None: ...
 def few_row_linear(
     *,
     dtype: int,
+    weight_dtype: int,
     x: int,
     weight: int,
     bias: int,

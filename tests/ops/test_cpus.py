@@ -1,13 +1,15 @@
-"""How many threads the C++ kernels get."""
+"""How many threads the C++ kernels get, and which instruction set they use."""
 
 from __future__ import annotations
 
 import math
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
+from ppo_fast.ops import _C
 from ppo_fast.ops.backends import cpus
 
 
@@ -71,3 +73,21 @@ def test_quotas_of_cgroups_version_1(tmp_path):
 
 def test_no_cgroups(tmp_path):
     assert quotas(tmp_path, {}) == []
+
+
+# The names in /proc/cpuinfo of what each set needs. The system lists none whose registers it does
+# not save.
+AVX2 = {"avx2", "fma"}
+AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+NEEDS = {"avx512_bf16": AVX512 | {"avx512_bf16"}, "avx512": AVX512, "avx2": AVX2, "baseline": set()}
+
+
+def test_the_instruction_sets_are_those_of_the_processor():
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    flags = next((set(line.split()) for line in lines if line.startswith("flags")), None)
+    if flags is None:
+        pytest.skip("no list of this processor's flags")
+    expected = [name for name, needed in NEEDS.items() if needed <= flags]
+    assert _C.instruction_sets() == expected
+    assert _C.instruction_set() == expected[0]

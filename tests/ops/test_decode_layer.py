@@ -67,16 +67,20 @@ def filled_cache(model, slots=5, capacity=40):
     return cache, torch.arange(slots) * 7 + 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [0, 6])
 @pytest.mark.parametrize("make", [llama, qwen3, lambda: llama(num_key_value_heads=4)])
 @pytest.mark.parametrize("isa", _C.instruction_sets())
 @torch.no_grad()
 def test_fused_layers_equal_the_models_own(make, window, dtype, isa):
-    """States, keys and values of rows at different positions have at most twice eager's error."""
-    model = LanguageModel(make().to(dtype))
-    exact = LanguageModel(with_exact_norms(make().double()))
-    for lm in (model, exact):
+    """States, keys and values of rows at different positions have at most twice eager's error.
+
+    Eager computes with weights in bfloat16 as the update does: in float32, under autocast.
+    """
+    wide = torch.float32 if dtype == torch.bfloat16 else dtype
+    model, own_model = LanguageModel(make().to(dtype)), LanguageModel(make().to(dtype).to(wide))
+    exact = LanguageModel(with_exact_norms(make().to(dtype).double()))
+    for lm in (model, own_model, exact):
         if window:
             lm.text_config.layer_types = ["sliding_attention"] * 3
             lm.text_config.sliding_window = window
@@ -87,8 +91,10 @@ def test_fused_layers_equal_the_models_own(make, window, dtype, isa):
     before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
 
     def step(lm, patched):
+        of_states = torch.float64 if lm is exact else wide
+        of_values = torch.bfloat16 if torch.is_autocast_enabled("cpu") else of_states
         for layer, (keys, values) in zip(cache.layers, before, strict=True):
-            layer.keys, layer.values = keys.to(lm.dtype).clone(), values.to(lm.dtype).clone()
+            layer.keys, layer.values = keys.to(of_states).clone(), values.to(of_values).clone()
         cache._scratch = None
         arguments = step_arguments(lm, cache, tokens, lengths, int(lengths.max()) + 1)
         if patched:
@@ -105,24 +111,30 @@ def test_fused_layers_equal_the_models_own(make, window, dtype, isa):
         found = step(model, patched=True)
     finally:
         _C.use_instruction_set(default)
-    eager, truth = step(model, patched=False), step(exact, patched=False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        eager = step(own_model, patched=False)
+    truth = step(exact, patched=False)
     for got, own, expected in zip(found, eager, truth, strict=True):
+        assert got.dtype == wide
         scale = expected.abs().max()
-        budget = 2 * (own.double() - expected).abs().max() + 8 * torch.finfo(dtype).eps * scale
+        budget = 2 * (own.double() - expected).abs().max() + 8 * torch.finfo(wide).eps * scale
         assert (got.double() - expected).abs().max() <= budget
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("isa", _C.instruction_sets())
 @torch.no_grad()
-def test_a_rows_bits_depend_on_the_row_alone(monkeypatch):
+def test_a_rows_bits_depend_on_the_row_alone(monkeypatch, dtype, isa):
     """The bits do not depend on the other rows or on the number of threads."""
     monkeypatch.setattr(cpus, "usable_cpus", lambda: 7)
-    model = LanguageModel(llama(intermediate_size=2048))  # work for several threads
+    # work for several threads
+    model = LanguageModel(llama(intermediate_size=2048).to(dtype))
     tokens = torch.tensor([3, 300, 41, 41, 7])
 
     def step(rows, threads):
         torch.manual_seed(1)
         cache, lengths = filled_cache(model)
-        kept = [(layer.keys[rows], layer.values[rows]) for layer in cache.layers]
+        kept = [(layer.keys[rows].float(), layer.values[rows].float()) for layer in cache.layers]
         for layer, (keys, values) in zip(cache.layers, kept, strict=True):
             layer.keys, layer.values = keys, values
         default = torch.get_num_threads()
@@ -136,7 +148,12 @@ def test_a_rows_bits_depend_on_the_row_alone(monkeypatch):
         finally:
             torch.set_num_threads(default)
 
-    expected = step([0, 1, 2, 3, 4], 2)
-    for rows in ([0], [3], [4, 0], [2, 1, 3], [4, 3, 2, 1, 0]):
-        for threads in (1, 2, 7):
-            assert torch.equal(step(rows, threads), expected[rows])
+    default = _C.instruction_set()
+    _C.use_instruction_set(isa)
+    try:
+        expected = step([0, 1, 2, 3, 4], 2)
+        for rows in ([0], [3], [4, 0], [2, 1, 3], [4, 3, 2, 1, 0]):
+            for threads in (1, 2, 7):
+                assert torch.equal(step(rows, threads), expected[rows])
+    finally:
+        _C.use_instruction_set(default)

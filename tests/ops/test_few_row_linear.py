@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -85,24 +87,77 @@ def test_runs_on_meta_and_fake_tensors(impl):
         assert few_row_linear(torch.randn(3, 8), torch.randn(41, 8), impl=impl).shape == (3, 41)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@contextmanager
+def instruction_set(name):
+    default = _C.instruction_set()
+    _C.use_instruction_set(name)
+    try:
+        yield
+    finally:
+        _C.use_instruction_set(default)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("isa", _C.instruction_sets())
-def test_a_rows_bits_depend_on_the_row_alone(impl, dtype, isa):
+def test_a_weight_in_half_precision(impl, half, isa):
+    """A float32 x is rounded to the weight's dtype; sums and y are float32."""
+    if impl == "reference" and isa != _C.instruction_set():
+        pytest.skip("products of the BLAS")
+    # of tails alone, of whole steps alone, of both; of one tile of rows and of several
+    for d, v, rows in (
+        (1, 3, 2),
+        (31, 41, 1),
+        (64, 100, 4),
+        (77, 100, 3),
+        (576, 50, 9),
+        (77, 0, 2),
+    ):
+        x, weight, bias = torch.randn(rows, d), torch.randn(v, d).to(half), torch.randn(v)
+        strided = torch.randn(v, d + 7).to(half)[:, 3:-4]
+        for w, b in ((weight, None), (weight, bias), (strided, bias)):
+            with instruction_set(isa):
+                y = few_row_linear(x, w, b, impl=impl)
+            assert y.dtype == torch.float32
+            rounded, shift = x.to(half), torch.zeros(v) if b is None else b
+            true = rounded.double() @ w.double().T + shift.double()
+            assert_within_budget(y, F.linear(rounded.float(), w.float(), shift), true)
+
+
+def test_gradients_beside_a_weight_in_half_precision(impl):
+    x, bias = torch.randn(3, 40, requires_grad=True), torch.randn(41, requires_grad=True)
+    weight = torch.randn(41, 40).bfloat16().requires_grad_()
+    upstream = torch.randn(3, 41)
+    operands = (x, weight, bias)
+    grads = torch.autograd.grad(few_row_linear(*operands, impl=impl), operands, upstream)
+    wide = [x.bfloat16().float(), weight.float(), bias]
+    wide = [w.detach().requires_grad_() for w in wide]
+    expected = torch.autograd.grad(F.linear(*wide), wide, upstream)
+    # the gradient of what is in half precision is rounded to it, in the reference that of x too
+    for grad, other, tolerance in zip(grads, expected, (1e-2, 1e-2, 1e-5), strict=True):
+        torch.testing.assert_close(grad.float(), other, rtol=tolerance, atol=tolerance)
+
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+PAIRS = [*((d, d) for d in DTYPES), *((torch.float32, d) for d in DTYPES[2:])]
+
+
+@pytest.mark.parametrize(("dtype", "of_weight"), PAIRS)
+@pytest.mark.parametrize("isa", _C.instruction_sets())
+def test_a_rows_bits_depend_on_the_row_alone(impl, dtype, of_weight, isa):
     """The bits do not depend on the other rows, on their number, or on the number of threads."""
     if impl == "reference":
         pytest.skip("products of the BLAS")
-    x, weight = torch.randn(11, 77).to(dtype), torch.randn(100, 77).to(dtype)
-    default, threads = _C.instruction_set(), torch.get_num_threads()
-    _C.use_instruction_set(isa)
+    x, weight = torch.randn(11, 77).to(dtype), torch.randn(100, 77).to(of_weight)
+    threads = torch.get_num_threads()
     try:
-        expected = few_row_linear(x, weight, impl=impl)
-        for rows in ([0], [10, 3], [4, 5, 6], list(range(11))[::-1]):
-            for count in (1, 2, 5):
-                torch.set_num_threads(count)
-                assert torch.equal(few_row_linear(x[rows], weight, impl=impl), expected[rows])
+        with instruction_set(isa):
+            expected = few_row_linear(x, weight, impl=impl)
+            for rows in ([0], [10, 3], [4, 5, 6], list(range(11))[::-1]):
+                for count in (1, 2, 5):
+                    torch.set_num_threads(count)
+                    assert torch.equal(few_row_linear(x[rows], weight, impl=impl), expected[rows])
     finally:
         torch.set_num_threads(threads)
-        _C.use_instruction_set(default)
 
 
 def test_rows_of_the_weight_may_be_strided(impl):
@@ -131,6 +186,8 @@ def test_auto_uses_the_blas_for_many_rows(impl, monkeypatch):
         x = torch.randn(rows, 8)
         torch.testing.assert_close(few_row_linear(x, weight), F.linear(x, weight))
     assert len(calls) == 2
+    assert few_row_linear(x, weight.bfloat16()).dtype == torch.float32
+    assert len(calls) == 3, "the BLAS has no product of two dtypes"
 
 
 X, WEIGHT = torch.zeros(2, 3), torch.zeros(5, 3)
@@ -142,6 +199,8 @@ X, WEIGHT = torch.zeros(2, 3), torch.zeros(5, 3)
         ((X.long(), WEIGHT), TypeError, "x: got torch.int64"),
         ((X, WEIGHT.double()), TypeError, "weight: got torch.float64, expected torch.float32"),
         ((X, WEIGHT, WEIGHT[:, 0].half()), TypeError, "bias: got torch.float16"),
+        ((X.double(), WEIGHT.half()), TypeError, "weight: got torch.float16"),
+        ((X.half(), WEIGHT), TypeError, "weight: got torch.float32, expected torch.float16"),
         ((X, WEIGHT[0]), ValueError, r"weight: got shape \(3,\)"),
         ((X, WEIGHT.T), ValueError, r"x: got shape \(2, 3\), expected \[\.\.\., 5\]"),
         ((X, WEIGHT, WEIGHT[0]), ValueError, r"bias: got shape \(3,\), expected \(5,\)"),

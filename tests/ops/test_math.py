@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from ppo_fast.ops import _C
+
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
 COMPILER = shutil.which("c++")
@@ -20,6 +22,8 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler (c++) 
 FLAGS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     FLAGS["avx2"] = ["-mavx2", "-mfma"]
+    AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+    FLAGS["avx512"] = [*FLAGS["avx2"], *AVX512]
 
 # Largest errors in ulp, as csrc/base/math.hpp states them; an ulp is that of the correct result.
 BOUNDS = {
@@ -35,8 +39,8 @@ SMALLEST = float(np.finfo(np.float32).tiny)
 
 @pytest.fixture(scope="module", params=list(FLAGS))
 def functions(request, tmp_path_factory):
-    if request.param == "avx2" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
-        pytest.skip("this processor has no AVX2")
+    if request.param not in _C.instruction_sets():
+        pytest.skip(f"this processor has no {request.param}")
     library = tmp_path_factory.mktemp("math") / "functions.so"
     options = ["-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno"]
     command = [COMPILER, *options, "-fno-trapping-math", *FLAGS[request.param]]

@@ -12,6 +12,7 @@ from tiny_models import PAD_ID, tiny_model
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.models.precision import WeightCopies
 from ppo_fast.ops import _C
 from ppo_fast.rollout import LocalEngine, Sampling
 from ppo_fast.rollout.speedups.fast_paths import fast_paths
@@ -68,6 +69,30 @@ def test_the_kernel_runs_for_every_layer(family, kernel_calls):
     generate(model)
     # the prompts of both together, and a step for each token but the first
     assert calls == dict.fromkeys(range(LAYERS), 1 + 4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_copies_in_bfloat16_take_the_kernel_too(family, kernel_calls):
+    """What is sampled agrees with the update, which computes in float32 under autocast."""
+    raw = model_of(family, initializer_range=0.15)
+    model = LanguageModel(raw, compute_dtype=torch.bfloat16)
+    copies = WeightCopies(torch.bfloat16)
+    with copies.in_use(raw):
+        assert check_layers(model) == (LAYERS, None, False)
+        calls, made = kernel_calls
+        calls.clear()
+        made.clear()
+        rollout = generate(model)
+    assert calls == dict.fromkeys(range(LAYERS), 1 + 4)
+    assert raw.model.embed_tokens.forward(torch.tensor([3])).dtype == torch.float32
+
+    tokens = rollout.tokens
+    with torch.no_grad():
+        update = model.logprobs(model.forward(tokens), tokens, temperature=1.0).logprobs
+        exact = LanguageModel(raw).forward(tokens)
+        truth = LanguageModel(raw).logprobs(exact, tokens, temperature=1.0).logprobs
+    error = (update - truth).abs().mean()
+    assert (rollout.logprobs - update).abs().mean() <= 2 * error
 
 
 def test_a_rollout_logs_its_fast_paths_once(caplog):

@@ -60,7 +60,7 @@ def test_changed_and_half_precision_layers_are_not_fused(what):
         own = layer.self_attn.q_proj.forward
         layer.self_attn.q_proj.forward = lambda x: 2 * own(x)
     if what == "half":
-        raw.bfloat16()
+        raw.half()
     if what == "bias of a norm":
         layer.input_layernorm.bias = torch.nn.Parameter(torch.zeros(64))
     with fused_layers(LanguageModel(raw)) as layers:

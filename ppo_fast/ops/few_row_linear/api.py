@@ -15,6 +15,8 @@ from ppo_fast.ops.few_row_linear import reference
 from ppo_fast.ops.gradient import without_autocast
 from ppo_fast.ops.validation import check_floating, check_same_device
 
+HALF = (torch.bfloat16, torch.float16)
+
 # Up to this many rows the C++ kernel is the faster one in the table of few_row_linear; where the
 # BLAS is not made for the processor, also beyond. A constant, not a measurement at run time, so
 # that the same seeds give the same bits in every process.
@@ -36,14 +38,18 @@ def few_row_linear(
         F.linear                   11    33    42    49    60    88   151
         the transposed product     11     9    13    25    36    63   127
 
+    Beside a float32 x the weight may be in half precision: half the bytes to read. Each x is rounded
+    to the weight's dtype, as under autocast; sums and y are float32.
+
     ``impl="auto"`` takes the kernel up to ``MOST_ROWS`` rows and ``F.linear`` above, and on other
-    devices. With the kernel a row's bits depend on the row alone; with a product of the BLAS they
-    depend on the number of rows too. Differentiable.
+    devices; for operands of two dtypes the kernel whatever the number of rows. With the kernel a
+    row's bits depend on the row alone; with a product of the BLAS they depend on the number of rows
+    too. Differentiable.
 
     Args:
         x: [..., D], float32, float64, bfloat16 or float16.
-        weight: [V, D], the dtype of x.
-        bias: [V] or None.
+        weight: [V, D], the dtype of x; bfloat16 or float16 beside a float32 x.
+        bias: [V], the dtype of x, or None.
         impl: "auto", "reference", or a compiled implementation (ppo_fast.ops.backends.dispatch).
 
     Returns:
@@ -67,10 +73,12 @@ def few_row_linear(
         if operand is None:
             continue
         check_same_device(name, operand, x.device)
-        if operand.dtype != x.dtype:
+        mixed = operand is weight and x.dtype == torch.float32 and weight.dtype in HALF
+        if operand.dtype != x.dtype and not mixed:
             raise TypeError(f"{name}: got {operand.dtype}, expected {x.dtype}, the dtype of x")
     chosen = choose("few_row_linear", impl, x.device).impl
-    if impl == "auto" and chosen == "cpp" and x.numel() > MOST_ROWS * x.shape[-1]:
+    many_rows = x.numel() > MOST_ROWS * x.shape[-1]
+    if impl == "auto" and chosen == "cpp" and many_rows and x.dtype == weight.dtype:
         with without_autocast(x.device):
             return F.linear(x, weight, bias)
     if chosen == "reference":
@@ -90,11 +98,12 @@ class _FewRowLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        rows = grad.reshape(-1, weight.shape[0])
+        rows, w = grad.reshape(-1, weight.shape[0]), weight.to(grad.dtype)
+        x_used = x.to(weight.dtype).to(x.dtype).reshape(-1, weight.shape[1])
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         with without_autocast(x.device):
             return (
-                (rows @ weight).view(x.shape) if needs_x else None,
-                rows.T @ x.reshape(-1, weight.shape[1]) if needs_weight else None,
+                (rows @ w).view(x.shape) if needs_x else None,
+                (rows.T @ x_used).to(weight.dtype) if needs_weight else None,
                 rows.sum(dim=0) if needs_bias else None,
             )

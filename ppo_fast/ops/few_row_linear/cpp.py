@@ -8,19 +8,26 @@ from torch import Tensor
 from ppo_fast.ops.backends.cpp_launch import DTYPE_CODES, address, vouched, vouched_or_none
 from ppo_fast.ops.backends.cpus import num_threads
 
+HALF = (torch.bfloat16, torch.float16)
+
 
 def few_row_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute [..., V] from x [..., D], weight [V, D] and bias [V], CPU tensors of one dtype."""
+    """Compute [..., V] from x [..., D], weight [V, D] and bias [V], CPU tensors.
+
+    They are of one dtype; the weight may be in half precision where the others are float32.
+    """
     from ppo_fast.ops import _C
 
     dtype, (num_outputs, num_inputs) = x.dtype, weight.shape
     x = vouched("x", x, (*x.shape[:-1], num_inputs), dtype)
-    if weight.stride(1) != 1 or not weight.is_cpu or weight.dtype != dtype:
-        weight = vouched("weight", weight, (num_outputs, num_inputs), dtype)
+    weight_dtype = weight.dtype if dtype == torch.float32 and weight.dtype in HALF else dtype
+    if weight.stride(1) != 1 or not weight.is_cpu or weight.dtype != weight_dtype:
+        weight = vouched("weight", weight, (num_outputs, num_inputs), weight_dtype)
     bias = vouched_or_none("bias", bias, (num_outputs,), dtype)
     y = torch.empty((*x.shape[:-1], num_outputs), dtype=dtype, device="cpu")
     _C.few_row_linear(
         dtype=DTYPE_CODES[dtype],
+        weight_dtype=DTYPE_CODES[weight_dtype],
         x=x.data_ptr(),
         weight=weight.data_ptr(),
         bias=address(bias),

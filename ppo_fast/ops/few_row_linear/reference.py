@@ -9,7 +9,12 @@ from ppo_fast.ops.gradient import without_autocast
 
 
 def few_row_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute ``x @ weight.T + bias``; on the CPU as the transposed product."""
+    """Compute ``x @ weight.T + bias``; on the CPU as the transposed product.
+
+    A float32 x is rounded to the dtype of a half-precision weight; their product is float32.
+    """
+    if x.dtype != weight.dtype:
+        x, weight = x.to(weight.dtype).to(x.dtype), weight.to(x.dtype)
     with without_autocast(x.device):
         if x.device.type != "cpu":
             return F.linear(x, weight, bias)

@@ -4,6 +4,9 @@ When few rows pass through it, a layer computed op by op spends as long in Pytho
 threads as in its products. A layer qualifies by its structure, and then by a comparison of logits
 with those of the model's own layers (slot_check.py): models that scale a residual, rotate a part of
 a head or normalise in a way of their own do not qualify.
+
+Weights may be in bfloat16. What a product multiplies them with is then rounded to bfloat16, as
+under autocast in the update; sums, what passes from layer to layer, keys and values are float32.
 """
 
 from __future__ import annotations
@@ -35,7 +38,12 @@ from ppo_fast.ops.backends.cpus import num_threads
 from ppo_fast.rollout.slots import SlotCache
 from ppo_fast.rollout.speedups.few_rows import why_no_few_row_products
 
-DTYPES = (torch.float32, torch.float64)
+# Dtypes of a layer's weights, and of what passes from layer to layer.
+DTYPES = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.bfloat16: torch.float32,
+}
 
 
 def why_not_fused(layer: nn.Module) -> str | None:
@@ -46,7 +54,7 @@ def why_not_fused(layer: nn.Module) -> str | None:
     if (reason := why_not_llama_like(layer)) is not None:
         return reason
     parameters = list(layer.parameters())
-    if len(dtypes := {p.dtype for p in parameters}) > 1 or not dtypes <= set(DTYPES):
+    if len(dtypes := {p.dtype for p in parameters}) > 1 or not dtypes <= DTYPES.keys():
         return f"its weights are {', '.join(sorted(str(d).removeprefix('torch.') for d in dtypes))}"
     if not all(p.is_cpu and p.is_contiguous() for p in parameters):
         return "its weights are not contiguous on the CPU"
@@ -73,8 +81,23 @@ def fused_layers(model: LanguageModel) -> Iterator[list[StepForward]]:
         for layer, window in candidates
         if why_not_fused(layer) is None
     ]
-    with replaced_forwards(forwards):
+    embedding = _float32_embedding(model) if len(forwards) == len(candidates) else []
+    with replaced_forwards([*forwards, *embedding]):
         yield [forward for _, forward in forwards]
+
+
+def _float32_embedding(model: LanguageModel) -> list[tuple[nn.Module, Any]]:
+    """Return the embedding of a model in bfloat16, and a forward of it that returns float32.
+
+    Then all that passes from layer to layer is float32, and so are the rotary tables, as under
+    autocast. Only where every layer is fused: others take the dtype of their weights.
+    """
+    if not model.fused or model.dtype != torch.bfloat16:
+        return []
+    embedding = model.model.get_input_embeddings()  # type: ignore[operator]
+    if type(embedding) is not nn.Embedding or "forward" in vars(embedding):
+        return []
+    return [(embedding, lambda ids: nn.Embedding.forward(embedding, ids).float())]
 
 
 def why_not_all_are_fused(model: LanguageModel) -> str | None:
@@ -122,7 +145,8 @@ class StepForward:
         read = read_llama_layer(layer)
         size = read.head_size
         self._index, self._head_size = read.cache_index, size
-        self._dtype = read.weights["q_weight"].dtype
+        self._weight_dtype = read.weights["q_weight"].dtype
+        self._dtype = DTYPES[self._weight_dtype]
         self._q_size, self._kv_size, self._inner = (
             read.weights[name].shape[0] for name in ("q_weight", "k_weight", "gate_weight")
         )
@@ -133,6 +157,7 @@ class StepForward:
             | read.eps
             | {
                 "dtype": DTYPE_CODES[self._dtype],
+                "weight_dtype": DTYPE_CODES[self._weight_dtype],
                 "hidden_size": self._hidden_size,
                 "num_heads": self._q_size // size,
                 "num_kv_heads": self._kv_size // size,
@@ -147,13 +172,16 @@ class StepForward:
         hidden, inner, q, kv = self._hidden_size, self._inner, self._q_size, self._kv_size
         products = {"q": (q, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, q)}
         products |= {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
-        shapes: dict[str, tuple[int, ...]] = {f"{x}_weight": s for x, s in products.items()}
-        shapes |= {f"{x}_bias": s[:1] for x, s in products.items()}
-        shapes |= {"attention_norm": (hidden,), "mlp_norm": (hidden,)}
-        shapes |= {"q_norm": (self._head_size,), "k_norm": (self._head_size,)}
+        matrices: dict[str, tuple[int, ...]] = {f"{x}_weight": s for x, s in products.items()}
+        vectors: dict[str, tuple[int, ...]] = {f"{x}_bias": s[:1] for x, s in products.items()}
+        vectors |= {"attention_norm": (hidden,), "mlp_norm": (hidden,)}
+        vectors |= {"q_norm": (self._head_size,), "k_norm": (self._head_size,)}
         return {
-            name: vouched_or_none(name, weight, shapes[name], self._dtype)
-            for name, weight in weights.items()
+            name: vouched_or_none(name, weights[name], shape, self._weight_dtype)
+            for name, shape in matrices.items()
+        } | {
+            name: vouched_or_none(name, _to(weights[name], self._dtype), shape, self._dtype)
+            for name, shape in vectors.items()
         }
 
     def __call__(
@@ -169,14 +197,18 @@ class StepForward:
             or cache.lengths is None
             or not self._takes(hidden_states, position_embeddings, cache)
         ):
+            if hidden_states.dtype == self._dtype:  # its products take the dtype of its weights
+                hidden_states = hidden_states.to(self._weight_dtype)
             own = type(self._layer).forward
             return own(
                 self._layer, hidden_states, *args, position_embeddings=position_embeddings, **kwargs
             )
         assert position_embeddings is not None
-        states = self._step(hidden_states, position_embeddings, cache, cache.lengths)
+        dtype, of_input = self._dtype, hidden_states.dtype
+        cos, sin = (table.to(dtype) for table in position_embeddings)
+        states = self._step(hidden_states.to(dtype), (cos, sin), cache, cache.lengths)
         self.calls += 1
-        return states
+        return states.to(of_input)
 
     def _takes(
         self,
@@ -191,8 +223,9 @@ class StepForward:
             return False
         if torch.is_autocast_enabled("cpu"):
             self.why_not = "the model's forward enters autocast"
-        elif hidden_states.dtype != dtype:
-            self.why_not = f"its input is {hidden_states.dtype}, its weights are {dtype}"
+        elif hidden_states.dtype not in (dtype, self._weight_dtype):
+            weights = self._weight_dtype
+            self.why_not = f"its input is {hidden_states.dtype}, its weights are {weights}"
         elif room.is_initialized and not room.keys.dtype == room.values.dtype == dtype:
             self.why_not = f"keys are {room.keys.dtype}, values {room.values.dtype}, not {dtype}"
         else:
@@ -220,7 +253,7 @@ class StepForward:
         slots = vouched("slots", cache.row_slots, (rows,), torch.int64)
         lengths = vouched("lengths", lengths, (rows,), torch.int64)
         y = torch.empty_like(x)
-        count = rows * (self._hidden_size + 2 * (self._q_size + self._kv_size + self._inner))
+        count = rows * (self._hidden_size + 2 * (self._q_size + self._kv_size) + self._inner)
         self._kernel(
             x=x.data_ptr(),
             cos=cos.data_ptr(),
@@ -236,3 +269,7 @@ class StepForward:
             num_threads=num_threads(),
         )
         return y
+
+
+def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
