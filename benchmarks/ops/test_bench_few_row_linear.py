@@ -11,8 +11,10 @@ from ppo_fast.ops import few_row_linear
 @pytest.mark.parametrize("rows", [1, 4, 8, 16, 32, 64, 128])
 def test_few_row_linear(turns, rows):
     x, weight = torch.randn(rows, HIDDEN), torch.randn(VOCAB, HIDDEN)
+    half = weight.bfloat16()
     sides = {
         "ppo_fast": lambda: few_row_linear(x, weight),
+        "ppo_fast, weight in bfloat16": lambda: few_row_linear(x, half),
         "F.linear": lambda: F.linear(x, weight),
         "the transposed product": lambda: few_row_linear(x, weight, impl="reference"),
     }

@@ -16,6 +16,7 @@ from plain_ppo import generate
 
 from ppo_fast.demo.task import load_prompts
 from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.models.precision import WeightCopies
 from ppo_fast.rollout import Sampling, decode
 
 ROUNDS = 3
@@ -55,6 +56,27 @@ def test_decode(turns, smollm2, batch, capsys):
     prompts = smollm2[1](load_prompts()[0][:batch])["input_ids"]
     work = f"decoding SmolLM2-135M, batch {batch}, 64 new tokens each"
     medians = turns(work, sides(smollm2, prompts, [64] * batch), rounds=ROUNDS, warm=False)
+    print_rates(capsys, batch * 64, medians)
+
+
+@pytest.mark.parametrize("batch", [4, 32])
+def test_decode_in_bfloat16(turns, smollm2, batch, capsys):
+    """Both are ours, on the same weights; copies in bfloat16 are made before."""
+    model, tokenizer = smollm2
+    prompts = tokenizer(load_prompts()[0][:batch])["input_ids"]
+    lengths = [64] * batch
+    half = LanguageModel(model.model, compute_dtype=torch.bfloat16)
+    copies = WeightCopies(torch.bfloat16, kept_bytes=2**30)
+    in_float32 = sides(smollm2, prompts, lengths)["ppo_fast"]
+    in_half = sides((half, tokenizer), prompts, lengths)["ppo_fast"]
+
+    def in_bfloat16():
+        with copies.in_use(model.model):
+            in_half()
+
+    work = f"decoding SmolLM2-135M in bfloat16, batch {batch}, 64 new tokens each"
+    both = {"ppo_fast": in_bfloat16, "ours in float32": in_float32}
+    medians = turns(work, both, rounds=ROUNDS, warm=False)
     print_rates(capsys, batch * 64, medians)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import plain_ppo
@@ -74,8 +75,8 @@ def _value_model(smollm2: Any) -> ValueModel:
     return ValueModel(copy.deepcopy(smollm2[0]), 576)
 
 
-def _all_weights(smollm2: Any) -> Step:
-    options = {"learning_rate": 1e-5, "max_length": 48}
+def _all_weights(smollm2: Any, **changes: Any) -> Step:
+    options = {"learning_rate": 1e-5, "max_length": 48} | changes
     return Ours(smollm2, _prompts(4), _value_model(smollm2), **options).step
 
 
@@ -115,6 +116,10 @@ SIDES: dict[str, dict[str, Make]] = {
     "a PPO step: batch 4, 48 new tokens, 4 epochs, all weights of policy and value model": {
         "ppo_fast": _all_weights,
         "one prompt at a time": _sequential,
+    },
+    "a PPO step in bfloat16: batch 4, 48 new tokens, 4 epochs, all weights, value model": {
+        "ppo_fast": partial(_all_weights, compute_dtype="bfloat16"),
+        "ours in float32": _all_weights,
     },
     "a PPO step: batch 32, 24 new tokens, 4 epochs, k = 4, values from a top of their own": {
         "ppo_fast": _top,

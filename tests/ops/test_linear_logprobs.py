@@ -36,7 +36,8 @@ def true_head(hidden, weight, bias, scale, cap):
 def truth(hidden, weight, labels, bias, mask, t, scale, cap, a, b):
     """Compute l, H and the gradients of hidden, weight and bias in float64, and the allowed error
     of these gradients where the gradient of the logits is stored in half precision."""
-    stored_in = hidden.dtype if TRITON and hidden.dtype == weight.dtype else torch.float32
+    rounds = TRITON or (hidden.dtype == torch.bfloat16 and TILED.multiplies_bfloat16())
+    stored_in = hidden.dtype if rounds and hidden.dtype == weight.dtype else torch.float32
     hidden = torch.where(mask[:, None], hidden.detach().double(), 0.0)
     weight = weight.detach().double()
     x, slope = true_head(hidden, weight, bias, scale, cap)

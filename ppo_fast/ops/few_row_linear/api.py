@@ -38,8 +38,8 @@ def few_row_linear(
         F.linear                   11    33    42    49    60    88   151
         the transposed product     11     9    13    25    36    63   127
 
-    Beside a float32 x the weight may be in half precision: half the bytes to read. Each x is rounded
-    to the weight's dtype, as under autocast; sums and y are float32.
+    Beside a float32 x the weight may be in half precision: half the bytes to read. Then x is
+    rounded to the weight's dtype, as under autocast; sums and y are float32.
 
     ``impl="auto"`` takes the kernel up to ``MOST_ROWS`` rows and ``F.linear`` above, and on other
     devices; for operands of two dtypes the kernel whatever the number of rows. With the kernel a

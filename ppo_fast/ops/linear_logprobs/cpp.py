@@ -2,6 +2,10 @@
 
 The BLAS computes the products; the kernels of csrc/kernels/linear_logprobs.hpp do the rest.
 
+Where the processor multiplies bfloat16 numbers, logits of operands in bfloat16 are computed from
+these, with float32 sums (few_row_linear), and the gradient of the logits is rounded to bfloat16 for
+that of the weight, as under autocast. Elsewhere each slice of the weight is converted to float32.
+
 A tile is the logits [n, columns] of all n rows that count. Going over the vocabulary, not over the
 tokens, reads each slice of the weight once a product and writes each slice of its gradient once.
 """
@@ -32,6 +36,29 @@ class _Head(NamedTuple):
     softcap: float  # 0: none
     temperature: float
     work: torch.dtype  # of logits and of all arithmetic
+    bfloat16: bool  # whether products are of bfloat16 numbers, which all operands hold
+
+    def logits(self, hidden: Tensor, first: int, out: Tensor) -> None:
+        """Compute W h of a tile into ``out`` [n, columns], from hidden [n, D] in ``work``."""
+        columns = out.shape[1]
+        if not self.bfloat16:
+            torch.mm(hidden, self.rows(first, columns).T, out=out)
+            return
+        from ppo_fast.ops import _C
+
+        _C.few_row_linear(
+            dtype=DTYPE_CODES[self.work],
+            weight_dtype=DTYPE_CODES[self.weight.dtype],
+            x=address(hidden),
+            weight=address(self.weight[first:]),
+            bias=0,
+            y=address(out),
+            num_rows=len(hidden),
+            num_inputs=hidden.shape[1],
+            num_outputs=columns,
+            weight_stride=self.weight.stride(0),
+            num_threads=num_threads(),
+        )
 
     def rows(self, first: int, columns: int) -> Tensor:
         """Return the weight of a tile, [columns, D]."""
@@ -64,7 +91,7 @@ class _Tiles:
         self.vocab_size, hidden_size = head.weight.shape
         self.num_rows, self.kept = num_rows, kept
         # A slice of the weight that must be converted takes room as well.
-        converted = hidden_size if head.weight.dtype != head.work else 1
+        converted = hidden_size if head.weight.dtype != head.work and not head.bfloat16 else 1
         columns = _TILE_BYTES // (max(num_rows, converted) * head.work.itemsize)
         self.columns = min(max(columns, _MIN_COLUMNS), self.vocab_size)
         self._scratch: Tensor | None = None
@@ -115,7 +142,7 @@ def linear_logprobs_forward(
     tiles = _Tiles(head, n, kept)
     for first, columns, place in tiles:
         logits = tiles.scratch(n, columns) if place is None else place
-        torch.mm(hidden, head.rows(first, columns).T, out=logits)
+        head.logits(hidden, first, logits)
         _C.fold_tile(
             **head.describe(first, logits),
             logits=address(logits),
@@ -192,7 +219,7 @@ def linear_logprobs_backward(
         if grad_h is not None:
             grad_h.addmm_(gradient, head.rows(first, columns))
         if needs_grad[1]:
-            _write(grad_weight[first : first + columns], gradient.T, h)
+            _write(grad_weight[first : first + columns], gradient, h, head.bfloat16)
         if needs_grad[2]:
             grad_bias[first : first + columns] = gradient.sum(0)
     if grad_h is None:
@@ -225,7 +252,7 @@ def _tile_gradient(
 
     gradient = tiles.scratch(len(hidden), columns)
     if place is None:
-        torch.mm(hidden, head.rows(first, columns).T, out=gradient)
+        head.logits(hidden, first, gradient)
     _C.tile_gradient(
         **head.describe(first, gradient),
         logits=address(gradient if place is None else place),
@@ -256,7 +283,16 @@ def _vouched_head(
     vouched("weight", weight[:0], (0, hidden_size), weight.dtype)
     if bias is not None:
         bias = vouched("bias", bias.to(work), (vocab_size,), work)
-    return _Head(weight, bias, logit_scale, softcap or 0.0, temperature, work)
+    half = hidden.dtype == weight.dtype == torch.bfloat16 and weight.stride(1) == 1
+    numbers = (logit_scale, softcap or 0.0, temperature)
+    return _Head(weight, bias, *numbers, work, half and multiplies_bfloat16())
+
+
+def multiplies_bfloat16() -> bool:
+    """Return whether the kernels in use multiply bfloat16 numbers without converting them."""
+    from ppo_fast.ops import _C
+
+    return _C.instruction_set() == "avx512_bf16"
 
 
 def _counting_rows(
@@ -302,9 +338,11 @@ def _spread(values: Tensor, rows: Tensor | None, num_rows: int) -> Tensor:
     return values.new_zeros(num_rows, *values.shape[1:]).index_copy_(0, rows, values)
 
 
-def _write(place: Tensor, left: Tensor, right: Tensor) -> None:
-    """Write left @ right to ``place``, rounded to its dtype once."""
-    if place.dtype == left.dtype:
-        torch.mm(left, right, out=place)
+def _write(place: Tensor, gradient: Tensor, hidden: Tensor, bfloat16: bool) -> None:
+    """Write gradient^T @ hidden to ``place``, rounded to its dtype once."""
+    if bfloat16:
+        gradient, hidden = gradient.bfloat16(), hidden.bfloat16()
+    if place.dtype == gradient.dtype:
+        torch.mm(gradient.T, hidden, out=place)
     else:
-        place.copy_(left @ right)
+        place.copy_(gradient.T @ hidden)
