@@ -13,6 +13,7 @@ from ppo_fast.data.examples import as_examples
 from ppo_fast.data.prompts import check_lengths
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.tokens import Tokens
+from ppo_fast.data.trunk_states import TrunkStates
 from ppo_fast.models.attention import without_cudnn_attention
 from ppo_fast.models.checks import context_limit
 from ppo_fast.models.language_model import LanguageModel
@@ -115,12 +116,13 @@ class ClassicMethods(PPO):
                 "config=PPOConfig(critic='head')"
             )
 
-        def values(part: Tokens, _: Tensor | None) -> Tensor:
+        def values(part: Tokens, _: TrunkStates | None) -> Tensor:
             states = self.policy.forward(part).states if self.critic.reads_states else None
             return self.critic.values(part, states)
 
         tokens = self._pairs(prompts, responses).tokens
-        return in_batches(values, tokens, None, self.config.forward_batch_tokens)
+        packed = self.critic.packed and (self.policy.packed or not self.critic.reads_states)
+        return in_batches(values, tokens, None, self.config.forward_batch_tokens, packed=packed)
 
     def get_logprobs(
         self,
@@ -158,6 +160,7 @@ class ClassicMethods(PPO):
             tokens,
             None,
             self.config.forward_batch_tokens,
+            packed=model.packed,
         )
 
     def _pairs(self, prompts: Sequence[Any], responses: Sequence[str]) -> Pairs:

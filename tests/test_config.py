@@ -38,6 +38,7 @@ OUT_OF_RANGE = {
     "num_minibatches": [0, -1, 2.0],
     "microbatch_tokens": [0, 1e4],
     "forward_batch_tokens": [0, 1e4],
+    "padding_free": ["yes", None],
     "aggregation": ["mean", None],
     "critic": ["value", True],
     "trunk_dtype": ["float32", "float16"],

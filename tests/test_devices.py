@@ -11,8 +11,8 @@ from tiny_trainer import PROMPTS, tiny_reward_model, tiny_trainer
 
 from ppo_fast.learning.make_experience import computes_in_float32
 from ppo_fast.models.attention import without_cudnn_attention
-from ppo_fast.models.language_model import HEAD_TOLERANCE, TF32_TOLERANCE, LanguageModel, tolerance
-from ppo_fast.models.precision import uses_tf32
+from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.models.precision import TF32_TOLERANCE, TOLERANCE, tolerance, uses_tf32
 
 CUDA = torch.device("cuda", 0)
 
@@ -116,8 +116,8 @@ def test_tf32_is_seen_by_either_interface(matmul):
     assert uses_tf32(CUDA)
     assert not uses_tf32(torch.device("cpu"))
     assert tolerance(torch.float32, CUDA) == TF32_TOLERANCE
-    assert tolerance(torch.float32, torch.device("cpu")) == HEAD_TOLERANCE[torch.float32]
-    assert tolerance(torch.float64, CUDA) == HEAD_TOLERANCE[torch.float64]
+    assert tolerance(torch.float32, torch.device("cpu")) == TOLERANCE[torch.float32]
+    assert tolerance(torch.float64, CUDA) == TOLERANCE[torch.float64]
 
 
 def test_a_policy_on_the_cpu_computes_in_float32_whatever_is_set_for_gpus(matmul):

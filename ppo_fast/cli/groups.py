@@ -38,7 +38,8 @@ NAMED = {
         *("missing_eos_penalty", "overlong_buffer", "overlong_penalty"),
     ),
     "memory": (
-        *("microbatch_tokens", "forward_batch_tokens", "trunk_dtype", "compute_dtype"),
+        *("microbatch_tokens", "forward_batch_tokens", "padding_free"),
+        *("trunk_dtype", "compute_dtype"),
         *("trained_weights", "gradient_checkpointing", "adamw"),
         *("rollout_slots", "cuda_graphs", "kept_rollout_bytes"),
         *("check_gradients_together", "undo_updates"),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ppo_fast.config.together import GROUP_CRITICS
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.tokens import Tokens
+from ppo_fast.data.trunk_states import TrunkStates
 from ppo_fast.models.language_model import LanguageModel
 
 BaselineName = Literal["baseline", "group_mean", "group_norm", "batch_mean"]
@@ -26,13 +27,14 @@ class Baseline:
     """
 
     trained = reads_states = bootstraps = False
+    packed = True
 
     def __init__(self, name: BaselineName, gamma: float) -> None:
         self.name, self.module, self.gamma = name, nn.Module(), gamma
         self.normalizes = name == "group_norm"
 
     def values(
-        self, tokens: Tokens, states: Tensor | None = None, trunk_states: Tensor | None = None
+        self, tokens: Tokens, states: Tensor | None = None, trunk_states: TrunkStates | None = None
     ) -> Tensor:
         raise NotImplementedError(
             f"critic={self.name!r} computes values from scores: call values_of_rollout"

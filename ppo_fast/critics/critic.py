@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from ppo_fast.data.batches import in_batches
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.tokens import Tokens, make_tokens
+from ppo_fast.data.trunk_states import TrunkStates
 from ppo_fast.models.call_on_rows import call_on_rows
 from ppo_fast.models.heads import TopValue, ValueHead, ValueModel
 from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.models.passes import head_passes, passes_of
 from ppo_fast.models.precision import computing_in
 from ppo_fast.models.trunk import Split
 
@@ -26,6 +28,7 @@ class Critic(Protocol):
         pass. Otherwise it runs on the tokens, in a pass of its own.
     bootstraps: whether GAE may use its values of later states; if not, lambda is 1.
     normalizes: whether scores are normalised within each prompt's samples before it sees them.
+    packed: whether passes of its own have no padding (passes.py).
     """
 
     @property
@@ -43,13 +46,16 @@ class Critic(Protocol):
     @property
     def normalizes(self) -> bool: ...
 
+    @property
+    def packed(self) -> bool: ...
+
     def values(
-        self, tokens: Tokens, states: Tensor | None = None, trunk_states: Tensor | None = None
+        self, tokens: Tokens, states: Tensor | None = None, trunk_states: TrunkStates | None = None
     ) -> Tensor:
         """Compute values [B, T] with gradient, 0 beyond a response.
 
-        ``states`` [B, T, D] are the policy's, for a head; ``trunk_states`` [B, L, D] are for a
-        critic that can start from them.
+        ``states`` [B, T, D] are the policy's, for a head; ``trunk_states`` are for a critic that
+        can start from them.
         """
         ...
 
@@ -68,8 +74,12 @@ class _TrainedCritic:
 
     trained, bootstraps, reads_states, normalizes = True, True, False, False
 
+    @property
+    def packed(self) -> bool:
+        return True
+
     def values(
-        self, tokens: Tokens, states: Tensor | None = None, trunk_states: Tensor | None = None
+        self, tokens: Tokens, states: Tensor | None = None, trunk_states: TrunkStates | None = None
     ) -> Tensor:
         raise NotImplementedError
 
@@ -81,6 +91,7 @@ class _TrainedCritic:
             rollout.tokens,
             rollout.trunk_states,
             max_tokens,
+            packed=self.packed,
         )
 
 
@@ -93,7 +104,7 @@ class HeadCritic(_TrainedCritic):
         self.module = module
 
     def values(
-        self, tokens: Tokens, states: Tensor | None = None, trunk_states: Tensor | None = None
+        self, tokens: Tokens, states: Tensor | None = None, trunk_states: TrunkStates | None = None
     ) -> Tensor:
         if states is None:
             raise ValueError("states: got None; a value head needs the policy's states")
@@ -111,6 +122,7 @@ class HeadCritic(_TrainedCritic):
             rollout.tokens,
             rollout.trunk_states,
             max_tokens,
+            packed=policy.packed,
         )
 
 
@@ -120,7 +132,7 @@ class TopCritic(_TrainedCritic):
     Args:
         module: its body's lower layers are the policy's own, frozen; the top is trained.
         num_layers_unfrozen: number of top layers.
-        compute_dtype: as LanguageModel's.
+        compute_dtype, padding_free: as LanguageModel's.
     """
 
     def __init__(
@@ -129,16 +141,26 @@ class TopCritic(_TrainedCritic):
         num_layers_unfrozen: int,
         *,
         compute_dtype: torch.dtype | None = None,
+        padding_free: bool = True,
     ) -> None:
-        self.module, self.split = module, Split(module.body, num_layers_unfrozen)
-        self.compute_dtype = compute_dtype
+        self.module, self.compute_dtype = module, compute_dtype
+        self.passes = passes_of(
+            module.body,
+            Split(module.body, num_layers_unfrozen),
+            compute_dtype=compute_dtype,
+            padding_free=padding_free,
+        )
+
+    @property
+    def packed(self) -> bool:
+        return self.passes.packed
 
     def values(
-        self, tokens: Tokens, states: Tensor | None = None, trunk_states: Tensor | None = None
+        self, tokens: Tokens, states: Tensor | None = None, trunk_states: TrunkStates | None = None
     ) -> Tensor:
         with computing_in(self.compute_dtype, tokens.device):
-            states = self.split.states(tokens, trunk_states)
-        return HeadCritic(self.module.head).values(tokens, tokens.before_response(states))
+            states = self.passes.states(tokens, trunk_states).before_response(tokens)
+        return HeadCritic(self.module.head).values(tokens, states)
 
 
 class ModelCritic(_TrainedCritic):
@@ -150,7 +172,7 @@ class ModelCritic(_TrainedCritic):
     Args:
         module: the value model.
         max_tokens: max tokens in one call.
-        compute_dtype: as LanguageModel's.
+        compute_dtype, padding_free: as LanguageModel's.
         split: Split of a ValueModel whose lower layers are the policy's trunk; None: they are not.
     """
 
@@ -161,9 +183,12 @@ class ModelCritic(_TrainedCritic):
         max_tokens: int,
         compute_dtype: torch.dtype | None = None,
         split: Split | None = None,
+        padding_free: bool = True,
     ) -> None:
         self.module, self.max_tokens, self.compute_dtype = module, max_tokens, compute_dtype
-        self.split = split
+        self.passes = head_passes(
+            module, split, compute_dtype=compute_dtype, padding_free=padding_free
+        )
         self.per_token = self._gives_a_value_a_token()
         if not self.per_token:
             warnings.warn(
@@ -174,18 +199,23 @@ class ModelCritic(_TrainedCritic):
             )
 
     def values(
-        self, tokens: Tokens, states: Tensor | None = None, trunk_states: Tensor | None = None
+        self, tokens: Tokens, states: Tensor | None = None, trunk_states: TrunkStates | None = None
     ) -> Tensor:
-        if self.split is not None and trunk_states is not None:
+        if self.passes is not None:
             assert isinstance(self.module, ValueModel)
             with computing_in(self.compute_dtype, tokens.device):
-                values = self.module.read(self.split.states(tokens, trunk_states))
-            return tokens.before_response(values.float()).masked_fill(~tokens.response_mask, 0.0)
+                states = self.passes.states(tokens, trunk_states).before_response(tokens)
+                values = self.module.read(states)
+            return values.float().masked_fill(~tokens.response_mask, 0.0)
         if self.per_token:
             return tokens.at_response(self._call(tokens.sequences()))
         pairs = zip(tokens.sequences(), tokens.prompt_lengths.tolist(), strict=True)
         value = torch.stack(self._call([row[:p] for row, p in pairs]))
         return torch.where(tokens.response_mask, value[:, None], 0.0)
+
+    @property
+    def packed(self) -> bool:
+        return self.passes is not None and self.passes.packed
 
     def _call(self, rows: list[Tensor]) -> list[Tensor]:
         outputs = self._outputs(rows)

@@ -71,6 +71,7 @@ def make_critic(
             max_tokens=config.forward_batch_tokens,
             compute_dtype=config.torch_dtype,
             split=put_on_trunk(value_model, policy),
+            padding_free=config.padding_free,
         )
     if policy.body is None:
         raise ValueError(
@@ -84,4 +85,9 @@ def make_critic(
     body = copy_of_what_is_trained(policy.body, config.torch_dtype)
     top = TopValue(body, hidden_size).to(device)
     freeze_matching(top, config.value_frozen, "value_frozen")
-    return TopCritic(top, config.num_layers_unfrozen, compute_dtype=config.torch_dtype)
+    return TopCritic(
+        top,
+        config.num_layers_unfrozen,
+        compute_dtype=config.torch_dtype,
+        padding_free=config.padding_free,
+    )

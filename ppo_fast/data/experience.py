@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ppo_fast.data.batches import select_trunk
 from ppo_fast.data.tokens import Tokens
 from ppo_fast.data.trunk_states import TrunkStates
 
@@ -71,7 +70,7 @@ class Batch:
     values: Tensor
     advantages: Tensor
     returns: Tensor
-    trunk_states: Tensor | None
+    trunk_states: TrunkStates | None
     weights: Tensor | None = None
     high_entropy: Tensor | None = None
 
@@ -91,7 +90,7 @@ def select(experience: Experience, rows: Tensor) -> Batch:
         part(experience.values),
         part(experience.advantages),
         part(experience.returns),
-        select_trunk(experience.trunk_states, experience.tokens, rows),
+        None if experience.trunk_states is None else experience.trunk_states.select(rows),
         None if experience.weights is None else part(experience.weights),
         None if experience.high_entropy is None else part(experience.high_entropy),
     )

@@ -234,7 +234,7 @@ def select_rows(rollout: Rollout, rows: Tensor) -> Rollout:
         logprobs=part(rollout.logprobs),
         sampling_logprobs=part(rollout.sampling_logprobs),
         finished=rollout.finished[rows],
-        trunk_states=None if rollout.trunk_states is None else rollout.trunk_states.rows(rows),
+        trunk_states=None if rollout.trunk_states is None else rollout.trunk_states.select(rows),
         states=part(rollout.states),
         prompts=[rollout.prompts[i] for i in chosen],
         completions=[rollout.completions[i] for i in chosen],

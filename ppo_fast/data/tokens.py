@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppo_fast.data.packing import Packing, Places, pack
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -26,6 +28,9 @@ class Tokens:
     ``trained`` [B, T] bool on the CPU is False at tokens inside of responses that are read, but not
     trained on, such as a tool's output, which the policy did not choose. None: all are trained on.
 
+    ``prompt_groups`` [B] int64 on the CPU are equal for rows with the same prompt, which a packed
+    pass computes once. None: every row has a prompt of its own.
+
     Models read ``input_ids`` [B, L], in which each row has its prompt, its response and then all
     padding. Real tokens of a causal model never attend to that padding, so that passes need neither
     an attention mask nor position ids, and attention takes its fastest form.
@@ -36,6 +41,7 @@ class Tokens:
     response_ids: Tensor
     response_lengths: Tensor
     trained: Tensor | None = None
+    prompt_groups: Tensor | None = None
 
     def __len__(self) -> int:
         return self.prompt_ids.shape[0]
@@ -43,6 +49,16 @@ class Tokens:
     @property
     def device(self) -> torch.device:
         return self.prompt_ids.device
+
+    def to(self, device: torch.device) -> Tokens:
+        """Return the tokens on another device; masks and indices follow."""
+        if device == self.device:
+            return self
+        return replace(
+            self,
+            prompt_ids=self.prompt_ids.to(device),
+            response_ids=self.response_ids.to(device),
+        )
 
     @property
     def lengths(self) -> Tensor:
@@ -60,6 +76,37 @@ class Tokens:
         both = torch.cat([self.prompt_ids, self.response_ids], dim=1)
         first = self.prompt_ids.shape[1] - self.prompt_lengths[:, None]
         return both.gather(1, (first + self._columns).clamp_max(both.shape[1] - 1).to(self.device))
+
+    @cached_property
+    def packing(self) -> Packing:
+        """Where the tokens stand in one row without padding, in which each prompt stands once."""
+        return pack(self)
+
+    @cached_property
+    def packed_ids(self) -> Tensor:
+        """[1, N] int64: ids of the packed tokens."""
+        rows, columns = (x.to(self.device) for x in (self.packing.rows, self.packing.columns))
+        return self.input_ids[rows, columns][None]
+
+    @cached_property
+    def padded_places(self) -> tuple[Tensor, Tensor]:
+        """Row and column [B, L] of each token, int64 on the CPU; of the last beyond a row's end."""
+        columns = torch.minimum(self._columns, self.lengths[:, None] - 1)
+        return torch.arange(len(self), device="cpu")[:, None].expand_as(columns), columns
+
+    @cached_property
+    def packed_index(self) -> Tensor:
+        """[B, L] int64: where each token stands among the packed ones."""
+        return self.index_of(self.packing, *self.padded_places).to(self.device)
+
+    def index_of(self, places: Places, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return the index of tokens ``columns`` of sequences ``rows``, where ``places`` has them.
+
+        All are int64 on the CPU, of the same shape.
+        """
+        of_response = columns - self.prompt_lengths[rows]
+        of_prompt = places.prompt_first[rows] + columns
+        return torch.where(of_response < 0, of_prompt, places.response_first[rows] + of_response)
 
     @cached_property
     def attention_mask(self) -> Tensor:
@@ -112,6 +159,7 @@ class Tokens:
             self.response_ids[index, : int(responses.max())],
             responses,
             None if self.trained is None else self.trained[rows, : int(responses.max())],
+            None if self.prompt_groups is None else self.prompt_groups[rows],
         )
 
     def without_training(self, rows: Tensor) -> Tokens:
@@ -126,6 +174,7 @@ class Tokens:
             self.response_ids.repeat(times, 1),
             self.response_lengths.repeat(times),
             None if self.trained is None else self.trained.repeat(times, 1),
+            None if self.prompt_groups is None else self.prompt_groups.repeat(times),
         )
 
     def before_response(self, per_token: Tensor) -> Tensor:
@@ -181,11 +230,14 @@ def make_tokens(
     device: torch.device,
 ) -> Tokens:
     """Make Tokens from lists of prompt and response ids."""
+    groups: dict[tuple[int, ...], int] = {}
+    of_rows = [groups.setdefault(tuple(prompt), len(groups)) for prompt in prompts]
     return Tokens(
         pad_left(prompts, pad_id, device),
         torch.tensor([len(p) for p in prompts], device="cpu"),
         pad_right(responses, pad_id, device),
         torch.tensor([len(r) for r in responses], device="cpu"),
+        prompt_groups=torch.tensor(of_rows, dtype=torch.int64, device="cpu"),
     )
 
 
@@ -206,7 +258,19 @@ def join_tokens(parts: Sequence[Tokens]) -> Tokens:
         torch.cat([pad(part.response_ids, (0, n)) for part, n in zip(parts, room, strict=True)]),
         torch.cat([part.response_lengths for part in parts]),
         trained,
+        _join_groups(parts),
     )
+
+
+def _join_groups(parts: Sequence[Tokens]) -> Tensor:
+    """Return groups of equal prompts; a prompt of several parts is a group in each."""
+    joined, count = [], 0
+    for part in parts:
+        own = torch.arange(len(part), device="cpu")
+        groups = own if part.prompt_groups is None else part.prompt_groups
+        joined.append(groups + count)
+        count += int(groups.max()) + 1 if len(groups) else 0
+    return torch.cat(joined)
 
 
 def check_seeds(seeds: Any, count: int) -> None:

@@ -15,42 +15,57 @@ from ppo_fast.data.tokens import Tokens
 class TrunkStates:
     """Inputs of the first top layer for the tokens of B sequences, without padding.
 
-    states: [N, D], row after row.
-    first: [B] int64 on the CPU, index of each row's first token.
+    Sequences with the same prompt have its states in common.
+
+    states: [N, D].
+    prompt_first, response_first: [B] int64 on the CPU, index of the first token of each prompt and
+        of each response.
     whole: whether each row's last token has its state. Decoding does not need it, and leaves 0.
     """
 
     states: Tensor
-    first: Tensor
+    prompt_first: Tensor
+    response_first: Tensor
     whole: bool
 
     @classmethod
     def pack(cls, padded: Tensor, tokens: Tokens, *, whole: bool) -> TrunkStates:
         """Pack padded states [B, L or more, D], in which each row's tokens come first."""
-        lengths = tokens.lengths
-        first = lengths.cumsum(0) - lengths
-        row = torch.repeat_interleave(torch.arange(len(lengths), device="cpu"), lengths)
-        column = torch.arange(len(row), device="cpu") - first[row]
-        return cls(padded[row.to(padded.device), column.to(padded.device)], first, whole)
+        rows, columns = tokens.packing.rows, tokens.packing.columns
+        return cls.of(padded[rows.to(padded.device), columns.to(padded.device)], tokens, whole)
+
+    @classmethod
+    def of(cls, states: Tensor, tokens: Tokens, whole: bool) -> TrunkStates:
+        """Keep states [N, D] of the packed ``tokens``."""
+        return cls(states, tokens.packing.prompt_first, tokens.packing.response_first, whole)
+
+    def __len__(self) -> int:
+        return len(self.prompt_first)
 
     def to(self, dtype: torch.dtype) -> TrunkStates:
-        return TrunkStates(self.states.to(dtype), self.first, self.whole)
-
-    def rows(self, rows: Tensor) -> TrunkStates:
-        """Return the trunk states of ``rows`` (int64 on the CPU); all remain in memory."""
-        return TrunkStates(self.states, self.first[rows], self.whole)
-
-    def select(self, tokens: Tokens, rows: Tensor) -> Tensor:
-        """Return the states [b, l, D] of ``rows`` (int64 on the CPU), padded on the right.
-
-        They match ``tokens.select(rows).input_ids``; at padded positions they are some other
-        token's.
-        """
-        lengths = tokens.lengths[rows]
-        positions = torch.minimum(
-            torch.arange(int(lengths.max()), device="cpu"), lengths[:, None] - 1
+        return TrunkStates(
+            self.states.to(dtype), self.prompt_first, self.response_first, self.whole
         )
-        return self.states[(self.first[rows][:, None] + positions).to(self.states.device)]
+
+    def select(self, rows: Tensor) -> TrunkStates:
+        """Return the trunk states of ``rows`` (int64 on the CPU); all remain in memory."""
+        return TrunkStates(
+            self.states, self.prompt_first[rows], self.response_first[rows], self.whole
+        )
+
+    def padded(self, tokens: Tokens) -> Tensor:
+        """Return the states [B, L, D] of ``tokens``, the sequences that these are.
+
+        At padded positions they are some other token's.
+        """
+        return self._at(tokens, *tokens.padded_places)
+
+    def packed(self, tokens: Tokens) -> Tensor:
+        """Return the states [1, N, D] of ``tokens``, packed."""
+        return self._at(tokens, tokens.packing.rows[None], tokens.packing.columns[None])
+
+    def _at(self, tokens: Tokens, rows: Tensor, columns: Tensor) -> Tensor:
+        return self.states[tokens.index_of(self, rows, columns).to(self.states.device)]
 
 
 def join_trunk_states(parts: Sequence[TrunkStates | None]) -> TrunkStates | None:
@@ -60,6 +75,13 @@ def join_trunk_states(parts: Sequence[TrunkStates | None]) -> TrunkStates | None
         return None
     counts = torch.tensor([len(part.states) for part in known], device="cpu")
     starts = counts.cumsum(0) - counts
-    first = [part.first + start for part, start in zip(known, starts, strict=True)]
-    whole = all(part.whole for part in known)
-    return TrunkStates(torch.cat([part.states for part in known]), torch.cat(first), whole)
+
+    def shifted(name: str) -> Tensor:
+        return torch.cat([getattr(p, name) + start for p, start in zip(known, starts, strict=True)])
+
+    return TrunkStates(
+        torch.cat([part.states for part in known]),
+        shifted("prompt_first"),
+        shifted("response_first"),
+        all(part.whole for part in known),
+    )

@@ -20,6 +20,7 @@ from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.scores import Scores
 from ppo_fast.data.step import Step
 from ppo_fast.data.tokens import Tokens
+from ppo_fast.data.trunk_states import TrunkStates
 from ppo_fast.demo.smollm2 import load_smollm2
 from ppo_fast.demo.task import distinct_2, load_prompts, plot_curves, positivity
 from ppo_fast.exports.export import export_policy
@@ -87,12 +88,18 @@ def evaluate(ppo: PPO, prompts: list[str]) -> Evaluation:
     tokens, temperature = rollout.tokens, rollout.sampling.temperature
     reference = ppo.reference
 
-    def logprobs(part: Tokens, _: torch.Tensor | None) -> torch.Tensor:
+    def logprobs(part: Tokens, _: TrunkStates | None) -> torch.Tensor:
         forward = reference.forward(part)
         return reference.logprobs(forward, part, temperature=temperature).logprobs
 
     with torch.no_grad():
-        ref = in_batches(logprobs, tokens, None, ppo.config.forward_batch_tokens)
+        ref = in_batches(
+            logprobs,
+            tokens,
+            None,
+            ppo.config.forward_batch_tokens,
+            packed=reference.packed,
+        )
     assert rollout.logprobs is not None
     scores = torch.tensor(positivity(rollout.prompts, rollout.completions))
     return Evaluation(

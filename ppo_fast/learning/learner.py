@@ -12,7 +12,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.critics.critic import Critic
-from ppo_fast.data.batches import batches_by_tokens
+from ppo_fast.data.batches import batches_of
 from ppo_fast.data.experience import Batch, Experience, Moments, select
 from ppo_fast.learning.coefficients import Coefficients
 from ppo_fast.learning.guard import Guard
@@ -221,7 +221,9 @@ class Learner:
         units, count = terms.units(counts), int(counts.sum())
         if count == 0:  # all responses were cut off: Adam would move the weights all the same
             return
-        parts = batches_by_tokens(experience.tokens.lengths[rows], self.config.microbatch_tokens)
+        packed = self.policy.packed and self.critic.packed
+        tokens = experience.tokens.select(rows)
+        parts = batches_of(tokens, self.config.microbatch_tokens, packed=packed)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()  # what an interrupted pass, or the user, may have left
         names: list[str] = []

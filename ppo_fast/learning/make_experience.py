@@ -11,11 +11,11 @@ from torch import Tensor
 from ppo_fast.config import PPOConfig
 from ppo_fast.critics.baselines import check_groups
 from ppo_fast.critics.critic import Critic
-from ppo_fast.data.batches import batches_by_tokens, in_batches
+from ppo_fast.data.batches import batches_of, in_batches
 from ppo_fast.data.experience import Experience, Moments
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.tokens import Tokens
-from ppo_fast.data.trunk_states import TrunkStates
+from ppo_fast.data.trunk_states import TrunkStates, join_trunk_states
 from ppo_fast.learning.importance import highest, importance_weights, mismatch_metrics
 from ppo_fast.models.language_model import LanguageModel, logprobs_of_both
 from ppo_fast.models.precision import uses_tf32
@@ -154,21 +154,23 @@ def _old_and_reference_logprobs(
     temperature, max_tokens = rollout.sampling.temperature, config.forward_batch_tokens
     tokens, trunk_states = rollout.tokens, rollout.trunk_states
 
-    def of_reference(part: Tokens, states: Tensor | None) -> Tensor:
+    def of_reference(part: Tokens, states: TrunkStates | None) -> Tensor:
         forward = reference.forward(part, states)
         return reference.logprobs(forward, part, temperature=temperature).logprobs
 
-    def of_both(part: Tokens, states: Tensor | None) -> Tensor:
+    def of_both(part: Tokens, states: TrunkStates | None) -> Tensor:
         return logprobs_of_both(policy, reference, part, states, temperature=temperature)
 
     old = rollout.logprobs
     known = config.trunk_dtype is None and computes_in_float32(policy)
     if old is None or rollout.sampling.truncates or not known:
-        old, ref = in_batches(of_both, tokens, trunk_states, max_tokens)
+        packed = policy.packed and reference.packed
+        old, ref = in_batches(of_both, tokens, trunk_states, max_tokens, packed=packed)
         return old, ref, True
     if tokens.trained is not None:
         old = old.masked_fill(~tokens.response_mask, 0.0)
-    return old, in_batches(of_reference, tokens, trunk_states, max_tokens), False
+    ref = in_batches(of_reference, tokens, trunk_states, max_tokens, packed=reference.packed)
+    return old, ref, False
 
 
 def _weights(
@@ -184,14 +186,20 @@ def _weights(
     if config.entropy_bonus_share == 1 and config.loss_token_share == 1:
         return weights, None
 
-    def entropies_of(part: Tokens, states: Tensor | None) -> Tensor:
+    def entropies_of(part: Tokens, states: TrunkStates | None) -> Tensor:
         forward = policy.forward(part, states)
         temperature = rollout.sampling.temperature
         found = policy.logprobs(forward, part, temperature=temperature, entropy=True).entropy
         assert found is not None
         return found
 
-    entropies = in_batches(entropies_of, tokens, rollout.trunk_states, config.forward_batch_tokens)
+    entropies = in_batches(
+        entropies_of,
+        tokens,
+        rollout.trunk_states,
+        config.forward_batch_tokens,
+        packed=policy.packed,
+    )
     if config.entropy_bonus_share < 1:
         high_entropy = highest(entropies, mask, config.entropy_bonus_share)
     if config.loss_token_share < 1:
@@ -337,13 +345,8 @@ def with_trunk(
 
 def trunk_states_in_batches(policy: LanguageModel, tokens: Tokens, max_tokens: int) -> TrunkStates:
     """Compute the trunk states of every token, in passes of at most ``max_tokens`` tokens."""
-    parts: list[Tensor] = []
-    rows = torch.empty(0, dtype=torch.int64, device="cpu")
-    for batch in batches_by_tokens(tokens.lengths, max_tokens):
-        part = tokens.select(batch)
-        parts.append(TrunkStates.pack(policy.compute_trunk_states(part), part, whole=True).states)
-        rows = torch.cat([rows, batch])
-    lengths = tokens.lengths[rows]
-    first = torch.empty_like(lengths)
-    first[rows] = lengths.cumsum(0) - lengths
-    return TrunkStates(torch.cat(parts), first, whole=True)
+    batches = batches_of(tokens, max_tokens, packed=policy.packed)
+    parts = [policy.compute_trunk_states(tokens.select(rows)) for rows in batches]
+    joined = join_trunk_states(parts)
+    assert joined is not None
+    return joined.select(torch.cat(batches).argsort())

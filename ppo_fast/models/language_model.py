@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ppo_fast.data.tokens import Tokens
+from ppo_fast.data.trunk_states import TrunkStates
 from ppo_fast.models.parts import body_of
+from ppo_fast.models.passes import Flat, Passes
 from ppo_fast.models.patching import uncompiled
-from ppo_fast.models.precision import HALF, computing_in, uses_tf32
+from ppo_fast.models.precision import HALF, computing_in, tolerance
 from ppo_fast.models.probe import Probed, autocast_dtype, probe, probe_tokens, relative_difference
 from ppo_fast.models.transformers_internals import (
     attention_of,
@@ -38,13 +40,9 @@ from ppo_fast.ops import (
 from ppo_fast.ops.gradient import computed_in
 from ppo_fast.ops.linear_logprobs.api import LOGITS_BUDGET_BYTES
 
-# Largest difference between the two paths, relative to the largest logit, that rounding explains.
-HEAD_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
-# The same between decoding and one pass: models held in float64 compute some parts, such as rotary
-# tables, in float32.
+# Largest relative difference between decoding and one pass over all tokens: models held in float64
+# compute some parts, such as rotary tables, in float32.
 DECODING_TOLERANCE_FLOAT64 = 1e-6
-TF32_TOLERANCE = 5e-3
-HALF_TOLERANCE = 3e-2
 
 
 class Forward(NamedTuple):
@@ -79,8 +77,10 @@ class LanguageModel:
             trunk states, and ``forward`` can start from them. None: there is no trunk.
         compute_dtype: autocast dtype of its products; None: the dtype of its weights.
         logits_budget_bytes: as linear_logprobs': logits kept for the backward pass.
+        padding_free: whether passes over whole sequences may be packed (passes.py).
 
     Attributes:
+        passes: its passes over whole sequences.
         vocab_size: number of its logits.
         own_autocast: dtype of the autocast that the model's own forward enters, as that of a model
             which accelerate has prepared does; None: it enters none.
@@ -100,9 +100,10 @@ class LanguageModel:
         num_layers_unfrozen: int | None = None,
         compute_dtype: torch.dtype | None = None,
         logits_budget_bytes: int = LOGITS_BUDGET_BYTES,
+        padding_free: bool = True,
     ) -> None:
         self.model, self.compute_dtype = model, compute_dtype
-        self.logits_budget_bytes = logits_budget_bytes
+        self.logits_budget_bytes, self.padding_free = logits_budget_bytes, padding_free
         body = body_of(model)
         self.body: nn.Module | None = None if body is model else body
         self.head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
@@ -119,6 +120,13 @@ class LanguageModel:
         reason = self._fused_fails(probed)
         self.fused = reason is None
         self.reason = reason or "the body's states times the LM head equal the model's logits"
+        with computing_in(compute_dtype, self.device), uncompiled(model):
+            self.passes = Passes(
+                self.body if self.fused and self.body is not None else model,
+                self.split,
+                padding_free=padding_free and self.body is not None,
+                tolerance=self.tolerance,
+            )
         if self.split is not None and (reason := self._split_fails()):
             raise ValueError(
                 f"num_layers_unfrozen: {type(model).__name__} cannot be split into a trunk and a "
@@ -149,15 +157,20 @@ class LanguageModel:
         """D, the size of the states; OPT's may be narrower than its layers."""
         return self._head_weights()[0].shape[1] if self.fused else self.text_config.hidden_size
 
-    def forward(self, tokens: Tokens, trunk_states: Tensor | None = None) -> Forward:
-        """Run one pass over prompts and responses, from the tokens or from trunk states [B, L, D].
+    @property
+    def packed(self) -> bool:
+        """Whether its passes over whole sequences have no padding."""
+        return self.passes.packed
+
+    def forward(self, tokens: Tokens, trunk_states: TrunkStates | None = None) -> Forward:
+        """Run one pass over prompts and responses, from the tokens or from their trunk states.
 
         A model without a trunk ignores trunk states. Gradients flow where the caller enabled them.
         """
-        states, logits = self._run(tokens, None if self.split is None else trunk_states)
+        states, logits = self._run(tokens, trunk_states)
         return Forward(
-            None if states is None else tokens.before_response(states),
-            None if logits is None else tokens.before_response(logits),
+            None if states is None else states.before_response(tokens),
+            None if logits is None else logits.before_response(tokens),
         )
 
     def logprobs(
@@ -192,11 +205,10 @@ class LanguageModel:
         return self.fused and other.fused and _same(self._head_weights(), other._head_weights())
 
     @torch.no_grad()
-    def compute_trunk_states(self, tokens: Tokens) -> Tensor:
-        """Compute the trunk states [B, L, D], the input of the first unfrozen layer."""
-        assert self.split is not None
+    def compute_trunk_states(self, tokens: Tokens) -> TrunkStates:
+        """Compute the trunk states, the inputs of the first unfrozen layer."""
         with computing_in(self.compute_dtype, tokens.device):
-            return self.split.compute_trunk_states(tokens)
+            return self.passes.compute_trunk_states(tokens)
 
     def recording_trunk(self) -> AbstractContextManager[list[Tensor]]:
         """Within the block, append the trunk states [B, n, D] of every pass to the yielded list.
@@ -253,18 +265,18 @@ class LanguageModel:
         return self.head.weight, self.head.bias
 
     def _run(
-        self, tokens: Tokens, trunk_states: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return states [B, L, D] and, on the ordinary path, logits [B, L, V]."""
+        self, tokens: Tokens, trunk_states: TrunkStates | None
+    ) -> tuple[Flat | None, Flat | None]:
+        """Return states and, on the ordinary path, logits."""
         with computing_in(self.compute_dtype, tokens.device):
             if self.fused:
-                assert self.body is not None
-                return run(self.body, tokens, self.split, trunk_states).last_hidden_state, None
+                return self.passes.states(tokens, trunk_states), None
             if self.body is None:
-                return None, run(self.model, tokens).logits
+                return None, self.passes.logits(self.model, tokens)
             with _output_of(self.body) as output, uncompiled(self.model, around=self.body):
-                logits = run(self.model, tokens, self.split, trunk_states).logits
-            return output[0].last_hidden_state, logits
+                logits = self.passes.logits(self.model, tokens, trunk_states)
+            states = output[0].last_hidden_state
+            return Flat(states.flatten(0, 1), logits.places), logits
 
     @torch.no_grad()
     def _fused_fails(self, probed: Probed) -> str | None:
@@ -303,31 +315,23 @@ class LanguageModel:
         """
         tokens = probe_tokens(self.model)
         try:
-            trunk_states = self.compute_trunk_states(tokens)
-            if (shape := trunk_states.shape)[:2] != tokens.input_ids.shape:
+            assert self.split is not None
+            with computing_in(self.compute_dtype, self.device):
+                padded = self.split.compute_trunk_states(tokens)
+            if (shape := padded.shape)[:2] != tokens.input_ids.shape:
                 return (
                     f"its layers take states {list(shape)} for tokens {[*tokens.input_ids.shape]}"
                 )
-            whole, split = self._run(tokens, None)[0], self._run(tokens, trunk_states)[0]
+            trunk_states = TrunkStates.pack(padded, tokens, whole=True)
+            runs = self._run(tokens, None)[0], self._run(tokens, trunk_states)[0]
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
             return f"{type(error).__name__}: {error}"
-        assert whole is not None
-        assert split is not None
+        whole, split = (found.padded() for found in runs if found is not None)
         real = tokens.attention_mask.bool()
         if whole[real].isnan().any() or split[real].isnan().any():
             raise nan_error(self)
         difference = relative_difference(split[real], whole[real])
         return None if difference <= self.tolerance else f"its states differ by {difference:.1e}"
-
-
-def tolerance(dtype: torch.dtype, device: torch.device) -> float:
-    """Return the largest relative difference that rounding explains, for weights of ``dtype``.
-
-    It is relative to the largest number, between two ways to compute the same logits or states.
-    """
-    if dtype == torch.float32 and uses_tf32(device):
-        return TF32_TOLERANCE
-    return HEAD_TOLERANCE.get(dtype, HALF_TOLERANCE)
 
 
 def nan_error(model: LanguageModel) -> NotFiniteError:
@@ -348,7 +352,7 @@ def logprobs_of_both(
     one: LanguageModel,
     other: LanguageModel,
     tokens: Tokens,
-    trunk_states: Tensor | None,
+    trunk_states: TrunkStates | None,
     *,
     temperature: float,
 ) -> Tensor:

@@ -12,6 +12,11 @@ from ppo_fast.models.quantized import bits_of, packed_weights
 from ppo_fast.models.transformers_internals import Conv1D
 
 HALF = (torch.float16, torch.bfloat16)
+# Largest difference that rounding explains between two ways to compute logits or states, relative
+# to the largest of them.
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
+TF32_TOLERANCE = 5e-3
+HALF_TOLERANCE = 3e-2
 
 
 def computing_in(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[object]:
@@ -30,6 +35,16 @@ def uses_tf32(device: torch.device) -> bool:
     if hasattr(matmul, "fp32_precision"):  # torch 2.9 and newer
         return matmul.fp32_precision == "tf32"
     return matmul.allow_tf32
+
+
+def tolerance(dtype: torch.dtype, device: torch.device) -> float:
+    """Return the largest relative difference that rounding explains, for weights of ``dtype``.
+
+    It is relative to the largest number, between two ways to compute the same logits or states.
+    """
+    if dtype == torch.float32 and uses_tf32(device):
+        return TF32_TOLERANCE
+    return TOLERANCE.get(dtype, HALF_TOLERANCE)
 
 
 def hold_trained_weights(model: nn.Module, dtype: torch.dtype) -> None:

@@ -16,6 +16,7 @@ from ppo_fast.models.checks import check_policy
 from ppo_fast.models.copies import copy_of_what_is_trained
 from ppo_fast.models.heads import RewardModel, ValueModel
 from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.models.packed_attention import checkpoint_contexts
 from ppo_fast.models.parts import body_of
 from ppo_fast.models.patching import uncompiled
 from ppo_fast.models.precision import (
@@ -75,7 +76,9 @@ def make_reference(
     disable_dropout(reference_model)
     prepare_quantized(reference_model, config.torch_dtype)
     return LanguageModel(
-        reference_model.requires_grad_(False).eval(), compute_dtype=config.torch_dtype
+        reference_model.requires_grad_(False).eval(),
+        compute_dtype=config.torch_dtype,
+        padding_free=config.padding_free,
     )
 
 
@@ -91,6 +94,7 @@ def _language_model(model: nn.Module, config: PPOConfig) -> LanguageModel:
         num_layers_unfrozen=config.num_layers_unfrozen,
         compute_dtype=config.torch_dtype,
         logits_budget_bytes=logits_budget_bytes(config),
+        padding_free=config.padding_free,
     )
 
 
@@ -292,6 +296,7 @@ def enable_gradient_checkpointing(model: nn.Module, name: str) -> None:
     for module in able:
         # the name in newer transformers, which warn of the old one
         enable = getattr(module, "activation_checkpointing_enable", None)
-        (enable or module.gradient_checkpointing_enable)({"use_reentrant": False})
+        settings = {"use_reentrant": False, "context_fn": checkpoint_contexts}
+        (enable or module.gradient_checkpointing_enable)(settings)
         # non-reentrant checkpointing needs no gradient below the first trained layer
         module.disable_input_require_grads()

@@ -7,13 +7,15 @@ instead of computing them. So masks, rotary tables and the final norm stay the m
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ppo_fast.data.tokens import Tokens
+from ppo_fast.data.trunk_states import TrunkStates
+from ppo_fast.models.packed_attention import PackedPass
 from ppo_fast.models.parts import body_of, layer_list
 from ppo_fast.models.patching import replaced_forwards, uncompiled
 from ppo_fast.models.transformers_internals import layer_input, layer_output, output_of
@@ -39,12 +41,15 @@ class Split:
         self._returned: Any = None
 
     @torch.no_grad()
-    def compute_trunk_states(self, tokens: Tokens) -> Tensor:
-        """Compute the trunk states [B, L, D], the input of the first top layer."""
+    def compute_trunk_states(self, tokens: Tokens, *, packed: PackedPass | None = None) -> Tensor:
+        """Compute the trunk states, the input of the first top layer.
+
+        They are [B, L, D], or [1, N, D] of a packed pass.
+        """
         handle = self.lower[-1].register_forward_hook(self._note_returned)
         with _stopping_before(self.first) as reached, uncompiled(self.body, around=self.first):
             try:
-                run(self.body, tokens)
+                run(self.body, tokens, packed=packed)
             except _Reached:
                 return reached[0]
             finally:
@@ -59,10 +64,6 @@ class Split:
         if self._returned is None:
             self.compute_trunk_states(tokens)
         return layer_output(trunk_states, self._returned)
-
-    def states(self, tokens: Tokens, trunk_states: Tensor | None) -> Tensor:
-        """Compute the body's last states [B, L, D], from the tokens or from their trunk states."""
-        return run(self.body, tokens, self, trunk_states).last_hidden_state
 
     @contextmanager
     def recording(self) -> Iterator[list[Tensor]]:
@@ -80,23 +81,34 @@ class Split:
 
 
 def run(
-    module: Any, tokens: Tokens, split: Split | None = None, trunk_states: Tensor | None = None
+    module: Any,
+    tokens: Tokens,
+    split: Split | None = None,
+    trunk_states: TrunkStates | None = None,
+    *,
+    packed: PackedPass | None = None,
 ) -> Any:
     """Return the output of a body, or of a model around it, for all tokens.
 
-    From trunk states [B, L, D], the lower layers do not run. No mask is given: padding follows each
-    row's tokens, and causal attention never reaches it.
+    From trunk states, the lower layers do not run. No mask is given: padding follows each row's
+    tokens, and causal attention never reaches it. A ``packed`` pass has one row, without padding.
     """
+    # ids, from trunk states too: top layers may read what is made of the ids
+    arguments: dict[str, Any] = {"input_ids": tokens.input_ids, "use_cache": False}
+    if packed is not None:
+        position_ids = tokens.packing.columns[None].to(tokens.device)
+        arguments |= {"input_ids": tokens.packed_ids, "position_ids": position_ids}
+    attending = nullcontext() if packed is None else packed.running()
     if trunk_states is None:
-        return output_of(module, input_ids=tokens.input_ids, use_cache=False)
+        with attending:
+            return output_of(module, **arguments)
     assert split is not None
+    given = trunk_states.padded(tokens) if packed is None else trunk_states.packed(tokens)
     # they may be kept in half precision
-    trunk_states = trunk_states.to(next(module.parameters()).dtype)
-    states = split.as_returned(trunk_states, tokens)
+    states = split.as_returned(given.to(next(module.parameters()).dtype), tokens)
     replaced = [(layer, lambda *_, **__: states) for layer in split.lower]
-    with replaced_forwards(replaced), uncompiled(module, around=split.first):
-        # ids, and not the states as embeddings: top layers may read what is made of the ids
-        return output_of(module, input_ids=tokens.input_ids, use_cache=False)
+    with replaced_forwards(replaced), uncompiled(module, around=split.first), attending:
+        return output_of(module, **arguments)
 
 
 def lower_layers(body: nn.Module | None, num_layers_unfrozen: int) -> list[nn.Module]:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ppo_fast.data.batches import batches_by_tokens
+from ppo_fast.data.batches import batches_of
 from ppo_fast.data.scores import Scores
 from ppo_fast.data.tokens import Tokens
 from ppo_fast.data.trunk_states import TrunkStates
 from ppo_fast.models.call_on_rows import call_on_rows, takes_padding
 from ppo_fast.models.heads import RewardModel
-from ppo_fast.models.trunk import Split
+from ppo_fast.models.passes import Passes
 from ppo_fast.nonfinite import NotFiniteError
 from ppo_fast.rewards.functions import RewardFunction, call_function, name_of
 
@@ -32,7 +32,7 @@ def score(
     completions: list[str],
     *,
     max_tokens: int,
-    split: Split | None = None,
+    passes: Passes | None = None,
     trunk_states: TrunkStates | None = None,
     columns: Mapping[str, Any] | None = None,
 ) -> Scores:
@@ -45,8 +45,8 @@ def score(
             a number for each (None: it does not judge this one), or a mapping of such lists, whose
             sum is the score.
         max_tokens: max tokens in one call of a module.
-        split: Split of a RewardModel whose lower layers are the policy's trunk; None: they are not.
-        trunk_states: the trunk states, those of last tokens too; needed with ``split``.
+        passes: those of a RewardModel's body; None: the module is called.
+        trunk_states: the trunk states, those of last tokens too; None: passes start from tokens.
         columns: what functions may ask for by name.
 
     Returns:
@@ -61,11 +61,10 @@ def score(
     """
     what = f"reward_model {name_of(reward_model)}"
     parts: dict[str, Any] = {}
-    if split is not None:
+    if passes is not None:
         assert isinstance(reward_model, RewardModel)
-        assert trunk_states is not None
-        assert trunk_states.whole
-        parts[""] = _scores_from_trunk(reward_model, split, tokens, trunk_states, max_tokens)
+        assert trunk_states is None or trunk_states.whole
+        parts[""] = _head_scores(reward_model, passes, tokens, trunk_states, max_tokens, what)
     elif isinstance(reward_model, nn.Module):
         parts[""] = _module_scores(reward_model, tokens, what, max_tokens)
     else:
@@ -242,20 +241,26 @@ def check_reward_model(reward_model: Any, labels: int = 1) -> None:
 
 
 @torch.no_grad()
-def _scores_from_trunk(
+def _head_scores(
     reward_model: RewardModel,
-    split: Split,
+    passes: Passes,
     tokens: Tokens,
-    trunk_states: TrunkStates,
+    trunk_states: TrunkStates | None,
     max_tokens: int,
+    what: str,
 ) -> Tensor:
-    scores = torch.empty(len(tokens), dtype=torch.float32, device=tokens.device)
-    for rows in batches_by_tokens(tokens.lengths, max_tokens):
-        part = tokens.select(rows)
-        states = split.states(part, trunk_states.select(tokens, rows))
-        last = part.lengths - 1
-        scores[rows.to(tokens.device)] = reward_model.read(states, last.to(tokens.device)).float()
-    return scores
+    """Compute the scores [B] of a RewardModel, on its own device."""
+    device = next(reward_model.parameters()).device
+    scores = torch.empty(len(tokens), dtype=torch.float32, device=device)
+    for rows in batches_of(tokens, max_tokens, packed=passes.packed):
+        part = tokens.select(rows).to(device)
+        of_rows = None if trunk_states is None else trunk_states.select(rows)
+        try:
+            states = passes.states(part, of_rows).last(part)
+            scores[rows.to(device)] = reward_model.reward_head(states).squeeze(-1).float()
+        except Exception as error:
+            raise RuntimeError(f"{what} raised {type(error).__name__}: {error}") from error
+    return scores.to(tokens.device)
 
 
 @torch.no_grad()

@@ -15,9 +15,10 @@ from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.sampling import Sampling
 from ppo_fast.data.scores import Scores
 from ppo_fast.data.tokens import Tokens
+from ppo_fast.data.trunk_states import TrunkStates
 from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.models.passes import Passes, head_passes
 from ppo_fast.models.setup import put_on_trunk
-from ppo_fast.models.trunk import Split
 from ppo_fast.rewards.asynchronous import AsyncReward, is_async
 from ppo_fast.rewards.functions import (
     ALWAYS,
@@ -66,7 +67,7 @@ class Scorer:
         self.reward, self.max_tokens = reward, max_tokens
         self.rewards = named_rewards(reward, weights)
         self.weights = dict(zip(self.rewards, weights or [1.0] * len(self.rewards), strict=True))
-        self._splits = {name: _split(model, policy) for name, model in self.rewards.items()}
+        self._passes = {name: _passes(model, policy) for name, model in self.rewards.items()}
         self._warned: set[str] = set()
         self._of_reference = set() if reference is None else {*reference.model.parameters()}
         self._calls = {name: _callable_at_once(one) for name, one in self.rewards.items()}
@@ -82,7 +83,7 @@ class Scorer:
     @property
     def reads_trunk(self) -> bool:
         """Whether scores are computed from trunk states, those of last tokens included."""
-        return any(split is not None for split in self._splits.values())
+        return any(passes is not None and passes.split for passes in self._passes.values())
 
     def nbytes(self) -> int:
         """Return the size in bytes of reward models' weights; 0 for functions."""
@@ -126,7 +127,6 @@ class Scorer:
         With ``reads_trunk``, the rollout must have a whole trunk, or none.
         """
         columns = rollout.columns | _always(rollout) if self.functions else {}
-        trunk_states = rollout.trunk_states
         found = {
             name: score(
                 one,
@@ -134,8 +134,8 @@ class Scorer:
                 rollout.prompts,
                 rollout.completions,
                 max_tokens=self.max_tokens,
-                split=self._splits[name] if trunk_states is not None else None,
-                trunk_states=trunk_states,
+                passes=self._passes[name],
+                trunk_states=self._trunk_states(name, rollout),
                 columns=columns,
             )
             for name, one in self._calls.items()
@@ -146,6 +146,11 @@ class Scorer:
         _check_judged(torch.stack([parts[name] for name in found]), rollout.prompts)
         totals = [self.weights[name] * scores.total for name, scores in found.items()]
         return Scores(_sum(totals, rollout.tokens), parts)
+
+    def _trunk_states(self, name: str, rollout: Rollout) -> TrunkStates | None:
+        """Return the trunk states, for a reward that starts from them."""
+        passes = self._passes[name]
+        return rollout.trunk_states if passes is not None and passes.split else None
 
     def of_tokens(
         self,
@@ -217,13 +222,17 @@ def _callable_at_once(reward: Any) -> Any:
     return AsyncReward(reward) if not is_module and is_async(reward) else reward
 
 
-def _split(reward: Any, policy: LanguageModel) -> Split | None:
-    """Put a reward on the policy's trunk if it can be; it may live on another device."""
-    if isinstance(reward, nn.Module):
-        weight = next(reward.parameters(), None)
-        if weight is not None and weight.device != policy.device:
-            return None
-    return put_on_trunk(reward, policy)
+def _passes(reward: Any, policy: LanguageModel) -> Passes | None:
+    """Return the passes of a RewardModel, put on the policy's trunk if it can be; None: of others.
+
+    It may live on another device.
+    """
+    if not isinstance(reward, nn.Module):
+        return None
+    weight = next(reward.parameters(), None)
+    here = weight is None or weight.device == policy.device
+    split = put_on_trunk(reward, policy) if here else None
+    return head_passes(reward, split, padding_free=policy.padding_free)
 
 
 def _always(rollout: Rollout) -> dict[str, Any]:

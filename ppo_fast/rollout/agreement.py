@@ -10,9 +10,9 @@ from torch import Tensor
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.sampling import Sampling
 from ppo_fast.models.checks import context_limit
-from ppo_fast.models.language_model import HALF_TOLERANCE, LanguageModel
+from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.models.patching import uncompiled
-from ppo_fast.models.precision import WeightCopies
+from ppo_fast.models.precision import HALF_TOLERANCE, WeightCopies
 from ppo_fast.models.transformers_internals import windows
 from ppo_fast.rollout.decode import decode
 

@@ -32,7 +32,7 @@ def test_trunk_states_have_no_padding():
     for rows in ([0, 1, 2], [1], [2, 0]):
         index = torch.tensor(rows)
         part = TOKENS.select(index)
-        found = trunk_states.select(TOKENS, index)[part.attention_mask.bool()]
+        found = trunk_states.select(index).padded(part)[part.attention_mask.bool()]
         expected = padded[index, : part.input_ids.shape[1]][part.attention_mask.bool()]
         assert torch.equal(found, expected)
 

@@ -47,7 +47,7 @@ HAND_CONFIG = PPOConfig(
 class TableModel:
     """Replaces a LanguageModel: log-probs from a table by token id."""
 
-    split = None
+    split, packed = None, True
     compute_dtype = own_autocast = None
     dtype = torch.float32
     model = torch.nn.Linear(1, 1)

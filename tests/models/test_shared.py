@@ -94,7 +94,7 @@ def test_another_trunk_is_not_the_policys():
         reward.base_model.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-6
     trainer = trainer_with(reward, value)
     assert not trainer.scorer.reads_trunk
-    assert trainer.critic.split is None, "its lower layers are trained"
+    assert trainer.critic.passes.split is None, "its lower layers are trained"
     assert not lower_weights(reward.base_model) & lower_weights(trainer.policy_model)
     assert any(p.requires_grad for p in value.base_model.model.layers[0].parameters())
     shallow = trainer_with(RewardModel(tiny_model(layers=2), 64), on_the_same_base(ValueModel))
@@ -116,10 +116,11 @@ def test_the_trunk_of_last_tokens_changes_nothing_else(slots, options):
         torch.testing.assert_close(getattr(whole, name), getattr(part, name), rtol=1e-5, atol=1e-5)
         assert (getattr(whole, name)[~whole.tokens.response_mask] == 0).all()
     computed = trunk_states_in_batches(trainer.policy, whole.tokens, 1000)
-    last = whole.trunk_states.first + whole.tokens.lengths - 1
+    lengths = whole.tokens.response_lengths
+    last = whole.trunk_states.response_first + lengths - 1
     found, expected = (
         whole.trunk_states.states[last],
-        computed.states[computed.first + last - whole.trunk_states.first],
+        computed.states[computed.response_first + lengths - 1],
     )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert (part.trunk_states.states[last] == 0).all()

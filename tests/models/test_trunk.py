@@ -9,8 +9,10 @@ from tiny_models import FAMILIES, tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from ppo_fast.data.trunk_states import TrunkStates
 from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.models.parts import layer_list
+from ppo_fast.models.passes import passes_of
 from ppo_fast.models.trunk import Split, freeze_trunk
 
 LAYERS = 4
@@ -35,10 +37,10 @@ def test_states_from_the_trunk_are_the_ordinary_states(family, k):
             lm.compute_trunk_states(part),
             lm.forward(part).states[part.response_mask],
         )
-        assert trunk_states.shape == (*part.input_ids.shape, 64)
+        assert trunk_states.padded(part).shape == (*part.input_ids.shape, 64)
         assert torch.equal(lm.forward(part, trunk_states).states[part.response_mask], expected)
         # what was computed for the whole batch serves some of its rows
-        found = lm.forward(part, whole[index, : part.input_ids.shape[1]])
+        found = lm.forward(part, whole.select(index))
         found = found.states[part.response_mask]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -48,7 +50,7 @@ def test_the_trunk_is_what_enters_the_first_unfrozen_layer(family, k):
     lm = LanguageModel(tiny_model(family, layers=LAYERS), num_layers_unfrozen=k)
     with torch.no_grad():
         output = lm.body(batch().input_ids, output_hidden_states=True, use_cache=False)
-    assert torch.equal(lm.compute_trunk_states(batch()), output.hidden_states[LAYERS - k])
+    assert torch.equal(lm.split.compute_trunk_states(batch()), output.hidden_states[LAYERS - k])
 
 
 @each_split
@@ -95,11 +97,12 @@ def test_the_ordinary_path_starts_from_the_trunk_too():
 
 
 def test_the_trunk_can_be_recorded_during_a_pass():
-    lm = LanguageModel(tiny_model("llama", layers=LAYERS), num_layers_unfrozen=2)
+    model = tiny_model("llama", layers=LAYERS)
+    lm = LanguageModel(model, num_layers_unfrozen=2, padding_free=False)
     with lm.recording_trunk() as pieces, torch.no_grad():
         lm.forward(batch())
         lm.forward(batch())
-    assert all(torch.equal(piece, lm.compute_trunk_states(batch())) for piece in pieces)
+    assert all(torch.equal(piece, lm.split.compute_trunk_states(batch())) for piece in pieces)
     assert len(pieces) == 2
     lm.forward(batch())
     assert len(pieces) == 2, "nothing is recorded after the block"
@@ -208,9 +211,12 @@ def test_layers_may_return_more_than_states(family):
     sizes = {"n_layer": LAYERS, "n_head": 4, "vocab_size": 307, "hidden_size": 64}
     torch.manual_seed(0)
     body = AutoModel.from_config(AutoConfig.for_model(family, **sizes)).eval()
-    trunk_states = Split(body, 2).compute_trunk_states(batch())
-    split = Split(body, 2)
-    assert torch.equal(split.states(batch(), trunk_states), split.states(batch(), None))
+    padded = Split(body, 2).compute_trunk_states(batch())
+    trunk_states = TrunkStates.pack(padded, batch(), whole=True)
+    passes = passes_of(body, Split(body, 2), compute_dtype=None, padding_free=False)
+    found, expected = (passes.states(batch(), x).padded() for x in (trunk_states, None))
+    real = batch().attention_mask.bool()
+    assert torch.equal(found[real], expected[real])
 
 
 def test_a_top_that_reads_what_the_trunk_computes_is_refused():

@@ -1,0 +1,202 @@
+"""Attention of packed tokens: each sequence attends to itself, in a row without padding.
+
+transformers looks up a model's attention by name in its AttentionInterface at every call. Within
+``packed_attention``, a model takes the one of this module: on a GPU in half precision torch's
+attention of rows of different lengths, on the CPU one call a block.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from ppo_fast.data.packing import Block
+from ppo_fast.data.tokens import Tokens
+from ppo_fast.models.precision import HALF
+from ppo_fast.models.transformers_internals import ATTENTION_EXTRAS, attention_set_to
+from ppo_fast.models.varlen_attention import varlen_attention
+
+NAME = "ppo_fast_packed"
+
+# The pass of this thread; autograd has threads of its own, in which a pass may be computed again.
+_here = threading.local()
+
+
+class PackedPass:
+    """A pass over packed tokens, for its attention.
+
+    Args:
+        tokens: its tokens.
+        config: the model's config, in which its attention is named.
+
+    Attributes:
+        used: attention modules that have computed it.
+    """
+
+    def __init__(self, tokens: Tokens, config: Any) -> None:
+        self.tokens, self.config = tokens, config
+        self.used: set[nn.Module] = set()
+        self._masks: dict[tuple[int, int, int], Tensor] = {}
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Within the block, the model's attention is that of this pass."""
+        before = current()
+        _here.packed_pass = self
+        try:
+            with attention_set_to(NAME, self.config):
+                yield
+        finally:
+            _here.packed_pass = before
+
+    @cached_property
+    def keys(self) -> Tensor | None:
+        """Index [M] of the keys of each block in turn, its prefix's first; None: its own alone."""
+        blocks = self.tokens.packing.blocks
+        if not any(block.prefix for block in blocks):
+            return None
+        spans = [span for b in blocks for span in ((b.prefix,) if b.prefix else ()) + (b[:2],)]
+        index = torch.cat([torch.arange(*span, device="cpu") for span in spans])
+        return index.to(self.tokens.device)
+
+    @cached_property
+    def lengths(self) -> tuple[list[int], list[int]]:
+        """Numbers of queries and of keys of each block."""
+        blocks = self.tokens.packing.blocks
+        queries = [block.end - block.start for block in blocks]
+        prefixes = [b.prefix[1] - b.prefix[0] if b.prefix else 0 for b in blocks]
+        return queries, [n + m for n, m in zip(queries, prefixes, strict=True)]
+
+    def mask(self, queries: int, keys: int, window: int) -> Tensor:
+        """Return [queries, keys] bool, which keys each of the last ``queries`` tokens attends to.
+
+        They are itself and those before it; of these the last ``window`` alone, if it is not 0.
+        """
+        if (queries, keys, window) not in self._masks:
+            at = torch.arange(keys - queries, keys, device=self.tokens.device)[:, None]
+            key = torch.arange(keys, device=self.tokens.device)
+            mask = (key <= at) & (key > at - window) if window else key <= at
+            self._masks[queries, keys, window] = mask
+        return self._masks[queries, keys, window]
+
+
+def current() -> PackedPass | None:
+    """Return the packed pass that is running in this thread, or None."""
+    return getattr(_here, "packed_pass", None)
+
+
+def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return contexts of a checkpointed part of a model, and of computing it again.
+
+    For ``context_fn`` of torch.utils.checkpoint: what is computed again attends as it did.
+    """
+    now = current()
+    return nullcontext(), nullcontext() if now is None else now.running()
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Compute attention: query [1, H, N, d], key and value [1, K, N, d] -> [1, N, H, d].
+
+    The arguments are those of transformers' AttentionInterface.
+    """
+    packed_pass = current()
+    assert packed_pass is not None
+    if unknown := [name for name in ATTENTION_EXTRAS if options.get(name) is not None]:
+        raise NotImplementedError(f"packed attention has no {unknown[0]}")
+    if attention_mask is not None:
+        raise NotImplementedError("packed attention takes no mask, and the model makes one")
+    packed_pass.used.add(module)
+    window = options.get("sliding_window") or 0
+    if query.is_cuda and query.dtype in HALF and (varlen := varlen_attention()) is not None:
+        if (index := packed_pass.keys) is not None:
+            key, value = key[:, :, index], value[:, :, index]
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        out = varlen(q, k, v, *packed_pass.lengths, scaling, window)
+        return out[None], None
+    if query.is_cuda:
+        return _unpacked(packed_pass, query, key, value, scaling, window), None
+    blocks = packed_pass.tokens.packing.blocks
+    outs = [_of_block(packed_pass, block, query, key, value, scaling, window) for block in blocks]
+    return torch.cat(outs, dim=2).transpose(1, 2), None
+
+
+def _of_block(
+    packed_pass: PackedPass,
+    block: Block,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    window: int,
+) -> Tensor:
+    """Compute the attention [1, H, n, d] of a block."""
+    queries, (k, v) = query[:, :, block.start : block.end], (key, value)
+    k, v = (x[:, :, block.start : block.end] for x in (key, value))
+    if block.prefix is not None:
+        first, last = block.prefix
+        k, v = (torch.cat([x[:, :, first:last], y], 2) for x, y in ((key, k), (value, v)))
+    masked = block.prefix is not None or (window and k.shape[2] > window)
+    return _sdpa(
+        queries,
+        k,
+        v,
+        packed_pass.mask(queries.shape[2], k.shape[2], window) if masked else None,
+        scaling,
+    )
+
+
+def _unpacked(
+    packed_pass: PackedPass,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    window: int,
+) -> Tensor:
+    """Compute attention [1, N, H, d] of padded sequences in one call, for few launches."""
+    tokens = packed_pass.tokens
+    index = tokens.packed_index
+    q, k, v = (x[0][:, index].transpose(0, 1) for x in (query, key, value))  # [B, H, L, d]
+    length = index.shape[1]
+    mask = packed_pass.mask(length, length, window) if window and length > window else None
+    out = _sdpa(q, k, v, mask, scaling)
+    rows, columns = (x.to(out.device) for x in (tokens.packing.rows, tokens.packing.columns))
+    return out[rows, :, columns][None]
+
+
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
+) -> Tensor:
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scaling,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Make no mask: attention knows the sequences."""
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _no_mask)
