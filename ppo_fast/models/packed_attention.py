@@ -1,14 +1,14 @@
 """Attention of packed tokens: each sequence attends to itself, in a row without padding.
 
 transformers looks up a model's attention by name in its AttentionInterface at every call. Within
-``packed_attention``, a model takes the one of this module: on a GPU in half precision torch's
-attention of rows of different lengths, on the CPU one call a block.
+a ``PackedPass``, a model takes the one of this module: on a GPU in half precision torch's attention
+of rows of different lengths, on the CPU a call a block.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from ppo_fast.data.packing import Block
 from ppo_fast.data.tokens import Tokens
 from ppo_fast.models.precision import HALF
 from ppo_fast.models.transformers_internals import ATTENTION_EXTRAS, attention_set_to
@@ -28,6 +27,10 @@ NAME = "ppo_fast_packed"
 
 # The pass of this thread; autograd has threads of its own, in which a pass may be computed again.
 _here = threading.local()
+
+
+# (pass, query, key, value, scaling, window (0: none)) -> attention
+Way = Callable[["PackedPass", Tensor, Tensor, Tensor, "float | None", int], Tensor]
 
 
 class PackedPass:
@@ -123,45 +126,18 @@ def _attention(
         raise NotImplementedError("packed attention takes no mask, and the model makes one")
     packed_pass.used.add(module)
     window = options.get("sliding_window") or 0
-    if query.is_cuda and query.dtype in HALF and (varlen := varlen_attention()) is not None:
-        if (index := packed_pass.keys) is not None:
-            key, value = key[:, :, index], value[:, :, index]
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-        out = varlen(q, k, v, *packed_pass.lengths, scaling, window)
-        return out[None], None
-    if query.is_cuda:
-        return _unpacked(packed_pass, query, key, value, scaling, window), None
-    blocks = packed_pass.tokens.packing.blocks
-    outs = [_of_block(packed_pass, block, query, key, value, scaling, window) for block in blocks]
-    return torch.cat(outs, dim=2).transpose(1, 2), None
+    return _way(query)(packed_pass, query, key, value, scaling, window), None
 
 
-def _of_block(
-    packed_pass: PackedPass,
-    block: Block,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float | None,
-    window: int,
-) -> Tensor:
-    """Compute the attention [1, H, n, d] of a block."""
-    queries, (k, v) = query[:, :, block.start : block.end], (key, value)
-    k, v = (x[:, :, block.start : block.end] for x in (key, value))
-    if block.prefix is not None:
-        first, last = block.prefix
-        k, v = (torch.cat([x[:, :, first:last], y], 2) for x, y in ((key, k), (value, v)))
-    masked = block.prefix is not None or (window and k.shape[2] > window)
-    return _sdpa(
-        queries,
-        k,
-        v,
-        packed_pass.mask(queries.shape[2], k.shape[2], window) if masked else None,
-        scaling,
-    )
+def _way(query: Tensor) -> Way:
+    """Return how the attention of these queries is computed."""
+    if not query.is_cuda:
+        return by_blocks
+    takes = query.dtype in HALF and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+    return varlen if takes and varlen_attention() is not None else padded
 
 
-def _unpacked(
+def by_blocks(
     packed_pass: PackedPass,
     query: Tensor,
     key: Tensor,
@@ -169,12 +145,51 @@ def _unpacked(
     scaling: float | None,
     window: int,
 ) -> Tensor:
-    """Compute attention [1, N, H, d] of padded sequences in one call, for few launches."""
+    """Compute attention [1, N, H, d] in one call a block."""
+    outs = []
+    for start, end, prefix in packed_pass.tokens.packing.blocks:
+        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+        if prefix is not None:
+            first, last = prefix
+            k = torch.cat([key[:, :, first:last], k], dim=2)
+            v = torch.cat([value[:, :, first:last], v], dim=2)
+        masked = prefix is not None or 0 < window < k.shape[2]
+        mask = packed_pass.mask(q.shape[2], k.shape[2], window) if masked else None
+        outs.append(_sdpa(q, k, v, mask, scaling))
+    return torch.cat(outs, dim=2).transpose(1, 2)
+
+
+def varlen(
+    packed_pass: PackedPass,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    window: int,
+) -> Tensor:
+    """Compute attention [1, N, H, d] in one call on rows of different lengths."""
+    attend = varlen_attention()
+    assert attend is not None
+    if (index := packed_pass.keys) is not None:
+        key, value = key[:, :, index], value[:, :, index]
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return attend(q, k, v, *packed_pass.lengths, scaling, window)[None]
+
+
+def padded(
+    packed_pass: PackedPass,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    window: int,
+) -> Tensor:
+    """Compute attention [1, N, H, d] of padded sequences in one call."""
     tokens = packed_pass.tokens
     index = tokens.packed_index
     q, k, v = (x[0][:, index].transpose(0, 1) for x in (query, key, value))  # [B, H, L, d]
     length = index.shape[1]
-    mask = packed_pass.mask(length, length, window) if window and length > window else None
+    mask = packed_pass.mask(length, length, window) if 0 < window < length else None
     out = _sdpa(q, k, v, mask, scaling)
     rows, columns = (x.to(out.device) for x in (tokens.packing.rows, tokens.packing.columns))
     return out[rows, :, columns][None]

@@ -37,8 +37,8 @@ class Sizes(NamedTuple):
         attended = (end * (end + 1) - first * (first + 1)) // 2
         return 2 * sum(weights) * (end - first) + 4 * self.queries * attended * len(weights)
 
-    def backward(self, end: int) -> float:
-        """Return the operations of a sequence's backward pass in its layers.
+    def backward(self, first: int, end: int) -> float:
+        """Return the operations of their backward pass in the layers.
 
         From the first layer that is trained on, gradients of the inputs take as many operations as
         the forward pass (in attention twice as many), and those of trained weights 2 a weight.
@@ -47,8 +47,9 @@ class Sizes(NamedTuple):
         layers = len(self.weights) - lowest
         if not layers:
             return 0.0
-        attention = self.forward(0, end, layers) - 2 * sum(self.weights[lowest:]) * end
-        return self.forward(0, end, layers) + attention + 2 * sum(self.trained) * end
+        forward, count = self.forward(first, end, layers), end - first
+        attention = forward - 2 * sum(self.weights[lowest:]) * count
+        return forward + attention + 2 * sum(self.trained) * count
 
 
 def sizes_of(model: nn.Module) -> Sizes:
@@ -132,6 +133,8 @@ def step_flops(
     value_epochs: float = 1.0,
     old_computed: bool = False,
     value_of_prompts: bool = False,
+    policy_packed: bool = False,
+    value_packed: bool = False,
 ) -> float:
     """Return the operations of one step, as its equations ask for: nothing is counted twice.
 
@@ -147,6 +150,8 @@ def step_flops(
     * each epoch: forward and backward of the policy and of the value model, in these layers;
       gradients of weights for those that are trained.
 
+    Where passes are packed, they too take each prompt once for all its samples.
+
     Args:
         tokens: of B sequences.
         policy, value: sizes; None: no value model of its own.
@@ -156,19 +161,30 @@ def step_flops(
         policy_epochs, value_epochs: passes of the update.
         old_computed: whether old log-probs are computed anew before the update.
         value_of_prompts: whether the value model reads prompts alone.
+        policy_packed, value_packed: whether their passes are packed.
     """
     pairs = list(zip(tokens.prompt_lengths.tolist(), tokens.response_lengths.tolist(), strict=True))
     responses = sum(new for _, new in pairs)
     heads = 2.0 * policy.head * responses
     flops = sum(policy.forward(0, prompt) for prompt, _ in pairs[::samples_per_prompt])
     flops += sum(policy.forward(prompt, prompt + max(new - 1, 0)) for prompt, new in pairs) + heads
-    above = sum(policy.forward(0, prompt + new, top) for prompt, new in pairs) + heads
+    spans = _spans(pairs, samples_per_prompt if policy_packed else 1)
+    above = sum(policy.forward(*span, top) for span in spans) + heads
     flops += above * (1 + old_computed)
-    backward = sum(policy.backward(prompt + new) for prompt, new in pairs)
+    backward = sum(policy.backward(*span) for span in spans)
     flops += policy_epochs * (above + backward + (1 + policy.head_trained) * heads)
     if value is not None:
-        lengths = [prompt if value_of_prompts else prompt + new for prompt, new in pairs]
-        above = sum(value.forward(0, length, value_top) for length in lengths)
-        backward = sum(value.backward(length) for length in lengths)
+        spans = _spans(pairs, samples_per_prompt if value_packed else 1)
+        spans = [(0, prompt) for prompt, _ in pairs] if value_of_prompts else spans
+        above = sum(value.forward(*span, value_top) for span in spans)
+        backward = sum(value.backward(*span) for span in spans)
         flops += above + value_epochs * (above + backward)
     return flops
+
+
+def _spans(pairs: list[tuple[int, int]], samples_per_prompt: int) -> list[tuple[int, int]]:
+    """Return first and end of the tokens to compute in each row: a prompt once for its samples."""
+    return [
+        (prompt if row % samples_per_prompt else 0, prompt + new)
+        for row, (prompt, new) in enumerate(pairs)
+    ]

@@ -97,6 +97,8 @@ class Performance:
             value_epochs=of_value,
             old_computed=old_computed,
             value_of_prompts=not getattr(self._critic, "per_token", True),
+            policy_packed=self._policy.packed,
+            value_packed=self._critic.packed,
         )
         found = {
             "perf/tokens_per_second": float(tokens.lengths.sum()) / seconds,
@@ -123,7 +125,7 @@ class Performance:
 
 def _top(owner: LanguageModel | Critic) -> int | None:
     """Return the number of layers above the trunk; None without one."""
-    split = getattr(owner, "split", None)
+    split = getattr(getattr(owner, "passes", None), "split", None)
     return None if split is None else split.num_layers_unfrozen
 
 

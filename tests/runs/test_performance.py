@@ -25,10 +25,10 @@ def test_passes_by_hand():
     assert SIZES.forward(0, 3) == 2 * 30 * 3 + 4 * 3 * 6 * 2
     assert SIZES.forward(1, 3) == 2 * 30 * 2 + 4 * 3 * 5 * 2
     assert SIZES.forward(0, 3, layers=1) == 2 * 20 * 3 + 4 * 3 * 6
-    assert SIZES.backward(3) == 2 * 20 * 3 + 2 * 20 * 3 + 2 * 4 * 3 * 6
+    assert SIZES.backward(0, 3) == 2 * 20 * 3 + 2 * 20 * 3 + 2 * 4 * 3 * 6
     adapted = SIZES._replace(trained=(1, 1))  # gradients go through frozen weights too
-    assert adapted.backward(3) == 2 * 30 * 3 + 2 * 2 * 3 + 2 * 4 * 3 * 6 * 2
-    assert SIZES._replace(trained=(0, 0)).backward(3) == 0
+    assert adapted.backward(0, 3) == 2 * 30 * 3 + 2 * 2 * 3 + 2 * 4 * 3 * 6 * 2
+    assert SIZES._replace(trained=(0, 0)).backward(0, 3) == 0
 
 
 def test_a_step_by_hand():
@@ -40,6 +40,8 @@ def test_a_step_by_hand():
     assert step_flops(tokens, s) == rollout + (both + head) + update
     once = step_flops(tokens, s, samples_per_prompt=2)
     assert once == step_flops(tokens, s) - prompts / 2
+    packed = step_flops(tokens, s, samples_per_prompt=2, policy_packed=True)
+    assert packed == once - 4 * prompts / 2, "forward of the reference, forward and backward"
     assert step_flops(tokens, s, policy_epochs=3) == step_flops(tokens, s) + 2 * update
     assert step_flops(tokens, s, old_computed=True) == step_flops(tokens, s) + both + head
     frozen = step_flops(tokens, s._replace(head_trained=False))
@@ -73,7 +75,7 @@ def test_products_are_those_that_pytorch_counts(family):
         forward = products(counted)
         loss.backward()
     assert forward == sizes._replace(queries=0).forward(0, n) + 2 * sizes.head * n
-    backward = sizes._replace(queries=0).backward(n) + 4 * sizes.head * n
+    backward = sizes._replace(queries=0).backward(0, n) + 4 * sizes.head * n
     assert products(counted) - forward == backward
 
 
