@@ -161,11 +161,11 @@ class PPOConfig:
     num_minibatches: int = whole(1)
     """Optimizer steps per epoch. The TL;DR reproduction studies found one to be best."""
     microbatch_tokens: int = whole(16384)
-    """Max tokens in one forward-backward pass, with its padding where it has any. Bounds memory: the
+    """Max tokens in one forward-backward pass, with padding where it has any. Bounds memory: the
     logits of one response token take a few times 4 bytes times the vocabulary size. The result does
     not depend on it."""
     forward_batch_tokens: int = whole(32768)
-    """Max tokens in one pass without gradients, with its padding where it has any."""
+    """Max tokens in one pass without gradients, with padding where it has any."""
     padding_free: bool = True
     """Run passes over whole sequences without padding, and over a prompt once for all its samples,
     where a model's attention can be told of it; others are padded. The result differs by rounding

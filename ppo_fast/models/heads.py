@@ -69,7 +69,7 @@ class ValueModel(nn.Module):
         if isinstance(reward_model, RewardModel):
             base, head = reward_model.base_model, reward_model.reward_head
         else:
-            base, head = _classifier_parts(reward_model)
+            base, head = classifier_parts(reward_model)
         hidden_size = next(m for m in head.modules() if isinstance(m, nn.Linear)).in_features
         model = cls(copy.deepcopy(base), hidden_size)
         model.value_head = copy.deepcopy(head)
@@ -187,7 +187,7 @@ def _cut(ids: list[int], max_length: int, keeps: int) -> list[int]:
     return [*ids[:keeps], *ids[keeps + excess :]]
 
 
-def _classifier_parts(classifier: nn.Module) -> tuple[nn.Module, nn.Module]:
+def classifier_parts(classifier: nn.Module) -> tuple[nn.Module, nn.Module]:
     """Return the body and the head of a transformers classifier with one label on a decoder."""
     kind, head = type(classifier).__name__, getattr(classifier, "score", None)
     if not isinstance(head, nn.Linear):

