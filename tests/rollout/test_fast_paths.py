@@ -103,8 +103,8 @@ def test_a_rollout_logs_its_fast_paths_once(caplog):
     (record,) = caplog.records
     assert record.levelno == logging.INFO
     assert record.getMessage() == (
-        "fast paths of LlamaForCausalLM: fused LM head, frozen trunk, 3 of 3 layers fused, "
-        "products of few rows"
+        "fast paths of LlamaForCausalLM: fused LM head, frozen trunk, packed passes, "
+        "3 of 3 layers fused, products of few rows"
     )
 
 
@@ -117,6 +117,7 @@ def test_a_rollout_logs_paths_not_taken_with_reason_and_cost(caplog):
     assert record.getMessage() == (
         "fast paths of GPT2LMHeadModel: fused LM head, "
         "no frozen trunk (num_layers_unfrozen is None: every pass computes every layer), "
+            "packed passes, "
         "no fused layers (layer 0: it has no input_layernorm.weight: decoding takes 1.2 to 1.6 "
         "times as long), products of few rows"
     )
