@@ -66,11 +66,18 @@ def run_case(case: Case) -> dict[str, Any]:
     not_built: why there is no such model, or None.
     not_alone: why it cannot be called with tokens alone, or None.
     later: the largest difference that later tokens make to logits, or None where they make none.
-    head, decoding: the fast paths, by ``paths``.
+    head, passes, decoding: the fast paths, by ``paths``.
     results: by check, as lists.
     """
     found: dict[str, Any] = {"name": case.name, "model_class": "", "not_built": None}
-    found |= {"not_alone": None, "later": None, "head": None, "decoding": None, "results": {}}
+    found |= {
+        "not_alone": None,
+        "later": None,
+        "head": None,
+        "passes": None,
+        "decoding": None,
+        "results": {},
+    }
     try:
         subject = Subject(case)
     except Exception as error:
@@ -114,7 +121,9 @@ def paths(subject: Subject) -> dict[str, Any]:
         name, why_not = "no cache", by_name["cache"].why_not
     else:
         name, why_not = "own cache", by_name["slots in one KV cache"].why_not
-    return {"head": head, "decoding": {"name": name, "why_not": why_not}}
+    why_padded = policy.passes.why_padded
+    passes = {"name": "padded" if why_padded else "packed", "why_not": why_padded}
+    return {"head": head, "passes": passes, "decoding": {"name": name, "why_not": why_not}}
 
 
 def _overtime(*_: Any) -> None:

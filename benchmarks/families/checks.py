@@ -36,7 +36,7 @@ PROMPTS = [
     "The train to the north is there",
 ]
 MAX_LENGTH = 10
-RESPONSE_LENGTHS = [10, 1, 7, 9, 4, 8]
+RESPONSE_LENGTHS = [10, 1, 7, 9, 4, 8, 5, 3]
 # Of short cases, whose rows have at most 12 tokens.
 SHORT_PROMPTS = ["A", "There", "The film was", "She thought", "Then"]
 SHORT_MAX_LENGTH = 5
@@ -92,9 +92,9 @@ class Subject:
 
     @cached_property
     def tokens(self) -> Tokens:
-        """Prompts with responses of random tokens."""
+        """Prompts with responses of random tokens; the last two share one with others."""
         generator = torch.Generator().manual_seed(0)
-        prompts = tiny_tokenizer()(self.prompts)["input_ids"]
+        prompts = tiny_tokenizer()([*self.prompts, *self.prompts[1:3]])["input_ids"]
         lengths = [min(n, self.max_length) for n in RESPONSE_LENGTHS[: len(prompts)]]
         responses = [
             torch.randint(2, VOCAB_SIZE, (n,), generator=generator).tolist() for n in lengths
@@ -138,7 +138,7 @@ def check_rollout(subject: Subject) -> Result:
 
 
 def check_logprobs(subject: Subject) -> Result:
-    """Compare the log-probs of a padded batch."""
+    """Compare the log-probs of a batch."""
     policy, tokens = subject.trainer().policy, subject.tokens
     with torch.no_grad():
         found = policy.logprobs(policy.forward(tokens), tokens, temperature=1.0).logprobs

@@ -92,6 +92,7 @@ def crashed(name: str, why: str) -> dict[str, Any]:
         "not_alone": None,
         "later": None,
         "head": None,
+        "passes": None,
         "decoding": None,
         "results": {check: ["fails", why, None] for check in CHECKS},
     }
@@ -152,7 +153,7 @@ def page(results: list[dict[str, Any]]) -> str:
     notes = Notes()
     rows = [row(found, notes) for found in results]
     counts = Counter(map(state, results))
-    columns = ["case", "head, decoding", *CHECKS]
+    columns = ["case", "head, passes, decoding", *CHECKS]
     lines = [
         *introduction(results),
         "",
@@ -192,13 +193,14 @@ def introduction(results: list[dict[str, Any]]) -> Iterable[str]:
         "most 12 tokens.) The truth is the plain model in float64, one row at a time, without "
         "padding or cache.",
         "",
-        "- head, decoding: whether log-probs come from the hidden states and the LM head (`fused`) "
-        "or from all logits (`ordinary`), and how many layers are fused in decoding; `own cache`: "
-        "prompts of equal length are decoded together, with the model's cache; `no cache`: every "
+        "- head, passes, decoding: whether log-probs come from the hidden states and the LM head "
+        "(`fused`) or from all logits (`ordinary`); whether passes over whole sequences have no "
+        "padding, and each prompt once (`packed`); how many layers are fused in decoding; `own "
+        "cache`: prompts of equal length are decoded together, with the model's cache; `no cache`: every "
         "step computes all tokens",
         f"- rollout: the log-probs that decoding recorded; right if they are within {TOLERANCE} of "
         "the truth",
-        "- log-probs: those that the update computes, of a padded batch",
+        "- log-probs: those that the update computes; two of the prompts have two responses",
         f"- gradients: of a weighted sum of log-probs, each weight's, within {TOLERANCE} of it",
         f"- step: a step with a value head; the first minibatch's log-ratios are below {TOLERANCE}",
         "- trunk: a step with `num_layers_unfrozen=1`, which leaves the trunk as it was, and a "
@@ -236,11 +238,12 @@ def row(found: dict[str, Any], notes: Notes) -> str:
 
 
 def path_cell(found: dict[str, Any], notes: Notes) -> str:
-    head, decoding = found["head"], found["decoding"]
+    head, passes, decoding = found["head"], found["passes"], found["decoding"]
     if head is None:
         return "-"
     first = "fused" if head["fused"] else f"ordinary{notes.mark(head['why_not'], found)}"
-    return f"{first}, {decoding['name']}{notes.mark(decoding['why_not'] or '', found)}"
+    second = f"{passes['name']}{notes.mark(passes['why_not'] or '', found)}"
+    return f"{first}, {second}, {decoding['name']}{notes.mark(decoding['why_not'] or '', found)}"
 
 
 def cell(outcome: str, text: str, number: float | None, found: dict[str, Any], notes: Notes) -> str:

@@ -1,4 +1,5 @@
-"""Time attention: decode_attention beside PyTorch's in a decoding step, and PyTorch's in training.
+"""Time attention: decode_attention beside PyTorch's in a decoding step, PyTorch's in training, and
+the ways to compute that of packed tokens.
 
 python benchmarks/on_gpu/attention.py [--cpu]
 """
@@ -14,6 +15,8 @@ from common import DEVICE, ON_GPU, attempt, note, parser, seconds
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ppo_fast.data.tokens import make_tokens
+from ppo_fast.models.packed_attention import PackedPass, Way, by_blocks, padded, varlen
 from ppo_fast.ops import decode_attention
 
 # Rows, keys, heads of queries and of keys, head size.
@@ -28,6 +31,9 @@ TINY = ((3, 40, 4, 2, 16),)
 # Rows, length, heads of queries and of keys, head size.
 TRAINING = ((64, 256, 32, 8, 64), (8, 2048, 32, 8, 128))
 TINY_TRAINING = ((2, 8, 4, 2, 16),)
+# Prompts, samples of each, prompt's and response's longest length, heads, head size.
+PACKED = ((64, 1, 256, 128, 32, 8, 64), (8, 8, 512, 128, 32, 8, 64))
+TINY_PACKED = ((2, 2, 5, 3, 4, 2, 16),)
 BACKENDS = {
     "masked efficient": [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH],
     "masked cudnn": [SDPBackend.CUDNN_ATTENTION],
@@ -118,6 +124,36 @@ def training(rows: int, length: int, heads: int, kv_heads: int, size: int) -> No
     )
 
 
+def packed(
+    prompts: int, samples: int, prompt: int, response: int, heads: int, kv_heads: int, size: int
+) -> None:
+    """Check and time forward and backward of the ways to compute attention of packed tokens."""
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, prompt + 1, (prompts,), generator=g).repeat_interleave(samples)
+    ids = [[i // samples] * n for i, n in enumerate(lengths.tolist())]
+    new = torch.randint(1, response + 1, (len(ids),), generator=g).tolist()
+    tokens = make_tokens(ids, [[1] * n for n in new], 0, torch.device(DEVICE))
+    packed_pass = PackedPass(tokens, None)
+    shapes = ((1, n, len(tokens.packing), size) for n in (heads, kv_heads, kv_heads))
+    q, k, v = (torch.randn(*s, device=DEVICE).bfloat16().requires_grad_() for s in shapes)
+    exact = by_blocks(packed_pass, *(x.detach().double() for x in (q, k, v)), None, 0)
+    for way in (by_blocks, varlen, padded) if ON_GPU else (by_blocks, padded):
+        with attempt(f"packed attention: {way.__name__}"):
+
+            def run(way: Way = way) -> Tensor:
+                out = way(packed_pass, q, k, v, None, 0)
+                return torch.autograd.grad(out, (q, k, v), torch.ones_like(out))[0]
+
+            off = (way(packed_pass, q, k, v, None, 0).double() - exact).abs().max().item()
+            note(
+                "packed attention, ms forward and backward",
+                work=f"{prompts} prompts x {samples}, {len(tokens.packing)} tokens",
+                way=way.__name__,
+                ms=round(median_ms(run), 3),
+                off=off,
+            )
+
+
 def median_ms(form: Callable[[], Tensor]) -> float:
     if not ON_GPU:
         return 1e3 * seconds(form)[0]
@@ -131,6 +167,9 @@ def main() -> None:
     for sizes in TRAINING if ON_GPU else TINY_TRAINING:
         with attempt("attention: training"):
             training(*sizes)
+    for sizes in PACKED if ON_GPU else TINY_PACKED:
+        with attempt("packed attention"):
+            packed(*sizes)
     with torch.no_grad():
         decoding()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -102,10 +103,7 @@ def test_packing(turns, smollm2, capsys, name, part):
             f"without sharing, {padded} padded"
         )
     if part == "experience":
-        steps = {s: lambda ppo=ppo: ppo.make_experience(rollout) for s, ppo in sides.items()}
+        steps = {s: partial(ppo.make_experience, rollout) for s, ppo in sides.items()}
     else:
-        steps = {
-            s: lambda ppo=ppo, e=ppo.make_experience(rollout): ppo.update(e)
-            for s, ppo in sides.items()
-        }
+        steps = {s: partial(ppo.update, ppo.make_experience(rollout)) for s, ppo in sides.items()}
     turns(f"{part}: {name}", steps, rounds=ROUNDS, warm=False)
