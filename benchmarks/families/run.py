@@ -196,8 +196,8 @@ def introduction(results: list[dict[str, Any]]) -> Iterable[str]:
         "- head, passes, decoding: whether log-probs come from the hidden states and the LM head "
         "(`fused`) or from all logits (`ordinary`); whether passes over whole sequences have no "
         "padding, and each prompt once (`packed`); how many layers are fused in decoding; `own "
-        "cache`: prompts of equal length are decoded together, with the model's cache; `no cache`: every "
-        "step computes all tokens",
+        "cache`: prompts of equal length are decoded together, with the model's cache; `no cache`: "
+        "every step computes all tokens",
         f"- rollout: the log-probs that decoding recorded; right if they are within {TOLERANCE} of "
         "the truth",
         "- log-probs: those that the update computes; two of the prompts have two responses",
