@@ -46,16 +46,27 @@ class Flat(NamedTuple):
 
         Beyond a response they are some other token's.
         """
-        return self.numbers[tokens.before_response(self.places)]
+        return take(self.numbers, tokens.before_response(self.places))
 
     def last(self, tokens: Tokens) -> Tensor:
         """Select those of each sequence's last token: [B, ...]."""
         index = self.places.gather(1, (tokens.lengths - 1).to(self.places.device)[:, None])
-        return self.numbers[index[:, 0]]
+        return take(self.numbers, index[:, 0])
 
     def padded(self) -> Tensor:
         """Select those of all tokens: [B, L, ...]."""
-        return self.numbers[self.places]
+        return take(self.numbers, self.places)
+
+
+def take(numbers: Tensor, index: Tensor) -> Tensor:
+    """Return numbers[index], of the first dimension.
+
+    Its backward pass sums the gradients of a token that several rows read. On a GPU, that of
+    index_select would sum them in any order.
+    """
+    if not numbers.is_cpu:
+        return numbers[index]
+    return numbers.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 class Passes:
