@@ -9,7 +9,6 @@ import pytest
 import torch
 from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 
-from ppo_fast.data.trunk_states import TrunkStates
 from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.ops import sample_tokens
 from ppo_fast.rollout import Rollout, Sampling, decode
@@ -257,15 +256,14 @@ def test_the_trunk_is_recorded_while_decoding(family, fused):
     model.fused = fused
     decoded = sample(model)
     tokens, trunk_states = decoded.tokens, decoded.trunk_states
-    assert trunk_states.states.shape == (int(tokens.lengths.sum()), 64)
-    expected = TrunkStates.pack(model.compute_trunk_states(tokens), tokens, whole=True).states
-    expected[trunk_states.first + tokens.lengths - 1] = 0
+    assert trunk_states.states.shape == (len(tokens.packing), 64)
+    expected = model.compute_trunk_states(tokens).states
+    expected[trunk_states.response_first + tokens.response_lengths - 1] = 0
     torch.testing.assert_close(trunk_states.states, expected, rtol=1e-4, atol=1e-4)
-    below = trunk_states.select(tokens, torch.arange(len(tokens)))
     with torch.no_grad():
         found, expected = (
             model.logprobs(model.forward(tokens, below), tokens, temperature=1.0).logprobs
-            for below in (below, None)
+            for below in (trunk_states, None)
         )
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
     assert not any(module._forward_pre_hooks for module in model.model.modules())
