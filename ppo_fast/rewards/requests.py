@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -57,6 +57,10 @@ class ByRequests(Protocol):
         """Return what the requests of a batch share, such as a client: open until all ended."""
         ...
 
+    def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> Any:
+        """Return the scores of a batch, by ``ask``."""
+        ...
+
     def joined(self, answers: list[Any]) -> Any:
         """Return the scores of a batch, from the answers to its requests in order."""
         ...
@@ -101,8 +105,7 @@ def ask(
     requests = [request_for_rows(reward, rows, prompts, completions, taken) for rows in parts]
     asking = Asking(reward)
     try:  # an interrupt may come anywhere in it
-        for request in requests:
-            asking.send(request)
+        asking.send(*requests)
         return reward.joined(asking.answers())
     except BaseException:
         asking.cancel()
@@ -123,12 +126,14 @@ class Asking:
         self._requests: asyncio.Queue[Request | None] = asyncio.Queue()
         self._work: Work[list[Any]] | None = None
 
-    def send(self, request: Request) -> None:
-        """Send a request, as soon as ``max_in_flight`` allows; it does not wait."""
+    def send(self, *requests: Request) -> None:
+        """Send requests, as soon as ``max_in_flight`` allows; it does not wait."""
+        if not requests:
+            return
         if self._work is None:
             self._work = Work(self._answers)
             self._work.start()
-        self._work.call_soon(partial(self._requests.put_nowait, request))
+        self._work.call_soon(partial(self._put, requests))
 
     def answers(self) -> list[Any]:
         """Wait for the answers to all requests, and return them in the order of ``send``.
@@ -145,6 +150,10 @@ class Asking:
         """Cancel requests that have no answer yet, and wait until they have ended."""
         if self._work is not None:
             self._work.cancel()
+
+    def _put(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self._requests.put_nowait(request)
 
     async def _answers(self) -> list[Any]:
         async with self._reward.shared() as shared:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ppo_fast.data.ended import OnEnd
 from ppo_fast.data.examples import Example
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.sampling import Sampling
@@ -19,6 +20,7 @@ from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.models.setup import put_on_trunk
 from ppo_fast.models.trunk import Split
 from ppo_fast.rewards.asynchronous import AsyncReward, is_async
+from ppo_fast.rewards.early import Asked, asks_early
 from ppo_fast.rewards.functions import (
     ALWAYS,
     TEXTS,
@@ -70,6 +72,7 @@ class Scorer:
         self._warned: set[str] = set()
         self._of_reference = set() if reference is None else {*reference.model.parameters()}
         self._calls = {name: _callable_at_once(one) for name, one in self.rewards.items()}
+        self._asked: tuple[Tokens, Asked] | None = None
         for one in map(without_wrapper, self.rewards.values()):
             if reference is not None and hasattr(one, "use_reference"):
                 one.use_reference(reference.model, tokenizer)
@@ -120,11 +123,52 @@ class Scorer:
         """Return whether a reward is given the column of this name."""
         return any(takes(function, column) for function in self.functions.values())
 
+    def while_sampling(
+        self, examples: Sequence[Example], sample: Callable[[OnEnd | None], Rollout]
+    ) -> Rollout:
+        """Return the rollout that ``sample`` makes, and ask for scores meanwhile.
+
+        Rewards that send requests are asked for each response that ``sample`` says has ended.
+        ``of_rollout`` of this rollout waits for the answers, once. Requests are cancelled if
+        ``sample`` raises, or when another rollout is begun before.
+
+        Args:
+            examples: of the rollout's rows.
+            sample: makes the rollout; it is given what to call for responses that have ended, or
+                None if no reward asks early.
+        """
+        self._forget()
+        early = {name: one for name, one in self._calls.items() if asks_early(one, examples)}
+        if not early:
+            return sample(None)
+        asked = Asked(early, examples)
+        try:
+            rollout = sample(asked.note)
+            asked.check(rollout)
+        except BaseException:
+            asked.cancel()
+            raise
+        self._asked = rollout.tokens, asked
+        return rollout
+
+    def _forget(self) -> None:
+        if self._asked is not None:
+            self._asked[1].cancel()
+        self._asked = None
+
     def of_rollout(self, rollout: Rollout) -> Scores:
         """Compute the scores of each response, or of each of its tokens.
 
         With ``reads_trunk``, the rollout must have a whole trunk, or none.
         """
+        if self._asked is None or self._asked[0] is not rollout.tokens:
+            return self._of_rollout(rollout, self._calls)
+        try:
+            return self._of_rollout(rollout, self._calls | self._asked[1].calls)
+        finally:
+            self._forget()  # a second time it asks anew, as rewards may draw
+
+    def _of_rollout(self, rollout: Rollout, calls: Mapping[str, Any]) -> Scores:
         columns = rollout.columns | _always(rollout) if self.functions else {}
         trunk_states = rollout.trunk_states
         found = {
@@ -138,7 +182,7 @@ class Scorer:
                 trunk_states=trunk_states,
                 columns=columns,
             )
-            for name, one in self._calls.items()
+            for name, one in calls.items()
         }
         parts: dict[str, Tensor] = {}
         for name, scores in found.items():
