@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ppo_fast.data.sampling import Sampling
 from ppo_fast.data.scores import Scores
 from ppo_fast.data.tokens import Tokens
 from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.models.offload import Resting, own_tensors
 from ppo_fast.models.setup import put_on_trunk
 from ppo_fast.models.trunk import Split
 from ppo_fast.rewards.asynchronous import AsyncReward, is_async
@@ -73,6 +75,8 @@ class Scorer:
         self._of_reference = set() if reference is None else {*reference.model.parameters()}
         self._calls = {name: _callable_at_once(one) for name, one in self.rewards.items()}
         self._asked: tuple[Tokens, Asked] | None = None
+        self._reference = reference
+        self._resting = Resting([])
         for one in map(without_wrapper, self.rewards.values()):
             if reference is not None and hasattr(one, "use_reference"):
                 one.use_reference(reference.model, tokenizer)
@@ -89,9 +93,33 @@ class Scorer:
 
     def nbytes(self) -> int:
         """Return the size in bytes of reward models' weights; 0 for functions."""
-        models = [_model_of(without_wrapper(one)) for one in self.rewards.values()]
-        weights = {p for m in models if isinstance(m, nn.Module) for p in m.parameters()}
+        weights = {p for model in self._models() for p in model.parameters()}
         return sum(p.nbytes for p in weights - self._of_reference)
+
+    def _models(self) -> list[nn.Module]:
+        models = [_model_of(without_wrapper(one)) for one in self.rewards.values()]
+        return [model for model in models if isinstance(model, nn.Module)]
+
+    def rest(self, *others: nn.Module) -> None:
+        """Keep reward models in host memory from now on, but while they score.
+
+        Weights that the reference or one of ``others`` has too stay where they are.
+        """
+        known = [*others] if self._reference is None else [*others, self._reference.model]
+        self._resting = Resting([t for model in self._models() for t in own_tensors(model, *known)])
+
+    @contextmanager
+    def _resident(self) -> Iterator[None]:
+        with self._resting.resident(), ExitStack() as stack:
+            if self._reference is not None and self._asks_reference:
+                stack.enter_context(self._reference.resident())
+            yield
+
+    @property
+    def _asks_reference(self) -> bool:
+        """Whether a reward reads the reference's weights."""
+        asks = any(hasattr(without_wrapper(one), "use_reference") for one in self.rewards.values())
+        return asks or any(p in self._of_reference for m in self._models() for p in m.parameters())
 
     @property
     def functions(self) -> dict[str, Any]:
@@ -171,19 +199,20 @@ class Scorer:
     def _of_rollout(self, rollout: Rollout, calls: Mapping[str, Any]) -> Scores:
         columns = rollout.columns | _always(rollout) if self.functions else {}
         trunk_states = rollout.trunk_states
-        found = {
-            name: score(
-                one,
-                rollout.tokens,
-                rollout.prompts,
-                rollout.completions,
-                max_tokens=self.max_tokens,
-                split=self._splits[name] if trunk_states is not None else None,
-                trunk_states=trunk_states,
-                columns=columns,
-            )
-            for name, one in calls.items()
-        }
+        with self._resident():
+            found = {
+                name: score(
+                    one,
+                    rollout.tokens,
+                    rollout.prompts,
+                    rollout.completions,
+                    max_tokens=self.max_tokens,
+                    split=self._splits[name] if trunk_states is not None else None,
+                    trunk_states=trunk_states,
+                    columns=columns,
+                )
+                for name, one in calls.items()
+            }
         parts: dict[str, Tensor] = {}
         for name, scores in found.items():
             parts |= {f"{name}/{k}" if k else name: v for k, v in scores.parts.items()}
