@@ -275,7 +275,9 @@ def named_rewards(reward: Any, weights: Sequence[float] = ()) -> dict[str, Any]:
 
 
 def _model_of(reward: Any) -> Any:
-    """Return the model of a reward that has one, or of its judge."""
+    """Return a reward that is a module, the model of one that has one, or of its judge."""
+    if isinstance(reward, nn.Module):  # a transformers classifier has a body called model
+        return reward
     return getattr(getattr(reward, "judge", reward), "model", reward)
 
 
