@@ -105,6 +105,8 @@ def test_a_reference_moves_only_what_is_its_own(moved):
     assert shared
     assert own
     assert set(map(id, own_tensors(reference, policy))) >= set(map(id, own))
+    mine = own_tensors(reference, policy)
+    assert trainer.reference.resting.nbytes == sum(t.nbytes for t in mine)
     home, there = places(own), places(shared)
     seen = watched(reference, own, home)
     trainer.step(PROMPTS)
@@ -124,6 +126,8 @@ def test_a_new_adapters_reference_is_the_policy_and_does_not_move(moved):
     config = PPOConfig(critic="head", max_length=6, offload=ALL)
     trainer = PPOTrainer(policy, None, count_letters, tiny_tokenizer(), "cpu", config=config)
     weights_there = places(trainer.reference_model.parameters())
+    buffers = sum(b.nbytes for b in trainer.reference_model.buffers())
+    assert trainer.reference.resting.nbytes <= buffers
     trainer.step(PROMPTS)
     assert places(trainer.reference_model.parameters()) == weights_there
 
@@ -155,6 +159,8 @@ def test_a_reward_on_the_policys_trunk_moves_its_top_alone(moved):
     trunk = {*resting.policy_model.parameters()} & {*resting.reward_model.parameters()}
     assert trunk
     there = places(trunk)
+    own = own_tensors(resting.reward_model, resting.policy_model)
+    assert resting.scorer._resting.nbytes == sum(t.nbytes for t in own)
     for _ in range(2):
         a, b = plain.step(PROMPTS), resting.step(PROMPTS)
         assert without_times(a.metrics) == without_times(b.metrics)
