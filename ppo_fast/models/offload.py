@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ppo_fast.models.quantized import packed_weights
+
 MOVED = {"cuda"}
 """Types of devices whose memory is not the host's."""
 
@@ -55,8 +57,12 @@ class Resting:
 
 
 def own_tensors(model: nn.Module, *others: nn.Module) -> list[Tensor]:
-    """Return the weights and buffers of ``model`` that none of ``others`` has."""
+    """Return the weights and buffers of ``model`` that none of ``others`` has.
+
+    Quantised weights, whose constants lie elsewhere, are left out: they stay on their device.
+    """
     shared = {id(tensor) for other in others for tensor in _tensors(other)}
+    shared |= {id(weight) for weight in packed_weights(model)}
     return [tensor for tensor in _tensors(model) if id(tensor) not in shared]
 
 
