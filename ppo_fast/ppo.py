@@ -237,16 +237,17 @@ class PPO(Running):
         if not isinstance(scores, Scores):
             lengths = rollout.tokens.response_lengths
             scores = Scores(check_scores(scores, rollout.prompts, lengths=lengths))
-        experience = make_experience(
-            rollout,
-            scores.total.to(self.device),
-            policy=self.policy,
-            reference=self.reference,
-            critic=self.critic,
-            config=self.config,
-            kl_coef=self.learner.kl_coefficient(self.progress.steps),
-            moments=self.learner.reward_moments,
-        )
+        with self.reference.resident():
+            experience = make_experience(
+                rollout,
+                scores.total.to(self.device),
+                policy=self.policy,
+                reference=self.reference,
+                critic=self.critic,
+                config=self.config,
+                kl_coef=self.learner.kl_coefficient(self.progress.steps),
+                moments=self.learner.reward_moments,
+            )
         responses = response_metrics(rollout.tokens, eos_ids(self.policy.model, self.tokenizer))
         return replace(experience, metrics=experience.metrics | responses | scores.metrics())
 

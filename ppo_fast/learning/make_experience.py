@@ -83,8 +83,7 @@ def make_experience(
         rollout = replace(rollout, tokens=rollout.tokens.without_training(~rollout.finished))
     tokens, mask = rollout.tokens, rollout.tokens.response_mask
 
-    with reference.resident():
-        old, ref, computed = _old_and_reference_logprobs(rollout, policy, reference, config)
+    old, ref, computed = _old_and_reference_logprobs(rollout, policy, reference, config)
     kl_coef = config.kl_penalty if kl_coef is None else kl_coef
     rewards = less_kl(shaped, old, ref, mask, kl_coef, config)
     values = critic.values_of_rollout(rollout, shaped.sum(1), policy, max_tokens).float()
