@@ -14,9 +14,13 @@ from ppo_fast.rewards.requests import Asking, ByRequests, ask, parts_of, request
 
 
 def asks_early(reward: Any, examples: Sequence[Example]) -> bool:
-    """Return whether a reward sends requests that need not wait for all responses."""
+    """Return whether a reward sends requests that need not wait for all responses.
+
+    A subclass with a ``__call__`` of its own does more than send them, and is called as it is.
+    """
     return (
         isinstance(reward, ByRequests)
+        and type(reward).__call__.__module__.startswith("ppo_fast.")
         and reward.early
         and reward.responses_per_request is not None
         and not missing_columns(reward, columns_of(examples))

@@ -156,7 +156,8 @@ class Scorer:
     ) -> Rollout:
         """Return the rollout that ``sample`` makes, and ask for scores meanwhile.
 
-        Rewards that send requests are asked for each response that ``sample`` says has ended.
+        Rewards that send requests are asked for each response that ``sample`` says has ended, but
+        for those with a model of their own, which decoding would have to share the device with.
         ``of_rollout`` of this rollout waits for the answers, once. Requests are cancelled if
         ``sample`` raises, or when another rollout is begun before.
 
@@ -166,7 +167,12 @@ class Scorer:
                 None if no reward asks early.
         """
         self._forget()
-        early = {name: one for name, one in self._calls.items() if asks_early(one, examples)}
+        early = {
+            name: one
+            for name, one in self._calls.items()
+            if asks_early(one, examples)
+            and not isinstance(_model_of(without_wrapper(one)), nn.Module)
+        }
         if not early:
             return sample(None)
         asked = Asked(early, examples)

@@ -200,6 +200,31 @@ def test_a_whole_batch_is_asked_for_at_the_end(decoding):
     assert seen == [(False, len(PROMPTS))]
 
 
+def test_rewards_with_more_than_requests_are_called_at_the_end(decoding):
+    seen = []
+
+    class Halved(AsyncReward):
+        def __call__(self, prompts, completions, **columns):
+            return [score / 2 for score in super().__call__(prompts, completions, **columns)]
+
+    class WithModel:
+        def __init__(self):
+            self.model = torch.nn.Linear(1, 1)
+
+        async def __call__(self, prompt, completion):
+            seen.append(decoding.on)
+            return 1.0
+
+    async def reward(prompt, completion):
+        seen.append(decoding.on)
+        return 1.0
+
+    trainer = trainer_of({"half": Halved(reward), "model": WithModel()})
+    step = trainer.step(PROMPTS)
+    assert seen == [False] * 2 * len(PROMPTS)
+    assert step.rewards["half"].tolist() == [0.5] * len(PROMPTS)
+
+
 def test_only_the_end_of_the_last_turn_is_judged():
     seen = []
 
