@@ -155,13 +155,14 @@ class ClassicMethods(PPO):
         t = self.config.temperature if temperature is None else temperature
         if temperature is None and sampled and self.last_rollout is not None:
             t = self.last_rollout.sampling.temperature
-        return in_batches(
-            lambda part, _: model.logprobs(model.forward(part), part, temperature=t).logprobs,
-            tokens,
-            None,
-            self.config.forward_batch_tokens,
-            packed=model.packed,
-        )
+        with model.resident():
+            return in_batches(
+                lambda part, _: model.logprobs(model.forward(part), part, temperature=t).logprobs,
+                tokens,
+                None,
+                self.config.forward_batch_tokens,
+                packed=model.packed,
+            )
 
     def _pairs(self, prompts: Sequence[Any], responses: Sequence[str]) -> Pairs:
         """Return the tokens of pairs of texts: as they were sampled last, else encoded."""

@@ -171,4 +171,6 @@ def make_scorer(
     )
     for one in scorer.modules.values():
         setup.check_shared_weights(policy.model, value_model, one, critic.module)
+    if "reward" in config.offload:
+        scorer.rest(policy.model, critic.module)
     return scorer

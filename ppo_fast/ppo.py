@@ -147,6 +147,7 @@ class PPO(Running):
         samples_per_prompt: int | None = None,
         seeds: Tensor | None = None,
         greedy: bool = False,
+        scorer: Scorer | None = None,
     ) -> Rollout:
         """Sample responses to prompts from the current policy.
 
@@ -160,6 +161,8 @@ class PPO(Running):
             seeds: [B] int64; each draw depends on its sequence's seed and the token's position.
                 None: new seeds, which change no draw of later steps.
             greedy: take the likeliest token each time, instead of drawing one.
+            scorer: whose rewards that ask servers or are async functions are asked for each
+                response as it ends; ``scores`` waits for the answers. None: ``scores`` asks.
         """
         count = samples_per_prompt
         count = self.config.samples_per_prompt if count is None else count
@@ -170,9 +173,11 @@ class PPO(Running):
         examples = as_examples(prompts)
         if seeds is None:
             seeds = self.progress.seeds_outside(len(examples) * count)
-        return self.sampler.sample(
-            self.policy.model, examples, sampling, seeds, count, self._readers()
-        )
+        model, readers = self.policy.model, self._readers()
+        sample = partial(self.sampler.sample, model, examples, sampling, seeds, count, readers)
+        if scorer is None:
+            return sample()
+        return scorer.while_sampling([e for e in examples for _ in range(count)], sample)
 
     def score(self, rollout: Rollout) -> Tensor:
         """Compute the rewards' scores of a rollout: [B], or [B, T], one a response token."""
@@ -232,16 +237,17 @@ class PPO(Running):
         if not isinstance(scores, Scores):
             lengths = rollout.tokens.response_lengths
             scores = Scores(check_scores(scores, rollout.prompts, lengths=lengths))
-        experience = make_experience(
-            rollout,
-            scores.total.to(self.device),
-            policy=self.policy,
-            reference=self.reference,
-            critic=self.critic,
-            config=self.config,
-            kl_coef=self.learner.kl_coefficient(self.progress.steps),
-            moments=self.learner.reward_moments,
-        )
+        with self.reference.resident():
+            experience = make_experience(
+                rollout,
+                scores.total.to(self.device),
+                policy=self.policy,
+                reference=self.reference,
+                critic=self.critic,
+                config=self.config,
+                kl_coef=self.learner.kl_coefficient(self.progress.steps),
+                moments=self.learner.reward_moments,
+            )
         responses = response_metrics(rollout.tokens, eos_ids(self.policy.model, self.tokenizer))
         return replace(experience, metrics=experience.metrics | responses | scores.metrics())
 
@@ -349,6 +355,6 @@ class PPO(Running):
         """Sample a step's responses, and count them."""
         count = self.config.samples_per_prompt
         seeds = self.progress.step_seeds(len(prompts) * count)
-        rollout = self.rollout(prompts, max_length, temperature, seeds=seeds)
+        rollout = self.rollout(prompts, max_length, temperature, seeds=seeds, scorer=self.scorer)
         self.progress.sequences_sampled += len(seeds)
         return rollout

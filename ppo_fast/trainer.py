@@ -23,6 +23,7 @@ from ppo_fast.models.checks import to_device
 from ppo_fast.models.setup import make_reference
 from ppo_fast.parts import placed_scorer
 from ppo_fast.ppo import Prompts, Reward
+from ppo_fast.rewards.scorer import Scorer
 from ppo_fast.rollout import Engine
 from ppo_fast.rollout.sampler import MakeEnvironment
 from ppo_fast.runs.callbacks import Callback, OnStep
@@ -285,6 +286,7 @@ class PPOTrainer(ClassicMethods):
         samples_per_prompt: int | None = None,
         seeds: Tensor | None = None,
         greedy: bool = False,
+        scorer: Scorer | None = None,
     ) -> Rollout:
         """Sample as ``PPO.rollout`` does, and keep the rollout for methods that take texts."""
         rollout = super().rollout(
@@ -294,6 +296,7 @@ class PPOTrainer(ClassicMethods):
             samples_per_prompt=samples_per_prompt,
             seeds=seeds,
             greedy=greedy,
+            scorer=scorer,
         )
         self.last_rollout = replace(rollout, trunk_states=None, states=None)
         return rollout

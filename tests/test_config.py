@@ -63,6 +63,7 @@ OUT_OF_RANGE = {
     "stop_strings": ["stop", (3,), ("",)],
     "rollout_slots": [0, 1.5],
     "kept_rollout_bytes": [-1, 0.5],
+    "offload": ["optimizer", ("value",), ("reference", 1), None],
     "top_p": [0.0, 1.1, -0.5, NAN],
     "seed": [-1, 2**31, 0.5],
     "lr_schedule": ["exponential", None],

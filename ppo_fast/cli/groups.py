@@ -42,7 +42,7 @@ NAMED = {
         *("trunk_dtype", "compute_dtype"),
         *("trained_weights", "gradient_checkpointing", "adamw"),
         *("rollout_slots", "cuda_graphs", "kept_rollout_bytes"),
-        *("check_gradients_together", "undo_updates"),
+        *("check_gradients_together", "undo_updates", "offload"),
     ),
     "output": (
         *("output_dir", "adapter_only", "save_critic", "push_to_hub"),

@@ -23,8 +23,11 @@ class Plan:
     --compute-dtype, the sums with --compute-dtype bfloat16 are shown too.
     """
 
-    policy: str
+    policy: str | None = None
     """The policy: a model directory or a hub name; only its config is read."""
+    sizes: bool = False
+    """Instead of --policy: print what fits on GPUs of 12, 24, 48 and 80 GB, of models of 0.5B to 8B
+    trained by QLoRA, LoRA, top layers or whole, with and without offload; in bfloat16."""
     batch_size: int = 16
     """Prompts per step."""
     prompt_length: int = 128
@@ -48,10 +51,15 @@ class Plan:
         from ppo_fast.diagnostics.memory_plan import classifier_bytes, plans
         from ppo_fast.diagnostics.show_plans import show_plans
 
-        check_model("policy", self.policy)
         names = ("batch_size", "prompt_length", "lora_rank")
         sizes: dict[str, Any] = {name: getattr(self, name) for name in names}
         check_counts(**sizes)
+        if self.sizes:
+            self._show_what_fits(console, sizes)
+            return
+        if self.policy is None:
+            raise ValueError("--policy: is required, but with --sizes")
+        check_model("policy", self.policy)
         sizes |= {"device": self.device, "quantization": self.quantization}
         if self.reward is not None and function_of(self.reward) is None:
             check_model("reward", self.reward)
@@ -64,3 +72,11 @@ class Plan:
             bfloat16 = replace(self.ppo, compute_dtype="bfloat16")
             in_bfloat16 = plans(model_config, bfloat16, **sizes)
         show_plans(console, found, self.memory, in_bfloat16)
+
+    def _show_what_fits(self, console: Console, sizes: dict[str, Any]) -> None:
+        from ppo_fast.diagnostics.what_fits import show_what_fits, what_fits
+
+        if self.policy is not None:
+            raise ValueError(f"--sizes: plans models of usual sizes, not --policy {self.policy}")
+        config = replace(self.ppo, compute_dtype="bfloat16")
+        show_what_fits(console, what_fits(config, **sizes))

@@ -41,6 +41,11 @@ def _are_weights(value: Any) -> bool:
     return numbers and all(math.isfinite(x) for x in value)
 
 
+def _rests(value: Any) -> bool:
+    names = {"optimizer", "reference", "reward"}
+    return isinstance(value, tuple) and all(isinstance(x, str) and x in names for x in value)
+
+
 def _is_warmup(value: Any) -> bool:
     if not isinstance(value, Real) or isinstance(value, bool):
         return False
@@ -228,6 +233,12 @@ class PPOConfig:
     """Compute the gradients of policy and value function before an optimizer step changes either,
     so that neither moves where one is not finite. False: a value model's gradients take no memory
     beside the policy's, and the policy has moved when they are not finite."""
+    offload: tuple[Literal["optimizer", "reference", "reward"], ...] = allowed(
+        (), _rests, 'a list of "optimizer", "reference" and "reward"'
+    )
+    """What rests in host memory while a GPU does other work: the optimizers' moments, which come in
+    pieces for each step, and the weights of the reference and of reward models, which come for
+    their passes. Saves their memory and costs the copies; on the CPU nothing moves."""
     undo_updates: bool = False
     """Keep a copy of trained weights and moments from before each update (12 bytes a weight, in
     host memory), and put it back where the update ends with a loss or gradient that is not finite,

@@ -52,8 +52,7 @@ class Rollout:
     @property
     def columns(self) -> dict[str, list[Any]]:
         """The other columns of the prompts' rows, B entries each; None where a row has none."""
-        names = dict.fromkeys(name for e in self.examples for name in e.columns)
-        return {name: [e.columns.get(name) for e in self.examples] for name in names}
+        return columns_of(self.examples)
 
     @property
     def messages(self) -> list[list[Message]]:
@@ -63,8 +62,7 @@ class Rollout:
         assistant's is joined to it.
         """
         examples = self.examples or [Example(text) for text in self.prompts]
-        rows = zip(examples, self.prompts, self.completions, strict=True)
-        return [_with_answer(e.messages or Example(p).messages, c) for e, p, c in rows]
+        return messages_of(examples, self.prompts, self.completions)
 
     @classmethod
     def from_tokens(
@@ -133,6 +131,20 @@ class Rollout:
                 for i, ids in enumerate(prompt_ids)
             ],
         )
+
+
+def columns_of(examples: Sequence[Example]) -> dict[str, list[Any]]:
+    """Return the columns of B examples; see ``Rollout.columns``."""
+    names = dict.fromkeys(name for e in examples for name in e.columns)
+    return {name: [e.columns.get(name) for e in examples] for name in names}
+
+
+def messages_of(
+    examples: Sequence[Example], prompts: Sequence[str], completions: Sequence[str]
+) -> list[list[Message]]:
+    """Return B chats; see ``Rollout.messages``."""
+    rows = zip(examples, prompts, completions, strict=True)
+    return [_with_answer(e.messages or Example(p).messages, c) for e, p, c in rows]
 
 
 def _with_answer(messages: list[Message], completion: str) -> list[Message]:

@@ -21,6 +21,7 @@ from ppo_fast.config import PPOConfig
 from ppo_fast.critics.baselines import BASELINES
 from ppo_fast.critics.make import critic_name
 from ppo_fast.diagnostics.activations import kept_activations
+from ppo_fast.learning.streamed import PIECE_BYTES
 from ppo_fast.models.adapters import adapted_layers
 from ppo_fast.models.heads import ValueHead, ValueModel
 from ppo_fast.models.lora import lora_config, with_adapter
@@ -60,6 +61,8 @@ class MemoryPlan:
     logits: tiles of the LM head's logits that are kept for the backward pass.
     reward_model: weights of the reward, where it is a model.
     undo: the copy from before an update (undo_updates), where training is on the CPU.
+    offload: parts that rest in host memory: "optimizer", "reference", "reward".
+    piece: the most of the moments that is on the device at one time if they rest there.
     """
 
     policy: int
@@ -75,16 +78,30 @@ class MemoryPlan:
     logits: int
     reward_model: int = 0
     undo: int = 0
+    offload: tuple[str, ...] = ()
+    piece: int = 0
 
     @property
     def peak(self) -> int:
         """Max bytes at one time: gradients and activations come when the rollout is done."""
-        held = (
-            self.policy + self.reference + self.value_function + self.optimizer + self.trunk_states
-        )
-        held += self.reward_model + self.undo
-        update = self.gradients + self.activations + self.logits + self.kept_rollout
-        return held + max(self.cache + self.copies, update)
+        away = self._away
+        held = self.policy + self.value_function + self.trunk_states + self.undo - self.host
+        held += self.optimizer + self.reference + self.reward_model
+        passes = max(away.get("reference", 0), away.get("reward", 0))  # one after the other
+        step = min(self.piece, away.get("optimizer", 0))  # when activations are gone
+        update = self.gradients + max(self.activations + self.logits, step)
+        return held + max(self.cache + self.copies, self.kept_rollout + max(passes, update))
+
+    @property
+    def host(self) -> int:
+        """Bytes that rest in host memory."""
+        return sum(self._away.values())
+
+    @property
+    def _away(self) -> dict[str, int]:
+        sizes = {"optimizer": self.optimizer, "reference": self.reference}
+        sizes["reward"] = self.reward_model
+        return {name: size for name, size in sizes.items() if name in self.offload}
 
     @property
     def with_margin(self) -> int:
@@ -170,6 +187,8 @@ def plan_memory(
         logits=min(FLOAT * rows * config.max_length * text.vocab_size, logits_budget_bytes(config)),
         reward_model=reward_bytes,
         undo=_bytes(trained) + moments if config.undo_updates and device == "cpu" else 0,
+        offload=() if device == "cpu" else config.offload,
+        piece=max([PIECE_BYTES, *(2 * FLOAT * weight.numel() for weight in trained)]),
     )
 
 

@@ -24,10 +24,12 @@ def show_plans(
     table.add_column("", min_width=14)
     for name in found:
         table.add_column(name, justify="right")
-    parts = [item.name for item in fields(MemoryPlan)]
-    for part in (*parts, "peak"):
+    parts = [item.name for item in fields(MemoryPlan) if item.name not in ("offload", "piece")]
+    rests = [plan.offload for plan in found.values() if plan.offload]
+    for part in (*parts, "peak", *(["host"] if rests else [])):
         sizes = [f"{getattr(plan, part) / 1e9:.2f}" for plan in found.values()]
-        table.add_row(part.replace("_", " "), *sizes, end_section=part == parts[-1])
+        name = f"in host memory: {', '.join(rests[0])}" if part == "host" else part
+        table.add_row(name.replace("_", " "), *sizes, end_section=part == parts[-1])
     margin = f"with a margin of {MARGIN:.0%}"
     _add_sums(table, margin, found, memory_gb)
     if in_bfloat16 is not None:

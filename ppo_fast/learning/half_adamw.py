@@ -68,8 +68,8 @@ class HalfAdamW(Optimizer):
         weights = [weight for group in self.param_groups for weight in group["params"]]
         for index, saved in state_dict["state"].items():
             for name in MOMENTS:
-                moved = saved[name].to(weights[index].device, copy=True)
-                self.state[weights[index]][name] = moved
+                state = self.state[weights[index]]
+                state[name] = saved[name].to(state[name].device, copy=True)
 
     def _change(self, weight: Tensor, group: dict[str, Any]) -> Tensor:
         """Compute what AdamW adds to ``weight``, float32."""

@@ -19,6 +19,7 @@ from ppo_fast.learning.guard import Guard
 from ppo_fast.learning.minibatches import Done, Found, Terms
 from ppo_fast.learning.optimizers import make_adamw
 from ppo_fast.learning.schedules import Schedule, current_rates
+from ppo_fast.learning.streamed import StreamedStates
 from ppo_fast.learning.undo import Undo
 from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.nonfinite import NotFiniteError
@@ -40,6 +41,7 @@ class Learner:
     Attributes:
         optimizers: by name: "policy" and, where the critic has weights, "value".
         coefficients: those of the KL and of the entropy bonus.
+        states: makes the optimizers' steps.
         schedule: learning rates of the optimizers.
         reward_moments: of the scores of all updates, where they are normalised by these.
         amid_update: whether an update began and did not end, so that the weights are those of no
@@ -53,6 +55,9 @@ class Learner:
         if critic.trained:
             rates["value"] = config.value_learning_rate or config.learning_rate
             self.optimizers["value"] = make_adamw(critic.module, rates["value"], config)
+        self.states = StreamedStates(on="optimizer" in config.offload)
+        for optimizer in self.optimizers.values():
+            self.states.adopt(optimizer)
         self.coefficients = Coefficients(config)
         self.schedule = Schedule(config, rates)
         self.reward_moments = NO_SCORES
@@ -329,7 +334,7 @@ class Learner:
             if admitted:
                 clip_grads_with_norm_(weights[name], self.config.max_grad_norm, norms[name])
                 self.schedule.before_step(name, optimizer)
-                optimizer.step()
+                self.states.step(optimizer)
             optimizer.zero_grad()
         if admitted:
             done.add(found, norms.get("policy"))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ppo_fast.data.tokens import Tokens
 from ppo_fast.data.trunk_states import TrunkStates
+from ppo_fast.models.offload import Resting
 from ppo_fast.models.parts import body_of
 from ppo_fast.models.passes import Flat, Passes
 from ppo_fast.models.patching import uncompiled
@@ -86,6 +87,7 @@ class LanguageModel:
             which accelerate has prepared does; None: it enters none.
         fused: whether log-probs are computed from hidden states and the LM head.
         reason: why (not).
+        resting: those of its weights that rest in host memory; None: none do.
         fused_differs: whether the fused path is not taken because its logits would differ.
 
     Raises:
@@ -114,6 +116,7 @@ class LanguageModel:
         k = num_layers_unfrozen
         self.split = None if k is None else Split(self.body, k)
         self.fused_differs = False
+        self.resting: Resting | None = None
         with computing_in(compute_dtype, self.device):
             probed = probe(model)
         self.own_autocast, self.vocab_size = probed.autocast, probed.logits.shape[-1]
@@ -136,6 +139,10 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def resident(self) -> AbstractContextManager[None]:
+        """Within the block, all of its weights are on their device."""
+        return nullcontext() if self.resting is None else self.resting.resident()
 
     @property
     def dtype(self) -> torch.dtype:

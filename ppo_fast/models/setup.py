@@ -16,6 +16,7 @@ from ppo_fast.models.checks import check_policy
 from ppo_fast.models.copies import copy_of_what_is_trained
 from ppo_fast.models.heads import RewardModel, ValueModel
 from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.models.offload import Resting, own_tensors
 from ppo_fast.models.packed_attention import checkpoint_contexts
 from ppo_fast.models.parts import body_of
 from ppo_fast.models.patching import uncompiled
@@ -53,12 +54,29 @@ def make_reference(
 ) -> LanguageModel:
     """Return the frozen model that the KL is measured to: the one given, or a copy of the policy.
 
+    With ``offload``, those of its weights that the others have not rest in host memory.
+
     Raises:
         TypeError: ``reference_model`` is no causal language model.
         ValueError: it has another vocabulary, or shares weights that are trained.
     """
     if reference_model is None:
-        return _language_model(frozen_copy(policy.model, config), config)
+        reference = _language_model(frozen_copy(policy.model, config), config)
+    else:
+        reference = _given_reference(policy, reference_model, config, value_model)
+    if "reference" in config.offload:
+        others = [policy.model] if value_model is None else [policy.model, value_model]
+        reference.resting = Resting(own_tensors(reference.model, *others))
+    return reference
+
+
+def _given_reference(
+    policy: LanguageModel,
+    reference_model: nn.Module,
+    config: PPOConfig,
+    value_model: nn.Module | None,
+) -> LanguageModel:
+    """Check and freeze a reference that the user gave."""
     check_policy(reference_model, "reference_model")
     ours, theirs = map(_vocabulary, (policy.model, reference_model))
     if ours != theirs:

@@ -2,84 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import atexit
 import inspect
-import os
-import random
-import sys
-import threading
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
+from typing import Any
 
-from ppo_fast.checks import check_fields, number, whole
+from ppo_fast.rewards.calls import Limits, TryAgain
 from ppo_fast.rewards.columns import for_prompt, signature_with
-from ppo_fast.user_code import parameters, place_of_error
+from ppo_fast.rewards.requests import Request, ask
+from ppo_fast.user_code import parameters
 
-LONGEST_WAIT = 60.0
-"""Max seconds between two tries, whatever the back-off or a server asks for."""
-CANCEL_SECONDS = 5.0
-"""Max seconds to wait for cancelled calls to end, after a Ctrl-C."""
-
-T = TypeVar("T")
-
-
-class CallError(Exception):
-    """Raised by an async reward, with a message that says all: it is not tried again."""
-
-
-class TryAgain(CallError):
-    """Raised by an async reward: this call may succeed later, so it is tried again.
-
-    Args:
-        message: what went wrong.
-        after: seconds to wait at least; None: the back-off's.
-    """
-
-    def __init__(self, message: str, after: float | None = None) -> None:
-        super().__init__(message)
-        self.after = after
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits of calls that run at once. Values out of range raise ValueError."""
-
-    max_in_flight: int = whole(32)
-    """Calls at once. One that waits for its next try counts."""
-    timeout: float = number(60.0, above=0)
-    """Seconds that one try may take."""
-    retries: int = whole(3, at_least=0)
-    """Tries after the first."""
-    backoff: float = number(1.0, at_least=0)
-    """Seconds before the second try. They double with each further one, up to 60, and are
-    multiplied by a random number in [0.5, 1], so that calls do not come back together."""
-    retry_on: tuple[type[Exception], ...] = (TimeoutError, ConnectionError)
-    """Errors after which a call is tried again, beside TryAgain and httpx.TransportError."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "retry_on", tuple(self.retry_on))
-        check_fields(self)
-        for kind in self.retry_on:
-            if not (isinstance(kind, type) and issubclass(kind, Exception)):
-                raise ValueError(f"retry_on: got {kind!r}, expected classes of exceptions")
-
-    def waits_for(self, error: Exception) -> bool:
-        """Return whether a call that raised ``error`` is tried again."""
-        httpx = sys.modules.get("httpx")  # who raises its errors has loaded it
-        of_httpx = (httpx.TransportError,) if httpx is not None else ()
-        return isinstance(error, (TryAgain, *self.retry_on, *of_httpx))
-
-    def seconds(self, tries: int, error: Exception) -> float:
-        """Return the seconds to wait after that many tries, the last of which raised ``error``."""
-        pause = min(self.backoff * 2.0 ** min(tries - 1, 60), LONGEST_WAIT)
-        pause *= _jitter.uniform(0.5, 1.0)
-        return min(max(pause, getattr(error, "after", None) or 0.0), LONGEST_WAIT)
-
-
-# A generator of its own: draws from the global ones would change those of the training.
-_jitter = random.Random()
+__all__ = ["AsyncReward", "TryAgain", "is_async"]
 
 
 class AsyncReward:
@@ -108,6 +41,8 @@ class AsyncReward:
             multiplied by a random number in [0.5, 1] that no generator of the training gives.
         retry_on: errors after which a call is tried again, in place of TimeoutError and
             ConnectionError. (TimeoutError is also what the time limit raises.)
+        early: whether a response is judged as soon as it has ended, while others are still sampled;
+            False: when all have ended, as a function must that runs the trainer's own models.
 
     Raises:
         TypeError: ``function`` cannot be called.
@@ -124,11 +59,12 @@ class AsyncReward:
         retries: int = 3,
         backoff: float = 1.0,
         retry_on: Sequence[type[Exception]] = (TimeoutError, ConnectionError),
+        early: bool = True,
     ) -> None:
         if not callable(function) or isinstance(function, type):
             raise TypeError(f"function: got {function!r}, expected an async function")
         self.limits = Limits(max_in_flight, timeout, retries, backoff, tuple(retry_on))
-        self.function = function
+        self.function, self.early = function, early
         self.name = str(
             getattr(function, "name", None)
             or getattr(function, "__name__", None)
@@ -162,31 +98,44 @@ class AsyncReward:
             TimeoutError: the last of these tries took longer than the time limit.
             ValueError: the calls returned dicts of different names.
         """
-        if not self._takes_all:
-            columns = {name: columns[name] for name in self._columns if name in columns}
+        return ask(self, prompts, completions, columns)
+
+    # As requests.ByRequests says
+
+    @property
+    def who(self) -> str:
+        return self.name
+
+    @property
+    def responses_per_request(self) -> int | None:
+        return None if self._texts else 1
+
+    def taken(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        chosen = columns if self._takes_all else [n for n in self._columns if n in columns]
+        left_out = () if self._texts else ("tokens", *self._positional)  # tokens are the batch's
+        return {name: columns[name] for name in chosen if name not in left_out}
+
+    def request_for(
+        self, prompts: list[str], completions: list[str], columns: Mapping[str, Any]
+    ) -> Request:
         if self._texts:
             both = {"prompts": prompts, "completions": completions}
             given = {name: both[name] for name in self._texts}
-            calls = [lambda: self.function(**given, **columns)]
-            return run(lambda: call_all(calls, self.limits, self.name, [_batch(prompts)]))[0]
-        columns.pop("tokens", None)  # not by response
-        columns = {name: c for name, c in columns.items() if name not in self._positional}
-        calls = [
-            self._bound(p, c, {name: column[i] for name, column in columns.items()})
-            for i, (p, c) in enumerate(zip(prompts, completions, strict=True))
-        ]
-        subjects = [for_prompt(prompt) for prompt in prompts]
-        return _joined(run(lambda: call_all(calls, self.limits, self.name, subjects)), self.name)
-
-    def _bound(
-        self, prompt: str, completion: str, columns: dict[str, Any]
-    ) -> Callable[[], Awaitable[Any]]:
-        """Return the call for one response."""
+            return Request(_batch(prompts), lambda _: self.function(**given, **columns))
+        (prompt,), (completion,) = prompts, completions
+        named = {name: entry for name, (entry,) in columns.items()}
+        subject = for_prompt(prompt)
         if not self._single:
-            return lambda: self.function(prompt, completion, **columns)
+            return Request(subject, lambda _: self.function(prompt, completion, **named))
         texts = {"prompt": prompt, "completion": completion}
-        named = {name: texts[name] for name in self._single}
-        return lambda: self.function(**named, **columns)
+        named |= {name: texts[name] for name in self._single}
+        return Request(subject, lambda _: self.function(**named))
+
+    def shared(self) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
+
+    def joined(self, answers: list[Any]) -> Any:
+        return answers[0] if self._texts and answers else _joined(answers, self.name)
 
 
 def is_async(reward: Any) -> bool:
@@ -228,160 +177,3 @@ def _joined(scores: list[Any], name: str) -> Any:
 
 def _batch(prompts: Sequence[str]) -> str:
     return f"a batch of {len(prompts)}"
-
-
-# Calls
-
-
-async def call_all(
-    calls: Sequence[Callable[[], Awaitable[T]]],
-    limits: Limits,
-    name: str,
-    subjects: Sequence[str],
-) -> list[T]:
-    """Await all calls at once, within the limits, and return their results in order.
-
-    The first that fails cancels the others, and all have ended when this returns.
-
-    Args:
-        calls: each makes a new awaitable, one a try.
-        name: of what is called, for errors.
-        subjects: what each call is for, for errors.
-
-    Raises:
-        RuntimeError, TimeoutError: a call failed; the message has ``name`` and its subject.
-    """
-    slots = asyncio.Semaphore(limits.max_in_flight)
-
-    async def in_turn(call: Callable[[], Awaitable[T]], subject: str) -> T:
-        async with slots:
-            return await _with_tries(call, limits, name, subject)
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            pairs = zip(calls, subjects, strict=True)
-            tasks = [group.create_task(in_turn(call, subject)) for call, subject in pairs]
-    except BaseExceptionGroup as failed:
-        first = failed.exceptions[0]
-        raise first from first.__cause__
-    return [task.result() for task in tasks]
-
-
-async def _with_tries(
-    call: Callable[[], Awaitable[T]], limits: Limits, name: str, subject: str
-) -> T:
-    tries = 0
-    while True:
-        tries += 1
-        try:
-            async with asyncio.timeout(limits.timeout):
-                return await call()
-        except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise  # by us
-            last: BaseException = error
-        except (Exception, SystemExit, KeyboardInterrupt) as error:  # the last two end a loop
-            last = error
-        if tries > limits.retries or not (isinstance(last, Exception) and limits.waits_for(last)):
-            break
-        await asyncio.sleep(limits.seconds(tries, last))
-    what = str(last) if isinstance(last, CallError) else f"{type(last).__name__}: {last}"
-    if isinstance(last, TimeoutError) and not str(last):
-        what = f"no answer in {limits.timeout:g} s"
-    kind = TimeoutError if isinstance(last, TimeoutError) else RuntimeError
-    count = "1 try" if tries == 1 else f"{tries} tries"
-    place = place_of_error(last)
-    line = " ".join(what.split())
-    raise kind(f"{name} failed for {subject} after {count}: {line}{place}") from last
-
-
-# The event loop
-
-
-class _Loop:
-    """An event loop that runs in a daemon thread."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(
-            target=self.loop.run_forever, name="ppo_fast async rewards", daemon=True
-        )
-        self.thread.start()
-
-    def close(self) -> None:
-        if self.thread.is_alive():
-            self.loop.call_soon_threadsafe(self.loop.stop)
-            self.thread.join(CANCEL_SECONDS)
-        if not self.thread.is_alive():
-            self.loop.close()
-
-
-_current: _Loop | None = None
-_lock = threading.Lock()
-_of_parents: list[_Loop | None] = []
-
-
-def _get_loop() -> _Loop:
-    """Return this process's loop; it is made when it is first needed."""
-    global _current
-    with _lock:
-        if _current is None or not _current.thread.is_alive():
-            _current = _Loop()
-        return _current
-
-
-def _after_fork() -> None:
-    """In a child process: forget the loop, whose thread is the parent's."""
-    global _current, _lock
-    _of_parents.append(_current)  # kept: closing it here would unregister the parent's sockets
-    _current, _lock = None, threading.Lock()
-
-
-@atexit.register
-def _at_exit() -> None:
-    if _current is not None:
-        _current.close()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
-def run(make: Callable[[], Awaitable[T]]) -> T:
-    """Run what ``make`` returns on the event loop of async rewards, and wait for its result.
-
-    Any thread may call it, one that runs an event loop too. Where the wait is interrupted (Ctrl-C),
-    the work is cancelled before the interrupt is raised.
-
-    Raises:
-        RuntimeError: the caller is itself an async reward: it would wait for itself.
-    """
-    ours = _get_loop()
-    if threading.current_thread() is ours.thread:
-        raise RuntimeError("an async reward called a reward of the same kind; await its function")
-    stopped, ended = threading.Event(), threading.Event()
-    tasks: list[asyncio.Task[Any] | None] = []
-
-    async def work() -> T:
-        try:
-            tasks.append(asyncio.current_task())
-            if stopped.is_set():
-                raise asyncio.CancelledError
-            return await make()
-        finally:
-            ended.set()
-
-    def cancel() -> None:
-        for task in tasks:
-            if task is not None:
-                task.cancel()
-
-    try:  # an interrupt may come anywhere in it, and then the work has begun or has not
-        return asyncio.run_coroutine_threadsafe(work(), ours.loop).result()
-    except BaseException:
-        if not ended.is_set():
-            stopped.set()
-            ours.loop.call_soon_threadsafe(cancel)
-            ended.wait(CANCEL_SECONDS)
-        raise

@@ -14,7 +14,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from ppo_fast.rewards.asynchronous import CallError, TryAgain
+from ppo_fast.rewards.calls import CallError, TryAgain
 
 if TYPE_CHECKING:
     import httpx

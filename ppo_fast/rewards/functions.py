@@ -36,16 +36,10 @@ def call_function(
     missing = missing_columns(function, columns)
     if missing:
         raise ValueError(missing_message(what, missing, columns))
-    texts = {"prompts": prompts, "completions": completions}
-    others = {name: column for name, column in columns.items() if name not in TEXTS}
-    if _by_name(function):
-        given, named = arguments(function, (), texts | others)
-    else:
-        given, named = arguments(function, [*texts.values()], others)
     scores: Any
     try:
-        # copies: a reward may change what it gets
-        scores = function(*map(_copied, given), **_copied(named))
+        given, named = given_to(function, prompts, completions, columns)
+        scores = function(*given, **named)
         scores = list(scores) if isinstance(scores, Iterator) else scores  # it may raise here
     except (Exception, SystemExit) as error:
         if isinstance(error, (RuntimeError, TimeoutError, ValueError)) and raised_here(error):
@@ -59,6 +53,22 @@ def call_function(
             f"{what}: returned a {type(scores).__name__}; define it by async def, with a return"
         )
     return scores
+
+
+def given_to(
+    function: RewardFunction,
+    prompts: list[str],
+    completions: list[str],
+    columns: Mapping[str, Any],
+) -> tuple[list[Any], dict[str, Any]]:
+    """Return what ``function`` is given by position and by name: copies, which it may change."""
+    texts = {"prompts": prompts, "completions": completions}
+    others = {name: column for name, column in columns.items() if name not in TEXTS}
+    if _by_name(function):
+        given, named = arguments(function, (), texts | others)
+    else:
+        given, named = arguments(function, [*texts.values()], others)
+    return _copied(given), _copied(named)
 
 
 def _copied(column: Any) -> Any:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ppo_fast.checks import check_counts
-from ppo_fast.rewards.asynchronous import Limits, call_all, run
+from ppo_fast.rewards.calls import Limits
 from ppo_fast.rewards.columns import column, for_prompt, signature_with
 from ppo_fast.rewards.endpoint import Endpoint
+from ppo_fast.rewards.requests import Request, ask
 
 if TYPE_CHECKING:
     import httpx
@@ -46,6 +48,8 @@ class HTTPReward:
         retries: tries after the first.
         backoff: seconds before the second try; see AsyncReward.
         max_in_flight: requests at once.
+        early: whether a request is sent as soon as its responses have ended, while others are still
+            sampled; False: when all have ended.
 
     Raises:
         ModuleNotFoundError: httpx is not installed: ``pip install 'ppo_fast[http]'``.
@@ -65,13 +69,14 @@ class HTTPReward:
         retries: int = 3,
         backoff: float = 1.0,
         max_in_flight: int = 8,
+        early: bool = True,
     ) -> None:
         if isinstance(columns, str):
             raise ValueError(f"columns: got the text {columns!r}, expected a list of names")
         if batch_size is not None:
             check_counts(batch_size=batch_size)
         self.limits = Limits(max_in_flight, timeout, retries, backoff)
-        self.batch_size, self.needs = batch_size, tuple(columns)
+        self.batch_size, self.needs, self.early = batch_size, tuple(columns), early
         self._endpoint = Endpoint("HTTPReward", url, headers)
         self.__signature__ = signature_with(self.needs)
 
@@ -103,25 +108,35 @@ class HTTPReward:
             TimeoutError: the last of these tries took longer than the time limit.
             ValueError: a column is not there, or cannot be written as JSON.
         """
-        lists = {"prompts": prompts, "completions": completions}
-        lists |= {name: column(columns, name, "HTTPReward") for name in self.needs}
-        size = self.batch_size or max(len(prompts), 1)
-        parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
-        bodies = [_as_json({k: v[part] for k, v in lists.items()}) for part in parts]
-        counts = [len(prompts[part]) for part in parts]
-        subjects = [
-            f"{count} response(s), the first to {for_prompt(prompts[part.start])},"
-            for count, part in zip(counts, parts, strict=True)
-        ]
+        scores: Scores = ask(self, prompts, completions, columns)
+        return scores
 
-        async def score() -> list[Scores]:
-            async with self._endpoint.client() as client:
-                calls: list[Callable[[], Awaitable[Scores]]] = [
-                    partial(self._ask, client, *both) for both in zip(bodies, counts, strict=True)
-                ]
-                return await call_all(calls, self.limits, repr(self), subjects)
+    # As requests.ByRequests says
 
-        return [score for scores in run(score) for score in scores]
+    @property
+    def who(self) -> str:
+        return repr(self)
+
+    @property
+    def responses_per_request(self) -> int | None:
+        return self.batch_size
+
+    def taken(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: column(columns, name, "HTTPReward") for name in self.needs}
+
+    def request_for(
+        self, prompts: list[str], completions: list[str], columns: Mapping[str, Any]
+    ) -> Request:
+        body = _as_json({"prompts": prompts, "completions": completions, **columns})
+        count = len(prompts)
+        subject = f"{count} response(s), the first to {for_prompt(prompts[0])},"
+        return Request(subject, partial(self._ask, body=body, count=count))
+
+    def shared(self) -> AbstractAsyncContextManager[httpx.AsyncClient]:
+        return self._endpoint.client()
+
+    def joined(self, answers: list[Scores]) -> Scores:
+        return [score for scores in answers for score in scores]
 
     async def _ask(self, client: httpx.AsyncClient, body: bytes, count: int) -> Scores:
         answer = await self._endpoint.post(client, body, EXPECTED)

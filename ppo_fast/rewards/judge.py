@@ -8,14 +8,16 @@ import logging
 import math
 import os
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ppo_fast.rewards.asynchronous import Limits, TryAgain, call_all, run
+from ppo_fast.rewards.calls import Limits, TryAgain
 from ppo_fast.rewards.columns import column as column_of
 from ppo_fast.rewards.columns import for_prompt, signature_with
 from ppo_fast.rewards.endpoint import Endpoint, is_private
+from ppo_fast.rewards.requests import Request, ask
 
 if TYPE_CHECKING:
     import httpx
@@ -72,6 +74,8 @@ class JudgeReward:
         retries: tries after the first.
         backoff: seconds before the second try; see AsyncReward.
         max_in_flight: requests at once.
+        early: whether a request is sent as soon as its responses have ended, while others are still
+            sampled; False: when all have ended.
 
     Raises:
         ModuleNotFoundError: httpx is not installed: ``pip install 'ppo_fast[http]'``.
@@ -95,6 +99,7 @@ class JudgeReward:
         retries: int = 3,
         backoff: float = 1.0,
         max_in_flight: int = 16,
+        early: bool = True,
     ) -> None:
         low, high = scale
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
@@ -105,7 +110,7 @@ class JudgeReward:
             raise ValueError(f"options: got {name!r}, which is no option of the request here")
         self.limits = Limits(max_in_flight, timeout, retries, backoff)
         self.model, self.scale, self.column = model, (float(low), float(high)), column
-        self.needs = () if column is None else (column,)
+        self.needs, self.early = () if column is None else (column,), early
         self._instructions = INSTRUCTIONS.format(rubric=rubric.strip(), low=low, high=high)
         self._options = dict(options or {})
         if temperature is not None:
@@ -135,20 +140,8 @@ class JudgeReward:
             TimeoutError: the last of these tries took longer than the time limit.
             ValueError: the column is not there.
         """
-        references: Any = [None] * len(prompts)
-        if self.column is not None:
-            references = column_of(columns, self.column, "JudgeReward")
-        rows = list(zip(prompts, completions, references, strict=True))
-        subjects = [for_prompt(prompt) for prompt in prompts]
-
-        async def judge() -> list[float]:
-            async with self._endpoint.client() as client:
-                calls: list[Callable[[], Awaitable[float]]] = [
-                    partial(self._grade, client, *row) for row in rows
-                ]
-                return await call_all(calls, self.limits, repr(self), subjects)
-
-        return run(judge)
+        grades: list[float] = ask(self, prompts, completions, columns)
+        return grades
 
     def request(self, prompt: str, completion: str, reference: Any = None) -> dict[str, Any]:
         """Return the request that asks for the grade of one response."""
@@ -167,10 +160,34 @@ class JudgeReward:
             ],
         } | self._options
 
-    async def _grade(
-        self, client: httpx.AsyncClient, prompt: str, completion: str, reference: Any
-    ) -> float:
-        body = json.dumps(self.request(prompt, completion, reference)).encode()
+    # As requests.ByRequests says
+
+    @property
+    def who(self) -> str:
+        return repr(self)
+
+    @property
+    def responses_per_request(self) -> int | None:
+        return 1
+
+    def taken(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: column_of(columns, name, "JudgeReward") for name in self.needs}
+
+    def request_for(
+        self, prompts: list[str], completions: list[str], columns: Mapping[str, Any]
+    ) -> Request:
+        references = [None] if self.column is None else columns[self.column]
+        rows = zip(prompts, completions, references, strict=True)
+        bodies = [json.dumps(self.request(*row)).encode() for row in rows]
+        return Request(for_prompt(prompts[0]), partial(self._grade, body=bodies[0]))
+
+    def shared(self) -> AbstractAsyncContextManager[httpx.AsyncClient]:
+        return self._endpoint.client()
+
+    def joined(self, answers: list[float]) -> list[float]:
+        return answers
+
+    async def _grade(self, client: httpx.AsyncClient, body: bytes) -> float:
         answer = await self._endpoint.post(client, body, EXPECTED)
         try:
             choice = answer["choices"][0]

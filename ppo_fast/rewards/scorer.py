@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ppo_fast.data.ended import OnEnd
 from ppo_fast.data.examples import Example
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.sampling import Sampling
@@ -17,9 +19,11 @@ from ppo_fast.data.scores import Scores
 from ppo_fast.data.tokens import Tokens
 from ppo_fast.data.trunk_states import TrunkStates
 from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.models.offload import Resting, own_tensors
 from ppo_fast.models.passes import Passes, head_passes
 from ppo_fast.models.setup import put_on_trunk
 from ppo_fast.rewards.asynchronous import AsyncReward, is_async
+from ppo_fast.rewards.early import Asked, asks_early
 from ppo_fast.rewards.functions import (
     ALWAYS,
     TEXTS,
@@ -71,6 +75,9 @@ class Scorer:
         self._warned: set[str] = set()
         self._of_reference = set() if reference is None else {*reference.model.parameters()}
         self._calls = {name: _callable_at_once(one) for name, one in self.rewards.items()}
+        self._asked: tuple[Tokens, Asked] | None = None
+        self._reference = reference
+        self._resting = Resting([])
         for one in map(without_wrapper, self.rewards.values()):
             if reference is not None and hasattr(one, "use_reference"):
                 one.use_reference(reference.model, tokenizer)
@@ -87,9 +94,33 @@ class Scorer:
 
     def nbytes(self) -> int:
         """Return the size in bytes of reward models' weights; 0 for functions."""
-        models = [_model_of(without_wrapper(one)) for one in self.rewards.values()]
-        weights = {p for m in models if isinstance(m, nn.Module) for p in m.parameters()}
+        weights = {p for model in self._models() for p in model.parameters()}
         return sum(p.nbytes for p in weights - self._of_reference)
+
+    def _models(self) -> list[nn.Module]:
+        models = [_model_of(without_wrapper(one)) for one in self.rewards.values()]
+        return [model for model in models if isinstance(model, nn.Module)]
+
+    def rest(self, *others: nn.Module) -> None:
+        """Keep reward models in host memory from now on, but while they score.
+
+        Weights that the reference or one of ``others`` has too stay where they are.
+        """
+        known = [*others] if self._reference is None else [*others, self._reference.model]
+        self._resting = Resting([t for model in self._models() for t in own_tensors(model, *known)])
+
+    @contextmanager
+    def _resident(self) -> Iterator[None]:
+        with self._resting.resident(), ExitStack() as stack:
+            if self._reference is not None and self._asks_reference:
+                stack.enter_context(self._reference.resident())
+            yield
+
+    @property
+    def _asks_reference(self) -> bool:
+        """Whether a reward reads the reference's weights."""
+        asks = any(hasattr(without_wrapper(one), "use_reference") for one in self.rewards.values())
+        return asks or any(p in self._of_reference for m in self._models() for p in m.parameters())
 
     @property
     def functions(self) -> dict[str, Any]:
@@ -121,25 +152,73 @@ class Scorer:
         """Return whether a reward is given the column of this name."""
         return any(takes(function, column) for function in self.functions.values())
 
+    def while_sampling(
+        self, examples: Sequence[Example], sample: Callable[[OnEnd | None], Rollout]
+    ) -> Rollout:
+        """Return the rollout that ``sample`` makes, and ask for scores meanwhile.
+
+        Rewards that send requests are asked for each response that ``sample`` says has ended, but
+        for those with a model of their own, which decoding would have to share the device with.
+        ``of_rollout`` of this rollout waits for the answers, once. Requests are cancelled if
+        ``sample`` raises, or when another rollout is begun before.
+
+        Args:
+            examples: of the rollout's rows.
+            sample: makes the rollout; it is given what to call for responses that have ended, or
+                None if no reward asks early.
+        """
+        self._forget()
+        early = {
+            name: one
+            for name, one in self._calls.items()
+            if asks_early(one, examples)
+            and not isinstance(_model_of(without_wrapper(one)), nn.Module)
+        }
+        if not early:
+            return sample(None)
+        asked = Asked(early, examples)
+        try:
+            rollout = sample(asked.note)
+            asked.check(rollout)
+        except BaseException:
+            asked.cancel()
+            raise
+        self._asked = rollout.tokens, asked
+        return rollout
+
+    def _forget(self) -> None:
+        if self._asked is not None:
+            self._asked[1].cancel()
+        self._asked = None
+
     def of_rollout(self, rollout: Rollout) -> Scores:
         """Compute the scores of each response, or of each of its tokens.
 
         With ``reads_trunk``, the rollout must have a whole trunk, or none.
         """
+        if self._asked is None or self._asked[0] is not rollout.tokens:
+            return self._of_rollout(rollout, self._calls)
+        try:
+            return self._of_rollout(rollout, self._calls | self._asked[1].calls)
+        finally:
+            self._forget()  # a second time it asks anew, as rewards may draw
+
+    def _of_rollout(self, rollout: Rollout, calls: Mapping[str, Any]) -> Scores:
         columns = rollout.columns | _always(rollout) if self.functions else {}
-        found = {
-            name: score(
-                one,
-                rollout.tokens,
-                rollout.prompts,
-                rollout.completions,
-                max_tokens=self.max_tokens,
-                passes=self._passes[name],
-                trunk_states=self._trunk_states(name, rollout),
-                columns=columns,
-            )
-            for name, one in self._calls.items()
-        }
+        with self._resident():
+            found = {
+                name: score(
+                    one,
+                    rollout.tokens,
+                    rollout.prompts,
+                    rollout.completions,
+                    max_tokens=self.max_tokens,
+                    passes=self._passes[name],
+                    trunk_states=self._trunk_states(name, rollout),
+                    columns=columns,
+                )
+                for name, one in calls.items()
+            }
         parts: dict[str, Tensor] = {}
         for name, scores in found.items():
             parts |= {f"{name}/{k}" if k else name: v for k, v in scores.parts.items()}
@@ -207,7 +286,9 @@ def named_rewards(reward: Any, weights: Sequence[float] = ()) -> dict[str, Any]:
 
 
 def _model_of(reward: Any) -> Any:
-    """Return the model of a reward that has one, or of its judge."""
+    """Return a reward that is a module, the model of one that has one, or of its judge."""
+    if isinstance(reward, nn.Module):  # a transformers classifier has a body called model
+        return reward
     return getattr(getattr(reward, "judge", reward), "model", reward)
 
 

@@ -38,6 +38,7 @@ def decode(
     max_lengths: Sequence[int] | None = None,
     to_text: Callable[[list[int]], str] | None = None,
     turns: Turns | None = None,
+    ended: Callable[[int, list[int]], None] | None = None,
     keep_states: bool = False,
     whole_trunk: bool = False,
     capture: Capture | None = None,
@@ -62,6 +63,7 @@ def decode(
         to_text: ids -> text, for stop strings.
         turns: asks an environment for a reply where a response would end; its tokens count for
             the length. None: it ends.
+        ended: called with index and ids of a response as soon as it has ended; None: nobody asks.
         keep_states: whether the rollout gets ``states``.
         whole_trunk: whether ``trunk_states`` includes the state of each row's last token, which
             takes one more step per sequence.
@@ -88,6 +90,7 @@ def decode(
         slots=min(slots or len(prompt_ids), len(prompt_ids)),
         pad_id=pad_id,
         turns=turns,
+        ended=ended,
     )
     with _plain_layers(model):
         if own_cache(model) is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -10,6 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.sampling import Sampling
+
+# Given the row of a response that has ended, and all of its ids.
+OnIds = Callable[[int, list[int]], None]
 
 
 class Engine(Protocol):
@@ -25,6 +28,9 @@ class Engine(Protocol):
         """Sample a response for each of B prompts (lists of ids), as ``sampling`` says.
 
         ``seeds`` [B] int64: equal seeds give equal responses, as far as the engine can.
+
+        An engine may take ``ended``, an OnIds or None, too, and call it in this thread as soon as a
+        response has ended: rewards that ask servers then need not wait for the others.
         """
         ...
 

@@ -16,7 +16,7 @@ from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.models.patching import uncompiled
 from ppo_fast.rollout.buffers import KeptBuffers
 from ppo_fast.rollout.decode import decode
-from ppo_fast.rollout.engine import eos_ids
+from ppo_fast.rollout.engine import OnIds, eos_ids
 from ppo_fast.rollout.speedups.cuda_graph_check import CAPTURES, capture_for
 from ppo_fast.rollout.speedups.fast_paths import log_fast_paths
 from ppo_fast.rollout.turns import Turns
@@ -67,17 +67,19 @@ class LocalEngine:
         sampling: Sampling,
         *,
         seeds: Tensor,
+        ended: OnIds | None = None,
         turns: Turns | None = None,
     ) -> Rollout:
         """Sample as an Engine does; ``turns`` lets an environment reply within responses."""
         with uncompiled(self.model.model):
-            return self._generate(prompt_ids, sampling, seeds, turns)
+            return self._generate(prompt_ids, sampling, seeds, ended, turns)
 
     def _generate(
         self,
         prompt_ids: Sequence[Sequence[int]],
         sampling: Sampling,
         seeds: Tensor,
+        ended: OnIds | None,
         turns: Turns | None,
     ) -> Rollout:
         capture = capture_for(self.model) if self.cuda_graphs else None
@@ -92,6 +94,7 @@ class LocalEngine:
             max_prompt_tokens=self.max_prompt_tokens,
             to_text=self.to_text,
             turns=turns,
+            ended=ended,
             keep_states=self.keep_states,
             whole_trunk=self.whole_trunk,
             capture=capture,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -29,6 +29,8 @@ class Request(NamedTuple):
     slots: max sequences decoded at a time.
     pad_id: id at padded positions.
     turns: the turns of the sequences, and what the environment replies; None: there is one turn.
+    ended: called with the index and the ids of a sequence whose response has ended; None: nobody
+        asks.
     """
 
     prompts: list[PromptIds]
@@ -39,12 +41,19 @@ class Request(NamedTuple):
     slots: int
     pad_id: int
     turns: Turns | None = None
+    ended: Callable[[int, list[int]], None] | None = None
 
     def note(self, sequence: int, response: list[int], drawn: int) -> tuple[int, bool, bool]:
         """Append the next token of a sequence to its ``response``: ``drawn``, or a reply's.
 
         Returns that token, whether the response ends by itself, and whether it ends.
         """
+        token, by_itself, ends = self._noted(sequence, response, drawn)
+        if ends and self.ended is not None:
+            self.ended(sequence, list(response))
+        return token, by_itself, ends
+
+    def _noted(self, sequence: int, response: list[int], drawn: int) -> tuple[int, bool, bool]:
         token = drawn if self.turns is None else self.turns.take(sequence, drawn)
         response.append(token)
         replying = self.turns is not None and self.turns.replying(sequence)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from ppo_fast.data.ended import OnEnd
 from ppo_fast.data.examples import Example
 from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.sampling import Sampling
@@ -17,7 +19,7 @@ from ppo_fast.rollout.engine import Engine
 from ppo_fast.rollout.local_engine import LocalEngine
 from ppo_fast.rollout.texts import Texts
 from ppo_fast.rollout.turns import Environment
-from ppo_fast.user_code import arguments, lacking
+from ppo_fast.user_code import arguments, lacking, parameters
 
 # Given a prompt, and the columns of its row that it takes by name.
 MakeEnvironment = Callable[..., Environment]
@@ -47,11 +49,13 @@ class Sampler:
         seeds: Tensor,
         samples_per_prompt: int = 1,
         readers: Mapping[str, Any] | None = None,
+        on_end: OnEnd | None = None,
     ) -> Rollout:
         """Sample ``samples_per_prompt`` responses to each prompt, in rows next to one another.
 
         ``seeds`` [B] int64 are one for each response. ``readers`` are the models besides the policy
-        that will read the sequences: prompts that are cut leave room for these too.
+        that will read the sequences: prompts that are cut leave room for these too. ``on_end`` is
+        called with each response as soon as it has ended, if the engine tells.
         """
         once = self.texts.encode(prompts, sampling.max_length, cut_for=readers)
         read = [prompt for prompt in once for _ in range(samples_per_prompt)]
@@ -60,8 +64,11 @@ class Sampler:
         check_seeds(seeds, len(examples))
         with self._weight_copies.in_use(policy_model):
             self.engine.sync_weights(policy_model)
+            generate: Any = self.engine.generate
+            if on_end is not None and "ended" in parameters(generate).names:
+                generate = partial(generate, ended=self.texts.as_they_end(read, on_end))
             if self._make_environment is None:
-                rollout = self.engine.generate(prompt_ids, sampling, seeds=seeds)
+                rollout = generate(prompt_ids, sampling, seeds=seeds)
             else:
                 assert isinstance(self.engine, LocalEngine)
                 make = self._make_environment
@@ -70,7 +77,7 @@ class Sampler:
                 environments = [make(*by_position, **named) for by_position, named in given]
                 check_environments(environments)
                 turns = self.texts.turns(environments)
-                rollout = self.engine.generate(prompt_ids, sampling, seeds=seeds, turns=turns)
+                rollout = generate(prompt_ids, sampling, seeds=seeds, turns=turns)
         rollout = replace(rollout, samples_per_prompt=samples_per_prompt, examples=examples)
         return self.texts.decode(rollout, [prompt.text for prompt in read])
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ppo_fast.data.ended import Ended, OnEnd
 from ppo_fast.data.examples import Example, as_examples, key_of
 from ppo_fast.data.prompts import (
     Limit,
@@ -23,7 +24,7 @@ from ppo_fast.data.rollout import Rollout, Sampled, sampled_pairs
 from ppo_fast.data.tokens import Tokens, make_tokens
 from ppo_fast.models.checks import context_limit
 from ppo_fast.models.parts import num_embeddings
-from ppo_fast.rollout.engine import eos_ids
+from ppo_fast.rollout.engine import OnIds, eos_ids
 from ppo_fast.rollout.turns import Environment, Turns
 
 logger = logging.getLogger(__name__)
@@ -222,13 +223,31 @@ class Texts:
         ``prompts`` are the texts that its prompts were tokenised from; None, or none at all: they
         are decoded.
         """
-        prompt_rows, rows = _rows(rollout.tokens)
+        texts, completions = self._read(*_rows(rollout.tokens))
+        given = [t if p is None else p for p, t in zip(prompts, texts, strict=False)]
+        return replace(rollout, prompts=given or texts, completions=completions)
+
+    def as_they_end(self, prompts: Sequence[PromptTokens], on_end: OnEnd) -> OnIds:
+        """Return what an engine calls with ids, for ``on_end`` with the texts of ``decode``.
+
+        ``prompts`` are those of the rollout's rows.
+        """
+
+        def ended(row: int, ids: list[int]) -> None:
+            prompt = prompts[row]
+            (text,), (completion,) = self._read([prompt.ids], [ids])
+            on_end(Ended(row, text if prompt.text is None else prompt.text, completion, ids))
+
+        return ended
+
+    def _read(
+        self, prompt_rows: list[list[int]], rows: list[list[int]]
+    ) -> tuple[list[str], list[str]]:
+        """Return the texts of prompts and of responses."""
         ends = eos_ids(self.policy_model, self.tokenizer)
         rows = [ids[:-1] if ids and ids[-1] in ends else ids for ids in rows]
         texts = self._decode(prompt_rows)
-        given = [t if p is None else p for p, t in zip(prompts, texts, strict=False)]
-        completions = self._continuations(prompt_rows, rows, texts)
-        return replace(rollout, prompts=given or texts, completions=completions)
+        return texts, self._continuations(prompt_rows, rows, texts)
 
     def _continuations(
         self, prompts: list[list[int]], responses: list[list[int]], prompt_texts: list[str]

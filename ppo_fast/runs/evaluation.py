@@ -90,6 +90,7 @@ class Evaluable(Protocol):
         samples_per_prompt: int | None = None,
         seeds: Tensor | None = None,
         greedy: bool = False,
+        scorer: Scorer | None = None,
     ) -> Rollout: ...
 
 
@@ -275,7 +276,12 @@ def _sampled(
     last, states = getattr(ppo, "last_rollout", None), random_states()
     try:
         rollout = ppo.rollout(
-            examples, samples_per_prompt=count, seeds=seeds, greedy=greedy, **sampling
+            examples,
+            samples_per_prompt=count,
+            seeds=seeds,
+            greedy=greedy,
+            scorer=scorer,
+            **sampling,
         )
         return rollout, ppo.scores(rollout, scorer)
     finally:

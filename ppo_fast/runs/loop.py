@@ -205,7 +205,8 @@ def pretrain_critic(
         )
     prompts, drawn, found = ppo.check_prompts(prompts), Progress(ppo.config.seed), []
     for number in range(num_steps):
-        experience = ppo.make_experience(ppo.rollout(drawn.next_prompts(prompts, batch_size)))
+        batch = drawn.next_prompts(prompts, batch_size)
+        experience = ppo.make_experience(ppo.rollout(batch, scorer=ppo.scorer))
         metrics = ppo.learner.train_critic(
             experience,
             epochs=ppo.config.value_epochs or ppo.config.num_epochs,

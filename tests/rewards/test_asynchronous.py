@@ -15,8 +15,9 @@ import pytest
 import torch
 from tiny_trainer import one_line
 
-from ppo_fast.rewards import asynchronous
-from ppo_fast.rewards.asynchronous import AsyncReward, Limits, TryAgain, is_async, run
+from ppo_fast.rewards import calls
+from ppo_fast.rewards.asynchronous import AsyncReward, TryAgain, is_async
+from ppo_fast.rewards.calls import Limits, run
 
 PROMPTS = ["The film", "She", "Nothing in this room"]
 COMPLETIONS = [" was over", " thought", " was"]
@@ -193,11 +194,11 @@ def left_running():
 
 @pytest.mark.parametrize("error", [SystemExit(3), asyncio.CancelledError(), KeyboardInterrupt()])
 def test_errors_that_would_end_the_loop(error):
-    thread = asynchronous._get_loop().thread
+    thread = calls._get_loop().thread
     with pytest.raises(RuntimeError, match=f"after 1 try: {type(error).__name__}"):
         AsyncReward(failing(9, error))(["p"], ["c"])
     assert AsyncReward(length)(["p"], ["c"]) == [1.0]
-    assert asynchronous._get_loop().thread is thread
+    assert calls._get_loop().thread is thread
     assert thread.is_alive()
 
 
@@ -209,7 +210,7 @@ def test_waits_grow_have_a_bound_and_heed_the_server():
         assert max(waits) <= high
         assert len(set(waits)) > 40
     assert limits.seconds(1, TryAgain("x", after=7.0)) == 7.0
-    assert limits.seconds(1, TryAgain("x", after=1e9)) == asynchronous.LONGEST_WAIT
+    assert limits.seconds(1, TryAgain("x", after=1e9)) == calls.LONGEST_WAIT
 
 
 def test_no_draw_of_the_training_changes():
@@ -286,7 +287,7 @@ def test_a_forked_child_has_a_loop_of_its_own():
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
     child = context.Process(target=of_child, args=(queue,))
-    with asynchronous._lock:  # as another thread may at any moment
+    with calls._lock:  # as another thread may at any moment
         child.start()
     child.join(20)
     child.kill()

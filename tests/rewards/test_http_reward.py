@@ -16,7 +16,7 @@ from tiny_trainer import one_line
 
 pytest.importorskip("httpx")
 
-from ppo_fast.rewards import asynchronous
+from ppo_fast.rewards import calls
 from ppo_fast.rewards.endpoint import MAX_BYTES, _seconds
 from ppo_fast.rewards.http import HTTPReward
 
@@ -199,9 +199,9 @@ def test_redirects_are_not_followed():
 
 def test_retry_after_is_heeded(monkeypatch):
     waits = []
-    real = asynchronous.Limits.seconds
+    real = calls.Limits.seconds
     monkeypatch.setattr(
-        asynchronous.Limits, "seconds", lambda *a: waits.append(real(*a)) or waits[-1] / 1000
+        calls.Limits, "seconds", lambda *a: waits.append(real(*a)) or waits[-1] / 1000
     )
     answers = in_turn(
         Answer("", 429, {"Retry-After": "7"}), Answer("", 503, {"Retry-After": "9999"}), [1, 2, 3]

@@ -117,7 +117,7 @@ def test_a_rollout_logs_paths_not_taken_with_reason_and_cost(caplog):
     assert record.getMessage() == (
         "fast paths of GPT2LMHeadModel: fused LM head, "
         "no frozen trunk (num_layers_unfrozen is None: every pass computes every layer), "
-            "packed passes, "
+        "packed passes, "
         "no fused layers (layer 0: it has no input_layernorm.weight: decoding takes 1.2 to 1.6 "
         "times as long), products of few rows"
     )

@@ -114,6 +114,7 @@ def test_config_holds_every_setting(tmp_path):
         "stop_token_ids": [7],
         "stop_strings": [],
         "frozen": [],
+        "offload": [],
         "reward_weights": [],
         "value_frozen": [],
         "importance_range": [0.0, 2.0],
