@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from ppo_fast.models.quantized import bits_of, packed_weights
 from ppo_fast.models.transformers_internals import Conv1D
-
-HALF = (torch.float16, torch.bfloat16)
+from ppo_fast.ops.validation import HALF as HALF
 
 
 def computing_in(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[object]:
