@@ -22,6 +22,7 @@ from ppo_fast.models.checks import (
 )
 from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.models.precision import WeightCopies
+from ppo_fast.ops.backends.heap import keep_freed_memory
 from ppo_fast.rewards.load import with_loaded
 from ppo_fast.rewards.place import place_reward
 from ppo_fast.rewards.scorer import Scorer, named_rewards, without_wrapper
@@ -97,6 +98,8 @@ def make_parts(
         long_prompts=config.long_prompts,
         max_prompt_length=config.max_prompt_length,
     )
+    if device.type == "cpu":
+        keep_freed_memory()
     copied = engine is not None or check_agreement(policy, tokenizer.pad_token_id)
     copies = WeightCopies(config.torch_dtype, kept_bytes(policy, config), autocast=not copied)
     engine = engine or make_local_engine(

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ppo_fast.models.quantized import bits_of, packed_weights
 from ppo_fast.models.transformers_internals import Conv1D
+from ppo_fast.ops.validation import HALF as HALF
 
-HALF = (torch.float16, torch.bfloat16)
 # Largest difference that rounding explains between two ways to compute logits or states, relative
 # to the largest of them.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+HALF = (torch.bfloat16, torch.float16)
+
 
 def values_readable(tensor: Tensor) -> bool:
     """Return whether reading ``tensor``'s values costs no synchronisation and breaks no trace."""

@@ -14,6 +14,7 @@ from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.tokens import Tokens
 from ppo_fast.data.trunk_states import TrunkStates
 from ppo_fast.models.language_model import LanguageModel, Next
+from ppo_fast.models.precision import HALF
 from ppo_fast.nonfinite import NotFiniteError
 from ppo_fast.rollout.buffers import Buffers, KeptBuffers, Sizes, recorded_with
 from ppo_fast.rollout.draw import NOT_FINITE, draw
@@ -170,7 +171,8 @@ class _Decoding:
         next_ = self.model.next(**arguments)
         if self.trunk_pieces:
             piece = self.trunk_pieces.pop()
-            self._trunk_like(piece)[b.sequence[:rows], lengths] = piece[:, 0]
+            trunk_states = self._trunk_like(piece)
+            trunk_states[b.sequence[:rows], lengths] = piece[:, 0].to(trunk_states.dtype)
         lengths += 1
         self._draw(slots, next_)
 
@@ -283,6 +285,11 @@ class _Decoding:
         return torch.tensor(numbers, dtype=torch.int64, device=self.model.device)
 
     def _trunk_like(self, piece: Tensor) -> Tensor:
+        """Return the buffer of trunk states, [sequences + 1, capacity, D].
+
+        It is in half precision where the weights are, also where fused layers pass on float32.
+        """
         if self.buffers.trunk_states is None:
-            self.buffers.trunk_states = self.buffers.room(piece, self.buffers.cache.capacity)
+            like = piece[:1, :1].to(self.model.dtype) if self.model.dtype in HALF else piece
+            self.buffers.trunk_states = self.buffers.room(like, self.buffers.cache.capacity)
         return self.buffers.trunk_states

@@ -233,6 +233,15 @@ def test_what_a_gpu_keeps_between_rollouts():
     assert kept(kept_rollout_bytes=0)[0] == kept(cuda_graphs=False)[0] == kept("cpu")[0] == 0
 
 
+def test_fused_layers_cache_float32_on_the_cpu():
+    def cache(device, compute_dtype):
+        config = PPOConfig(compute_dtype=compute_dtype, max_length=8)
+        sizes = {"batch_size": 4, "prompt_length": 8, "device": device}
+        return plan_memory(tiny_config("llama"), config, **sizes).cache
+
+    assert cache("cpu", "bfloat16") == cache("cpu", None) == 2 * cache("cuda", "bfloat16")
+
+
 def test_the_margin_is_a_tenth_of_the_peak():
     plan = MemoryPlan(1000, *[0] * 10)
     assert (plan.peak, plan.with_margin) == (1000, 1100)

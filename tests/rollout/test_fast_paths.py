@@ -95,6 +95,20 @@ def test_copies_in_bfloat16_take_the_kernel_too(family, kernel_calls):
     assert (rollout.logprobs - update).abs().mean() <= 2 * error
 
 
+def test_trunk_states_of_copies_in_bfloat16_are_in_bfloat16():
+    """Fused layers pass on float32; the trunk states of one rollout are those of the other."""
+    raw = model_of("llama")
+    model = LanguageModel(raw, num_layers_unfrozen=1, compute_dtype=torch.bfloat16)
+    with WeightCopies(torch.bfloat16).in_use(raw):
+        assert check_layers(model).number == LAYERS
+        trunk_states = generate(model, whole_trunk=True).trunk_states
+    exact = generate(LanguageModel(raw, num_layers_unfrozen=1), whole_trunk=True).trunk_states
+    assert trunk_states.states.dtype == torch.bfloat16
+    prompts = torch.tensor([0, 1, 7, 8, 9])  # responses may differ
+    found, truth = trunk_states.states[prompts].float(), exact.states[prompts]
+    assert (found - truth).abs().max() <= 0.02 * truth.abs().max()
+
+
 def test_a_rollout_logs_its_fast_paths_once(caplog):
     model = LanguageModel(tiny_model("llama", layers=LAYERS), num_layers_unfrozen=1)
     with caplog.at_level(logging.INFO, "ppo_fast"):

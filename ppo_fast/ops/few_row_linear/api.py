@@ -13,9 +13,7 @@ from ppo_fast.ops.backends.dispatch import choose
 from ppo_fast.ops.backends.impls import Impl
 from ppo_fast.ops.few_row_linear import reference
 from ppo_fast.ops.gradient import without_autocast
-from ppo_fast.ops.validation import check_floating, check_same_device
-
-HALF = (torch.bfloat16, torch.float16)
+from ppo_fast.ops.validation import HALF, check_floating, check_same_device
 
 # Up to this many rows the C++ kernel is the faster one in the table of few_row_linear; where the
 # BLAS is not made for the processor, also beyond. A constant, not a measurement at run time, so

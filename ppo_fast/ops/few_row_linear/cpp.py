@@ -7,8 +7,7 @@ from torch import Tensor
 
 from ppo_fast.ops.backends.cpp_launch import DTYPE_CODES, address, vouched, vouched_or_none
 from ppo_fast.ops.backends.cpus import num_threads
-
-HALF = (torch.bfloat16, torch.float16)
+from ppo_fast.ops.validation import HALF
 
 
 def few_row_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

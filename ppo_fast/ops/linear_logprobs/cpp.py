@@ -4,7 +4,7 @@ The BLAS computes the products; the kernels of csrc/kernels/linear_logprobs.hpp 
 
 Where the processor multiplies bfloat16 numbers, logits of operands in bfloat16 are computed from
 these, with float32 sums (few_row_linear), and the gradient of the logits is rounded to bfloat16 for
-that of the weight, as under autocast. Elsewhere each slice of the weight is converted to float32.
+its products, as under autocast. Elsewhere each slice of the weight is converted to float32.
 
 A tile is the logits [n, columns] of all n rows that count. Going over the vocabulary, not over the
 tokens, reads each slice of the weight once a product and writes each slice of its gradient once.
@@ -63,6 +63,13 @@ class _Head(NamedTuple):
     def rows(self, first: int, columns: int) -> Tensor:
         """Return the weight of a tile, [columns, D]."""
         return self.weight[first : first + columns].to(self.work)
+
+    def add_product(self, gradient: Tensor, first: int, to: Tensor) -> None:
+        """Add gradient [n, columns] times the weight of a tile to ``to`` [n, D] in ``work``."""
+        if self.bfloat16:
+            to += gradient @ self.weight[first : first + gradient.shape[1]]
+        else:
+            to.addmm_(gradient, self.rows(first, gradient.shape[1]))
 
     def describe(self, first: int, logits: Tensor) -> dict[str, Any]:
         """Return the kernels' arguments for the tile that starts at token ``first``."""
@@ -211,17 +218,20 @@ def linear_logprobs_backward(
         _take(b, rows),
     )
     grad_h = torch.zeros_like(h) if needs_grad[0] else None
+    h_used = h.bfloat16() if head.bfloat16 else h
     grad_weight = empty(tuple(weight.shape) if needs_grad[1] else (0,), weight.dtype)
     like_bias = weight if bias is None else bias
     grad_bias = empty((len(weight) if needs_grad[2] else 0,), like_bias.dtype)
     for first, columns, place in tiles:
         gradient = _tile_gradient(head, tiles, first, columns, place, source, h, of_rows)
-        if grad_h is not None:
-            grad_h.addmm_(gradient, head.rows(first, columns))
-        if needs_grad[1]:
-            _write(grad_weight[first : first + columns], gradient, h, head.bfloat16)
         if needs_grad[2]:
             grad_bias[first : first + columns] = gradient.sum(0)
+        if head.bfloat16:
+            gradient = gradient.bfloat16()
+        if grad_h is not None:
+            head.add_product(gradient, first, grad_h)
+        if needs_grad[1]:
+            _write(grad_weight[first : first + columns], gradient, h_used)
     if grad_h is None:
         return hidden.new_empty(0), grad_weight, grad_bias
     return _spread(grad_h.to(hidden.dtype), rows, num_rows), grad_weight, grad_bias
@@ -338,10 +348,8 @@ def _spread(values: Tensor, rows: Tensor | None, num_rows: int) -> Tensor:
     return values.new_zeros(num_rows, *values.shape[1:]).index_copy_(0, rows, values)
 
 
-def _write(place: Tensor, gradient: Tensor, hidden: Tensor, bfloat16: bool) -> None:
+def _write(place: Tensor, gradient: Tensor, hidden: Tensor) -> None:
     """Write gradient^T @ hidden to ``place``, rounded to its dtype once."""
-    if bfloat16:
-        gradient, hidden = gradient.bfloat16(), hidden.bfloat16()
     if place.dtype == gradient.dtype:
         torch.mm(gradient.T, hidden, out=place)
     else:

@@ -129,7 +129,8 @@ def _check(model: LanguageModel) -> FusedLayers:
         reason = f"a step does not reach the kernels of {len(unused)} layers: {why}"
         return FusedLayers(0, reason, failed=known is None)
     # In half precision either side is off by as much as the tolerance: the model's own layers round
-    # what passes from layer to layer, and fused ones do not.
+    # what passes from layer to layer, and fused ones do not. In SmolLM2-135M both differ by 4.7e-2;
+    # from float32, fused layers differ by 1.2e-2 and the model's own by 4.1e-2.
     limit = (2 if model.dtype in HALF else 1) * model.tolerance
     if not (difference := relative_difference(found, expected)) <= limit:
         return FusedLayers(0, f"with them, logits differ by {difference:.1e}", True)
