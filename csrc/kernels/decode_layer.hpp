@@ -64,6 +64,7 @@ template <typename W>  // the type of the weights of products
 struct DecodeLayer {
   using Real = Compute<W>;
   const DecodeLayerArgs& args;
+  const int threads;
   const Real* x = static_cast<const Real*>(args.x);
   Real* y = static_cast<Real*>(args.y);
   const std::int64_t n = args.num_rows, hidden = args.hidden_size;
@@ -78,17 +79,21 @@ struct DecodeLayer {
   Operand<W>* attended = normed + n * hidden;                              // [N, H S]
   Operand<W>* gate = attended + n * q_outputs;                             // [N, I]
 
-  // Outputs that a thread computes at a time.
-  const std::int64_t at_a_time = args.inputs_first ? kColumnsAtATime : kOutputsAtATime;
-
-  std::int64_t blocks(std::int64_t outputs) const { return (outputs + at_a_time - 1) / at_a_time; }
+  // Returns how many of a product's outputs a thread computes at a time, a block.
+  std::int64_t at_a_time(std::int64_t outputs) const {
+    return args.inputs_first ? columns_at_a_time(outputs, threads) : kOutputsAtATime;
+  }
+  std::int64_t blocks(std::int64_t outputs) const {
+    return (outputs + at_a_time(outputs) - 1) / at_a_time(outputs);
+  }
 
   // Computes block i of `from` [N, inputs] weight^T + bias, plus any `base`, whose rows are `stride`
   // apart, as those of `to`; both start at the block.
   void block_product(std::int64_t i, const Operand<W>* from, const Matrix& weight, const void* bias,
                      std::int64_t inputs, std::int64_t outputs, const Real* base, Real* to,
                      std::int64_t stride) const {
-    const std::int64_t first = i * at_a_time, count = std::min(at_a_time, outputs - first);
+    const std::int64_t first = i * at_a_time(outputs);
+    const std::int64_t count = std::min(at_a_time(outputs), outputs - first);
     const Real* shift = bias == nullptr ? nullptr : static_cast<const Real*>(bias) + first;
     const auto emit = [&](std::int64_t r, std::int64_t o, Real dot) {
       const Real sum = dot + (shift == nullptr ? Real(0) : shift[o]);
@@ -105,7 +110,7 @@ struct DecodeLayer {
   // The same for a block of [N, outputs].
   void product(std::int64_t i, const Operand<W>* from, const Matrix& weight, const void* bias,
                std::int64_t inputs, std::int64_t outputs, const Real* base, Real* to) const {
-    const std::int64_t first = i * at_a_time;
+    const std::int64_t first = i * at_a_time(outputs);
     block_product(i, from, weight, bias, inputs, outputs, base == nullptr ? base : base + first,
                   to + first, outputs);
   }
@@ -176,19 +181,20 @@ struct DecodeLayer {
 
   // Computes block i of gate = activation(gate), times up if there is one.
   void activated(std::int64_t i) const {
+    const std::int64_t width = at_a_time(inner), first = i * width;
+    const std::int64_t count = std::min(width, inner - first);
     static thread_local std::vector<Real> room;
-    room.resize(static_cast<std::size_t>(2 * n * at_a_time));
-    Real *gates = room.data(), *ups = gates + n * at_a_time;
+    room.resize(static_cast<std::size_t>(2 * n * width));
+    Real *gates = room.data(), *ups = gates + n * width;
     const auto block = [&](const Matrix& weight, const void* bias, Real* to) {
-      block_product(i, normed, weight, bias, hidden, inner, nullptr, to, at_a_time);
+      block_product(i, normed, weight, bias, hidden, inner, nullptr, to, width);
     };
     const bool gated = args.up_weight.data != nullptr;
     block(args.gate_weight, args.gate_bias, gates);
     if (gated) block(args.up_weight, args.up_bias, ups);
-    const std::int64_t first = i * at_a_time, count = std::min(at_a_time, inner - first);
     const auto apply = [&](auto activation) {
       for (std::int64_t r = 0; r < n; ++r) {
-        const Real *g = gates + r * at_a_time, *u = ups + r * at_a_time;
+        const Real *g = gates + r * width, *u = ups + r * width;
         Operand<W>* to = gate + r * inner + first;
         if (gated) {
           for (std::int64_t j = 0; j < count; ++j) to[j] = Dot<W>::operand(activation(g[j]) * u[j]);
@@ -224,7 +230,7 @@ struct DecodeLayer {
     for (std::int64_t i = 0; i < hidden; ++i) y[r * hidden + i] = base[r * hidden + i] + row[i];
   }
 
-  void run(int num_threads) const {
+  void run() const {
     // What a norm of its own follows is not added to x, or to y, at once.
     const bool out_norm = args.attention_out_norm != nullptr;
     const bool mlp_out_norm = args.mlp_out_norm != nullptr;
@@ -246,10 +252,8 @@ struct DecodeLayer {
     const auto last_norm = [this](std::int64_t r) {
       add_normed(r, y, args.mlp_out_norm, args.mlp_out_eps);
     };
-    const std::int64_t inner_products = args.up_weight.data == nullptr ? 2 : 3;
-    const std::int64_t weights = hidden * (2 * q_outputs + 2 * kv_outputs + inner_products * inner);
     run_loops(
-        useful_threads(product_cost(weights, n), num_threads), Loop{n, 1, first_norm},
+        threads, Loop{n, 1, first_norm},
         Loop{blocks(q_outputs) + 2 * blocks(kv_outputs), 1, [this](std::int64_t i) { qkv(i); }},
         Loop{n, 1, [this](std::int64_t r) { place(r); }},
         Loop{n * args.num_kv_heads, 1, [this](std::int64_t i) { attention(i); }},
@@ -259,10 +263,18 @@ struct DecodeLayer {
   }
 };
 
+template <typename W>
+void run_decode_layer(const DecodeLayerArgs& args, int num_threads) {
+  const std::int64_t heads = 2 * (args.num_heads + args.num_kv_heads) * args.head_size;
+  const std::int64_t inner = (args.up_weight.data == nullptr ? 2 : 3) * args.intermediate_size;
+  const std::int64_t cost = product_cost(args.hidden_size * (heads + inner), args.num_rows);
+  DecodeLayer<W>{args, useful_threads(cost, num_threads)}.run();
+}
+
 inline void decode_layer(const DecodeLayerArgs& args, int num_threads) {
-  if (args.weight_dtype == Dtype::bfloat16) return DecodeLayer<BFloat16>{args}.run(num_threads);
+  if (args.weight_dtype == Dtype::bfloat16) return run_decode_layer<BFloat16>(args, num_threads);
   with_real(args.dtype, [&](auto* type) {
-    DecodeLayer<std::remove_pointer_t<decltype(type)>>{args}.run(num_threads);
+    run_decode_layer<std::remove_pointer_t<decltype(type)>>(args, num_threads);
   });
 }
 

@@ -1,7 +1,7 @@
 """Layers of Gemma's kind, for the kernel that computes one in a call (fused_layers.py).
 
-They have the parts of Llama's layers. Their norms multiply by 1 + weight, and their gates are GELUs.
-Gemma 2 and 3 also normalise what attention and the MLP add. What is read here has tests in
+They have the parts of Llama's layers. Their norms multiply by 1 + weight, and their gates are
+GELUs. Gemma 2 and 3 also normalise what attention and the MLP add. What is read here has tests in
 tests/models/test_gemma_layers.py.
 """
 
@@ -62,7 +62,8 @@ def why_not_gemma_like(layer: nn.Module) -> str | None:
 
 
 def _why_not_norm(norm: nn.Module) -> str | None:
-    return _why_not_gemma_norm(type(norm))
+    kind: Any = type(norm)
+    return _why_not_gemma_norm(kind)
 
 
 @lru_cache

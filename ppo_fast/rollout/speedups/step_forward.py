@@ -29,9 +29,7 @@ DTYPES = {
 }
 # In the order of enum class Activation in csrc/kernels/decode_layer.hpp.
 ACTIVATIONS = ("silu", "gelu_tanh")
-EPSILONS = tuple(
-    f"{norm}_eps" for norm in ("attention", "mlp", "attention_out", "mlp_out", "q", "k")
-)
+NORMS = ("attention", "mlp", "attention_out", "mlp_out", "q", "k")
 
 
 class StepForward:
@@ -70,7 +68,7 @@ class StepForward:
                 name: (address(matrix), 0 if matrix is None else matrix.stride(0))
                 for name, matrix in self._matrices.items()
             }
-            | {name: read.eps.get(name, 0.0) for name in EPSILONS}
+            | {f"{name}_eps": read.eps.get(f"{name}_eps", 0.0) for name in NORMS}
             | {
                 "dtype": DTYPE_CODES[self._dtype],
                 "weight_dtype": DTYPE_CODES[self._weight_dtype],
