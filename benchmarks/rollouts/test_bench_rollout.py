@@ -1,4 +1,5 @@
-"""Decoding SmolLM2-135M: ours against transformers `generate`, on the same prompts and model.
+"""Decoding SmolLM2-135M, and a GPT-2 of 124M random weights: ours against transformers `generate`,
+on the same prompts and model.
 
 Both sides sample at temperature 1 without truncation and never stop at EOS. Every round times both,
 and the median is over rounds.
@@ -9,10 +10,12 @@ import random
 import time
 from collections import Counter
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from plain_ppo import generate
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from ppo_fast.demo.task import load_prompts
 from ppo_fast.models.language_model import LanguageModel
@@ -27,6 +30,14 @@ def smollm2():
     smollm2 = pytest.importorskip("ppo_fast.demo.smollm2")
     model, tokenizer = smollm2.load_smollm2()
     return LanguageModel(model), tokenizer
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    """Return a GPT-2 of the usual sizes; what it has learned does not change its speed."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config()).eval()
+    return LanguageModel(model), SimpleNamespace(pad_token_id=model.config.eos_token_id)
 
 
 def sides(smollm2, prompts, max_lengths):
@@ -57,6 +68,15 @@ def test_decode(turns, smollm2, batch, capsys):
     work = f"decoding SmolLM2-135M, batch {batch}, 64 new tokens each"
     medians = turns(work, sides(smollm2, prompts, [64] * batch), rounds=ROUNDS, warm=False)
     print_rates(capsys, batch * 64, medians)
+
+
+@pytest.mark.parametrize("batch", [4, 16])
+def test_decode_gpt2(turns, gpt2, batch, capsys):
+    draw = random.Random(0)
+    prompts = [[draw.randrange(50000) for _ in range(32)] for _ in range(batch)]
+    work = f"decoding GPT-2 124M, batch {batch}, 48 new tokens each"
+    medians = turns(work, sides(gpt2, prompts, [48] * batch), rounds=ROUNDS, warm=False)
+    print_rates(capsys, batch * 48, medians)
 
 
 @pytest.mark.parametrize("batch", [4, 32])

@@ -11,6 +11,11 @@ DecodeLayerArgs of_dict(const py::dict& given) {
   };
   const auto size = [&](const char* name) { return given[name].cast<std::int64_t>(); };
   const auto real = [&](const char* name) { return given[name].cast<double>(); };
+  const auto flag = [&](const char* name) { return given[name].cast<bool>(); };
+  const auto matrix = [&](const char* name) {
+    const auto [data, stride] = given[name].cast<std::pair<Address, std::int64_t>>();
+    return Matrix{pointer<const void>(data), stride};
+  };
   DecodeLayerArgs args{};
   args.dtype = static_cast<Dtype>(given["dtype"].cast<int>());
   args.weight_dtype = static_cast<Dtype>(given["weight_dtype"].cast<int>());
@@ -20,27 +25,37 @@ DecodeLayerArgs of_dict(const py::dict& given) {
   args.head_size = size("head_size");
   args.intermediate_size = size("intermediate_size");
   args.window = size("window");
+  args.inputs_first = flag("inputs_first");
+  args.layer_norm = flag("layer_norm");
+  args.activation = static_cast<Activation>(given["activation"].cast<int>());
   args.scaling = real("scaling");
+  args.softcap = real("softcap");
   args.attention_norm = address("attention_norm");
   args.mlp_norm = address("mlp_norm");
-  args.q_weight = address("q_weight");
-  args.k_weight = address("k_weight");
-  args.v_weight = address("v_weight");
-  args.o_weight = address("o_weight");
+  args.attention_norm_bias = address("attention_norm_bias");
+  args.mlp_norm_bias = address("mlp_norm_bias");
+  args.attention_out_norm = address("attention_out_norm");
+  args.mlp_out_norm = address("mlp_out_norm");
+  args.q_weight = matrix("q_weight");
+  args.k_weight = matrix("k_weight");
+  args.v_weight = matrix("v_weight");
+  args.o_weight = matrix("o_weight");
   args.q_bias = address("q_bias");
   args.k_bias = address("k_bias");
   args.v_bias = address("v_bias");
   args.o_bias = address("o_bias");
   args.q_norm = address("q_norm");
   args.k_norm = address("k_norm");
-  args.gate_weight = address("gate_weight");
-  args.up_weight = address("up_weight");
-  args.down_weight = address("down_weight");
+  args.gate_weight = matrix("gate_weight");
+  args.up_weight = matrix("up_weight");
+  args.down_weight = matrix("down_weight");
   args.gate_bias = address("gate_bias");
   args.up_bias = address("up_bias");
   args.down_bias = address("down_bias");
   args.attention_eps = real("attention_eps");
   args.mlp_eps = real("mlp_eps");
+  args.attention_out_eps = real("attention_out_eps");
+  args.mlp_out_eps = real("mlp_out_eps");
   args.q_eps = real("q_eps");
   args.k_eps = real("k_eps");
   return args;
@@ -50,9 +65,10 @@ DecodeLayerArgs of_dict(const py::dict& given) {
 
 void bind_decode_layer(py::module_& m) {
   py::class_<DecodeLayerArgs>(m, "DecodeLayer",
-                              "A transformer layer of the Llama kind, for decoding steps; see "
-                              "csrc/kernels/decode_layer.hpp. Weights "
-                              "are addresses, 0 where there is none; they must outlive it.")
+                              "A transformer layer, for decoding steps; see "
+                              "csrc/kernels/decode_layer.hpp. Vectors are addresses, matrices "
+                              "addresses and strides of rows, 0 where there is none; they must "
+                              "outlive it.")
       .def(py::init(&of_dict), py::arg("weights_and_sizes"))
       .def(
           "__call__",
@@ -60,7 +76,7 @@ void bind_decode_layer(py::module_& m) {
              Address values, std::int64_t capacity, Address slots, Address lengths, Address y,
              Address scratch, std::int64_t num_rows, int num_threads) {
             check({num_rows, capacity}, num_threads,
-                  {x, cos, sin, keys, values, slots, lengths, y, scratch});
+                  {x, keys, values, slots, lengths, y, scratch});
             DecodeLayerArgs args = layer;
             args.x = pointer<const void>(x);
             args.cos = pointer<const void>(cos);

@@ -1,118 +1,70 @@
-// A transformer layer of the Llama kind: RMS norms before attention and MLP, rotary positions, keys
-// and values in a cache, a gated MLP. All of it runs in one parallel region. The tokens are the
-// last one of each sequence (a decoding step), or all tokens of some prompts.
+// A transformer layer: norms before attention and MLP, and after them where it has such, keys and
+// values in a cache, an MLP with or without a gate. Llama's, Gemma's and GPT-2's layers are of this
+// form. All of it runs in one parallel region. The tokens are the last one of each sequence (a
+// decoding step), or all tokens of some prompts.
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <vector>
 
 #include "base/dtype.hpp"
 #include "base/math.hpp"
+#include "kernels/column_products.hpp"
 #include "kernels/few_row_linear.hpp"
+#include "kernels/layer_parts.hpp"
 
 namespace ppo_fast {
 
+// In the order of ACTIVATIONS in ppo_fast/rollout/speedups/fused_layers.py.
+enum class Activation : int { silu, gelu_tanh };
+
+// The weight of a product; its rows are `stride` elements apart.
+struct Matrix {
+  const void* data;
+  std::int64_t stride;
+};
+
 // Real is float or double, by `dtype`; the weights of products are Real, or bfloat16 where it is
-// float, by `weight_dtype`. All contiguous. N rows (tokens), D hidden size, H heads on K key-value
-// heads of size S, I inputs of the last product.
+// float, by `weight_dtype`. All contiguous, but for the rows of matrices. N rows (tokens), D hidden
+// size, H heads on K key-value heads of size S, I inputs of the last product. Matrices are given as
+// [outputs, inputs]; with inputs_first, they are stored [inputs, outputs].
 struct DecodeLayerArgs {
   Dtype dtype;
   Dtype weight_dtype;
   std::int64_t num_rows, hidden_size, num_heads, num_kv_heads, head_size, intermediate_size;
-  const void *attention_norm, *mlp_norm;                  // [D]
-  const void *q_weight, *k_weight, *v_weight, *o_weight;  // [H S, D], [K S, D], [K S, D], [D, H S]
-  const void *q_bias, *k_bias, *v_bias, *o_bias;          // or null
-  const void *q_norm, *k_norm;                            // [S], or null
-  const void *gate_weight, *up_weight, *down_weight;      // [I, D], [I, D], [D, I]
-  const void *gate_bias, *up_bias, *down_bias;            // or null
-  double attention_eps, mlp_eps, q_eps, k_eps;
+  bool inputs_first;
+  bool layer_norm;  // norms subtract the mean, and may have biases; else they are RMS norms
+  Activation activation;
+  const void *attention_norm, *mlp_norm;            // [D]
+  const void *attention_norm_bias, *mlp_norm_bias;  // [D], or null
+  const void *attention_out_norm, *mlp_out_norm;    // [D], of what is added to x, or null
+  Matrix q_weight, k_weight, v_weight, o_weight;    // [H S, D], [K S, D], [K S, D], [D, H S]
+  const void *q_bias, *k_bias, *v_bias, *o_bias;    // or null
+  const void *q_norm, *k_norm;                      // [S], or null
+  Matrix gate_weight, up_weight, down_weight;       // [I, D], [I, D], [D, I]; no up: no gating
+  const void *gate_bias, *up_bias, *down_bias;      // or null
+  double attention_eps, mlp_eps, attention_out_eps, mlp_out_eps, q_eps, k_eps;
   double scaling;         // of q . k
+  double softcap;         // c of scores c tanh(scores / c); 0: none
   std::int64_t window;    // how many of the last tokens attention sees; 0: all
   const void* x;          // [N, D]
-  const void *cos, *sin;  // [N, S]
+  const void *cos, *sin;  // [N, S], or null: no rotation
   void *keys, *values;    // [slots, capacity, K, S]
   std::int64_t capacity;
   const std::int64_t* slots;    // [N], the slot of a token's sequence
   const std::int64_t* lengths;  // [N], the number of tokens before it there
   void* y;                      // out, [N, D]
-  void* scratch;                // Real [N (D + (H + 2 K) S + H S + I)]
+  void* scratch;                // Real [N (2 D + (H + 2 K) S + H S + I)]
 };
 
 namespace PPO_FAST_ISA {
-
-// Reduces x with f, from `start` on, in a fixed order.
-template <typename Real, typename F>
-PPO_FAST_INLINE Real reduce(const Real* x, std::int64_t count, Real start, F f) {
-  constexpr int kWidth = 16;
-  Real parts[kWidth];
-  for (int l = 0; l < kWidth; ++l) parts[l] = start;
-  std::int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) {
-    for (int l = 0; l < kWidth; ++l) parts[l] = f(parts[l], x[i + l]);
-  }
-  for (; i < count; ++i) parts[0] = f(parts[0], x[i]);
-  for (int l = 1; l < kWidth; ++l) parts[0] = f(parts[0], parts[l]);
-  return parts[0];
-}
-
-// Zhang and Sennrich 2019 (arXiv 1910.07467), eq. 4: x / sqrt(mean(x^2) + eps) * weight, as
-// activations for weights of type W.
-template <typename W, typename Real = Compute<W>>
-void rms_norm(const Real* x, const Real* weight, std::int64_t count, double eps, Operand<W>* out) {
-  constexpr int kWidth = 16;
-  Real sums[kWidth] = {};
-  std::int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) {
-    for (int l = 0; l < kWidth; ++l) sums[l] = madd(x[i + l], x[i + l], sums[l]);
-  }
-  double sum = 0.0;
-  for (int l = 0; l < kWidth; ++l) sum += static_cast<double>(sums[l]);
-  for (; i < count; ++i) sum += static_cast<double>(x[i] * x[i]);
-  const Real scale = static_cast<Real>(1.0 / std::sqrt(sum / static_cast<double>(count) + eps));
-  for (i = 0; i < count; ++i) out[i] = Dot<W>::operand(weight[i] * (x[i] * scale));
-}
-
-// Su et al. 2021 (arXiv 2104.09864), in the form that rotates entry i with entry i + S / 2.
-template <typename Real>
-void rotate(Real* x, const Real* cos, const Real* sin, std::int64_t size) {
-  const std::int64_t half = size / 2;
-  for (std::int64_t i = 0; i < half; ++i) {
-    const Real low = x[i], high = x[i + half];
-    x[i] = low * cos[i] - high * sin[i];
-    x[i + half] = high * cos[i + half] + low * sin[i + half];
-  }
-}
-
-// One head: out [S] = softmax(scores) v over `count` tokens, `stride` apart; scores [count] are the
-// scaled q . k, and are overwritten.
-template <typename Real>
-void attend(Real* scores, const Real* values, std::int64_t stride, std::int64_t count,
-            std::int64_t size, Real* out) {
-  const Real max = reduce(scores, count, scores[0], [](Real a, Real b) { return a < b ? b : a; });
-  for (std::int64_t j = 0; j < count; ++j) scores[j] = exp(scores[j] - max);
-  const Real share = Real(1) / reduce(scores, count, Real(0), [](Real a, Real b) { return a + b; });
-  for (std::int64_t i = 0; i < size; ++i) out[i] = Real(0);
-  std::int64_t j = 0;
-  for (; j + 4 <= count; j += 4) {
-    const Real *v0 = values + j * stride, *v1 = v0 + stride, *v2 = v1 + stride, *v3 = v2 + stride;
-    const Real p0 = scores[j], p1 = scores[j + 1], p2 = scores[j + 2], p3 = scores[j + 3];
-    for (std::int64_t i = 0; i < size; ++i) {
-      out[i] = madd(p3, v3[i], madd(p2, v2[i], madd(p1, v1[i], madd(p0, v0[i], out[i]))));
-    }
-  }
-  for (; j < count; ++j) {
-    for (std::int64_t i = 0; i < size; ++i)
-      out[i] = madd(scores[j], values[j * stride + i], out[i]);
-  }
-  for (std::int64_t i = 0; i < size; ++i) out[i] *= share;
-}
 
 template <typename W>  // the type of the weights of products
 struct DecodeLayer {
   using Real = Compute<W>;
   const DecodeLayerArgs& args;
+  const int threads;
   const Real* x = static_cast<const Real*>(args.x);
   Real* y = static_cast<Real*>(args.y);
   const std::int64_t n = args.num_rows, hidden = args.hidden_size;
@@ -121,34 +73,44 @@ struct DecodeLayer {
   Real* q = static_cast<Real*>(args.scratch);  // [N, H S]
   Real* k = q + n * q_outputs;                 // [N, K S]
   Real* v = k + n * kv_outputs;                // [N, K S]
+  Real* added = v + n * kv_outputs;            // [N, D], before a norm of its own
   // What products multiply their weights with.
-  Operand<W>* normed = reinterpret_cast<Operand<W>*>(v + n * kv_outputs);  // [N, D]
+  Operand<W>* normed = reinterpret_cast<Operand<W>*>(added + n * hidden);  // [N, D]
   Operand<W>* attended = normed + n * hidden;                              // [N, H S]
   Operand<W>* gate = attended + n * q_outputs;                             // [N, I]
 
-  static std::int64_t blocks(std::int64_t outputs) {
-    return (outputs + kOutputsAtATime - 1) / kOutputsAtATime;
+  // Returns how many of a product's outputs a thread computes at a time, a block.
+  std::int64_t at_a_time(std::int64_t outputs) const {
+    return args.inputs_first ? columns_at_a_time(outputs, threads) : kOutputsAtATime;
+  }
+  std::int64_t blocks(std::int64_t outputs) const {
+    return (outputs + at_a_time(outputs) - 1) / at_a_time(outputs);
   }
 
   // Computes block i of `from` [N, inputs] weight^T + bias, plus any `base`, whose rows are `stride`
   // apart, as those of `to`; both start at the block.
-  void block_product(std::int64_t i, const Operand<W>* from, const void* weight, const void* bias,
+  void block_product(std::int64_t i, const Operand<W>* from, const Matrix& weight, const void* bias,
                      std::int64_t inputs, std::int64_t outputs, const Real* base, Real* to,
                      std::int64_t stride) const {
-    const std::int64_t first = i * kOutputsAtATime;
-    const std::int64_t last = std::min(first + kOutputsAtATime, outputs);
+    const std::int64_t first = i * at_a_time(outputs);
+    const std::int64_t count = std::min(at_a_time(outputs), outputs - first);
     const Real* shift = bias == nullptr ? nullptr : static_cast<const Real*>(bias) + first;
-    products(static_cast<const W*>(weight) + first * inputs, inputs, from, n, inputs, 0,
-             last - first, [&](std::int64_t r, std::int64_t o, Real dot) {
-               const Real sum = dot + (shift == nullptr ? Real(0) : shift[o]);
-               to[r * stride + o] = base == nullptr ? sum : base[r * stride + o] + sum;
-             });
+    const auto emit = [&](std::int64_t r, std::int64_t o, Real dot) {
+      const Real sum = dot + (shift == nullptr ? Real(0) : shift[o]);
+      to[r * stride + o] = base == nullptr ? sum : base[r * stride + o] + sum;
+    };
+    const W* data = static_cast<const W*>(weight.data);
+    if (args.inputs_first) {
+      column_products(data + first, weight.stride, from, n, inputs, count, emit);
+    } else {
+      products(data + first * weight.stride, weight.stride, from, n, inputs, 0, count, emit);
+    }
   }
 
   // The same for a block of [N, outputs].
-  void product(std::int64_t i, const Operand<W>* from, const void* weight, const void* bias,
+  void product(std::int64_t i, const Operand<W>* from, const Matrix& weight, const void* bias,
                std::int64_t inputs, std::int64_t outputs, const Real* base, Real* to) const {
-    const std::int64_t first = i * kOutputsAtATime;
+    const std::int64_t first = i * at_a_time(outputs);
     block_product(i, from, weight, bias, inputs, outputs, base == nullptr ? base : base + first,
                   to + first, outputs);
   }
@@ -170,13 +132,13 @@ struct DecodeLayer {
     return args.slots[row] * args.capacity * kv_outputs + head * size;
   }
 
-  // Rotates a row's queries and keys by its position, and copies its keys and values to the cache.
+  // Rotates any queries and keys of a row by its position, and copies its keys and values to the cache.
   void place(std::int64_t row) const {
     const Real* cos = static_cast<const Real*>(args.cos) + row * size;
     const Real* sin = static_cast<const Real*>(args.sin) + row * size;
     const auto turn = [&](Real* x, const void* norm, double eps) {
       if (norm != nullptr) rms_norm<Real>(x, static_cast<const Real*>(norm), size, eps, x);
-      rotate(x, cos, sin, size);
+      if (args.cos != nullptr) rotate(x, cos, sin, size);
     };
     for (std::int64_t h = 0; h < args.num_heads; ++h) {
       turn(q + row * q_outputs + h * size, args.q_norm, args.q_eps);
@@ -206,6 +168,10 @@ struct DecodeLayer {
     const Real scaling = static_cast<Real>(args.scaling);
     products(keys + first * stride, stride, queries, group, size, 0, count,
              [=](std::int64_t g, std::int64_t j, Real dot) { to[g * count + j] = dot * scaling; });
+    if (args.softcap > 0.0) {
+      const Real cap = static_cast<Real>(args.softcap);
+      for (std::int64_t j = 0; j < group * count; ++j) to[j] = cap * tanh(to[j] / cap);
+    }
     for (std::int64_t g = 0; g < group; ++g) {
       attend(to + g * count, values + first * stride, stride, count, size, out);
       Operand<W>* of_head = attended + row * q_outputs + (head * group + g) * size;
@@ -213,58 +179,102 @@ struct DecodeLayer {
     }
   }
 
-  // Computes block i of gate = silu(gate) * up.
-  void gated(std::int64_t i) const {
+  // Computes block i of gate = activation(gate), times up if there is one.
+  void activated(std::int64_t i) const {
+    const std::int64_t width = at_a_time(inner), first = i * width;
+    const std::int64_t count = std::min(width, inner - first);
     static thread_local std::vector<Real> room;
-    room.resize(static_cast<std::size_t>(2 * n * kOutputsAtATime));
-    Real *gates = room.data(), *ups = gates + n * kOutputsAtATime;
-    const auto block = [&](const void* weight, const void* bias, Real* to) {
-      block_product(i, normed, weight, bias, hidden, inner, nullptr, to, kOutputsAtATime);
+    room.resize(static_cast<std::size_t>(2 * n * width));
+    Real *gates = room.data(), *ups = gates + n * width;
+    const auto block = [&](const Matrix& weight, const void* bias, Real* to) {
+      block_product(i, normed, weight, bias, hidden, inner, nullptr, to, width);
     };
+    const bool gated = args.up_weight.data != nullptr;
     block(args.gate_weight, args.gate_bias, gates);
-    block(args.up_weight, args.up_bias, ups);
-    const std::int64_t first = i * kOutputsAtATime;
-    const std::int64_t count = std::min(kOutputsAtATime, inner - first);
-    for (std::int64_t r = 0; r < n; ++r) {
-      const Real *g = gates + r * kOutputsAtATime, *u = ups + r * kOutputsAtATime;
-      Operand<W>* to = gate + r * inner + first;
-      for (std::int64_t j = 0; j < count; ++j) {
-        to[j] = Dot<W>::operand(g[j] / (Real(1) + exp(-g[j])) * u[j]);
+    if (gated) block(args.up_weight, args.up_bias, ups);
+    const auto apply = [&](auto activation) {
+      for (std::int64_t r = 0; r < n; ++r) {
+        const Real *g = gates + r * width, *u = ups + r * width;
+        Operand<W>* to = gate + r * inner + first;
+        if (gated) {
+          for (std::int64_t j = 0; j < count; ++j) to[j] = Dot<W>::operand(activation(g[j]) * u[j]);
+        } else {
+          for (std::int64_t j = 0; j < count; ++j) to[j] = Dot<W>::operand(activation(g[j]));
+        }
       }
+    };
+    switch (args.activation) {
+      case Activation::silu:
+        return apply([](Real a) { return silu(a); });
+      case Activation::gelu_tanh:
+        return apply([](Real a) { return gelu_tanh(a); });
     }
   }
 
-  void run(int num_threads) const {
-    const auto norm = [this](const Real* from, const void* weight, double eps) {
-      return Loop{n, 1, [=](std::int64_t r) {
-                    const std::int64_t row = r * hidden;
-                    rms_norm<W>(from + row, static_cast<const Real*>(weight), hidden, eps,
-                                normed + row);
-                  }};
+  // Normalises row r of `from` [N, D] for the next products.
+  void norm(std::int64_t r, const Real* from, const void* weight, const void* bias,
+            double eps) const {
+    const Real* scale = static_cast<const Real*>(weight);
+    if (args.layer_norm) {
+      layer_norm<W>(from + r * hidden, scale, static_cast<const Real*>(bias), hidden, eps,
+                    normed + r * hidden);
+    } else {
+      rms_norm<W>(from + r * hidden, scale, hidden, eps, normed + r * hidden);
+    }
+  }
+
+  // Computes row r of y = base + norm(added).
+  void add_normed(std::int64_t r, const Real* base, const void* weight, double eps) const {
+    Real* row = added + r * hidden;
+    rms_norm<Real>(row, static_cast<const Real*>(weight), hidden, eps, row);
+    for (std::int64_t i = 0; i < hidden; ++i) y[r * hidden + i] = base[r * hidden + i] + row[i];
+  }
+
+  void run() const {
+    // What a norm of its own follows is not added to x, or to y, at once.
+    const bool out_norm = args.attention_out_norm != nullptr;
+    const bool mlp_out_norm = args.mlp_out_norm != nullptr;
+    const auto first_norm = [this](std::int64_t r) {
+      norm(r, x, args.attention_norm, args.attention_norm_bias, args.attention_eps);
     };
-    const auto out = [this](std::int64_t i) {
-      product(i, attended, args.o_weight, args.o_bias, q_outputs, hidden, x, y);
+    const auto out = [this, out_norm](std::int64_t i) {
+      product(i, attended, args.o_weight, args.o_bias, q_outputs, hidden, out_norm ? nullptr : x,
+              out_norm ? added : y);
     };
-    const auto down = [this](std::int64_t i) {
-      product(i, gate, args.down_weight, args.down_bias, inner, hidden, y, y);
+    const auto second_norm = [this, out_norm](std::int64_t r) {
+      if (out_norm) add_normed(r, x, args.attention_out_norm, args.attention_out_eps);
+      norm(r, y, args.mlp_norm, args.mlp_norm_bias, args.mlp_eps);
     };
-    const std::int64_t weights = hidden * (2 * q_outputs + 2 * kv_outputs + 3 * inner);
+    const auto down = [this, mlp_out_norm](std::int64_t i) {
+      product(i, gate, args.down_weight, args.down_bias, inner, hidden, mlp_out_norm ? nullptr : y,
+              mlp_out_norm ? added : y);
+    };
+    const auto last_norm = [this](std::int64_t r) {
+      add_normed(r, y, args.mlp_out_norm, args.mlp_out_eps);
+    };
     run_loops(
-        useful_threads(product_cost(weights, n), num_threads),
-        norm(x, args.attention_norm, args.attention_eps),
+        threads, Loop{n, 1, first_norm},
         Loop{blocks(q_outputs) + 2 * blocks(kv_outputs), 1, [this](std::int64_t i) { qkv(i); }},
         Loop{n, 1, [this](std::int64_t r) { place(r); }},
         Loop{n * args.num_kv_heads, 1, [this](std::int64_t i) { attention(i); }},
-        Loop{blocks(hidden), 1, out}, norm(y, args.mlp_norm, args.mlp_eps),
-        Loop{blocks(inner), 1, [this](std::int64_t i) { gated(i); }},
-        Loop{blocks(hidden), 1, down});
+        Loop{blocks(hidden), 1, out}, Loop{n, 1, second_norm},
+        Loop{blocks(inner), 1, [this](std::int64_t i) { activated(i); }},
+        Loop{blocks(hidden), 1, down}, Loop{mlp_out_norm ? n : 0, 1, last_norm});
   }
 };
 
+template <typename W>
+void run_decode_layer(const DecodeLayerArgs& args, int num_threads) {
+  const std::int64_t heads = 2 * (args.num_heads + args.num_kv_heads) * args.head_size;
+  const std::int64_t inner = (args.up_weight.data == nullptr ? 2 : 3) * args.intermediate_size;
+  const std::int64_t cost = product_cost(args.hidden_size * (heads + inner), args.num_rows);
+  DecodeLayer<W>{args, useful_threads(cost, num_threads)}.run();
+}
+
 inline void decode_layer(const DecodeLayerArgs& args, int num_threads) {
-  if (args.weight_dtype == Dtype::bfloat16) return DecodeLayer<BFloat16>{args}.run(num_threads);
+  if (args.weight_dtype == Dtype::bfloat16) return run_decode_layer<BFloat16>(args, num_threads);
   with_real(args.dtype, [&](auto* type) {
-    DecodeLayer<std::remove_pointer_t<decltype(type)>>{args}.run(num_threads);
+    run_decode_layer<std::remove_pointer_t<decltype(type)>>(args, num_threads);
   });
 }
 

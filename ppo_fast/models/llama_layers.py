@@ -7,13 +7,20 @@ the same place.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Collection
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-from ppo_fast.models.quantized import bits_of, quantized_layers
+from ppo_fast.models.layer_parts import (
+    LayerParts,
+    why_not_activation,
+    why_not_code,
+    why_not_neutral,
+    why_not_weights,
+)
 
 # Names of a layer's weights by the kernel's names; a layer may lack those of LAYER_OPTIONAL.
 LAYER_WEIGHTS = {
@@ -27,7 +34,6 @@ LAYER_OPTIONAL = {
     **{f"{x}_bias": f"mlp.{x}_proj.bias" for x in ("gate", "up", "down")},
     **{f"{x}_norm": f"self_attn.{x}_norm.weight" for x in "qk"},
 }
-SILU = ("SiLU", "SiLUActivation")
 
 # Every name that the forward of a layer of Llama's kind, of its attention, MLP and norms uses. One
 # that uses another name computes something that the kernel does not know, as Ministral 3's
@@ -48,60 +54,54 @@ LAYER_NAMES = {
 NEUTRAL = {"residual_multiplier": 1.0, "use_rope": 1}
 
 
-class LlamaLayer(NamedTuple):
-    """Weights and settings of a layer, for the kernel.
-
-    A body calls the layer with ``position_embeddings``, the cosines and sines [1 or n, 1, head
-    size] of its rows' positions.
-
-    weights: by the names of LAYER_WEIGHTS and LAYER_OPTIONAL; None: the layer has none.
-    eps: epsilons of its norms, by the kernel's names.
-    cache_index: its index in the cache's list of layers.
-    head_size, scaling: those of its attention.
-    """
-
-    weights: dict[str, Any]
-    eps: dict[str, float]
-    cache_index: int
-    head_size: int
-    scaling: float
-
-
 def why_not_llama_like(layer: nn.Module) -> str | None:
     """Return the reason why ``layer`` is not of the Llama kind, or None if it is.
 
     A layer of that kind has the parts of a Llama layer and nothing else that computes.
     """
-    if quantized := quantized_layers(layer):
-        return f"its weights are in {bits_of(quantized[0])} bits"
-    names, expected = {name for name, _ in layer.named_parameters()}, set(LAYER_WEIGHTS.values())
-    if missing := sorted(expected - names):
-        return f"it has no {missing[0]}"
-    if more := sorted(names - expected - set(LAYER_OPTIONAL.values())):
-        return f"it has a {more[0]}"
+    reason = why_not_weights(layer, LAYER_WEIGHTS.values(), LAYER_OPTIONAL.values())
+    if reason is not None:
+        return reason
+    modules = dict(layer.named_modules())
+    if reason := why_not_activation(modules.get("mlp.act_fn"), {"silu"}, "SiLU"):
+        return reason
+    return why_not_with_norms(layer, why_not_llama_norm, LAYER_NAMES)
+
+
+def why_not_llama_norm(norm: nn.Module) -> str | None:
+    """Return what a norm of a class that is named RMSNorm lacks of Llama's, or None."""
+    return None if hasattr(norm, "variance_epsilon") else "has no variance_epsilon"
+
+
+def why_not_with_norms(
+    layer: nn.Module, why_not_norm: Callable[[nn.Module], str | None], known: Collection[str]
+) -> str | None:
+    """Return the reason why a layer with the names of Llama's weights computes another thing.
+
+    None: it does not.
+
+    Args:
+        layer: a layer whose activation and names of weights are known to the kernel.
+        why_not_norm: returns the reason why the kernel does not know a norm, or None.
+        known: names that the code of such layers uses; see ``why_not_code``.
+    """
     modules = {name: module for name, module in layer.named_modules() if name}
-    if (activation := type(modules.get("mlp.act_fn")).__name__) not in SILU:
-        return f"its activation is {activation}, not SiLU"
     for name, module in modules.items():
         if list(module.children()) or type(module) is nn.Linear or name == "mlp.act_fn":
             continue
         if not type(module).__name__.endswith("RMSNorm"):
             return f"its {name} is a {type(module).__name__}"
-        if not hasattr(module, "variance_epsilon"):
-            return f"its {name} has no variance_epsilon"
+        if reason := why_not_norm(module):
+            return f"its {name} {reason}"
     for name in ("head_dim", "scaling", "layer_idx"):
         if not hasattr(modules["self_attn"], name):
             return f"its self_attn has no {name}"
     for name, module in {"forward": layer, **modules}.items():
-        if list(module.children()) or type(module).__name__.endswith("RMSNorm"):
-            code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-            if code is None:
-                return f"the code of its {name} cannot be read"
-            if more := sorted(set(code.co_names) - LAYER_NAMES):
-                return f"its {name} uses {', '.join(more)}"
-        for attribute, neutral in NEUTRAL.items():
-            if getattr(module, attribute, neutral) != neutral:
-                return f"its {name} has {attribute} {getattr(module, attribute)}"
+        computes = list(module.children()) or type(module).__name__.endswith("RMSNorm")
+        if computes and (reason := why_not_code(name, module, known)):
+            return reason
+        if reason := why_not_neutral(name, module, NEUTRAL):
+            return reason
     attention: Any = modules["self_attn"]
     names = inspect.unwrap(type(attention).forward).__globals__
     return _why_not_llama_rotation(names.get("apply_rotary_pos_emb"), attention.head_dim)
@@ -130,7 +130,7 @@ def _why_not_llama_rotation(rotate: Any, head_size: int) -> str | None:
     return "its self_attn rotates other pairs of numbers than Llama's"
 
 
-def read_llama_layer(layer: Any) -> LlamaLayer:
+def read_llama_layer(layer: Any) -> LayerParts:
     """Read a layer for which ``why_not_llama_like`` returns None."""
     attention, parameters = layer.self_attn, dict(layer.named_parameters())
     norms = {
@@ -139,7 +139,7 @@ def read_llama_layer(layer: Any) -> LlamaLayer:
         "q_eps": getattr(attention, "q_norm", None),
         "k_eps": getattr(attention, "k_norm", None),
     }
-    return LlamaLayer(
+    return LayerParts(
         {name: parameters.get(path) for name, path in (LAYER_WEIGHTS | LAYER_OPTIONAL).items()},
         {name: getattr(norm, "variance_epsilon", 0.0) for name, norm in norms.items()},
         attention.layer_idx,

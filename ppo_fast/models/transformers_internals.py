@@ -3,7 +3,8 @@
 These are names of arguments, attributes and weights, and what models do with them. Each item says
 why it is needed. ``tests/models/test_transformers_internals.py`` has a test for each, so that the
 test which fails after a new release of transformers names what moved. No other module of this
-package names one of these things, but ``llama_layers.py``, which reads layers.
+package names one of these things, but ``llama_layers.py``, ``gemma_layers.py`` and
+``gpt2_layers.py``, which read layers.
 """
 
 from __future__ import annotations

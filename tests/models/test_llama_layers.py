@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from ppo_fast.models import llama_layers
+from ppo_fast.models.layer_parts import ACTIVATIONS
 
 
 @each_llama_like
@@ -29,7 +30,7 @@ def test_names_of_weights(family):
 
 @each_llama_like
 def test_name_of_the_activation(family):
-    assert type(first_layer(family).mlp.act_fn).__name__ in llama_layers.SILU
+    assert ACTIVATIONS[type(first_layer(family).mlp.act_fn).__name__] == "silu"
 
 
 @each_llama_like

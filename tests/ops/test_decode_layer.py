@@ -20,25 +20,40 @@ def qwen3(**changes):
     """Return a Qwen 3 model, which normalises each head's queries and keys."""
     sizes = {"num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "head_dim": 24}
     sizes |= {"num_key_value_heads": 2, "intermediate_size": 131, "vocab_size": 307} | changes
-    config = AutoConfig.for_model("qwen3", initializer_range=0.15, **sizes)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
-    return model
+    return with_other_norms(AutoConfig.for_model("qwen3", initializer_range=0.15, **sizes))
 
 
 def llama(**changes):
     """Return a Llama with biases, and norm weights other than 1, so that errors show."""
     config = tiny_config("llama", layers=3)
     config.update({"attention_bias": True, "mlp_bias": True} | changes)
+    return with_other_norms(config)
+
+
+def gpt2(**changes):
+    """Return a GPT-2 whose biases and norms are not 0 and 1."""
+    config = tiny_config("gpt2", layers=3)
+    config.update({"n_inner": 131} | changes)
+    return with_other_norms(config)
+
+
+def gemma(family, **changes):
+    """Return a Gemma whose norms are not 1; Gemma 2 and 3 have four norms and windows."""
+    sizes = {"num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "head_dim": 24}
+    sizes |= {"num_key_value_heads": 2, "intermediate_size": 131, "vocab_size": 307}
+    sizes |= {} if family == "gemma" else {"sliding_window": 6, "query_pre_attn_scalar": 20}
+    if family == "gemma3_text":
+        sizes["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = AutoConfig.for_model(family, initializer_range=0.15, **sizes | changes)
+    return with_other_norms(config)
+
+
+def with_other_norms(config):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "bias" in name or "norm" in name:
+            if "bias" in name or "norm" in name or "ln_" in name:
                 parameter.uniform_(0.5, 1.5)
     return model
 
@@ -47,11 +62,29 @@ def with_exact_norms(model):
     """Make the norms compute in the weights' dtype; transformers' own compute in float32."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            eps, weight = module.variance_epsilon, module.weight
+            plain = hasattr(module, "variance_epsilon")
+            eps = module.variance_epsilon if plain else module.eps
+            weight = module.weight if plain else 1.0 + module.weight
             module.forward = lambda x, eps=eps, weight=weight: F.rms_norm(
                 x, x.shape[-1:], weight, eps
             )
     return model
+
+
+# Each kind of layer; None: windows as the model's own config says.
+MODELS = [
+    *((make, window) for make in (llama, qwen3) for window in (0, 6)),
+    (lambda: llama(num_key_value_heads=4), 0),
+    (lambda: llama(num_key_value_heads=4), 6),
+    (gpt2, None),
+    (lambda: gpt2(scale_attn_by_inverse_layer_idx=True, n_inner=None), None),
+    (lambda: gemma("gemma"), None),
+    (lambda: gemma("gemma2", attn_logit_softcapping=1.5, final_logit_softcapping=None), None),
+    (lambda: gemma("gemma3_text"), None),
+]
+NAMES = ["llama", "llama-window", "qwen3", "qwen3-window", "llama-heads", "llama-heads-window"]
+NAMES += ["gpt2", "gpt2-inverse", "gemma", "gemma2", "gemma3"]
+each_model = pytest.mark.parametrize(("make", "window"), MODELS, ids=NAMES)
 
 
 def filled_cache(model, slots=5, capacity=40):
@@ -59,7 +92,8 @@ def filled_cache(model, slots=5, capacity=40):
     config, dtype = model.text_config, model.dtype
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = SlotCache(config, slots, capacity)
-    states = torch.randn(slots, config.num_key_value_heads, capacity, size, dtype=dtype)
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    states = torch.randn(slots, heads, capacity, size, dtype=dtype)
     prompts = [(states.roll(i), states.roll(-i)) for i in range(config.num_hidden_layers)]
     for layer, pair in zip(cache.layers, prompts, strict=True):
         layer.lazy_initialization(*pair)
@@ -68,8 +102,7 @@ def filled_cache(model, slots=5, capacity=40):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [0, 6])
-@pytest.mark.parametrize("make", [llama, qwen3, lambda: llama(num_key_value_heads=4)])
+@each_model
 @pytest.mark.parametrize("isa", _C.instruction_sets())
 @torch.no_grad()
 def test_fused_layers_equal_the_models_own(make, window, dtype, isa):
@@ -93,8 +126,9 @@ def test_fused_layers_equal_the_models_own(make, window, dtype, isa):
     def step(lm, patched):
         of_states = torch.float64 if lm is exact else wide
         of_values = torch.bfloat16 if torch.is_autocast_enabled("cpu") else of_states
+        of_keys = of_values if lm.text_config.model_type == "gpt2" else of_states  # not rotated
         for layer, (keys, values) in zip(cache.layers, before, strict=True):
-            layer.keys, layer.values = keys.to(of_states).clone(), values.to(of_values).clone()
+            layer.keys, layer.values = keys.to(of_keys).clone(), values.to(of_values).clone()
         cache._scratch = None
         arguments = step_arguments(lm, cache, tokens, lengths, int(lengths.max()) + 1)
         if patched:
@@ -122,13 +156,22 @@ def test_fused_layers_equal_the_models_own(make, window, dtype, isa):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "make",
+    # work for several threads
+    [
+        lambda: llama(intermediate_size=2048),
+        lambda: gpt2(n_inner=2048),
+        lambda: gemma("gemma2", intermediate_size=2048),
+    ],
+    ids=["llama", "gpt2", "gemma2"],
+)
 @pytest.mark.parametrize("isa", _C.instruction_sets())
 @torch.no_grad()
-def test_a_rows_bits_depend_on_the_row_alone(monkeypatch, dtype, isa):
+def test_a_rows_bits_depend_on_the_row_alone(monkeypatch, make, dtype, isa):
     """The bits do not depend on the other rows or on the number of threads."""
     monkeypatch.setattr(cpus, "usable_cpus", lambda: 7)
-    # work for several threads
-    model = LanguageModel(llama(intermediate_size=2048).to(dtype))
+    model = LanguageModel(make().to(dtype))
     tokens = torch.tensor([3, 300, 41, 41, 7])
 
     def step(rows, threads):

@@ -57,7 +57,7 @@ def count_tokens(model: LanguageModel) -> list[int]:
 
 
 @pytest.mark.parametrize("slots", [1, 3, None])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
 def test_cost_follows_the_tokens_that_are_produced(family, slots):
     """Lengths are skewed: no slot computes after its response has ended, or waits for another."""
     model = LanguageModel(tiny_model(family))
@@ -69,7 +69,7 @@ def test_cost_follows_the_tokens_that_are_produced(family, slots):
     # [44] is asked for three times and computed once; the last token of a response never is
     prompts = sum(len(p) for p in PROMPTS) - 2
     # of the prompts that start together; fused layers need none
-    padding = {1: 0, 3: 7, None: 19}[slots] if family == "gpt2" else 0
+    padding = {1: 0, 3: 7, None: 19}[slots] if family == "gpt_neox" else 0
     assert sum(counts) == prompts + padding + sum(lengths) - len(lengths)
 
 

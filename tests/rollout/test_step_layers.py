@@ -19,7 +19,7 @@ from ppo_fast.rollout.speedups.slot_check import layers_can_be_fused
 
 ONE = {"prompt_ids": [[3, 9]], "sampling": Sampling(6), "seeds": torch.arange(1)}
 ONE |= {"eos_ids": [], "pad_id": PAD_ID}
-FUSED = {"llama": 3, "qwen2": 3, "gpt2": 0, "gemma2": 0, "gpt_neox": 0, "cohere": 0}
+FUSED = {"llama": 3, "qwen2": 3, "gpt2": 3, "gemma2": 3, "gpt_neox": 0, "cohere": 0}
 
 
 def state_of(model):
@@ -65,6 +65,29 @@ def test_changed_and_half_precision_layers_are_not_fused(what):
         layer.input_layernorm.bias = torch.nn.Parameter(torch.zeros(64))
     with fused_layers(LanguageModel(raw)) as layers:
         assert len(layers) == (0 if what == "half" else 1)
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("gpt2", torch.float64), ("gemma2", torch.float32)])
+def test_a_rollout_by_fused_layers_equals_one_by_the_models_own(monkeypatch, family, dtype):
+    raw = tiny_model(family, layers=3, seed=3).to(dtype)
+    with torch.no_grad():
+        for name, parameter in raw.named_parameters():
+            if "bias" in name or "norm" in name or "ln_" in name:
+                parameter.uniform_(0.5, 1.5)
+    arguments = {"seeds": torch.arange(4), "eos_ids": [], "pad_id": PAD_ID}
+    prompts = [[5, 6, 7, 8], [9], [5, 6, 7, 8], [11, 12]]
+
+    def rollout():
+        model = LanguageModel(raw)
+        return layers_can_be_fused(model), decode(model, prompts, Sampling(20), **arguments)
+
+    fused, found = rollout()
+    monkeypatch.setattr("ppo_fast.rollout.speedups.fused_layers.why_no_kind", lambda _: "by test")
+    not_fused, expected = rollout()
+    assert fused
+    assert not not_fused
+    assert torch.equal(found.tokens.response_ids, expected.tokens.response_ids)
+    torch.testing.assert_close(found.logprobs, expected.logprobs, atol=1e-4, rtol=1e-4)
 
 
 def test_nothing_is_fused_under_autocast():

@@ -1,0 +1,238 @@
+"""The forward of a fused layer: one C++ call for a step's rows."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppo_fast.models.layer_kinds import read_layer
+from ppo_fast.models.layer_parts import LayerParts
+from ppo_fast.models.transformers_internals import cache_argument
+from ppo_fast.ops.backends.cpp_launch import (
+    DTYPE_CODES,
+    address,
+    vouched,
+    vouched_or_none,
+    written,
+)
+from ppo_fast.ops.backends.cpus import num_threads
+from ppo_fast.rollout.slots import SlotCache
+
+# Dtypes of a layer's weights, and of what passes from layer to layer.
+DTYPES = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.bfloat16: torch.float32,
+}
+# In the order of enum class Activation in csrc/kernels/decode_layer.hpp.
+ACTIVATIONS = ("silu", "gelu_tanh")
+NORMS = ("attention", "mlp", "attention_out", "mlp_out", "q", "k")
+
+
+class StepForward:
+    """Forward of a fused layer: the kernel for rows of a SlotCache, else the layer's own.
+
+    Attributes:
+        calls: number of the kernel's calls.
+        why_not: reason why a step last took the layer's own forward; None: none did.
+    """
+
+    def __init__(self, layer: Any, window: int) -> None:
+        from ppo_fast.ops import _C
+
+        self._layer, self._cache_argument = layer, cache_argument(layer)
+        names = list(inspect.signature(type(layer).forward).parameters)
+        # in the arguments after the layer and its input, for bodies that give it by place
+        takes_cache = self._cache_argument in names
+        self._cache_place = names.index(self._cache_argument) - 2 if takes_cache else -1
+        self.calls = 0
+        self.why_not: str | None = None
+        read = read_layer(layer)
+        size, self._rotary = read.head_size, read.rotary
+        self._index, self._head_size = read.cache_index, size
+        sizes = _sizes(read)
+        self._hidden_size, self._q_size, self._kv_size, self._inner = sizes
+        weight = read.weights["q_weight"]
+        assert weight is not None
+        self._weight_dtype = weight.dtype
+        self._dtype = DTYPES[self._weight_dtype]
+        # they must outlive the kernel
+        self._matrices = _vouched_matrices(read, sizes, self._weight_dtype)
+        self._vectors = _vouched_vectors(read, sizes, self._dtype)
+        self._kernel = _C.DecodeLayer(
+            {name: address(vector) for name, vector in self._vectors.items()}
+            | {
+                name: (address(matrix), 0 if matrix is None else matrix.stride(0))
+                for name, matrix in self._matrices.items()
+            }
+            | {f"{name}_eps": read.eps.get(f"{name}_eps", 0.0) for name in NORMS}
+            | {
+                "dtype": DTYPE_CODES[self._dtype],
+                "weight_dtype": DTYPE_CODES[self._weight_dtype],
+                "hidden_size": self._hidden_size,
+                "num_heads": self._q_size // size,
+                "num_kv_heads": self._kv_size // size,
+                "head_size": size,
+                "intermediate_size": self._inner,
+                "inputs_first": read.inputs_first,
+                "layer_norm": read.layer_norm,
+                "activation": ACTIVATIONS.index(read.activation),
+                "scaling": read.scaling,
+                "softcap": read.softcap or 0.0,
+                "window": window,
+            }
+        )
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        cache = kwargs.get(self._cache_argument)
+        if 0 <= self._cache_place < len(args):
+            cache = args[self._cache_place]
+        if (
+            not isinstance(cache, SlotCache)
+            or cache.lengths is None
+            or not self._takes(hidden_states, position_embeddings, cache)
+        ):
+            if hidden_states.dtype == self._dtype:  # its products take the dtype of its weights
+                hidden_states = hidden_states.to(self._weight_dtype)
+            if self._rotary:
+                kwargs["position_embeddings"] = position_embeddings
+            return type(self._layer).forward(self._layer, hidden_states, *args, **kwargs)
+        dtype, of_input = self._dtype, hidden_states.dtype
+        tables = [table.to(dtype) for table in position_embeddings or ()] if self._rotary else []
+        states = self._step(hidden_states.to(dtype), tables, cache, cache.lengths)
+        self.calls += 1
+        return states.to(of_input)
+
+    def _takes(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        cache: SlotCache,
+    ) -> bool:
+        """Return whether a step is in the kernel's dtype, and rotates whole heads."""
+        room, dtype = cache.layers[self._index], self._dtype
+        rotated = 0 if position_embeddings is None else position_embeddings[0].shape[-1]
+        if self._rotary and rotated != self._head_size:
+            self.why_not = "it does not rotate whole heads"
+            return False
+        if torch.is_autocast_enabled("cpu"):
+            self.why_not = "the model's forward enters autocast"
+        elif hidden_states.dtype not in (dtype, self._weight_dtype):
+            weights = self._weight_dtype
+            self.why_not = f"its input is {hidden_states.dtype}, its weights are {weights}"
+        elif room.is_initialized and not room.keys.dtype == room.values.dtype == dtype:
+            self.why_not = f"keys are {room.keys.dtype}, values {room.values.dtype}, not {dtype}"
+        else:
+            return True
+        return False
+
+    def _step(
+        self,
+        hidden_states: Tensor,
+        tables: list[Tensor],
+        cache: SlotCache,
+        lengths: Tensor,
+    ) -> Tensor:
+        size, dtype, kv_heads = self._head_size, self._dtype, self._kv_size // self._head_size
+        rows, room = len(hidden_states), cache.layers[self._index]
+        x = vouched("hidden_states", hidden_states, (rows, 1, self._hidden_size), dtype)
+        if not room.is_initialized:
+            like = x.new_empty(1).expand(rows, kv_heads, 1, size)
+            room.lazy_initialization(like, like)
+        cells = (cache.slots, cache.capacity, kv_heads, size)
+        # the cosines and sines of a layer that rotates
+        angles = [
+            vouched(name, table.expand(rows, 1, -1), (rows, 1, size), dtype)
+            for name, table in zip(("cos", "sin"), tables, strict=False)
+        ]
+        cos, sin = map(address, angles or (None, None))
+        slots = vouched("slots", cache.row_slots, (rows,), torch.int64)
+        lengths = vouched("lengths", lengths, (rows,), torch.int64)
+        y = torch.empty_like(x)
+        count = rows * (2 * self._hidden_size + 2 * (self._q_size + self._kv_size) + self._inner)
+        self._kernel(
+            x=x.data_ptr(),
+            cos=cos,
+            sin=sin,
+            keys=written("keys", room.keys, cells, dtype).data_ptr(),
+            values=written("values", room.values, cells, dtype).data_ptr(),
+            capacity=cache.capacity,
+            slots=slots.data_ptr(),
+            lengths=lengths.data_ptr(),
+            y=y.data_ptr(),
+            scratch=cache.scratch(count, x).data_ptr(),
+            num_rows=rows,
+            num_threads=num_threads(),
+        )
+        return y
+
+
+class _Sizes(NamedTuple):
+    """Sizes of a layer's states, queries, keys (or values), and of the MLP's inner activations."""
+
+    hidden: int
+    queries: int
+    keys: int
+    inner: int
+
+
+def _sizes(read: LayerParts) -> _Sizes:
+    def of(name: str) -> tuple[int, int]:
+        matrix = read.weights[name]
+        assert matrix is not None
+        outputs, inputs = matrix.shape[::-1] if read.inputs_first else matrix.shape
+        return outputs, inputs
+
+    queries, hidden = of("q_weight")
+    return _Sizes(hidden, queries, of("k_weight")[0], of("gate_weight")[0])
+
+
+def _products(sizes: _Sizes) -> dict[str, tuple[int, int]]:
+    """Return the outputs and inputs of each product."""
+    hidden, queries, keys, inner = sizes
+    attention = {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden)}
+    mlp = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+    return attention | {"o": (hidden, queries)} | mlp
+
+
+def _vouched_matrices(
+    read: LayerParts, sizes: _Sizes, dtype: torch.dtype
+) -> dict[str, Tensor | None]:
+    matrices: dict[str, Tensor | None] = {}
+    for name, (outputs, inputs) in _products(sizes).items():
+        matrix = read.weights.get(f"{name}_weight")
+        if matrix is not None and matrix.stride(1) != 1:
+            matrix = matrix.contiguous()
+        shape = (inputs, outputs) if read.inputs_first else (outputs, inputs)
+        got = None if matrix is None else (tuple(matrix.shape), matrix.dtype, matrix.is_cpu)
+        if got not in (None, (shape, dtype, True)):
+            raise ValueError(f"{name}_weight: got {got}, expected {dtype} {shape} on cpu")
+        matrices[f"{name}_weight"] = matrix
+    return matrices
+
+
+def _vouched_vectors(
+    read: LayerParts, sizes: _Sizes, dtype: torch.dtype
+) -> dict[str, Tensor | None]:
+    shapes = {f"{name}_bias": outputs for name, (outputs, _) in _products(sizes).items()}
+    for name in ("attention_norm", "mlp_norm"):
+        shapes |= {name: sizes.hidden, f"{name}_bias": sizes.hidden}
+    shapes |= {"attention_out_norm": sizes.hidden, "mlp_out_norm": sizes.hidden}
+    shapes |= {"q_norm": read.head_size, "k_norm": read.head_size}
+    return {
+        name: vouched_or_none(name, _to(read.weights.get(name), dtype), (size,), dtype)
+        for name, size in shapes.items()
+    }
+
+
+def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
