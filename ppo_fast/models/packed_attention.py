@@ -22,6 +22,7 @@ from ppo_fast.data.tokens import Tokens
 from ppo_fast.models.precision import HALF
 from ppo_fast.models.transformers_internals import ATTENTION_EXTRAS, attention_set_to
 from ppo_fast.models.varlen_attention import varlen_attention
+from ppo_fast.ops.gradient import without_autocast
 
 NAME = "ppo_fast_packed"
 
@@ -145,8 +146,16 @@ def by_blocks(
     scaling: float | None,
     window: int,
 ) -> Tensor:
-    """Compute attention [1, N, H, d] in one call a block."""
-    outs = []
+    """Compute attention [1, N, H, d] in one call a block.
+
+    On a CPU that of half precision is computed in float32: PyTorch's backward pass takes 4 times as
+    long in bfloat16.
+    """
+    dtype, outs = query.dtype, []
+    if dtype in HALF:
+        with without_autocast(query.device):
+            q, k, v = query.float(), key.float(), value.float()
+            return by_blocks(packed_pass, q, k, v, scaling, window).to(dtype)
     for start, end, prefix in packed_pass.tokens.packing.blocks:
         q, k, v = (x[:, :, start:end] for x in (query, key, value))
         if prefix is not None:
