@@ -14,8 +14,8 @@
 namespace ppo_fast::PPO_FAST_ISA {
 
 // Outputs of a panel. A thread takes up to kMostPanels next to one another at a time, so that it
-// reads long pieces of the weight's rows: with 256 outputs in place of 512, 4 rows take 1.1 times as
-// long.
+// reads long pieces of the weight's rows: with 256 outputs in place of 512, 4 rows take 1.1 times
+// as long.
 constexpr std::int64_t kPanelOutputs = 64;
 constexpr std::int64_t kMostPanels = 8;
 // Inputs that are added to all sums before the next ones. Few, since rows of a weight are often a
