@@ -87,8 +87,8 @@ struct DecodeLayer {
     return (outputs + at_a_time(outputs) - 1) / at_a_time(outputs);
   }
 
-  // Computes block i of `from` [N, inputs] weight^T + bias, plus any `base`, whose rows are `stride`
-  // apart, as those of `to`; both start at the block.
+  // Computes block i of `from` [N, inputs] weight^T + bias, plus any `base`, whose rows are
+  // `stride` apart, as those of `to`; both start at the block.
   void block_product(std::int64_t i, const Operand<W>* from, const Matrix& weight, const void* bias,
                      std::int64_t inputs, std::int64_t outputs, const Real* base, Real* to,
                      std::int64_t stride) const {
@@ -132,7 +132,8 @@ struct DecodeLayer {
     return args.slots[row] * args.capacity * kv_outputs + head * size;
   }
 
-  // Rotates any queries and keys of a row by its position, and copies its keys and values to the cache.
+  // Rotates a row's queries and keys by its position, where the layer rotates, and copies its keys
+  // and values to the cache.
   void place(std::int64_t row) const {
     const Real* cos = static_cast<const Real*>(args.cos) + row * size;
     const Real* sin = static_cast<const Real*>(args.sin) + row * size;
