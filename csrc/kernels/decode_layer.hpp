@@ -135,11 +135,11 @@ struct DecodeLayer {
   // Rotates a row's queries and keys by its position, where the layer rotates, and copies its keys
   // and values to the cache.
   void place(std::int64_t row) const {
-    const Real* cos = static_cast<const Real*>(args.cos) + row * size;
-    const Real* sin = static_cast<const Real*>(args.sin) + row * size;
     const auto turn = [&](Real* x, const void* norm, double eps) {
       if (norm != nullptr) rms_norm<Real>(x, static_cast<const Real*>(norm), size, eps, x);
-      if (args.cos != nullptr) rotate(x, cos, sin, size);
+      if (args.cos == nullptr) return;
+      rotate(x, static_cast<const Real*>(args.cos) + row * size,
+             static_cast<const Real*>(args.sin) + row * size, size);
     };
     for (std::int64_t h = 0; h < args.num_heads; ++h) {
       turn(q + row * q_outputs + h * size, args.q_norm, args.q_eps);

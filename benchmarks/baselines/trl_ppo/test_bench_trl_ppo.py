@@ -16,11 +16,11 @@ pytestmark = pytest.mark.timeout(3600)
 ROUNDS = 3
 
 
-def test_step(turns):
+@pytest.mark.parametrize("work", SIDES)
+def test_step(turns, work):
     smollm2 = load_smollm2()
-    turns(
-        WORK, {name: make(smollm2) for name, make in SIDES[WORK].items()}, rounds=ROUNDS, warm=False
-    )
+    steps = {name: make(smollm2) for name, make in SIDES[work].items()}
+    turns(work, steps, rounds=ROUNDS, warm=False)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

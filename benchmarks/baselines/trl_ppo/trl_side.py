@@ -1,4 +1,4 @@
-"""Whole PPO steps by TRL's PPOTrainer, on the CPU in float32, to compare ours with.
+"""Whole PPO steps by TRL's PPOTrainer, on the CPU, to compare ours with.
 
 A call of its `train()` is one update here: the trainer is made before, and what `train()` does
 before and after its loop takes milliseconds. The reward costs nothing: TRL wants a reward model
@@ -48,6 +48,8 @@ def make_trainer(
     tokenizer: Any,
     prompt_ids: list[list[int]],
     folder: str,
+    *,
+    bf16: bool = False,
     **options: Any,
 ) -> PPOTrainer:
     """Return a trainer whose `train()` is one update on all prompts."""
@@ -57,7 +59,7 @@ def make_trainer(
         total_episodes=len(prompt_ids),
         num_sample_generations=0,
         gradient_checkpointing=False,
-        bf16=False,
+        bf16=bf16,
         use_cpu=True,
         lr_scheduler_type="constant",
         save_strategy="no",
@@ -85,7 +87,15 @@ class Theirs:
     but the step costs as much.
     """
 
-    def __init__(self, smollm2: Any, prompts: list[str], max_length: int, epochs: int) -> None:
+    def __init__(
+        self,
+        smollm2: Any,
+        prompts: list[str],
+        max_length: int,
+        epochs: int,
+        *,
+        bf16: bool = False,
+    ) -> None:
         model, tokenizer = smollm2
         policy = copy.deepcopy(model)
         self._folder = tempfile.TemporaryDirectory()
@@ -101,6 +111,7 @@ class Theirs:
             temperature=1.0,
             response_length=max_length,
             num_ppo_epochs=epochs,
+            bf16=bf16,
         )
 
     def step(self) -> None:
