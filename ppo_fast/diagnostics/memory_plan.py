@@ -57,7 +57,7 @@ class MemoryPlan:
     cache: keys and values of a rollout.
     copies: copies of weights for a rollout: in compute_dtype; on the CPU with adapters merged.
     kept_rollout: the part of cache and copies that stays during the update (kept_rollout_bytes).
-    activations: what autograd keeps of one microbatch, without logits.
+    activations: what autograd keeps of one padded microbatch, without logits. Packed ones keep less.
     logits: tiles of the LM head's logits that are kept for the backward pass.
     reward_model: weights of the reward, where it is a model.
     undo: the copy from before an update (undo_updates), where training is on the CPU.
@@ -146,6 +146,10 @@ def plan_memory(
     length, k = prompt_length + config.max_length, config.num_layers_unfrozen
     sequences = batch_size * config.samples_per_prompt
     rows = min(sequences, max(1, config.microbatch_tokens // length))
+    # a packed microbatch has each prompt once for its samples, and so more responses
+    shared = config.samples_per_prompt if config.padding_free else 1
+    of_response = config.max_length + prompt_length / shared
+    responses = min(sequences, max(1, int(config.microbatch_tokens / of_response)))
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     policy = _policy(fake, model_config, config, adapter)
     packed = [] if quantization is None else _quantizable(policy)
@@ -186,7 +190,9 @@ def plan_memory(
         copies=copies,
         kept_rollout=sum(size for size in (cache, copies) if size <= most),
         activations=activations,
-        logits=min(FLOAT * rows * config.max_length * text.vocab_size, logits_budget_bytes(config)),
+        logits=min(
+            FLOAT * responses * config.max_length * text.vocab_size, logits_budget_bytes(config)
+        ),
         reward_model=reward_bytes,
         undo=_bytes(trained) + moments if config.undo_updates and device == "cpu" else 0,
         offload=() if device == "cpu" else config.offload,
