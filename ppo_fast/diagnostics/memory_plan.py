@@ -57,7 +57,7 @@ class MemoryPlan:
     cache: keys and values of a rollout.
     copies: copies of weights for a rollout: in compute_dtype; on the CPU with adapters merged.
     kept_rollout: the part of cache and copies that stays during the update (kept_rollout_bytes).
-    activations: what autograd keeps of a padded microbatch, without logits; a packed one keeps less.
+    activations: what autograd keeps of a padded microbatch without logits; a packed one is smaller.
     logits: tiles of the LM head's logits that are kept for the backward pass.
     reward_model: weights of the reward, where it is a model.
     undo: the copy from before an update (undo_updates), where training is on the CPU.
