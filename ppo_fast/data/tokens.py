@@ -78,6 +78,16 @@ class Tokens:
         return both.gather(1, (first + self._columns).clamp_max(both.shape[1] - 1).to(self.device))
 
     @cached_property
+    def without_last(self) -> Tokens:
+        """The tokens without each response's last one, whose state no log-prob or value needs."""
+        return replace(
+            self,
+            response_ids=self.response_ids[:, :-1],
+            response_lengths=self.response_lengths - 1,
+            trained=None if self.trained is None else self.trained[:, :-1],
+        )
+
+    @cached_property
     def packing(self) -> Packing:
         """Where the tokens stand in one row without padding, in which each prompt stands once."""
         return pack(self)
@@ -180,9 +190,11 @@ class Tokens:
     def before_response(self, per_token: Tensor) -> Tensor:
         """Select the entries of the tokens before each response token: [B, L, ...] -> [B, T, ...].
 
-        Beyond a response they are some other token's.
+        Each row's last token may lack: [B, L - 1, ...]. Beyond a response they are some other
+        token's.
         """
-        index = self._before_response.view(*self.response_ids.shape, *[1] * (per_token.dim() - 2))
+        index = self._before_response.clamp_max(per_token.shape[1] - 1)
+        index = index.view(*self.response_ids.shape, *[1] * (per_token.dim() - 2))
         return per_token.gather(1, index.expand(-1, -1, *per_token.shape[2:]))
 
     def sequences(self) -> list[Tensor]:

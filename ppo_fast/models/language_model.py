@@ -272,16 +272,16 @@ class LanguageModel:
         return self.head.weight, self.head.bias
 
     def _run(
-        self, tokens: Tokens, trunk_states: TrunkStates | None
+        self, tokens: Tokens, trunk_states: TrunkStates | None, *, last: bool = False
     ) -> tuple[Flat | None, Flat | None]:
-        """Return states and, on the ordinary path, logits."""
+        """Return states and, on the ordinary path, logits; of last tokens if asked for."""
         with computing_in(self.compute_dtype, tokens.device):
             if self.fused:
-                return self.passes.states(tokens, trunk_states), None
+                return self.passes.states(tokens, trunk_states, last=last), None
             if self.body is None:
-                return None, self.passes.logits(self.model, tokens)
+                return None, self.passes.logits(self.model, tokens, last=last)
             with _output_of(self.body) as output, uncompiled(self.model, around=self.body):
-                logits = self.passes.logits(self.model, tokens, trunk_states)
+                logits = self.passes.logits(self.model, tokens, trunk_states, last=last)
             states = output[0].last_hidden_state
             return Flat(states.flatten(0, 1), logits.places), logits
 
@@ -330,7 +330,7 @@ class LanguageModel:
                     f"its layers take states {list(shape)} for tokens {[*tokens.input_ids.shape]}"
                 )
             trunk_states = TrunkStates.pack(padded, tokens, whole=True)
-            runs = self._run(tokens, None)[0], self._run(tokens, trunk_states)[0]
+            runs = (self._run(tokens, given, last=True)[0] for given in (None, trunk_states))
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
             return f"{type(error).__name__}: {error}"
         whole, split = (found.padded() for found in runs if found is not None)

@@ -36,6 +36,7 @@ class Flat(NamedTuple):
 
     numbers: [n, ...], of the tokens as they were computed.
     places: [B, L] int64, where those of each sequence stand; beyond its end, some other token's.
+        [B, L - 1] of a pass without last tokens.
     """
 
     numbers: Tensor
@@ -96,18 +97,35 @@ class Passes:
         return self.why_padded is None and why_not_now(self.module) is None
 
     def logits(
-        self, model: nn.Module, tokens: Tokens, trunk_states: TrunkStates | None = None
+        self,
+        model: nn.Module,
+        tokens: Tokens,
+        trunk_states: TrunkStates | None = None,
+        *,
+        last: bool = False,
     ) -> Flat:
-        """Compute the logits of ``model``, whose body this is."""
-        return self._run(model, tokens, trunk_states, "logits")
+        """Compute the logits of ``model``, whose body this is.
 
-    def states(self, tokens: Tokens, trunk_states: TrunkStates | None = None) -> Flat:
-        """Compute the body's last states."""
-        return self._run(self.module, tokens, trunk_states, "last_hidden_state")
+        Those after each sequence's last token are among them if ``last`` asks for them.
+        """
+        return self._run(model, tokens, trunk_states, "logits", last=last)
+
+    def states(
+        self, tokens: Tokens, trunk_states: TrunkStates | None = None, *, last: bool = False
+    ) -> Flat:
+        """Compute the body's last states; those of last tokens if ``last`` asks for them."""
+        return self._run(self.module, tokens, trunk_states, "last_hidden_state", last=last)
 
     def _run(
-        self, module: nn.Module, tokens: Tokens, trunk_states: TrunkStates | None, name: str
+        self,
+        module: nn.Module,
+        tokens: Tokens,
+        trunk_states: TrunkStates | None,
+        name: str,
+        *,
+        last: bool,
     ) -> Flat:
+        tokens = tokens if last else tokens.without_last
         packed = self._packed_pass(tokens)
         trunk_states = None if self.split is None else trunk_states
         output = run(module, tokens, self.split, trunk_states, packed=packed)

@@ -256,7 +256,7 @@ def _head_scores(
         part = tokens.select(rows).to(device)
         of_rows = None if trunk_states is None else trunk_states.select(rows)
         try:
-            states = passes.states(part, of_rows).last(part)
+            states = passes.states(part, of_rows, last=True).last(part)
             scores[rows.to(device)] = reward_model.reward_head(states).squeeze(-1).float()
         except Exception as error:
             raise RuntimeError(f"{what} raised {type(error).__name__}: {error}") from error

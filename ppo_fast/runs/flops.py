@@ -150,7 +150,8 @@ def step_flops(
     * each epoch: forward and backward of the policy and of the value model, in these layers;
       gradients of weights for those that are trained.
 
-    Where passes are packed, they too take each prompt once for all its samples.
+    No pass takes a response's last token, which nothing follows. Where passes are packed, they too
+    take each prompt once for all its samples.
 
     Args:
         tokens: of B sequences.
@@ -185,6 +186,6 @@ def step_flops(
 def _spans(pairs: list[tuple[int, int]], samples_per_prompt: int) -> list[tuple[int, int]]:
     """Return first and end of the tokens to compute in each row: a prompt once for its samples."""
     return [
-        (prompt if row % samples_per_prompt else 0, prompt + new)
+        (prompt if row % samples_per_prompt else 0, prompt + max(new - 1, 0))
         for row, (prompt, new) in enumerate(pairs)
     ]

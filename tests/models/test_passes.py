@@ -96,7 +96,7 @@ def test_linear_layers_see_no_padding_and_a_shared_prompt_once():
     layer = layer_list(lm.body)[0]
     layer.mlp.up_proj.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[:2]))
     lm.forward(tokens())
-    assert seen == [(1, 9 + 5 + 1 + 8 + 4 + 7 + 13 + 3)]
+    assert seen == [(1, 9 + 4 + 0 + 7 + 4 + 6 + 13 + 2)], "nothing needs a last token's state"
 
 
 def test_only_states_before_response_tokens_get_a_gradient():

@@ -38,7 +38,8 @@ def test_states_from_the_trunk_are_the_ordinary_states(family, k):
             lm.forward(part).states[part.response_mask],
         )
         assert trunk_states.padded(part).shape == (*part.input_ids.shape, 64)
-        assert torch.equal(lm.forward(part, trunk_states).states[part.response_mask], expected)
+        found = lm.forward(part, trunk_states).states[part.response_mask]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         # what was computed for the whole batch serves some of its rows
         found = lm.forward(part, whole.select(index))
         found = found.states[part.response_mask]
@@ -93,7 +94,7 @@ def test_the_ordinary_path_starts_from_the_trunk_too():
     with torch.no_grad():
         ordinary, split = lm.forward(batch()), lm.forward(batch(), lm.compute_trunk_states(batch()))
     real = batch().response_mask
-    assert torch.equal(ordinary.logits[real], split.logits[real])
+    torch.testing.assert_close(ordinary.logits[real], split.logits[real], rtol=1e-5, atol=1e-5)
 
 
 def test_the_trunk_can_be_recorded_during_a_pass():
@@ -102,7 +103,8 @@ def test_the_trunk_can_be_recorded_during_a_pass():
     with lm.recording_trunk() as pieces, torch.no_grad():
         lm.forward(batch())
         lm.forward(batch())
-    assert all(torch.equal(piece, lm.split.compute_trunk_states(batch())) for piece in pieces)
+    expected = lm.split.compute_trunk_states(batch().without_last)
+    assert all(torch.equal(piece, expected) for piece in pieces)
     assert len(pieces) == 2
     lm.forward(batch())
     assert len(pieces) == 2, "nothing is recorded after the block"
@@ -200,8 +202,10 @@ def test_top_layers_may_read_embeddings_of_the_tokens():
     model.model.embed_tokens.register_forward_hook(lambda *args: embedded.append(args[-1]))
     layer_list(model.model)[3].register_forward_hook(lambda *args: args[-1] + embedded[-1])
     lm = LanguageModel(model, num_layers_unfrozen=2)
-    expected = lm.forward(batch()).states
-    assert torch.equal(lm.forward(batch(), lm.compute_trunk_states(batch())).states, expected)
+    real = batch().response_mask
+    expected = lm.forward(batch()).states[real]
+    found = lm.forward(batch(), lm.compute_trunk_states(batch())).states[real]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -214,7 +218,7 @@ def test_layers_may_return_more_than_states(family):
     padded = Split(body, 2).compute_trunk_states(batch())
     trunk_states = TrunkStates.pack(padded, batch(), whole=True)
     passes = passes_of(body, Split(body, 2), compute_dtype=None, padding_free=False)
-    found, expected = (passes.states(batch(), x).padded() for x in (trunk_states, None))
+    found, expected = (passes.states(batch(), x, last=True).padded() for x in (trunk_states, None))
     real = batch().attention_mask.bool()
     assert torch.equal(found[real], expected[real])
 

@@ -34,7 +34,7 @@ def test_passes_by_hand():
 def test_a_step_by_hand():
     tokens = make_tokens([[1, 2]] * 2, [[3], [4, 5]], 0, torch.device("cpu"))
     s = Sizes((1,), (1,), head=10, head_trained=True)  # 2 a token, 20 a token of a response
-    prompts, responses, both, head = 2 * 4, 2 * 1, 2 * (3 + 4), 20 * 3
+    prompts, responses, both, head = 2 * 4, 2 * 1, 2 * (2 + 3), 20 * 3
     rollout = prompts + responses + head
     update = both + head + 2 * both + 2 * head
     assert step_flops(tokens, s) == rollout + (both + head) + update
@@ -56,7 +56,7 @@ def test_a_step_by_hand():
 def test_a_trunk_is_passed_once():
     tokens = make_tokens([[1, 2]], [[3, 4]], 0, torch.device("cpu"))
     whole, above = step_flops(tokens, SIZES), step_flops(tokens, SIZES, top=1)
-    lower = SIZES.forward(0, 4) - SIZES.forward(0, 4, layers=1)
+    lower = SIZES.forward(0, 3) - SIZES.forward(0, 3, layers=1)  # without the last token
     assert whole - above == 2 * lower  # of the reference, and of the epoch's forward pass
 
 

@@ -38,13 +38,12 @@ def _trl(smollm2: Any, **options: Any) -> Step:
 
 
 WORK = f"a PPO step: batch {len(PROMPTS)}, {NEW} new tokens, {EPOCHS} epochs"
+APART = "ppo_fast, the same with check_gradients_together=False"
 IN_BFLOAT16 = f"{WORK}, in bfloat16"
 SIDES: dict[str, dict[str, Make]] = {
     WORK: {
         "ppo_fast, a value model of its own, all weights": _value_model,
-        "ppo_fast, the same with check_gradients_together=False": partial(
-            _value_model, check_gradients_together=False
-        ),
+        APART: partial(_value_model, check_gradients_together=False),
         "ppo_fast, a value head, all weights: no such mode in TRL": _head,
         "ppo_fast, a value head, 4 layers: not the same training": _four_layers,
         "TRL's PPOTrainer, a value model of its own, all weights": _trl,

@@ -31,7 +31,7 @@ class PackedRewards(NamedTuple):
 
     def of(self, tokens: Tokens) -> Tensor:
         """Compute the rewards [B] float32 of sequences."""
-        return self.head(self.passes.states(tokens).last(tokens))[..., 0].float()
+        return self.head(self.passes.states(tokens, last=True).last(tokens))[..., 0].float()
 
 
 def packed_rewards(model: nn.Module, dtype: torch.dtype | None) -> PackedRewards | None:
