@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from ppo_fast.config import PPOConfig
 from ppo_fast.critics.baselines import BASELINES
 from ppo_fast.critics.make import critic_name
-from ppo_fast.diagnostics.activations import kept_activations
+from ppo_fast.diagnostics.activations import kept_activations, microbatches
 from ppo_fast.learning.streamed import PIECE_BYTES
 from ppo_fast.models.adapters import adapted_layers
 from ppo_fast.models.heads import ValueHead, ValueModel
@@ -57,7 +57,7 @@ class MemoryPlan:
     cache: keys and values of a rollout.
     copies: copies of weights for a rollout: in compute_dtype; on the CPU with adapters merged.
     kept_rollout: the part of cache and copies that stays during the update (kept_rollout_bytes).
-    activations: what autograd keeps of a padded microbatch without logits; a packed one is smaller.
+    activations: what autograd keeps of one microbatch, without logits.
     logits: tiles of the LM head's logits that are kept for the backward pass.
     reward_model: weights of the reward, where it is a model.
     undo: the copy from before an update (undo_updates), where training is on the CPU.
@@ -145,11 +145,8 @@ def plan_memory(
     quantization = quantization or (policy_model and quantization_of(policy_model)) or None
     length, k = prompt_length + config.max_length, config.num_layers_unfrozen
     sequences = batch_size * config.samples_per_prompt
-    rows = min(sequences, max(1, config.microbatch_tokens // length))
-    # a packed microbatch has each prompt once for its samples, and so more responses
-    shared = config.samples_per_prompt if config.padding_free else 1
-    of_response = config.max_length + prompt_length / shared
-    responses = min(sequences, max(1, int(config.microbatch_tokens / of_response)))
+    padded, packed_tokens = microbatches(config, sequences, prompt_length)
+    responses = len(packed_tokens or padded)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     policy = _policy(fake, model_config, config, adapter)
     packed = [] if quantization is None else _quantizable(policy)
@@ -159,7 +156,7 @@ def plan_memory(
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         # new adapters are left out, others copied: they are small
         reference = None if adapter is not None else frozen_copy(policy, config)
-        activations = kept_activations(policy, k, rows, length, config)
+        activations = kept_activations(policy, k, padded, packed_tokens, config)
         copies = _bytes(_copied(policy, config, device, packed))
     trained = [*_trained(policy.parameters()), *valued]
     rounded = 2 * _count(trained) if config.trained_weights == "kahan" else 0
@@ -185,7 +182,10 @@ def plan_memory(
         if config.critic == "head" or config.check_gradients_together
         else max(_bytes(_trained(policy.parameters())), _bytes(valued)),
         optimizer=moments,
-        trunk_states=0 if k is None else kept * sequences * length * text.hidden_size,
+        # those of a prompt once for its samples
+        trunk_states=0
+        if k is None
+        else kept * (batch_size * prompt_length + sequences * config.max_length) * text.hidden_size,
         cache=cache,
         copies=copies,
         kept_rollout=sum(size for size in (cache, copies) if size <= most),

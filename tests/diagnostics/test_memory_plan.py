@@ -6,6 +6,7 @@ import re
 import sys
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from ppo_fast.diagnostics.memory_plan import (
 from ppo_fast.models.lora import with_lora
 from ppo_fast.rollout import slots
 
-PROMPTS = ["The film was"] * 12
+PROMPTS, SAMPLES = ["The film was"], 12
 NEW = 24
 
 
@@ -55,7 +56,7 @@ def measured(trainer, monkeypatch):
 
     def noted(self, *args):
         start(self, *args)
-        if self.slots == len(PROMPTS):  # not those of a check of the model, or of prompts
+        if self.slots == SAMPLES:  # not those of a check of the model, or of prompts
             caches.extend((self.keys, self.values))
 
     trainer.rollout(PROMPTS[:1])  # which checks the model
@@ -64,7 +65,7 @@ def measured(trainer, monkeypatch):
         rollout = trainer.rollout(PROMPTS)
     found["copies"] = max(copies)
     found["cache"] = num_bytes(caches)
-    assert rollout.tokens.response_lengths.tolist() == [NEW] * len(PROMPTS)
+    assert rollout.tokens.response_lengths.tolist() == [NEW] * SAMPLES
     experience = trainer.make_experience(rollout)
     found["trunk_states"] = (
         0 if experience.trunk_states is None else experience.trunk_states.states.nbytes
@@ -114,7 +115,7 @@ def noted_at_each_pass(model, note):
 def select(experience):
     if experience.trunk_states is None:
         return None
-    return experience.trunk_states.select(experience.tokens, torch.arange(len(PROMPTS)))
+    return experience.trunk_states
 
 
 HALF = {"compute_dtype": "bfloat16"}
@@ -140,7 +141,8 @@ WAYS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("form", "critic", "k"), WAYS)
 def test_a_plan_is_what_a_step_takes(form, critic, k, monkeypatch):
-    settings = {"max_length": NEW, "learning_rate": 1e-4} | FORMS[form]
+    settings = {"max_length": NEW, "learning_rate": 1e-4, "samples_per_prompt": SAMPLES}
+    settings |= FORMS[form]
     config = PPOConfig(critic=critic, num_layers_unfrozen=k, **settings)
     value_model = tiny_value_model() if critic == "model" else None
     policy = tiny_model(layers=4)
@@ -321,9 +323,16 @@ def test_a_classifier_adds_its_weights_to_every_plan(place, capsys):
     assert plan.peak == without.peak + weights
 
 
-def test_samples_of_a_prompt_count_as_prompts_of_their_own():
+def test_samples_of_a_prompt_share_it_in_passes_and_in_the_trunk():
     config, sizes = tiny_config("llama"), {"prompt_length": 5}
     settings = {"critic": "baseline", "max_length": 7, "num_layers_unfrozen": 1}
     one = plan_memory(config, PPOConfig(**settings), batch_size=12, **sizes)
     grouped = PPOConfig(samples_per_prompt=4, **settings)
-    assert plan_memory(config, grouped, batch_size=3, **sizes) == one
+    found = plan_memory(config, grouped, batch_size=3, **sizes)
+    assert found.trunk_states == one.trunk_states * (3 * 5 + 12 * 7) // (12 * (5 + 7))
+    tokens, alone = 3 * 5 + 12 * (7 - 1), 12 * (5 + 7 - 1)
+    assert found.activations == pytest.approx(one.activations * tokens / alone, rel=0.1)
+    same = {"trunk_states": one.trunk_states, "activations": one.activations}
+    assert replace(found, **same) == one
+    padded = replace(grouped, padding_free=False)
+    assert plan_memory(config, padded, batch_size=3, **sizes).activations > found.activations

@@ -69,7 +69,9 @@ def test_scores_and_values_from_the_trunk_are_those_of_whole_models(family, slot
         trainer = trainer_with(*models, family, rollout_slots=slots)
         shared = kinds[0] is RewardModel
         assert trainer.scorer.reads_trunk == shared
-        assert (trainer.critic.split is not None) == shared
+        assert (
+            trainer.critic.passes is not None and trainer.critic.passes.split is not None
+        ) == shared
         found = [without_times(trainer.train_step(PROMPTS)) for _ in range(2)]
         # its own class has another name
         steps.append(
