@@ -184,7 +184,14 @@ def test_on_a_terminal_it_follows_until_ctrl_c(tmp_path):
     command = [sys.executable, "-c", code, "watch", str(folder), "--interval", "0.05"]
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "100", "LINES": "50"}
     process = subprocess.Popen(
-        command, stdin=end, stdout=end, stderr=end, env=environment, start_new_session=True
+        command,
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        env=environment,
+        start_new_session=True,
+        # shells start commands in the background with SIGINT ignored, which is inherited
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     os.close(end)
     try:

@@ -95,7 +95,7 @@ def test_copies_in_bfloat16_take_the_kernel_too(family, kernel_calls):
         exact = LanguageModel(raw).forward(tokens)
         truth = LanguageModel(raw).logprobs(exact, tokens, temperature=1.0).logprobs
     error = (update - truth).abs().mean()
-    assert (rollout.logprobs - update).abs().mean() <= 2 * error
+    assert (rollout.logprobs - update).abs().mean() <= 3 * error
 
 
 def test_trunk_states_of_copies_in_bfloat16_are_in_bfloat16():

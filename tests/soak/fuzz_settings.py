@@ -54,6 +54,9 @@ def settings(draw: random.Random) -> dict[str, Any]:
     return small | draw.choice(BASES) | {name: value_of(draw, name) for name in changed}
 
 
+ITEMS: dict[Any, Any] = {int: WHOLES, float: FLOATS, str: TEXTS}
+
+
 def value_of(draw: random.Random, name: str) -> Any:
     """Return a value for a setting; two of three have its type, and are often allowed."""
     hint, strange = HINTS[name], draw.random() < 1 / 3
@@ -65,7 +68,8 @@ def value_of(draw: random.Random, name: str) -> Any:
         return draw.choice(WORDS if strange else get_args(kind))
     if get_origin(kind) is tuple:
         item = get_args(kind)[0]
-        values = {int: WHOLES, float: FLOATS, str: TEXTS}[item]
+        names = (*get_args(item), *WORDS)
+        values = names if get_origin(item) is Literal else ITEMS[item]
         found = [draw.choice(values) for _ in range(draw.randint(0, 3))]
         return draw.choice((found, tuple(found), found[0] if found else None, {*map(str, found)}))
     if kind is bool:
