@@ -123,6 +123,8 @@ def _attention(
     assert packed_pass is not None
     if unknown := [name for name in ATTENTION_EXTRAS if options.get(name) is not None]:
         raise NotImplementedError(f"packed attention has no {unknown[0]}")
+    if options.get("dropout"):
+        raise NotImplementedError("packed attention has no dropout; call model.eval()")
     if attention_mask is not None:
         raise NotImplementedError("packed attention takes no mask, and the model makes one")
     packed_pass.used.add(module)

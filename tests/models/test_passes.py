@@ -152,6 +152,14 @@ def test_gradient_checkpointing_computes_the_same_attention_again(family):
     assert_same(logprobs_and_gradients(one), expected, 1e-4)
 
 
+def test_dropout_of_attention_is_refused():
+    model = tiny_model("gpt2")
+    one, _ = both(model)
+    model.train()
+    with pytest.raises(NotImplementedError, match="no dropout"):
+        one.forward(tokens())
+
+
 def test_gradient_checkpointing_that_the_user_enabled_is_padded():
     """It would compute attention again without knowing the sequences."""
     model = tiny_model("llama")
