@@ -41,7 +41,7 @@ def decodes(kwargs):
 
 
 def shift_in_wide_batches(module, args, kwargs, states):
-    return None if decodes(kwargs) else states + 0.3 * (states.shape[1] > 7)
+    return None if decodes(kwargs) else states + 0.3 * (states.shape[1] > 6)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_layers_unfrozen": 1}], ids=str)
