@@ -236,7 +236,7 @@ class PPOConfig:
     offload: tuple[Literal["optimizer", "reference", "reward"], ...] = allowed(
         (), _rests, 'a list of "optimizer", "reference" and "reward"'
     )
-    """What rests in host memory while a GPU does other work: the optimizers' moments, which come in
+    """Keep these in host memory while a GPU does other work: the optimizers' moments, which come in
     pieces for each step, and the weights of the reference and of reward models, which come for
     their passes. Saves their memory and costs the copies; on the CPU nothing moves."""
     undo_updates: bool = False

@@ -1,4 +1,4 @@
-"""What fits on GPUs of usual sizes: models of usual sizes, trained in several ways."""
+"""Print which GPU can train a model of 0.5B to 8B: all its layers, top layers, or by LoRA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the kernel of decoding layers takes of a layer, and checks that every kind of layer shares.
+"""Weights and settings of a layer for the decoding kernel, and checks of all kinds of layers.
 
 llama_layers.py, gemma_layers.py and gpt2_layers.py read layers of their kinds; layer_kinds.py
 chooses among them.

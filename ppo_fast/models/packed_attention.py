@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from ppo_fast.data.tokens import Tokens
 from ppo_fast.models.precision import HALF
 from ppo_fast.models.transformers_internals import ATTENTION_EXTRAS, attention_set_to
-from ppo_fast.models.varlen_attention import varlen_attention
+from ppo_fast.models.varlen_attention import RowEnds, varlen_attention
 from ppo_fast.ops.gradient import without_autocast
 
 NAME = "ppo_fast_packed"
@@ -72,12 +72,19 @@ class PackedPass:
         return index.to(self.tokens.device)
 
     @cached_property
-    def lengths(self) -> tuple[list[int], list[int]]:
-        """Numbers of queries and of keys of each block."""
-        blocks = self.tokens.packing.blocks
+    def row_ends(self) -> tuple[RowEnds, RowEnds]:
+        """Where the queries and the keys of each block end, made once for all layers."""
+        blocks, device = self.tokens.packing.blocks, self.tokens.device
         queries = [block.end - block.start for block in blocks]
         prefixes = [b.prefix[1] - b.prefix[0] if b.prefix else 0 for b in blocks]
-        return queries, [n + m for n, m in zip(queries, prefixes, strict=True)]
+        keys = [n + m for n, m in zip(queries, prefixes, strict=True)]
+        return RowEnds.of(queries, device), RowEnds.of(keys, device)
+
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Row and column [N] of each packed token, on the device."""
+        packing, device = self.tokens.packing, self.tokens.device
+        return packing.rows.to(device), packing.columns.to(device)
 
     def mask(self, queries: int, keys: int, window: int) -> Tensor:
         """Return [queries, keys] bool, which keys each of the last ``queries`` tokens attends to.
@@ -184,7 +191,7 @@ def varlen(
     if (index := packed_pass.keys) is not None:
         key, value = key[:, :, index], value[:, :, index]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return attend(q, k, v, *packed_pass.lengths, scaling, window)[None]
+    return attend(q, k, v, *packed_pass.row_ends, scaling, window)[None]
 
 
 def padded(
@@ -196,13 +203,12 @@ def padded(
     window: int,
 ) -> Tensor:
     """Compute attention [1, N, H, d] of padded sequences in one call."""
-    tokens = packed_pass.tokens
-    index = tokens.packed_index
+    index = packed_pass.tokens.packed_index
     q, k, v = (x[0][:, index].transpose(0, 1) for x in (query, key, value))  # [B, H, L, d]
     length = index.shape[1]
     mask = packed_pass.mask(length, length, window) if 0 < window < length else None
     out = _sdpa(q, k, v, mask, scaling)
-    rows, columns = (x.to(out.device) for x in (tokens.packing.rows, tokens.packing.columns))
+    rows, columns = packed_pass.places
     return out[rows, :, columns][None]
 
 

@@ -32,7 +32,7 @@ PROBE = (((5, 9, 13), (3, 7)), ((5, 9, 13), (8, 2, 4)), ((6, 1), (11,)), ((5, 9,
 
 
 class Flat(NamedTuple):
-    """What a pass gives for each token.
+    """A pass's states or logits, one entry a token.
 
     numbers: [n, ...], of the tokens as they were computed.
     places: [B, L] int64, where those of each sequence stand; beyond its end, some other token's.

@@ -6,14 +6,30 @@ import inspect
 from collections.abc import Callable
 from functools import cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# (query [N, H, d], key and value [M, K, d], numbers of queries and of keys of each row, scaling,
-# window (0: none)) -> [N, H, d]. The last query of a row is beside its last key.
-Varlen = Callable[[Tensor, Tensor, Tensor, list[int], list[int], float | None, int], Tensor]
+
+class RowEnds(NamedTuple):
+    """Where rows end, for the kernels: ends [n + 1] int32 after a 0, on the device.
+
+    most: the longest row.
+    """
+
+    ends: Tensor
+    most: int
+
+    @classmethod
+    def of(cls, lengths: list[int], device: torch.device) -> RowEnds:
+        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
+        return cls(ends.to(device), max(lengths))
+
+
+# (query [N, H, d], key and value [M, K, d], rows of queries and of keys, scaling, window (0: none))
+# -> [N, H, d]. The last query of a row is beside its last key.
+Varlen = Callable[[Tensor, Tensor, Tensor, RowEnds, RowEnds, float | None, int], Tensor]
 
 
 @cache
@@ -34,8 +50,8 @@ def _of_torch() -> Varlen | None:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        queries: list[int],
-        keys: list[int],
+        queries: RowEnds,
+        keys: RowEnds,
         scaling: float | None,
         window: int,
     ) -> Tensor:
@@ -43,10 +59,10 @@ def _of_torch() -> Varlen | None:
             q,
             k,
             v,
-            _ends(queries, q.device),
-            _ends(keys, q.device),
-            max(queries),
-            max(keys),
+            queries.ends,
+            keys.ends,
+            queries.most,
+            keys.most,
             scale=scaling,
             window_size=(window - 1, 0),
             enable_gqa=q.shape[1] != k.shape[1],
@@ -68,8 +84,8 @@ def _of_flash_attn() -> Varlen | None:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        queries: list[int],
-        keys: list[int],
+        queries: RowEnds,
+        keys: RowEnds,
         scaling: float | None,
         window: int,
     ) -> Tensor:
@@ -77,19 +93,13 @@ def _of_flash_attn() -> Varlen | None:
             q,
             k,
             v,
-            _ends(queries, q.device),
-            _ends(keys, q.device),
-            max(queries),
-            max(keys),
+            queries.ends,
+            keys.ends,
+            queries.most,
+            keys.most,
             softmax_scale=scaling,
             causal=True,
             window_size=(window - 1, 0),
         )
 
     return attend
-
-
-def _ends(lengths: list[int], device: torch.device) -> Tensor:
-    """Return the ends [n + 1] int32 of rows, after a 0."""
-    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
-    return ends.to(device, non_blocking=True)

@@ -36,7 +36,7 @@ class Ends:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder holds.
+    """Contents of a run's folder.
 
     name: the folder's, with as much of its path as sets it apart from the other runs.
     config: settings by name; empty if there is no config.yaml.

@@ -1,4 +1,4 @@
-"""What the runs were, and how far they came."""
+"""The report's table of runs: settings, steps done and last metrics of each."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ LONGEST_TEXT = 400
 
 
 class Picture:
-    """What ``ppo-fast watch`` shows of a run; rich prints it."""
+    """The lines of a run that ``ppo-fast watch`` prints, by rich."""
 
     def __init__(self, run: Watched) -> None:
         self.run = run

@@ -63,7 +63,7 @@ def decode(
         to_text: ids -> text, for stop strings.
         turns: asks an environment for a reply where a response would end; its tokens count for
             the length. None: it ends.
-        ended: called with index and ids of a response as soon as it has ended; None: nobody asks.
+        ended: called with index and ids of a response as soon as it has ended; None: not called.
         keep_states: whether the rollout gets ``states``.
         whole_trunk: whether ``trunk_states`` includes the state of each row's last token, which
             takes one more step per sequence.
