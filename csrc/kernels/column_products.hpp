@@ -65,6 +65,7 @@ PPO_FAST_INLINE void column_tile(const Real* weight, std::int64_t weight_stride,
   for (std::int64_t k = 0; k < count; ++k) {
     Lanes<Real> weights[kTileVectors];
     for (int v = 0; v < kTileVectors; ++v) {
+      prefetch_to_l2(weight + (k + 2 * kInputsAtATime) * weight_stride + v * kWidth);
       weights[v] = Lanes<Real>::load(weight + k * weight_stride + v * kWidth);
     }
     for (int r = 0; r < Rows; ++r) {

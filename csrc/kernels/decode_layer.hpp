@@ -255,12 +255,12 @@ struct DecodeLayer {
     };
     run_loops(
         threads, Loop{n, 1, first_norm},
-        Loop{blocks(q_outputs) + 2 * blocks(kv_outputs), 1, [this](std::int64_t i) { qkv(i); }},
+        Loop{blocks(q_outputs) + 2 * blocks(kv_outputs), kShare, [this](std::int64_t i) { qkv(i); }},
         Loop{n, 1, [this](std::int64_t r) { place(r); }},
         Loop{n * args.num_kv_heads, 1, [this](std::int64_t i) { attention(i); }},
-        Loop{blocks(hidden), 1, out}, Loop{n, 1, second_norm},
-        Loop{blocks(inner), 1, [this](std::int64_t i) { activated(i); }},
-        Loop{blocks(hidden), 1, down}, Loop{mlp_out_norm ? n : 0, 1, last_norm});
+        Loop{blocks(hidden), kShare, out}, Loop{n, 1, second_norm},
+        Loop{blocks(inner), kShare, [this](std::int64_t i) { activated(i); }},
+        Loop{blocks(hidden), kShare, down}, Loop{mlp_out_norm ? n : 0, 1, last_norm});
   }
 };
 

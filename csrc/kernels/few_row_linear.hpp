@@ -58,9 +58,8 @@ PPO_FAST_INLINE void dot_tile(const W* weight, std::int64_t weight_stride, const
     typename Dot<W>::Vector weights[Outputs];
     for (int o = 0; o < Outputs; ++o) {
       const W* from = weight + o * weight_stride + k;
-      // Of the next tile: rows are too short for the processor to find out by itself. Products of 4
-      // rows take 0.75 times as long, in float32 on AVX2 and in bfloat16.
-      prefetch(from + Outputs * weight_stride);
+      // Of a thread's next outputs: rows are too short for the processor to find out by itself.
+      prefetch_to_l2(from + kOutputsAtATime * weight_stride);
       weights[o] = Dot<W>::weights(from);
     }
     for (int r = 0; r < Rows; ++r) {
@@ -153,7 +152,8 @@ void few_row_products(const FewRowLinearArgs& args, int num_threads) {
   T* y = static_cast<T*>(args.y);
   const std::int64_t blocks = (args.num_outputs + kOutputsAtATime - 1) / kOutputsAtATime;
   const std::int64_t cost = product_cost(kOutputsAtATime * count, args.num_rows);
-  parallel_for(blocks, cost, num_threads, [&](std::int64_t i) {
+  const int threads = useful_threads(blocks * cost, num_threads);
+  const auto block = [&](std::int64_t i) {
     const std::int64_t first = i * kOutputsAtATime;
     const std::int64_t last = std::min(first + kOutputsAtATime, args.num_outputs);
     const W* weight = static_cast<const W*>(args.weight) + first * args.weight_stride;
@@ -162,7 +162,8 @@ void few_row_products(const FewRowLinearArgs& args, int num_threads) {
                const Compute<W> shift = bias == nullptr ? Compute<W>(0) : widen(bias[v]);
                narrow(product + shift, y + row * args.num_outputs + v);
              });
-  });
+  };
+  run_loops(threads, Loop{blocks, kShare, block});
 }
 
 inline void few_row_linear(const FewRowLinearArgs& args, int num_threads) {
