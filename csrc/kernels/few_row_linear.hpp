@@ -58,8 +58,7 @@ PPO_FAST_INLINE void dot_tile(const W* weight, std::int64_t weight_stride, const
     typename Dot<W>::Vector weights[Outputs];
     for (int o = 0; o < Outputs; ++o) {
       const W* from = weight + o * weight_stride + k;
-      // Of the next tile: rows are too short for the processor to find out by itself. Products of 4
-      // rows take 0.75 times as long, in float32 on AVX2 and in bfloat16.
+      // Of the next tile: rows are too short for the processor to find out by itself.
       prefetch(from + Outputs * weight_stride);
       weights[o] = Dot<W>::weights(from);
     }

@@ -157,8 +157,8 @@ def by_blocks(
 ) -> Tensor:
     """Compute attention [1, N, H, d] in one call a block.
 
-    On a CPU that of half precision is computed in float32: PyTorch's backward pass takes 4 times as
-    long in bfloat16.
+    On a CPU that of half precision is computed in float32: PyTorch's backward pass is slower in
+    bfloat16.
     """
     dtype, outs = query.dtype, []
     if dtype in HALF:
