@@ -240,7 +240,7 @@ def softcap(config: Any) -> float | None:
 # Attention: on a GPU, an op of ours computes that of decoding steps (step_attention.py)
 
 # Arguments of attention in some models, beside queries, keys, values, mask, scaling and window.
-ATTENTION_EXTRAS = ("softcap", "s_aux", "position_bias")
+ATTENTION_EXTRAS = ("softcap", "s_aux", "sinks", "position_bias", "block_indices")
 
 
 def attention_of(config: Any) -> str:
