@@ -11,6 +11,7 @@ sys.path.append(str(Path(__file__).parent / "gpu_computed"))
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "helpers"))
 
 from gpu_steps import LAUNCH_US, ROWS, TOKENS
+from gpu_updates import COLUMNS, shown
 from sides import ratios_to_ours
 
 HERE = Path(__file__).parent
@@ -142,7 +143,7 @@ def computed_section(path: Path) -> str:
             f"| {line['work']} | {line['bytes']:.3g} ({line['floor']:.3g}) | "
             f"{' | '.join(least)} | {published} |"
         )
-    lines += decoding_lines(run["decoding"], gpus)
+    lines += decoding_lines(run["decoding"], gpus) + update_lines(run["updates"])
     return "\n".join(lines) + "\n"
 
 
@@ -158,6 +159,24 @@ def decoding_lines(steps: list[dict[str, Any]], gpus: dict[str, Any]) -> list[st
     for step in steps:
         read = " | ".join(f"{ms:.3g}" for ms in step["bytes_ms"].values())
         lines.append(f"| {step['model']} | {step['launches']} | {step['launch_ms']:.3g} | {read} |")
+    return lines
+
+
+def update_lines(updates: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "\nAn update of one epoch in one minibatch, weights and states in bfloat16: computed, not "
+        "measured. With padding (`padding_free=False`) and without, padded / packed: the tokens in "
+        "all passes, the kernels launched (least number: one an operation), what these read and "
+        "write (each tensor once a kernel), and operations of products and attention. A microbatch "
+        "has at most 16384 tokens: two with padding, one without. Counted while the learner trains "
+        "models of true sizes without values; the optimizer's step, the same in both, is left "
+        "out.\n",
+        f"| model, critic | batch | {' | '.join(COLUMNS)} |",
+        "|---|---|" + len(COLUMNS) * "---|",
+    ]
+    for line in updates:
+        label = f"{line['model']}, {line['critic']}"
+        lines.append(f"| {label} | {line['work']} | {' | '.join(shown(line))} |")
     return lines
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 sys.path.append(str(Path(__file__).parents[2] / "tests" / "helpers"))
 
 import gpu_steps
+import gpu_updates
 import torch
 import triton
-from gpu_works import WORKS, Work
+from gpu_works import WORKS, Work, nbytes
 from rich.console import Console
 from rich.table import Table
 from sass import Counts, Executed, executed
@@ -122,7 +123,7 @@ def steps_of(work: Work, arch: int) -> tuple[list[Step], int]:
         with stub_gpu(arch) as launched:
             returned = launcher(*arguments)
         steps += [_step(record) for record in launched]
-        floor += _nbytes([*arguments, *(returned if isinstance(returned, tuple) else [returned])])
+        floor += nbytes([*arguments, *(returned if isinstance(returned, tuple) else [returned])])
     return steps, floor
 
 
@@ -133,19 +134,13 @@ def _step(record: Launched) -> Step:
     elements = max(x.numel() for x in given if isinstance(x, Tensor))
     wide = sum(loop.wide for loop in found.loops or [found.program])
     # A tensor that is read twice, or changed in place, moves more than its bytes.
-    moved = max(_nbytes(given), elements / block * wide * 16 * code.num_warps * WARP)
+    moved = max(nbytes(given), elements / block * wide * 16 * code.num_warps * WARP)
     return Step(code, found, programs, block, elements, moved)
 
 
 @cache
 def _executed(code: Code) -> Executed:
     return executed(code.sass)
-
-
-def _nbytes(arguments: Iterable[Any]) -> int:
-    tensors = [x for x in arguments if isinstance(x, Tensor)]
-    distinct = {(x.untyped_storage()._cdata, x.storage_offset(), x.shape): x for x in tensors}
-    return sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in distinct.values())
 
 
 def kernels(works: dict[str, dict[int, list[Step]]]) -> list[dict[str, Any]]:
@@ -201,7 +196,10 @@ def compute(progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     gpus = {name: gpu._asdict() for name, gpu in GPUS.items()}
     about = {"versions": versions, "caveat": CAVEAT, "gpus": gpus}
     decoding = gpu_steps.as_lines({name: gpu.bandwidth for name, gpu in GPUS.items()})
-    return about | {"kernels": kernels(works), "works": lines, "decoding": decoding}
+    progress("updates")
+    updates = gpu_updates.as_lines()
+    found = {"kernels": kernels(works), "works": lines, "decoding": decoding, "updates": updates}
+    return about | found
 
 
 def _rounded(x: float) -> float:
@@ -215,6 +213,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     console.print(kernel_table(report["kernels"]))
     console.print(work_table(report["works"]))
     console.print(decoding_table(report["decoding"]))
+    console.print(updates_table(report["updates"]))
 
 
 def kernel_table(lines: list[dict[str, Any]]) -> Table:
@@ -260,6 +259,16 @@ def decoding_table(lines: list[dict[str, Any]]) -> Table:
     for line in lines:
         read = [f"{ms:.3g}" for ms in line["bytes_ms"].values()]
         table.add_row(line["model"], str(line["launches"]), f"{line['launch_ms']:.3g}", *read)
+    return table
+
+
+def updates_table(lines: list[dict[str, Any]]) -> Table:
+    table = Table("model", "critic", "batch", title=f"An update, bfloat16 ({HEADER.lower()})")
+    for column in gpu_updates.COLUMNS:
+        table.add_column(f"{column}: padded / packed", justify="right")
+    for line in lines:
+        shown = gpu_updates.shown(line)
+        table.add_row(line["model"], line["critic"], line["work"], *shown)
     return table
 
 

@@ -8,7 +8,7 @@ Tensors are on the meta device: launchers see true sizes, and nothing is allocat
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -105,6 +105,13 @@ def of_cache(rows: int, columns: int, heads: int, kv_heads: int, head_size: int)
         yield triton.decode_attention, (query, *cache, lengths, head_size**-0.5, None)
 
     return Work(calls, 2 * rows * columns * kv_heads * head_size, "bfloat16", {})
+
+
+def nbytes(arguments: Iterable[Any]) -> int:
+    """Return the bytes of the tensors among arguments, each once."""
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    distinct = {(x.untyped_storage()._cdata, x.storage_offset(), x.shape): x for x in tensors}
+    return sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in distinct.values())
 
 
 bf16_logits = partial(of_cases, dtype=torch.bfloat16)

@@ -47,7 +47,8 @@ does so: these run in Triton's interpreter, on the compiled code, and on recordi
 operations. What no run has shown:
 
 - **What came after that run.** `ppo_loss` with importance weights, ratios of sequences, "cispo" and
-  "mask", and `value_loss(huber=...)`. `offload`: its copies from and to pinned memory.
+  "mask", and `value_loss(huber=...)`. `offload`: its copies from and to pinned memory. Passes
+  without padding: attention of rows of different lengths, by torch or flash-attn.
 - **Other GPUs.** The code for sm_80, 86, 89, 100 and 120 is inspected (registers, spills, width of
   loads), never run. `associative_scan(reverse=True)`, reported wrong on GPUs, is not used.
 - **Other versions** of torch and Triton on a GPU.

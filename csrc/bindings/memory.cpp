@@ -6,9 +6,9 @@
 
 namespace ppo_fast {
 
-// Asks the system for pages of 2 MB for memory that is not in use yet. The first access to 100 MB
-// costs 32 ms in pages of 4 KB and 11 ms in pages of 2 MB, which is as much as the arithmetic that
-// fills it. Where the system has no such pages, nothing happens.
+// Asks the system for pages of 2 MB for memory that is not in use yet: the first access to each
+// page costs more than the arithmetic that fills 4 KB. Where the system has no such pages, nothing
+// happens.
 void prefer_huge_pages([[maybe_unused]] Address start, [[maybe_unused]] std::int64_t num_bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr Address kPage = 4096;

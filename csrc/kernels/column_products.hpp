@@ -14,13 +14,11 @@
 namespace ppo_fast::PPO_FAST_ISA {
 
 // Outputs of a panel. A thread takes up to kMostPanels next to one another at a time, so that it
-// reads long pieces of the weight's rows: with 256 outputs in place of 512, 4 rows take 1.1 times
-// as long.
+// reads long pieces of the weight's rows.
 constexpr std::int64_t kPanelOutputs = 64;
 constexpr std::int64_t kMostPanels = 8;
 // Inputs that are added to all sums before the next ones. Few, since rows of a weight are often a
-// multiple of 4096 bytes apart, so that few fit in a cache at once: with 32 in place of 12, 4 rows
-// take 1.4 times as long, and 64 rows 0.9 times.
+// multiple of 4096 bytes apart, so that few fit in a cache at once; more would suit many rows.
 constexpr std::int64_t kInputsAtATime = 12;
 // A tile of sums in registers: 4 vectors of outputs x 4 rows of 32 registers, or 2 x 4 of 16.
 constexpr int kTileVectors = kVectorBytes == 64 ? 4 : 2;

@@ -31,9 +31,10 @@ class Tokens:
     ``prompt_groups`` [B] int64 on the CPU are equal for rows with the same prompt, which a packed
     pass computes once. None: every row has a prompt of its own.
 
-    Models read ``input_ids`` [B, L], in which each row has its prompt, its response and then all
-    padding. Real tokens of a causal model never attend to that padding, so that passes need neither
-    an attention mask nor position ids, and attention takes its fastest form.
+    Packed passes read ``packed_ids`` [1, N], without padding. Padded ones read ``input_ids``
+    [B, L], in which each row has its prompt, its response and then all padding. Real tokens of a
+    causal model never attend to that padding, so that these passes need neither an attention mask
+    nor position ids, and attention takes its fastest form.
     """
 
     prompt_ids: Tensor

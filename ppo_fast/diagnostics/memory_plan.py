@@ -33,7 +33,12 @@ from ppo_fast.models.setup import (
     frozen_copy,
     logits_budget_bytes,
 )
-from ppo_fast.models.transformers_internals import Conv1D, layer_types
+from ppo_fast.models.transformers_internals import (
+    Conv1D,
+    head_size,
+    layer_configs,
+    layer_types,
+)
 from ppo_fast.models.trunk import freeze_trunk
 
 FLOAT = 4
@@ -163,10 +168,9 @@ def plan_memory(
     moments = 2 * FLOAT * _count(trained) + rounded
     computed = FLOAT if config.compute_dtype is None else 2
     kept = computed if config.trunk_dtype is None else 2
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    layers = zip(layer_configs(text), layer_types(text), strict=True)
     slots = min(config.rollout_slots or sequences, sequences)
-    per_token = 2 * len(layer_types(text)) * kv_heads * head_size
+    per_token = 2 * sum(_kv_heads(of_layer) * head_size(of_layer) for of_layer, _ in layers)
     # fused layers (fused_layers.py) cache float32
     cached = FLOAT if device == "cpu" and not packed else computed
     cache = cached * per_token * slots * length
@@ -258,6 +262,10 @@ def plans(
         )
         for name, way in ways.items()
     }
+
+
+def _kv_heads(config: Any) -> int:
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:

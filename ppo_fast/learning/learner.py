@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 from ppo_fast.config import PPOConfig
 from ppo_fast.critics.critic import Critic
@@ -17,7 +17,7 @@ from ppo_fast.data.experience import Batch, Experience, Moments, select
 from ppo_fast.learning.coefficients import Coefficients
 from ppo_fast.learning.guard import Guard
 from ppo_fast.learning.minibatches import Done, Found, Terms
-from ppo_fast.learning.optimizers import make_adamw
+from ppo_fast.learning.optimizers import clip_gradients, make_adamw
 from ppo_fast.learning.schedules import Schedule, current_rates
 from ppo_fast.learning.streamed import StreamedStates
 from ppo_fast.learning.undo import Undo
@@ -332,7 +332,7 @@ class Learner:
         admitted = not norms or self.guard.admits(norms, found.losses, experience, step)
         for name, optimizer in optimizers.items():
             if admitted:
-                clip_grads_with_norm_(weights[name], self.config.max_grad_norm, norms[name])
+                clip_gradients(weights[name], self.config.max_grad_norm, norms[name])
                 self.schedule.before_step(name, optimizer)
                 self.states.step(optimizer)
             optimizer.zero_grad()

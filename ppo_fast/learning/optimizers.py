@@ -1,10 +1,12 @@
-"""AdamW with the settings of a PPOConfig."""
+"""AdamW with the settings of a PPOConfig, and the clipping of gradients before its steps."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import AdamW, Optimizer
 
 from ppo_fast.config import PPOConfig
@@ -36,3 +38,14 @@ def _groups(module: nn.Module, weight_decay: float) -> list[Any]:
         return trained
     decayed = [p for p in trained if p.dim() >= 2]
     return [{"params": decayed}, {"params": alone, "weight_decay": 0.0}]
+
+
+def clip_gradients(weights: Sequence[Tensor], bound: float, norm: Tensor) -> None:
+    """Scale the gradients of ``weights``, whose norm is ``norm`` (0-dim), down to ``bound``.
+
+    torch multiplies gradients within the bound by 1. On the CPU they are left alone, to the same
+    bits; on a GPU, reading the norm would wait for the device.
+    """
+    if norm.is_cpu and bound / (norm + 1e-6) >= 1:
+        return
+    clip_grads_with_norm_(weights, bound, norm)

@@ -330,7 +330,7 @@ class LanguageModel:
                     f"its layers take states {list(shape)} for tokens {[*tokens.input_ids.shape]}"
                 )
             trunk_states = TrunkStates.pack(padded, tokens, whole=True)
-            runs = (self._run(tokens, given, last=True)[0] for given in (None, trunk_states))
+            runs = [self._run(tokens, given, last=True)[0] for given in (None, trunk_states)]
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
             return f"{type(error).__name__}: {error}"
         whole, split = (found.padded() for found in runs if found is not None)

@@ -25,7 +25,10 @@ def body_of(model: nn.Module) -> nn.Module:
 
 def num_embeddings(model: Any) -> int:
     """Return how many tokens a model has embeddings of, in wrappers of adapters too."""
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    try:
+        embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:  # a body of BART's kind
+        embedding = None
     for part in (embedding, getattr(embedding, "base_layer", None)):
         weight = getattr(part, "weight", None)
         if isinstance(weight, Tensor):

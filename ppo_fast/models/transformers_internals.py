@@ -144,6 +144,18 @@ def layer_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
+def layer_configs(config: Any) -> list[Any]:
+    """Return the config of each layer; Gemma 4's alone have the sizes of its attention."""
+    if getattr(config, "is_heterogeneous", False):
+        return list(config.per_layer_config)
+    return [config] * config.num_hidden_layers
+
+
+def head_size(config: Any) -> int:
+    """Return the size of a head of attention; ``config`` is that of a layer."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def layer_types(config: Any) -> list[str]:
     """Return how each layer attends, for its masks and its attention window.
 
@@ -228,7 +240,7 @@ def softcap(config: Any) -> float | None:
 # Attention: on a GPU, an op of ours computes that of decoding steps (step_attention.py)
 
 # Arguments of attention in some models, beside queries, keys, values, mask, scaling and window.
-ATTENTION_EXTRAS = ("softcap", "s_aux", "position_bias")
+ATTENTION_EXTRAS = ("softcap", "s_aux", "sinks", "position_bias", "block_indices")
 
 
 def attention_of(config: Any) -> str:

@@ -9,6 +9,7 @@ from torch import nn
 
 from ppo_fast.data.tokens import Tokens
 from ppo_fast.models.parts import body_of, layer_list
+from ppo_fast.models.transformers_internals import head_size, layer_configs
 
 
 class Sizes(NamedTuple):
@@ -16,14 +17,14 @@ class Sizes(NamedTuple):
 
     weights: of each layer, the number of weights that a token is multiplied with.
     trained: of each layer, those of them that are trained.
-    queries: heads of attention times their size.
+    queries: heads of attention times their size, the mean of the layers.
     head: weights of the LM head; 0: none.
     head_trained: whether it is trained.
     """
 
     weights: tuple[float, ...]
     trained: tuple[float, ...]
-    queries: int = 0
+    queries: float = 0.0
     head: int = 0
     head_trained: bool = False
 
@@ -64,17 +65,21 @@ def sizes_of(model: nn.Module) -> Sizes:
         return Sizes((total,), (trained,))
     layers, config = found
     counts = [_counts(layer, _visited(config)) for layer in layers]
-    heads = getattr(config, "num_attention_heads", 0)
-    size = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
+    queries = [_queries(of_layer) for of_layer in layer_configs(config)]
     head = getattr(model, "get_output_embeddings", lambda: None)()
     weight = getattr(head, "weight", None)
     return Sizes(
         tuple(n for n, _ in counts),
         tuple(n for _, n in counts),
-        heads * size,
+        sum(queries) / len(queries),
         0 if weight is None else config.vocab_size * config.hidden_size,
         weight is not None and weight.requires_grad,
     )
+
+
+def _queries(config: Any) -> int:
+    heads = getattr(config, "num_attention_heads", 0)
+    return heads * head_size(config) if heads else 0
 
 
 def _layers_and_config(model: nn.Module) -> tuple[nn.ModuleList, Any] | None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from ppo_fast.models.language_model import LanguageModel
+
 ROOT = Path(__file__).parents[2]
 LOCKED = re.search(r"^transformers==(\S+)", (ROOT / "constraints.txt").read_text(), re.M).group(1)
 
@@ -41,6 +43,16 @@ def test_every_kind_of_layer_is_in_a_tiny_model():
         "full_attention",
     }
     assert tiny_config(CASES["gemma3"]).text_config.sliding_window < 10
+
+
+@locked
+def test_attention_to_some_blocks_of_keys_is_padded():
+    """MiniMax M3 hands its blocks to attention; of rows as short as a probe's it chooses all."""
+    from families.cases import CASES
+    from families.configs import tiny_model
+
+    passes = LanguageModel(tiny_model(CASES["minimax_m3_vl_text+sparse"])).passes
+    assert "packed attention has no block_indices" in str(passes.why_padded)
 
 
 @locked

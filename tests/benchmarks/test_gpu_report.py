@@ -22,6 +22,7 @@ if os.environ.get("PPO_FAST_TEST_TRITON") == "1":  # the interpreter compiles no
 import gpu_report
 import gpu_sides
 import gpu_steps
+import gpu_updates
 import gpu_works
 import report
 import test_bench_gpu
@@ -161,6 +162,7 @@ def small():
         "head": gpu_works.of_head(1024, 64, 8192, products=3),
     }
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_updates, "as_lines", lambda: RESULT["updates"])
         patch.setattr(gpu_report, "WORKS", works)
         patch.setattr(gpu_report, "ARCHITECTURES", SOME)
         yield gpu_report.compute()
@@ -197,7 +199,7 @@ def test_printed_tables_say_computed(small):
     gpu_report.show(small, console)
     text = console.file.getvalue()
     assert text.startswith("Computed, not measured")
-    assert text.count("(computed, not measured)") == 3
+    assert text.count("(computed, not measured)") == 4
     assert "0.1 (someone)" in text
     assert all(text.count(gpu) >= 2 for gpu in GPUS)
 
@@ -210,8 +212,8 @@ def test_main_writes_the_report(small, monkeypatch, tmp_path, capsys):
     assert json.loads((tmp_path / "gpu_computed.json").read_text()) == small
     section = report.computed_section(tmp_path / "gpu_computed.json")
     assert "computed, not measured" in section.splitlines()[1]
-    rows = sum(len(small[part]) for part in ("kernels", "works", "decoding"))
-    assert section.count("\n| ") == 3 + rows
+    rows = sum(len(small[part]) for part in ("kernels", "works", "decoding", "updates"))
+    assert section.count("\n| ") == 4 + rows
 
 
 @pytest.mark.slow
@@ -272,6 +274,43 @@ THIN = gpu_steps.MODELS["SmolLM2-135M"] | {
     "intermediate_size": 16,
     "vocab_size": 64,
 }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("packed", "tokens", "pairs"),
+    # two responses to a prompt of 5 tokens, one to another of 7, each without its last token
+    [(False, 3 * 10, 3 * 55), (True, 5 + 2 + 1 + 10, 15 + (2 * 5 + 3) + (5 + 1) + 55)],
+)
+def test_tokens_launches_and_operations_of_an_update(packed, tokens, pairs):
+    """A token takes 6 operations a weight, and 14 times the queries for each token it attends to:
+    attention computes its scores again."""
+    work = gpu_updates.Work([5, 5, 7], [3, 2, 4], samples=2)
+    one, three = (
+        gpu_updates.update_counts(work, THIN | {"num_hidden_layers": n}, "head", packed=packed)
+        for n in (1, 3)
+    )
+    assert one.tokens == three.tokens == tokens
+    layer = 36 * 36 * 2 + 2 * 36 * 12 + 3 * 36 * 16  # weights
+    of_layer = 6 * layer * tokens + 14 * pairs * 36
+    heads = 6 * 3 * 4 * 36 * (64 + 1)  # 3 rows of 4 states, the LM head's and the value head's
+    assert one.flops == of_layer + heads
+    assert three.flops == 3 * of_layer + heads
+    # 7 products, attention and all else of a decoding step's layer, and about twice that backwards
+    assert 80 < (three.launches - one.launches) / 2 < 140
+    weights = 2 * layer  # bytes
+    # each weight is read twice and its gradient is written
+    assert three.bytes - one.bytes > 2 * 3 * weights
+
+
+def test_the_stored_report_has_updates_without_padding_that_compute_less():
+    lines = RESULT["updates"]
+    assert {line["work"] for line in lines} == set(gpu_updates.WORKS)
+    for line in lines:
+        for name in ("tokens", "bytes", "flops"):
+            assert line["packed"][name] < line["padded"][name]
+
+
 SMALL: dict[str, tuple[Any, ...]] = {
     "logprobs": (4, 37),
     "linear": (4, 37, 8),

@@ -10,9 +10,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import FAMILIES, tiny_classifier, tiny_config, tiny_model, tiny_tokenizer
+from tiny_models import (
+    FAMILIES,
+    GEMMA_4,
+    tiny_classifier,
+    tiny_config,
+    tiny_model,
+    tiny_tokenizer,
+)
 from tiny_trainer import count_letters, tiny_value_model
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from ppo_fast import PPOConfig, PPOTrainer
 from ppo_fast.cli.main import main
@@ -178,6 +185,15 @@ def test_every_family_is_planned(family):
     whole, head, top, top_head, lora, top_lora = sizes.values()
     assert whole > head > top > top_head > top_lora
     assert head > lora > top_lora
+
+
+def test_layers_with_keys_of_different_sizes_are_planned():
+    if "gemma4_text" not in CONFIG_MAPPING:
+        pytest.skip("transformers has no gemma4_text")
+    model = AutoConfig.for_model("gemma4_text", **GEMMA_4)
+    sizes = {"batch_size": 4, "prompt_length": 6, "device": "cuda"}
+    cache = plan_memory(model, PPOConfig(max_length=8), **sizes).cache
+    assert cache == 4 * 4 * (6 + 8) * 2 * 2 * (16 + 16 + 32)  # bytes, rows, tokens, 2 heads' two
 
 
 def test_without_peft_there_are_no_plans_with_lora(monkeypatch):

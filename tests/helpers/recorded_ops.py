@@ -50,7 +50,7 @@ class RecordedOps(TorchDispatchMode):
     @property
     def launches(self) -> int:
         """Least number of kernels that a GPU would launch: one per call that computes something."""
-        return sum(1 for func, *_ in self.calls if _computes(func))
+        return sum(1 for func, *_ in self.calls if computes(func))
 
     def replay(self) -> None:
         for func, args, kwargs, recorded in self.calls:
@@ -72,7 +72,8 @@ def recorded_ops(device: torch.device) -> Callable[[Callable[[], None]], Callabl
     return capture
 
 
-def _computes(func: Any) -> bool:
+def computes(func: Any) -> bool:
+    """Return whether a GPU would launch a kernel for this operation."""
     if func.overloadpacket in ALLOCATING or func is aten._unsafe_view.default:
         return False
     is_view = any(r.alias_info is not None for r in func._schema.returns)

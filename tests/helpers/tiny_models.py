@@ -61,6 +61,22 @@ def tiny_tokenizer(*, pad_is_eos: bool = False) -> PreTrainedTokenizerFast:
     )
 
 
+# Settings of a gemma4_text, whose layers have heads of different sizes.
+GEMMA_4 = {
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "intermediate_size": 96,
+    "hidden_size_per_layer_input": 0,
+    "vocab_size": VOCAB_SIZE,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+}
+
+
 def tiny_config(
     family: Family,
     *,

@@ -316,3 +316,13 @@ def test_step_with_a_sliding_window(prompt):
     assert_step_is_the_full_forward(
         LanguageModel(AutoModelForCausalLM.from_config(config).eval()), prompt
     )
+
+
+def test_a_body_that_does_not_name_its_embeddings_is_read():
+    """The decoder of BART stands in a wrapper."""
+    sizes = {"d_model": 16, "decoder_layers": 2, "decoder_attention_heads": 2, "vocab_size": 31}
+    config = AutoConfig.for_model("bart", **sizes, decoder_ffn_dim=24, is_decoder=True)
+    config.is_encoder_decoder = False
+    lm = LanguageModel(AutoModelForCausalLM.from_config(config).eval())
+    assert lm.fused
+    assert lm.vocab_size == 31

@@ -19,9 +19,10 @@ from ppo_fast.data.tokens import Tokens, make_tokens
 from ppo_fast.models import packed_attention
 from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.models.packed_attention import PackedPass, by_blocks, padded, varlen
-from ppo_fast.models.parts import layer_list
+from ppo_fast.models.parts import body_of, layer_list
 from ppo_fast.models.passes import SWITCHED_OFF, head_passes
 from ppo_fast.models.setup import disable_dropout, enable_gradient_checkpointing
+from ppo_fast.models.trunk import run
 from ppo_fast.rewards.score import score
 
 CPU = torch.device("cpu")
@@ -55,6 +56,15 @@ def logprobs_and_gradients(lm: LanguageModel, **options) -> tuple[Tensor, dict[s
     (coefficients * (found.logprobs + 0.3 * found.entropy)).sum().backward()
     gradients = {n: p.grad.clone() for n, p in lm.model.named_parameters() if p.grad is not None}
     return found.logprobs.detach(), gradients
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_packed_pass_reads_no_value_on_the_host(family):
+    """Reading one of the meta device raises."""
+    model = tiny_model(family).to("meta")
+    body, on_meta = body_of(model), tokens().to(torch.device("meta"))
+    states = run(body, on_meta, packed=PackedPass(on_meta, body.config)).last_hidden_state
+    assert states.shape == (1, len(on_meta.packing), 64)
 
 
 def assert_same(found, expected, tolerance: float) -> None:

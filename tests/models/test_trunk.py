@@ -234,6 +234,17 @@ def test_a_top_that_reads_what_the_trunk_computes_is_refused():
         LanguageModel(model, num_layers_unfrozen=2)
 
 
+def test_a_top_that_fails_without_the_trunk_is_refused():
+    """As that of Gemma 4 with shared keys, which looks for those of a lower layer by name."""
+    model = tiny_model("llama", layers=LAYERS)
+    computed = {}
+    first, last = layer_list(model.model)[0], layer_list(model.model)[3]
+    first.mlp.register_forward_hook(lambda *args: computed.update(states=args[-1]))
+    last.register_forward_hook(lambda *args: args[-1] + 0.0 * computed.pop("states"))
+    with pytest.raises(ValueError, match=r"cannot be split into a trunk and a top.*KeyError"):
+        LanguageModel(model, num_layers_unfrozen=2)
+
+
 def test_states_of_another_shape_are_refused():
     """XLNet's layers take them transposed."""
     sizes = {"n_layer": LAYERS, "n_head": 4, "d_model": 64, "d_inner": 96, "vocab_size": 307}

@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import tiny_model
+from tiny_models import GEMMA_4, tiny_model
 from tiny_trainer import PROMPTS, tiny_trainer
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from ppo_fast.data.tokens import make_tokens
 from ppo_fast.runs import performance
@@ -83,6 +84,14 @@ def test_a_token_visits_some_experts():
     sizes = sizes_of(tiny_model("qwen3_moe", layers=1, hidden=32))
     experts, router, attention = 8 * 3 * 768 * 32, 128 * 32, 4 * 32 * 32
     assert sizes.weights == (experts + router + attention,)
+
+
+def test_layers_with_heads_of_different_sizes():
+    """A config of Gemma 4 raises where the size of all heads is read of it."""
+    if "gemma4_text" not in CONFIG_MAPPING:
+        pytest.skip("transformers has no gemma4_text")
+    config = AutoConfig.for_model("gemma4_text", **GEMMA_4)
+    assert sizes_of(AutoModelForCausalLM.from_config(config)).queries == 4 * (16 + 16 + 32) / 3
 
 
 def test_adapters_are_weights_of_their_own():

@@ -1,7 +1,7 @@
 """Shared code of the launchers of C++ kernels: it passes tensors as addresses.
 
-A C++ kernel gets addresses: a call costs 5 us with them and 14 us with numpy arrays. It does not
-check them: the launchers, not their callers, vouch for shapes, dtypes, devices and layout.
+A C++ kernel gets addresses, which cost a call less than numpy arrays. It does not check them: the
+launchers, not their callers, vouch for shapes, dtypes, devices and layout.
 """
 
 from __future__ import annotations

@@ -18,8 +18,7 @@ def keep_freed_memory() -> bool:
 
     Gradients, activations and copies in half precision are freed and made again in every optimizer
     step. glibc returns their memory to the system, which then fills each of its pages with zeros
-    again: 1.4 s of processor time in a step of SmolLM2-135M that takes 15 s to 24 s of it. The
-    process's largest size stays the same; between updates it does not shrink. Where the
+    again. The process's largest size stays the same; between updates it does not shrink. Where the
     environment sets glibc's thresholds, and with other C libraries, nothing is changed.
     """
     chosen = any(name in os.environ for name in _VARIABLES)

@@ -63,7 +63,7 @@ def _define_impl(
     takes_tensor = ["Tensor" in str(argument.type) for argument in op._schema.arguments]
 
     def call(first: Tensor, *others: Any) -> Any:
-        # No compiler or mode is active: skip the dispatcher, 30 us a call, and call the launcher.
+        # No compiler or mode is active: skip the dispatcher and call the launcher.
         if (
             type(first) is Tensor
             and not torch.compiler.is_compiling()
