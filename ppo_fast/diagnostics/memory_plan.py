@@ -167,8 +167,9 @@ def plan_memory(
     kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     slots = min(config.rollout_slots or sequences, sequences)
     per_token = 2 * len(layer_types(text)) * kv_heads * head_size
-    # fused layers (fused_layers.py) cache float32
+    # fused layers (fused_layers.py) cache float32 unless kv_cache_dtype says otherwise
     cached = FLOAT if device == "cpu" and not packed else computed
+    cached = cached if config.kv_cache_dtype is None else 2
     cache = cached * per_token * slots * length
     keeps = device == "cuda" and config.cuda_graphs and not adapted_layers(policy)
     most = config.kept_rollout_bytes if keeps else 0
