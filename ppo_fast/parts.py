@@ -69,6 +69,11 @@ def make_parts(
     reward = with_loaded(reward)
     named_rewards(reward, config.reward_weights)
     check_environment(environment, engine)
+    if engine is not None and config.kv_cache_dtype is not None:
+        raise ValueError(
+            f"kv_cache_dtype: got {config.kv_cache_dtype!r} with a {type(engine).__name__}, which "
+            "has a cache of its own; use None"
+        )
     name = which_critic(config, value_model)
     device = resolve_device(device, policy_model)
     models: dict[str, Any] = {"policy_model": policy_model, "value_model": value_model}

@@ -21,6 +21,9 @@ from ppo_fast.demo.task import load_prompts
 from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.models.precision import WeightCopies
 from ppo_fast.rollout import Sampling, decode
+from ppo_fast.rollout.slots import SlotCache, step_arguments
+from ppo_fast.rollout.speedups.few_rows import few_row_products
+from ppo_fast.rollout.speedups.fused_layers import fused_layers
 
 ROUNDS = 3
 
@@ -116,6 +119,37 @@ def test_samples_of_a_prompt(turns, smollm2, capsys):
     work = "decoding SmolLM2-135M, 8 samples of each of 4 prompts of 256 tokens, 32 new tokens"
     medians = turns(work, sides(smollm2, prompts, [32] * 32), rounds=ROUNDS, warm=False)
     print_rates(capsys, 32 * 32, medians)
+
+
+@torch.no_grad()
+def steps_after(model, dtype, *, rows, prompt, new):
+    """Return a side: ``new`` steps of ``rows`` sequences, whose cache holds ``prompt`` tokens."""
+    config, numbers = model.text_config, torch.zeros(rows, dtype=torch.int64)
+    cache = SlotCache(config, rows, prompt + new, dtype=dtype)
+    states = torch.randn(1, config.num_key_value_heads, prompt, config.head_dim)
+    cache.fill([(states, states)] * len(cache.layers), numbers, torch.arange(rows))
+
+    @torch.no_grad()
+    def run():
+        with fused_layers(model) as layers, few_row_products(model.model):
+            assert len(layers) == config.num_hidden_layers
+            for t in range(prompt, prompt + new):
+                model.next(**step_arguments(model, cache, numbers + 11, numbers + t, t + 1))
+
+    return run
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_a_cache_in_bfloat16(turns, smollm2, weights, capsys):
+    model, shape = smollm2[0], {"rows": 16, "prompt": 1500, "new": 32}
+    both = {
+        "ppo_fast: keys and values in bfloat16": steps_after(model, torch.bfloat16, **shape),
+        "ours: in float32": steps_after(model, None, **shape),
+    }
+    work = f"decoding SmolLM2-135M, weights in {weights}, 16 rows after 1,500 tokens, 32 new tokens"
+    with WeightCopies(torch.bfloat16 if weights == "bfloat16" else None).in_use(model.model):
+        medians = turns(work, both, rounds=ROUNDS, warm=False)
+    print_rates(capsys, 16 * 32, medians)
 
 
 @pytest.mark.parametrize("batch", [4, 16, 32])

@@ -72,15 +72,16 @@ void bind_decode_layer(py::module_& m) {
       .def(py::init(&of_dict), py::arg("weights_and_sizes"))
       .def(
           "__call__",
-          [](const DecodeLayerArgs& layer, Address x, Address cos, Address sin, Address keys,
-             Address values, std::int64_t capacity, Address slots, Address lengths, Address y,
-             Address scratch, std::int64_t num_rows, int num_threads) {
+          [](const DecodeLayerArgs& layer, Address x, Address cos, Address sin, int cache_dtype,
+             Address keys, Address values, std::int64_t capacity, Address slots, Address lengths,
+             Address y, Address scratch, std::int64_t num_rows, int num_threads) {
             check({num_rows, capacity}, num_threads,
                   {x, keys, values, slots, lengths, y, scratch});
             DecodeLayerArgs args = layer;
             args.x = pointer<const void>(x);
             args.cos = pointer<const void>(cos);
             args.sin = pointer<const void>(sin);
+            args.cache_dtype = static_cast<Dtype>(cache_dtype);
             args.keys = pointer<void>(keys);
             args.values = pointer<void>(values);
             args.capacity = capacity;
@@ -92,9 +93,10 @@ void bind_decode_layer(py::module_& m) {
             py::gil_scoped_release release;
             kernels().decode_layer(args, num_threads);
           },
-          py::kw_only(), py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("keys"),
-          py::arg("values"), py::arg("capacity"), py::arg("slots"), py::arg("lengths"),
-          py::arg("y"), py::arg("scratch"), py::arg("num_rows"), py::arg("num_threads"));
+          py::kw_only(), py::arg("x"), py::arg("cos"), py::arg("sin"),
+          py::arg("cache_dtype"), py::arg("keys"), py::arg("values"), py::arg("capacity"),
+          py::arg("slots"), py::arg("lengths"), py::arg("y"), py::arg("scratch"),
+          py::arg("num_rows"), py::arg("num_threads"));
 }
 
 }  // namespace ppo_fast

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "base/dtype.hpp"
@@ -50,6 +51,7 @@ struct DecodeLayerArgs {
   std::int64_t window;    // how many of the last tokens attention sees; 0: all
   const void* x;          // [N, D]
   const void *cos, *sin;  // [N, S], or null: no rotation
+  Dtype cache_dtype;      // of keys and values: Real, or bfloat16 where that is float
   void *keys, *values;    // [slots, capacity, K, S]
   std::int64_t capacity;
   const std::int64_t* slots;    // [N], the slot of a token's sequence
@@ -132,7 +134,16 @@ struct DecodeLayer {
     return args.slots[row] * args.capacity * kv_outputs + head * size;
   }
 
-  // Rotates a row's queries and keys by its position, where the layer rotates, and copies its keys
+  // Calls f with a null pointer to the type of the cache's numbers.
+  template <typename F>
+  void with_cached(F f) const {
+    if constexpr (std::is_same_v<Real, float>) {
+      if (args.cache_dtype == Dtype::bfloat16) return f(static_cast<CachedBFloat16*>(nullptr));
+    }
+    f(static_cast<Real*>(nullptr));
+  }
+
+  // Rotates a row's queries and keys by its position, where the layer rotates, and writes its keys
   // and values to the cache.
   void place(std::int64_t row) const {
     const auto turn = [&](Real* x, const void* norm, double eps) {
@@ -147,18 +158,26 @@ struct DecodeLayer {
     Real *key = k + row * kv_outputs, *value = v + row * kv_outputs;
     for (std::int64_t h = 0; h < args.num_kv_heads; ++h)
       turn(key + h * size, args.k_norm, args.k_eps);
-    const std::int64_t cell = in_cache(row, 0) + args.lengths[row] * kv_outputs;
-    std::copy_n(key, kv_outputs, static_cast<Real*>(args.keys) + cell);
-    std::copy_n(value, kv_outputs, static_cast<Real*>(args.values) + cell);
+    with_cached([&](auto* type) {
+      using Cached = std::remove_pointer_t<decltype(type)>;
+      const std::int64_t cell = in_cache(row, 0) + args.lengths[row] * kv_outputs;
+      Cached *keys = static_cast<Cached*>(args.keys) + cell;
+      Cached *values = static_cast<Cached*>(args.values) + cell;
+      for (std::int64_t i = 0; i < kv_outputs; ++i) {
+        narrow(key[i], keys + i);
+        narrow(value[i], values + i);
+      }
+    });
   }
 
   // Attention of the query heads that share one key-value head of one row.
+  template <typename Cached>
   void attention(std::int64_t i) const {
     const std::int64_t row = i / args.num_kv_heads, head = i % args.num_kv_heads;
     const std::int64_t group = args.num_heads / args.num_kv_heads;
     const std::int64_t stride = kv_outputs, length = args.lengths[row];
-    const Real* keys = static_cast<const Real*>(args.keys) + in_cache(row, head);
-    const Real* values = static_cast<const Real*>(args.values) + in_cache(row, head);
+    const Cached* keys = static_cast<const Cached*>(args.keys) + in_cache(row, head);
+    const Cached* values = static_cast<const Cached*>(args.values) + in_cache(row, head);
     const Real* queries = q + row * q_outputs + head * group * size;
     const std::int64_t first =
         args.window > 0 ? std::max<std::int64_t>(length + 1 - args.window, 0) : 0;
@@ -250,6 +269,9 @@ struct DecodeLayer {
       product(i, gate, args.down_weight, args.down_bias, inner, hidden, mlp_out_norm ? nullptr : y,
               mlp_out_norm ? added : y);
     };
+    const auto attend_heads = [this](std::int64_t i) {
+      with_cached([&](auto* type) { attention<std::remove_pointer_t<decltype(type)>>(i); });
+    };
     const auto last_norm = [this](std::int64_t r) {
       add_normed(r, y, args.mlp_out_norm, args.mlp_out_eps);
     };
@@ -257,7 +279,7 @@ struct DecodeLayer {
         threads, Loop{n, 1, first_norm},
         Loop{blocks(q_outputs) + 2 * blocks(kv_outputs), kShare, [this](std::int64_t i) { qkv(i); }},
         Loop{n, 1, [this](std::int64_t r) { place(r); }},
-        Loop{n * args.num_kv_heads, 1, [this](std::int64_t i) { attention(i); }},
+        Loop{n * args.num_kv_heads, 1, attend_heads},
         Loop{blocks(hidden), kShare, out}, Loop{n, 1, second_norm},
         Loop{blocks(inner), kShare, [this](std::int64_t i) { activated(i); }},
         Loop{blocks(hidden), kShare, down}, Loop{mlp_out_norm ? n : 0, 1, last_norm});

@@ -77,10 +77,13 @@ void rotate(Real* x, const Real* cos, const Real* sin, std::int64_t size) {
   }
 }
 
+// A bfloat16 number of a cache. Unlike a weight's, it is multiplied with floats that are not rounded.
+struct CachedBFloat16 : BFloat16 {};
+
 // One head: out [S] = softmax(scores) v over `count` tokens, `stride` apart; scores [count] are the
 // scaled q . k, and are overwritten.
-template <typename Real>
-void attend(Real* scores, const Real* values, std::int64_t stride, std::int64_t count,
+template <typename Real, typename Cached>
+void attend(Real* scores, const Cached* values, std::int64_t stride, std::int64_t count,
             std::int64_t size, Real* out) {
   const Real max = reduce(scores, count, scores[0], [](Real a, Real b) { return a < b ? b : a; });
   for (std::int64_t j = 0; j < count; ++j) scores[j] = exp(scores[j] - max);
@@ -88,15 +91,16 @@ void attend(Real* scores, const Real* values, std::int64_t stride, std::int64_t 
   for (std::int64_t i = 0; i < size; ++i) out[i] = Real(0);
   std::int64_t j = 0;
   for (; j + 4 <= count; j += 4) {
-    const Real *v0 = values + j * stride, *v1 = v0 + stride, *v2 = v1 + stride, *v3 = v2 + stride;
+    const Cached *v0 = values + j * stride, *v1 = v0 + stride, *v2 = v1 + stride, *v3 = v2 + stride;
     const Real p0 = scores[j], p1 = scores[j + 1], p2 = scores[j + 2], p3 = scores[j + 3];
     for (std::int64_t i = 0; i < size; ++i) {
-      out[i] = madd(p3, v3[i], madd(p2, v2[i], madd(p1, v1[i], madd(p0, v0[i], out[i]))));
+      const Real first = madd(p1, widen(v1[i]), madd(p0, widen(v0[i]), out[i]));
+      out[i] = madd(p3, widen(v3[i]), madd(p2, widen(v2[i]), first));
     }
   }
   for (; j < count; ++j) {
     for (std::int64_t i = 0; i < size; ++i)
-      out[i] = madd(scores[j], values[j * stride + i], out[i]);
+      out[i] = madd(scores[j], widen(values[j * stride + i]), out[i]);
   }
   for (std::int64_t i = 0; i < size; ++i) out[i] *= share;
 }

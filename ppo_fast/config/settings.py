@@ -294,6 +294,12 @@ class PPOConfig:
     rollout_slots: int | None = whole(None, or_none=True)
     """Number of sequences decoded at a time: when one ends, the next prompt takes its slot. Bounds
     the KV cache; None: the whole batch."""
+    kv_cache_dtype: Literal["bfloat16"] | None = None
+    """Storage dtype of keys and values in rollouts on a CPU. "bfloat16" takes 2 bytes per number
+    instead of 4, to be held and to be read at each step; tokens are then drawn from another
+    distribution than the policy's, and old log-probs are computed anew. None: the dtype that steps
+    compute in (on a CPU float32, with compute_dtype too). On a GPU it needs compute_dtype, and
+    changes nothing."""
     cuda_graphs: bool = True
     """On a GPU, capture decoding steps and replay them: a small model's kernels take less time than
     launching them one by one. Switched off, with a warning, where replaying changes a token."""
@@ -373,6 +379,13 @@ class PPOConfig:
         import torch  # here, so that the command line's --help can do without
 
         return None if self.compute_dtype is None else getattr(torch, self.compute_dtype)
+
+    @property
+    def cache_dtype(self) -> torch.dtype | None:
+        """``kv_cache_dtype`` as a torch dtype, or None."""
+        import torch
+
+        return None if self.kv_cache_dtype is None else getattr(torch, self.kv_cache_dtype)
 
     @property
     def weights_dtype(self) -> torch.dtype:

@@ -171,8 +171,9 @@ def plan_memory(
     layers = zip(layer_configs(text), layer_types(text), strict=True)
     slots = min(config.rollout_slots or sequences, sequences)
     per_token = 2 * sum(_kv_heads(of_layer) * head_size(of_layer) for of_layer, _ in layers)
-    # fused layers (fused_layers.py) cache float32
+    # fused layers (fused_layers.py) cache float32 unless kv_cache_dtype says otherwise
     cached = FLOAT if device == "cpu" and not packed else computed
+    cached = cached if config.kv_cache_dtype is None else 2
     cache = cached * per_token * slots * length
     keeps = device == "cuda" and config.cuda_graphs and not adapted_layers(policy)
     most = config.kept_rollout_bytes if keeps else 0

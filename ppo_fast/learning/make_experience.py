@@ -148,8 +148,9 @@ def _old_and_reference_logprobs(
 
     The third is whether the policy's were computed.
 
-    With another engine, truncated sampling, autocast, TF32 or rounded trunk states, the log-probs
-    of the rollout are not those that the update will compute, and are computed once more.
+    With another engine, truncated sampling, autocast, TF32, rounded trunk states or a rounded KV
+    cache, the log-probs of the rollout are not those that the update will compute, and are computed
+    once more.
     """
     temperature, max_tokens = rollout.sampling.temperature, config.forward_batch_tokens
     tokens, trunk_states = rollout.tokens, rollout.trunk_states
@@ -162,7 +163,7 @@ def _old_and_reference_logprobs(
         return logprobs_of_both(policy, reference, part, states, temperature=temperature)
 
     old = rollout.logprobs
-    known = config.trunk_dtype is None and computes_in_float32(policy)
+    known = not _rounds(config) and computes_in_float32(policy)
     if old is None or rollout.sampling.truncates or not known:
         packed = policy.packed and reference.packed
         old, ref = in_batches(of_both, tokens, trunk_states, max_tokens, packed=packed)
@@ -171,6 +172,11 @@ def _old_and_reference_logprobs(
         old = old.masked_fill(~tokens.response_mask, 0.0)
     ref = in_batches(of_reference, tokens, trunk_states, max_tokens, packed=reference.packed)
     return old, ref, False
+
+
+def _rounds(config: PPOConfig) -> bool:
+    """Return whether decoding or the update reads activations that the other has not rounded."""
+    return config.trunk_dtype is not None or config.kv_cache_dtype is not None
 
 
 def _weights(
@@ -292,7 +298,7 @@ def warn_of_disagreement(
     largest = metrics.get("sampling_logprob_difference_max", 0.0)
     if ratio > (MOST_FIRST_LOG_RATIO if full else MOST_FIRST_LOG_RATIO_HALF):
         found = f"the first minibatch's ratios are not 1: exp({ratio:.2g}) at most"
-    elif full and config.trunk_dtype is None and largest > MOST_FIRST_LOG_RATIO:
+    elif full and not _rounds(config) and largest > MOST_FIRST_LOG_RATIO:
         found = f"log-probs of decoding and of the update differ by up to {largest:.2g}"
     elif mean > MOST_MEAN_DIFFERENCE_HALF:
         found = f"log-probs of decoding and of the update differ by {mean:.2g} in the mean"

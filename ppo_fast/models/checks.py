@@ -171,3 +171,30 @@ def context_limit(models: Mapping[str, Any]) -> Limit | None:
             whose = f"{name}'s context of {found.tokens}"
             limits.append(Limit(found.tokens, f"{whose} ({found.why})" if found.why else whose))
     return min(limits, key=lambda limit: limit.tokens, default=None)
+
+
+def check_kv_cache_dtype(
+    dtype: torch.dtype | None, model: nn.Module, compute_dtype: torch.dtype | None
+) -> None:
+    """Check that decoding with ``model`` can store keys and values in ``dtype``; None: as computed.
+
+    Raises:
+        ValueError: the model is in float64, or computes in float32 on a GPU.
+    """
+    if dtype is None:
+        return
+    weight = next(model.parameters())
+    got = f"kv_cache_dtype: got {dtype_name(dtype)!r} for {type(model).__name__}"
+    if weight.dtype == torch.float64:
+        raise ValueError(f"{got} in float64, expected None; or convert the model to float32")
+    computed = compute_dtype or weight.dtype
+    if weight.device.type != "cpu" and computed == torch.float32:
+        raise ValueError(
+            f"{got}, which computes in float32 on {weight.device}; the cache there has the dtype "
+            "that steps compute in: use None, or compute_dtype='bfloat16'"
+        )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name as settings have it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")

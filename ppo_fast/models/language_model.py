@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from ppo_fast.data.tokens import Tokens
 from ppo_fast.data.trunk_states import TrunkStates
+from ppo_fast.models.checks import check_kv_cache_dtype
 from ppo_fast.models.offload import Resting
 from ppo_fast.models.parts import body_of
 from ppo_fast.models.passes import Flat, Passes
 from ppo_fast.models.patching import uncompiled
-from ppo_fast.models.precision import HALF, computing_in, tolerance
+from ppo_fast.models.precision import HALF, HALF_TOLERANCE, computing_in, tolerance
 from ppo_fast.models.probe import Probed, autocast_dtype, probe, probe_tokens, relative_difference
 from ppo_fast.models.transformers_internals import (
     attention_of,
@@ -79,6 +80,8 @@ class LanguageModel:
         compute_dtype: autocast dtype of its products; None: the dtype of its weights.
         logits_budget_bytes: as linear_logprobs': logits kept for the backward pass.
         padding_free: whether passes over whole sequences may be packed (passes.py).
+        kv_cache_dtype: dtype in which decoding stores keys and values; None: the dtype that it
+            computes in.
 
     Attributes:
         passes: its passes over whole sequences.
@@ -92,7 +95,7 @@ class LanguageModel:
 
     Raises:
         ValueError: ``num_layers_unfrozen`` is not below the number of layers, or the model cannot
-            be split there.
+            be split there; or ``kv_cache_dtype`` is not for models of this dtype on this device.
     """
 
     def __init__(
@@ -103,8 +106,10 @@ class LanguageModel:
         compute_dtype: torch.dtype | None = None,
         logits_budget_bytes: int = LOGITS_BUDGET_BYTES,
         padding_free: bool = True,
+        kv_cache_dtype: torch.dtype | None = None,
     ) -> None:
-        self.model, self.compute_dtype = model, compute_dtype
+        check_kv_cache_dtype(kv_cache_dtype, model, compute_dtype)
+        self.model, self.compute_dtype, self.kv_cache_dtype = model, compute_dtype, kv_cache_dtype
         self.logits_budget_bytes, self.padding_free = logits_budget_bytes, padding_free
         body = body_of(model)
         self.body: nn.Module | None = None if body is model else body
@@ -158,6 +163,11 @@ class LanguageModel:
     def decoding_tolerance(self) -> float:
         """``tolerance`` between decoding with a cache and one pass over all tokens."""
         return max(self.tolerance, DECODING_TOLERANCE_FLOAT64)
+
+    @property
+    def cache_tolerance(self) -> float:
+        """``decoding_tolerance`` with keys and values in ``kv_cache_dtype``."""
+        return HALF_TOLERANCE if self.kv_cache_dtype in HALF else self.decoding_tolerance
 
     @property
     def states_size(self) -> int:

@@ -41,7 +41,7 @@ def make_policy(
     """Prepare the models that are trained or give rewards, and return the policy."""
     prepare(policy_model, value_model, reward_model, config)
     hold_weights(policy_model, value_model, config)
-    policy = _language_model(policy_model, config)
+    policy = _language_model(policy_model, config, config.cache_dtype)
     check_train_mode(policy, config)
     return policy
 
@@ -106,13 +106,16 @@ def _vocabulary(model: Any) -> int:
     return getattr(head, "out_features", None) or head.weight.shape[0]
 
 
-def _language_model(model: nn.Module, config: PPOConfig) -> LanguageModel:
+def _language_model(
+    model: nn.Module, config: PPOConfig, kv_cache_dtype: torch.dtype | None = None
+) -> LanguageModel:
     return LanguageModel(
         model,
         num_layers_unfrozen=config.num_layers_unfrozen,
         compute_dtype=config.torch_dtype,
         logits_budget_bytes=logits_budget_bytes(config),
         padding_free=config.padding_free,
+        kv_cache_dtype=kv_cache_dtype,
     )
 
 

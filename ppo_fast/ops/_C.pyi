@@ -30,6 +30,7 @@ class DecodeLayer:
         x: int,
         cos: int,
         sin: int,
+        cache_dtype: int,
         keys: int,
         values: int,
         capacity: int,

@@ -64,14 +64,15 @@ def check_agreement(policy: LanguageModel, pad_id: int) -> bool:
     alone = torch.cat([_logprobs(policy, rollout, row) for row in rows])
     mask = rollout.tokens.response_mask
     scale = alone[mask].abs().max().clamp(min=1.0)
-    for found, words in (
-        (batch, "in one pass over a row alone, and over it in a padded batch"),
-        (sampled, "in decoding, and in one pass over all tokens"),
+    padded = "in one pass over a row alone, and over it in a padded batch"
+    for found, tolerance, words in (
+        (batch, policy.decoding_tolerance, padded),
+        (sampled, policy.cache_tolerance, "in decoding, and in one pass over all tokens"),
     ):
         differences = (found - alone)[mask].abs()
         difference = float(differences.max() / scale)
-        fits = difference <= 2 * policy.decoding_tolerance
-        if policy.tolerance >= HALF_TOLERANCE:  # rounding may send a token to another expert
+        fits = difference <= 2 * tolerance
+        if tolerance >= HALF_TOLERANCE:  # rounding may send a token to another expert
             fits = float(differences.mean()) <= MOST_MEAN_DIFFERENCE_HALF
         if not fits:
             raise ValueError(

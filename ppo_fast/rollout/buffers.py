@@ -54,7 +54,9 @@ class Buffers:
     def __init__(self, model: LanguageModel, sizes: Sizes, *, attends: bool) -> None:
         self.sizes, device = sizes, model.device
         sequences, slots, capacity, draws = sizes
-        self.cache = SlotCache(model.text_config, slots, capacity, attends=attends)
+        self.cache = SlotCache(
+            model.text_config, slots, capacity, attends=attends, dtype=model.kv_cache_dtype
+        )
         self.length, self.position, self.token, self.sequence = torch.zeros(
             4, slots, dtype=torch.int64, device=device
         )

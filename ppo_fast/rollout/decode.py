@@ -12,6 +12,7 @@ from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.sampling import Sampling
 from ppo_fast.models.adapters import merged_adapters
 from ppo_fast.models.attention import without_cudnn_attention
+from ppo_fast.models.checks import dtype_name
 from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.rollout.buffers import KeptBuffers
 from ppo_fast.rollout.by_slots import decode_by_slots
@@ -76,8 +77,9 @@ def decode(
         The rollout, without its texts.
 
     Raises:
-        ValueError: a stop token id beyond the vocabulary, stop strings without ``to_text``, or a
-            model whose layers cannot be cached.
+        ValueError: a stop token id beyond the vocabulary, stop strings without ``to_text``, a
+            model whose layers cannot be cached, or ``kv_cache_dtype`` of one that does not decode
+            by slots.
         NotFiniteError: the model gave NaN or infinite logits.
     """
     _check_stop_token_ids(sampling, model.vocab_size)
@@ -93,7 +95,13 @@ def decode(
         ended=ended,
     )
     with _plain_layers(model):
-        if own_cache(model) is not None:
+        if (own := own_cache(model)) is not None:
+            if model.kv_cache_dtype is not None:
+                raise ValueError(
+                    f"kv_cache_dtype: got {dtype_name(model.kv_cache_dtype)!r}, but "
+                    f"{type(model.model).__name__} does not decode by slots in one KV cache "
+                    f"({own.why_no_slots}); use None"
+                )
             return decode_with_own_cache(model, request)
         return decode_by_slots(
             model,

@@ -94,7 +94,9 @@ class Prompts:
         device = self._model.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         return (
-            self._flat(prompts, lengths) if self._fused else self._padded(prompts, lengths, cache)
+            self._flat(prompts, lengths, cache.dtype)
+            if self._fused
+            else self._padded(prompts, lengths, cache)
         )
 
     def _padded(self, prompts: list[PromptIds], lengths: Tensor, cache: SlotCache) -> PromptBatch:
@@ -111,13 +113,18 @@ class Prompts:
         )
         return PromptBatch(cache.prompts(), next_, self._trunk.pop() if self._trunk else None)
 
-    def _flat(self, prompts: list[PromptIds], lengths: Tensor) -> PromptBatch:
-        """Compute prompts in one pass without padding, one row per token."""
+    def _flat(
+        self, prompts: list[PromptIds], lengths: Tensor, dtype: torch.dtype | None
+    ) -> PromptBatch:
+        """Compute prompts in one pass without padding, one row per token.
+
+        ``dtype`` is SlotCache's.
+        """
         rows = torch.repeat_interleave(torch.arange(len(prompts), device="cpu"), lengths)
         positions = torch.cat([torch.arange(len(prompt), device="cpu") for prompt in prompts])
         tokens = torch.tensor([token for prompt in prompts for token in prompt], device="cpu")
         ends = lengths.cumsum(0) - 1
-        cache = SlotCache(self._model.text_config, len(prompts), int(lengths.max()))
+        cache = SlotCache(self._model.text_config, len(prompts), int(lengths.max()), dtype=dtype)
         cache.begin_rows(rows, positions)
         next_ = self._model.next(
             (ends, torch.zeros_like(ends)),

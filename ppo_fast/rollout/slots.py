@@ -30,11 +30,21 @@ class SlotCache(Cache):
         slots: number of rows.
         capacity: max tokens of a sequence.
         attends: whether steps run within ``step_attention``, which needs no mask.
+        dtype: dtype that keys and values are rounded to when they are written; attention reads the
+            rounded numbers, those of prompts too. None: the dtype that they come in.
     """
 
-    def __init__(self, config: Any, slots: int, capacity: int, *, attends: bool = False) -> None:
-        super().__init__(layers=[_SlotLayer(slots, capacity) for _ in layer_types(config)])
-        self.slots, self.capacity, self.attends = slots, capacity, attends
+    def __init__(
+        self,
+        config: Any,
+        slots: int,
+        capacity: int,
+        *,
+        attends: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(layers=[_SlotLayer(slots, capacity, dtype) for _ in layer_types(config)])
+        self.slots, self.capacity, self.attends, self.dtype = slots, capacity, attends, dtype
         self.lengths: Tensor | None = None  # [n] by row; None while padded prompts are computed
         self.row_slots: Tensor  # [n]
         self._scratch: Tensor | None = None
@@ -58,8 +68,8 @@ class SlotCache(Cache):
         for layer, (keys, values) in zip(self.layers, keys_values, strict=True):
             if not layer.is_initialized:
                 layer.lazy_initialization(keys, values)
-            layer.keys[slots, : keys.shape[2]] = keys.transpose(1, 2)[rows]
-            layer.values[slots, : values.shape[2]] = values.transpose(1, 2)[rows]
+            for room, states in ((layer.keys, keys), (layer.values, values)):
+                room[slots, : states.shape[2]] = states.transpose(1, 2)[rows].to(room.dtype)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` tokens of slot ``source`` to slot ``target``."""
@@ -101,9 +111,9 @@ class SlotCache(Cache):
 class _SlotLayer(DynamicLayer):
     """Keys and values of one layer."""
 
-    def __init__(self, slots: int, capacity: int) -> None:
+    def __init__(self, slots: int, capacity: int, stored_dtype: torch.dtype | None) -> None:
         super().__init__()
-        self.slots, self.capacity = slots, capacity
+        self.slots, self.capacity, self.stored_dtype = slots, capacity, stored_dtype
         self.cells: Tensor | None = None  # [n], indices in [slots * capacity] of a step's tokens
         self.longest = 0
         self.seen: Tensor | None = None  # [n], how many of a row's tokens its query sees
@@ -112,7 +122,8 @@ class _SlotLayer(DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         def room(states: Tensor) -> Tensor:
             # zeros: attention multiplies unwritten columns by a weight of 0, and 0 * NaN is NaN
-            return states.new_zeros(self.slots, self.capacity, states.shape[1], states.shape[3])
+            shape = self.slots, self.capacity, states.shape[1], states.shape[3]
+            return states.new_zeros(shape, dtype=self.stored_dtype)
 
         self.keys, self.values = room(key_states), room(value_states)
         self.is_initialized = True
@@ -122,13 +133,14 @@ class _SlotLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """Take the keys and values of new tokens, and return all that these attend to.
 
-        The new ones are [n, heads, tokens, size].
+        The new ones are [n, heads, tokens, size]. What is returned has their dtype.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.cells is None:
-            self.prompts = key_states, value_states
-            return self.prompts
+            keys, values = (self._rounded(states) for states in (key_states, value_states))
+            self.prompts = keys, values
+            return keys.to(key_states.dtype), values.to(value_states.dtype)
         read = len(self.cells), self.longest
         keys = self._written(self.keys, key_states, *read)
         keys.lengths = self.seen  # type: ignore[attr-defined]  # read by step_attention.py
@@ -136,8 +148,11 @@ class _SlotLayer(DynamicLayer):
 
     def _written(self, room: Tensor, states: Tensor, rows: int, longest: int) -> Tensor:
         assert self.cells is not None
-        room.view(-1, *room.shape[2:]).index_copy_(0, self.cells, states[:, :, 0])
-        return room[:rows, :longest].transpose(1, 2)
+        room.view(-1, *room.shape[2:]).index_copy_(0, self.cells, self._rounded(states[:, :, 0]))
+        return room[:rows, :longest].transpose(1, 2).to(states.dtype)
+
+    def _rounded(self, states: Tensor) -> Tensor:
+        return states if self.stored_dtype is None else states.to(self.stored_dtype)
 
     def get_seq_length(self) -> int:
         return 0 if self.cells is None else self.longest - 1

@@ -128,6 +128,7 @@ def select(experience):
 HALF = {"compute_dtype": "bfloat16"}
 FORMS = {
     "float32": {},
+    "rounded cache": {"kv_cache_dtype": "bfloat16"},
     "LoRA": {},
     "bfloat16": HALF,
     "stochastic": HALF | {"trained_weights": "stochastic"},
@@ -251,13 +252,16 @@ def test_what_a_gpu_keeps_between_rollouts():
     assert kept(kept_rollout_bytes=0)[0] == kept(cuda_graphs=False)[0] == kept("cpu")[0] == 0
 
 
-def test_fused_layers_cache_float32_on_the_cpu():
-    def cache(device, compute_dtype):
-        config = PPOConfig(compute_dtype=compute_dtype, max_length=8)
+def test_fused_layers_cache_float32_on_the_cpu_unless_kv_cache_dtype_says_otherwise():
+    def cache(device, compute_dtype, **options):
+        config = PPOConfig(compute_dtype=compute_dtype, max_length=8, **options)
         sizes = {"batch_size": 4, "prompt_length": 8, "device": device}
         return plan_memory(tiny_config("llama"), config, **sizes).cache
 
-    assert cache("cpu", "bfloat16") == cache("cpu", None) == 2 * cache("cuda", "bfloat16")
+    in_half = cache("cuda", "bfloat16")
+    assert cache("cpu", "bfloat16") == cache("cpu", None) == 2 * in_half
+    for device, dtype in (("cpu", "bfloat16"), ("cpu", None), ("cuda", "bfloat16")):
+        assert cache(device, dtype, kv_cache_dtype="bfloat16") == in_half
 
 
 def test_the_margin_is_a_tenth_of_the_peak():

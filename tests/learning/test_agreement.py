@@ -12,6 +12,8 @@ CASES = {
     "truncated": {"top_k": 20},
     "bfloat16": {"compute_dtype": "bfloat16"},
     "rounded trunk": {"num_layers_unfrozen": 1, "trunk_dtype": "bfloat16"},
+    "rounded cache": {"kv_cache_dtype": "bfloat16"},
+    "rounded cache in bfloat16": {"kv_cache_dtype": "bfloat16", "compute_dtype": "bfloat16"},
 }
 
 

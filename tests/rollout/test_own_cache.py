@@ -76,6 +76,13 @@ def test_families(family, options):
     assert metrics["first_max_log_ratio"] < 1e-3
 
 
+@pytest.mark.parametrize("family", ["mamba2", "lfm2"])
+def test_their_own_cache_has_no_other_dtype(family):
+    words = "kv_cache_dtype: got 'bfloat16', but .* does not decode by slots in one KV cache"
+    with pytest.raises(ValueError, match=words):
+        ppo_of(model_of(family), kv_cache_dtype="bfloat16")
+
+
 @pytest.mark.parametrize("keeps", ["some rows", "all rows"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sequences_that_have_ended_leave_the_others(family, keeps, monkeypatch):

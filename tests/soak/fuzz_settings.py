@@ -40,6 +40,7 @@ BASES: tuple[dict[str, Any], ...] = (
     {"critic": "top", "num_layers_unfrozen": 1},
     {"critic": "head", "num_layers_unfrozen": 1, "trunk_dtype": "bfloat16"},
     {"critic": "head", "compute_dtype": "bfloat16", "trained_weights": "kahan"},
+    {"critic": "head", "num_layers_unfrozen": 1, "kv_cache_dtype": "bfloat16"},
     {"critic": "head", "entropy_target": 3.0, "lr_schedule": "cosine"},
     {"critic": "head", "kl_controller": "adaptive", "kl_target": 1.0},
     {"top_k": 5, "top_p": 0.9, "importance": "truncate"},

@@ -7,6 +7,7 @@ residual, rotate a part of a head or normalise in a way of their own do not qual
 
 Weights may be in bfloat16. What a product multiplies them with is then rounded to bfloat16, as
 under autocast in the update; sums, what passes from layer to layer, keys and values are float32.
+Keys and values alone are rounded to bfloat16 in a SlotCache of that dtype.
 """
 
 from __future__ import annotations

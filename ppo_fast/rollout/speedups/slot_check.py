@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from ppo_fast.models.checks import dtype_name
 from ppo_fast.models.language_model import LanguageModel, nan_error
 from ppo_fast.models.patching import uncompiled
 from ppo_fast.models.precision import HALF
@@ -116,12 +117,18 @@ def _check(model: LanguageModel) -> FusedLayers:
             "between decoding with a cache and one pass over all tokens, so its responses would "
             "not be samples from the distribution that is trained"
         )
+    stored = model.kv_cache_dtype
+    rounded = None if stored is None else _by_slots(model, rows, fused=False, dtype=stored)
+    if rounded is not None and (why := _rounding_fails(model, rounded, found)) is not None:
+        raise ValueError(f"policy_model: {why}")
     why_not = why_not_all_are_fused(model)
     with fused_layers(model) as layers:
         if not layers:
             return FusedLayers(0, why_not)
+        fused = len(layers) == model.text_config.num_hidden_layers
         try:
-            found = _by_slots(model, rows, fused=len(layers) == model.text_config.num_hidden_layers)
+            found = _by_slots(model, rows, fused=fused)
+            rounded = None if stored is None else _by_slots(model, rows, fused=fused, dtype=stored)
         except RuntimeError as error:  # a part in bfloat16 that cannot compute with float32
             if model.dtype not in HALF:
                 raise
@@ -135,9 +142,15 @@ def _check(model: LanguageModel) -> FusedLayers:
     # what passes from layer to layer, and fused ones do not. Of many layers, that adds up.
     limit = (2 if model.dtype in HALF else 1) * model.tolerance
     difference = relative_difference(found, expected)
-    if difference <= limit or _no_further_from_float32(model, rows, found, expected):
-        return FusedLayers(len(layers), why_not)
-    return FusedLayers(0, f"with them, logits differ by {difference:.1e}", True)
+    if not (difference <= limit or _no_further_from_float32(model, rows, found, expected)):
+        return FusedLayers(0, f"with them, logits differ by {difference:.1e}", True)
+    if (
+        rounded is not None
+        and (reason := _rounding_fails(model, rounded, found)) is not None
+        and not _no_further_from_float32(model, rows, rounded, expected)
+    ):
+        return FusedLayers(0, reason, True)
+    return FusedLayers(len(layers), why_not)
 
 
 def _no_further_from_float32(
@@ -164,17 +177,39 @@ def _no_further_from_float32(
     return relative_difference(found, exact) <= relative_difference(expected, exact)
 
 
+def _rounding_fails(model: LanguageModel, rounded: Tensor, found: Tensor) -> str | None:
+    """Return the reason why keys and values may not be rounded to ``kv_cache_dtype``, or None.
+
+    ``rounded`` and ``found`` are the logits with such a cache, and with one as steps compute it.
+    """
+    limit = (2 if model.dtype in HALF else 1) * model.cache_tolerance
+    if (difference := relative_difference(rounded, found)) <= limit:
+        return None
+    assert model.kv_cache_dtype is not None
+    name = dtype_name(model.kv_cache_dtype)
+    return f"with keys and values in {name}, logits differ by {difference:.1e}"
+
+
 def _whole_pass(model: LanguageModel, row: tuple[int, ...]) -> Tensor:
     ids = torch.tensor([row], device=model.device)
     return output_of(model.model, input_ids=ids, use_cache=False).logits[:, -1]
 
 
 def _by_slots(
-    model: LanguageModel, rows: list[tuple[int, ...]], *, fused: bool, attends: bool = False
+    model: LanguageModel,
+    rows: list[tuple[int, ...]],
+    *,
+    fused: bool,
+    attends: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return the logits [n, V] after each row, computed as a prompt and a last token in a step."""
+    """Return the logits [n, V] after each row, computed as a prompt and a last token in a step.
+
+    ``dtype`` is SlotCache's.
+    """
     heads = [row[:-1] for row in rows]
-    cache = SlotCache(model.text_config, len(rows), max(map(len, rows)), attends=attends)
+    longest = max(map(len, rows))
+    cache = SlotCache(model.text_config, len(rows), longest, attends=attends, dtype=dtype)
     prompts = Prompts(model, heads, 1 << 20, 0, [], fused=fused)
     prompts.read(heads, cache)
     for batch, sources, slots in prompts.take(heads):

@@ -27,6 +27,8 @@ DTYPES = {
     torch.float64: torch.float64,
     torch.bfloat16: torch.float32,
 }
+# Dtypes that keys and values may be rounded to, by the dtype of what passes from layer to layer.
+CACHED = {torch.float32: torch.bfloat16}
 # In the order of enum class Activation in csrc/kernels/decode_layer.hpp.
 ACTIVATIONS = ("silu", "gelu_tanh")
 NORMS = ("attention", "mlp", "attention_out", "mlp_out", "q", "k")
@@ -120,6 +122,7 @@ class StepForward:
     ) -> bool:
         """Return whether a step is in the kernel's dtype, and rotates whole heads."""
         room, dtype = cache.layers[self._index], self._dtype
+        stored = cache.dtype or dtype
         rotated = 0 if position_embeddings is None else position_embeddings[0].shape[-1]
         if self._rotary and rotated != self._head_size:
             self.why_not = "it does not rotate whole heads"
@@ -129,8 +132,10 @@ class StepForward:
         elif hidden_states.dtype not in (dtype, self._weight_dtype):
             weights = self._weight_dtype
             self.why_not = f"its input is {hidden_states.dtype}, its weights are {weights}"
-        elif room.is_initialized and not room.keys.dtype == room.values.dtype == dtype:
-            self.why_not = f"keys are {room.keys.dtype}, values {room.values.dtype}, not {dtype}"
+        elif stored not in (dtype, CACHED.get(dtype)):
+            self.why_not = f"the cache is {stored}, its states are {dtype}"
+        elif room.is_initialized and not room.keys.dtype == room.values.dtype == stored:
+            self.why_not = f"keys are {room.keys.dtype}, values {room.values.dtype}, not {stored}"
         else:
             return True
         return False
@@ -148,7 +153,7 @@ class StepForward:
         if not room.is_initialized:
             like = x.new_empty(1).expand(rows, kv_heads, 1, size)
             room.lazy_initialization(like, like)
-        cells = (cache.slots, cache.capacity, kv_heads, size)
+        cells, stored = (cache.slots, cache.capacity, kv_heads, size), room.keys.dtype
         # the cosines and sines of a layer that rotates
         angles = [
             vouched(name, table.expand(rows, 1, -1), (rows, 1, size), dtype)
@@ -163,8 +168,9 @@ class StepForward:
             x=x.data_ptr(),
             cos=cos,
             sin=sin,
-            keys=written("keys", room.keys, cells, dtype).data_ptr(),
-            values=written("values", room.values, cells, dtype).data_ptr(),
+            cache_dtype=DTYPE_CODES[stored],
+            keys=written("keys", room.keys, cells, stored).data_ptr(),
+            values=written("values", room.values, cells, stored).data_ptr(),
             capacity=cache.capacity,
             slots=slots.data_ptr(),
             lengths=lengths.data_ptr(),
