@@ -56,6 +56,19 @@ def test_a_cache_in_bfloat16_takes_half_the_bytes(family):
     assert torch.equal(rounded.layers[0].keys, exact.layers[0].keys.to(BF16))
 
 
+def test_layers_that_are_not_fused_read_rounded_numbers_in_their_own_dtype():
+    layer = SlotCache(tiny_model().config, 2, 8, dtype=BF16).layers[0]
+    states = torch.randn(2, 4, 5, 16)
+    for found in layer.update(states, 2 * states):  # of prompts
+        assert found.dtype == torch.float32
+        assert torch.equal(found, found.bfloat16().float())
+    assert torch.equal(layer.prompts[0], states.bfloat16())
+    layer.cells, layer.longest = torch.tensor([0, 8]), 1
+    keys, values = layer.update(states[:, :, :1], 2 * states[:, :, :1])  # of a step
+    assert torch.equal(keys, states[:, :, :1].bfloat16().float())
+    assert torch.equal(values, (2 * states[:, :, :1]).bfloat16().float())
+
+
 @torch.no_grad()
 def test_a_prompts_bits_are_those_of_steps():
     """Layers that are fused read rounded keys and values of a prompt as those of a response."""
