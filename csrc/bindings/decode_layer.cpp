@@ -75,8 +75,7 @@ void bind_decode_layer(py::module_& m) {
           [](const DecodeLayerArgs& layer, Address x, Address cos, Address sin, int cache_dtype,
              Address keys, Address values, std::int64_t capacity, Address slots, Address lengths,
              Address y, Address scratch, std::int64_t num_rows, int num_threads) {
-            check({num_rows, capacity}, num_threads,
-                  {x, keys, values, slots, lengths, y, scratch});
+            check({num_rows, capacity}, num_threads, {x, keys, values, slots, lengths, y, scratch});
             DecodeLayerArgs args = layer;
             args.x = pointer<const void>(x);
             args.cos = pointer<const void>(cos);
@@ -93,10 +92,10 @@ void bind_decode_layer(py::module_& m) {
             py::gil_scoped_release release;
             kernels().decode_layer(args, num_threads);
           },
-          py::kw_only(), py::arg("x"), py::arg("cos"), py::arg("sin"),
-          py::arg("cache_dtype"), py::arg("keys"), py::arg("values"), py::arg("capacity"),
-          py::arg("slots"), py::arg("lengths"), py::arg("y"), py::arg("scratch"),
-          py::arg("num_rows"), py::arg("num_threads"));
+          py::kw_only(), py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("cache_dtype"),
+          py::arg("keys"), py::arg("values"), py::arg("capacity"), py::arg("slots"),
+          py::arg("lengths"), py::arg("y"), py::arg("scratch"), py::arg("num_rows"),
+          py::arg("num_threads"));
 }
 
 }  // namespace ppo_fast

@@ -161,8 +161,8 @@ struct DecodeLayer {
     with_cached([&](auto* type) {
       using Cached = std::remove_pointer_t<decltype(type)>;
       const std::int64_t cell = in_cache(row, 0) + args.lengths[row] * kv_outputs;
-      Cached *keys = static_cast<Cached*>(args.keys) + cell;
-      Cached *values = static_cast<Cached*>(args.values) + cell;
+      Cached* keys = static_cast<Cached*>(args.keys) + cell;
+      Cached* values = static_cast<Cached*>(args.values) + cell;
       for (std::int64_t i = 0; i < kv_outputs; ++i) {
         narrow(key[i], keys + i);
         narrow(value[i], values + i);
@@ -275,14 +275,14 @@ struct DecodeLayer {
     const auto last_norm = [this](std::int64_t r) {
       add_normed(r, y, args.mlp_out_norm, args.mlp_out_eps);
     };
-    run_loops(
-        threads, Loop{n, 1, first_norm},
-        Loop{blocks(q_outputs) + 2 * blocks(kv_outputs), kShare, [this](std::int64_t i) { qkv(i); }},
-        Loop{n, 1, [this](std::int64_t r) { place(r); }},
-        Loop{n * args.num_kv_heads, 1, attend_heads},
-        Loop{blocks(hidden), kShare, out}, Loop{n, 1, second_norm},
-        Loop{blocks(inner), kShare, [this](std::int64_t i) { activated(i); }},
-        Loop{blocks(hidden), kShare, down}, Loop{mlp_out_norm ? n : 0, 1, last_norm});
+    run_loops(threads, Loop{n, 1, first_norm},
+              Loop{blocks(q_outputs) + 2 * blocks(kv_outputs), kShare,
+                   [this](std::int64_t i) { qkv(i); }},
+              Loop{n, 1, [this](std::int64_t r) { place(r); }},
+              Loop{n * args.num_kv_heads, 1, attend_heads}, Loop{blocks(hidden), kShare, out},
+              Loop{n, 1, second_norm},
+              Loop{blocks(inner), kShare, [this](std::int64_t i) { activated(i); }},
+              Loop{blocks(hidden), kShare, down}, Loop{mlp_out_norm ? n : 0, 1, last_norm});
   }
 };
 

@@ -77,7 +77,8 @@ void rotate(Real* x, const Real* cos, const Real* sin, std::int64_t size) {
   }
 }
 
-// A bfloat16 number of a cache. Unlike a weight's, it is multiplied with floats that are not rounded.
+// A bfloat16 number of a cache. A weight's is multiplied with rounded floats, this one with floats
+// as they are.
 struct CachedBFloat16 : BFloat16 {};
 
 // One head: out [S] = softmax(scores) v over `count` tokens, `stride` apart; scores [count] are the
