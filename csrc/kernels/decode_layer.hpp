@@ -275,15 +275,14 @@ struct DecodeLayer {
     const auto last_norm = [this](std::int64_t r) {
       add_normed(r, y, args.mlp_out_norm, args.mlp_out_eps);
     };
-    run_loops(
-        threads, Loop{n, 1, first_norm},
-        Loop{blocks(q_outputs) + 2 * blocks(kv_outputs), kShare,
-             [this](std::int64_t i) { qkv(i); }},
-        Loop{n, 1, [this](std::int64_t r) { place(r); }},
-        Loop{n * args.num_kv_heads, kShare, attend_heads}, Loop{blocks(hidden), kShare, out},
-        Loop{n, 1, second_norm},
-        Loop{blocks(inner), kShare, [this](std::int64_t i) { activated(i); }},
-        Loop{blocks(hidden), kShare, down}, Loop{mlp_out_norm ? n : 0, 1, last_norm});
+    run_loops(threads, Loop{n, 1, first_norm},
+              Loop{blocks(q_outputs) + 2 * blocks(kv_outputs), kShare,
+                   [this](std::int64_t i) { qkv(i); }},
+              Loop{n, 1, [this](std::int64_t r) { place(r); }},
+              Loop{n * args.num_kv_heads, 1, attend_heads}, Loop{blocks(hidden), kShare, out},
+              Loop{n, 1, second_norm},
+              Loop{blocks(inner), kShare, [this](std::int64_t i) { activated(i); }},
+              Loop{blocks(hidden), kShare, down}, Loop{mlp_out_norm ? n : 0, 1, last_norm});
   }
 };
 
