@@ -41,7 +41,8 @@ struct Dot {
   }
 };
 
-// Activations stay float beside weights in int8; a product is to be multiplied by its output's scale.
+// Activations stay float beside weights in int8; a product is to be multiplied by its output's
+// scale.
 template <>
 struct Dot<Int8> {
   using Real = float;

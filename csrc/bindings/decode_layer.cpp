@@ -68,8 +68,8 @@ void bind_decode_layer(py::module_& m) {
   py::class_<DecodeLayerArgs>(m, "DecodeLayer",
                               "A transformer layer, for decoding steps; see "
                               "csrc/kernels/decode_layer.hpp. Vectors are addresses, matrices "
-                              "addresses, strides of rows and addresses of scales, 0 where there is none; they must "
-                              "outlive it.")
+                              "addresses, strides of rows and addresses of scales, 0 where there "
+                              "is none; they must outlive it.")
       .def(py::init(&of_dict), py::arg("weights_and_sizes"))
       .def(
           "__call__",

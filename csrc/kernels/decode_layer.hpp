@@ -27,10 +27,10 @@ struct Matrix {
   const float* scales;  // [outputs], or null
 };
 
-// Real is float or double, by `dtype`; the weights of products are Real, or bfloat16 or int8 where it
-// is float, by `weight_dtype`. All contiguous, but for the rows of matrices. N rows (tokens), D hidden
-// size, H heads on K key-value heads of size S, I inputs of the last product. Matrices are given as
-// [outputs, inputs]; with inputs_first, they are stored [inputs, outputs].
+// Real is float or double, by `dtype`; the weights of products are Real, or bfloat16 or int8 where
+// it is float, by `weight_dtype`. All contiguous, but for the rows of matrices. N rows (tokens), D
+// hidden size, H heads on K key-value heads of size S, I inputs of the last product. Matrices are
+// given as [outputs, inputs]; with inputs_first, they are stored [inputs, outputs].
 struct DecodeLayerArgs {
   Dtype dtype;
   Dtype weight_dtype;
