@@ -13,7 +13,8 @@ const Kernels PPO_FAST_TABLE(PPO_FAST_ISA) = {
     PPO_FAST_ISA::gae,           PPO_FAST_ISA::logprobs_forward, PPO_FAST_ISA::logprobs_backward,
     PPO_FAST_ISA::fold_tile,     PPO_FAST_ISA::finish_rows,      PPO_FAST_ISA::tile_gradient,
     PPO_FAST_ISA::sample_tokens, PPO_FAST_ISA::kl_estimate,      PPO_FAST_ISA::ppo_loss,
-    PPO_FAST_ISA::value_loss,    PPO_FAST_ISA::whiten,           PPO_FAST_ISA::whiten_backward,
+    PPO_FAST_ISA::quantize_rows, PPO_FAST_ISA::value_loss,       PPO_FAST_ISA::whiten,
+    PPO_FAST_ISA::whiten_backward,
 };
 
 }  // namespace ppo_fast

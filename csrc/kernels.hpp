@@ -8,6 +8,7 @@
 #include "kernels/linear_logprobs.hpp"
 #include "kernels/logprobs.hpp"
 #include "kernels/ppo_loss.hpp"
+#include "kernels/quantize_rows.hpp"
 #include "kernels/sample_tokens.hpp"
 #include "kernels/value_loss.hpp"
 #include "kernels/whiten.hpp"
@@ -27,6 +28,7 @@ struct Kernels {
   void (*sample_tokens)(const SampleTokensArgs&, int num_threads);
   void (*kl_estimate)(const KlEstimateArgs&, int num_threads);
   void (*ppo_loss)(const PpoLossArgs&, int num_threads);
+  void (*quantize_rows)(const QuantizeRowsArgs&, int num_threads);
   void (*value_loss)(const ValueLossArgs&, int num_threads);
   void (*whiten)(const WhitenArgs&, int num_threads);
   void (*whiten_backward)(const WhitenBackwardArgs&, int num_threads);

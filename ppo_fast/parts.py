@@ -74,6 +74,7 @@ def make_parts(
             f"kv_cache_dtype: got {config.kv_cache_dtype!r} with a {type(engine).__name__}, which "
             "has a cache of its own; use None"
         )
+    check_rollout_weights(config, engine)
     name = which_critic(config, value_model)
     device = resolve_device(device, policy_model)
     models: dict[str, Any] = {"policy_model": policy_model, "value_model": value_model}
@@ -105,7 +106,8 @@ def make_parts(
     )
     if device.type == "cpu":
         keep_freed_memory()
-    copied = engine is not None or check_agreement(policy, tokenizer.pad_token_id)
+    int8 = config.rollout_weights == "int8"
+    copied = engine is not None or check_agreement(policy, tokenizer.pad_token_id, int8=int8)
     copies = WeightCopies(config.torch_dtype, kept_bytes(policy, config), autocast=not copied)
     engine = engine or make_local_engine(
         policy,
@@ -124,6 +126,23 @@ def make_parts(
         scorer,
         Learner(policy, critic, config),
     )
+
+
+def check_rollout_weights(config: PPOConfig, engine: Engine | None) -> None:
+    """Raise ValueError where a given engine does not decode with the weights that are asked for."""
+    if engine is None:
+        return
+    kind, asked = type(engine).__name__, config.rollout_weights
+    if asked is not None and not getattr(engine, "int8", False):
+        raise ValueError(
+            f"rollout_weights={asked!r}: {kind} decodes with weights of its own; it needs "
+            "engine=None, or use rollout_weights=None"
+        )
+    if asked is None and getattr(engine, "int8", False):
+        raise ValueError(
+            f"rollout_weights: got None with a {kind} that decodes with weights in int8, whose "
+            "log-probs are not the policy's; use rollout_weights='int8'"
+        )
 
 
 def place_rewards(

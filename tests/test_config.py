@@ -63,6 +63,7 @@ OUT_OF_RANGE = {
     "stop_strings": ["stop", (3,), ("",)],
     "rollout_slots": [0, 1.5],
     "kv_cache_dtype": ["float32", "float16", "int8"],
+    "rollout_weights": ["int4", "float32", True],
     "kept_rollout_bytes": [-1, 0.5],
     "offload": ["optimizer", ("value",), ("reference", 1), None],
     "top_p": [0.0, 1.1, -0.5, NAN],

@@ -43,8 +43,11 @@ def gpt2():
     return LanguageModel(model), SimpleNamespace(pad_token_id=model.config.eos_token_id)
 
 
-def sides(smollm2, prompts, max_lengths):
-    """Return ours, and `generate` on the left-padded batch up to the longest response."""
+def sides(smollm2, prompts, max_lengths, **options):
+    """Return ours, and `generate` on the left-padded batch up to the longest response.
+
+    ``options`` are those of ``decode``.
+    """
     model, tokenizer = smollm2
     width, pad_id = max(map(len, prompts)), tokenizer.pad_token_id
     ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts])
@@ -54,7 +57,7 @@ def sides(smollm2, prompts, max_lengths):
     def ours():
         seeds = torch.arange(len(prompts))
         settings = {"seeds": seeds, "eos_ids": [], "pad_id": pad_id, "max_lengths": max_lengths}
-        decode(model, prompts, Sampling(longest), **settings)
+        decode(model, prompts, Sampling(longest), **settings, **options)
 
     theirs = partial(generate, model.model, ids, mask, longest)
     return {"ppo_fast": ours, "transformers generate": theirs}
@@ -99,6 +102,18 @@ def test_decode_in_bfloat16(turns, smollm2, batch, capsys):
 
     work = f"decoding SmolLM2-135M in bfloat16, batch {batch}, 64 new tokens each"
     both = {"ppo_fast": in_bfloat16, "ours in float32": in_float32}
+    medians = turns(work, both, rounds=ROUNDS, warm=False)
+    print_rates(capsys, batch * 64, medians)
+
+
+@pytest.mark.parametrize("batch", [4, 32])
+def test_decode_in_int8(turns, smollm2, batch, capsys):
+    """Both are ours; the copies in int8 are made anew each time, as for each rollout."""
+    prompts = smollm2[1](load_prompts()[0][:batch])["input_ids"]
+    in_float32 = sides(smollm2, prompts, [64] * batch)["ppo_fast"]
+    in_int8 = sides(smollm2, prompts, [64] * batch, int8=True)["ppo_fast"]
+    work = f"decoding SmolLM2-135M with weights in int8, batch {batch}, 64 new tokens each"
+    both = {"ppo_fast": in_int8, "ours in float32": in_float32}
     medians = turns(work, both, rounds=ROUNDS, warm=False)
     print_rates(capsys, batch * 64, medians)
 

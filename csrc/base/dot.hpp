@@ -41,6 +41,45 @@ struct Dot {
   }
 };
 
+// Activations stay float beside weights in int8; a product is to be multiplied by its output's
+// scale.
+template <>
+struct Dot<Int8> {
+  using Real = float;
+  using Operand = float;
+  using Vector = Lanes<float>;
+  static constexpr std::int64_t kStep = Lanes<float>::kWidth;
+#if defined(__AVX2__) && defined(__FMA__)
+  static constexpr bool kWidenFirst = false;  // two instructions for a vector of weights
+#else
+  static constexpr bool kWidenFirst = true;
+#endif
+
+  PPO_FAST_INLINE static Operand operand(Real x) { return x; }
+  PPO_FAST_INLINE static Vector operands(const Operand* from) { return Vector::load(from); }
+  PPO_FAST_INLINE static Vector weights(const Int8* from) {
+#if defined(__AVX512F__)
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    Vector vector;
+    vector.numbers = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+    return vector;
+#elif defined(__AVX2__) && defined(__FMA__)
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    Vector vector;
+    vector.numbers = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+    return vector;
+#else
+    float numbers[kStep];
+    for (std::int64_t l = 0; l < kStep; ++l) numbers[l] = widen(from[l]);
+    return Vector::load(numbers);
+#endif
+  }
+  PPO_FAST_INLINE static Lanes<Real> add(const Vector& weights, const Vector& operands,
+                                         const Lanes<Real>& sums) {
+    return madd(weights, operands, sums);
+  }
+};
+
 #if defined(__AVX512BF16__)
 template <>
 struct Dot<BFloat16> {

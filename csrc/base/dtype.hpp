@@ -8,13 +8,17 @@
 namespace ppo_fast {
 
 // In the order of DTYPE_CODES in ppo_fast/ops/backends/cpp_launch.py.
-enum class Dtype : int { float32, float64, bfloat16, float16 };
+enum class Dtype : int { float32, float64, bfloat16, float16, int8 };
 
 struct BFloat16 {
   std::uint16_t bits;
 };
 struct Float16 {
   std::uint16_t bits;
+};
+// A weight as a whole number of its output's scale.
+struct Int8 {
+  std::int8_t number;
 };
 
 namespace PPO_FAST_ISA {
@@ -47,6 +51,7 @@ PPO_FAST_INLINE float widen(Float16 x) {
       magnitude >= 0x0f800000u ? special : (magnitude < 0x00800000u ? subnormal : normal);
   return bit_cast<float>(bit_cast<std::uint32_t>(size) | sign);
 }
+PPO_FAST_INLINE float widen(Int8 x) { return static_cast<float>(x.number); }
 
 // Rounds to nearest, ties to even.
 PPO_FAST_INLINE void narrow(float x, float* to) { *to = x; }
@@ -81,6 +86,8 @@ void with_dtype(Dtype dtype, F f) {
       return f(static_cast<BFloat16*>(nullptr));
     case Dtype::float16:
       return f(static_cast<Float16*>(nullptr));
+    case Dtype::int8:  // of weights alone, which a kernel takes apart
+      return;
   }
 }
 

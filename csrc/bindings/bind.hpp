@@ -42,6 +42,7 @@ void bind_linear_logprobs(py::module_& m);
 void bind_logprobs(py::module_& m);
 void bind_memory(py::module_& m);
 void bind_ppo_loss(py::module_& m);
+void bind_quantize_rows(py::module_& m);
 void bind_sample_tokens(py::module_& m);
 void bind_value_loss(py::module_& m);
 void bind_whiten(py::module_& m);

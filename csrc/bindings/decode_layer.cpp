@@ -13,8 +13,9 @@ DecodeLayerArgs of_dict(const py::dict& given) {
   const auto real = [&](const char* name) { return given[name].cast<double>(); };
   const auto flag = [&](const char* name) { return given[name].cast<bool>(); };
   const auto matrix = [&](const char* name) {
-    const auto [data, stride] = given[name].cast<std::pair<Address, std::int64_t>>();
-    return Matrix{pointer<const void>(data), stride};
+    const auto [data, stride, scales] =
+        given[name].cast<std::tuple<Address, std::int64_t, Address>>();
+    return Matrix{pointer<const void>(data), stride, pointer<const float>(scales)};
   };
   DecodeLayerArgs args{};
   args.dtype = static_cast<Dtype>(given["dtype"].cast<int>());
@@ -67,8 +68,8 @@ void bind_decode_layer(py::module_& m) {
   py::class_<DecodeLayerArgs>(m, "DecodeLayer",
                               "A transformer layer, for decoding steps; see "
                               "csrc/kernels/decode_layer.hpp. Vectors are addresses, matrices "
-                              "addresses and strides of rows, 0 where there is none; they must "
-                              "outlive it.")
+                              "addresses, strides of rows and addresses of scales, 0 where there "
+                              "is none; they must outlive it.")
       .def(py::init(&of_dict), py::arg("weights_and_sizes"))
       .def(
           "__call__",

@@ -75,6 +75,7 @@ PYBIND11_MODULE(_C, m, pybind11::mod_gil_not_used()) {
   bind_logprobs(m);
   bind_memory(m);
   bind_ppo_loss(m);
+  bind_quantize_rows(m);
   bind_sample_tokens(m);
   bind_value_loss(m);
   bind_whiten(m);

@@ -20,16 +20,17 @@ namespace ppo_fast {
 // In the order of ACTIVATIONS in ppo_fast/rollout/speedups/fused_layers.py.
 enum class Activation : int { silu, gelu_tanh };
 
-// The weight of a product; its rows are `stride` elements apart.
+// The weight of a product; its rows are `stride` elements apart. In int8, each output has a scale.
 struct Matrix {
   const void* data;
   std::int64_t stride;
+  const float* scales;  // [outputs], or null
 };
 
-// Real is float or double, by `dtype`; the weights of products are Real, or bfloat16 where it is
-// float, by `weight_dtype`. All contiguous, but for the rows of matrices. N rows (tokens), D hidden
-// size, H heads on K key-value heads of size S, I inputs of the last product. Matrices are given as
-// [outputs, inputs]; with inputs_first, they are stored [inputs, outputs].
+// Real is float or double, by `dtype`; the weights of products are Real, or bfloat16 or int8 where
+// it is float, by `weight_dtype`. All contiguous, but for the rows of matrices. N rows (tokens), D
+// hidden size, H heads on K key-value heads of size S, I inputs of the last product. Matrices are
+// given as [outputs, inputs]; with inputs_first, they are stored [inputs, outputs].
 struct DecodeLayerArgs {
   Dtype dtype;
   Dtype weight_dtype;
@@ -97,8 +98,9 @@ struct DecodeLayer {
     const std::int64_t first = i * at_a_time(outputs);
     const std::int64_t count = std::min(at_a_time(outputs), outputs - first);
     const Real* shift = bias == nullptr ? nullptr : static_cast<const Real*>(bias) + first;
+    const float* scales = weight.scales == nullptr ? nullptr : weight.scales + first;
     const auto emit = [&](std::int64_t r, std::int64_t o, Real dot) {
-      const Real sum = dot + (shift == nullptr ? Real(0) : shift[o]);
+      const Real sum = scaled<W>(dot, scales, o) + (shift == nullptr ? Real(0) : shift[o]);
       to[r * stride + o] = base == nullptr ? sum : base[r * stride + o] + sum;
     };
     const W* data = static_cast<const W*>(weight.data);
@@ -296,6 +298,7 @@ void run_decode_layer(const DecodeLayerArgs& args, int num_threads) {
 
 inline void decode_layer(const DecodeLayerArgs& args, int num_threads) {
   if (args.weight_dtype == Dtype::bfloat16) return run_decode_layer<BFloat16>(args, num_threads);
+  if (args.weight_dtype == Dtype::int8) return run_decode_layer<Int8>(args, num_threads);
   with_real(args.dtype, [&](auto* type) {
     run_decode_layer<std::remove_pointer_t<decltype(type)>>(args, num_threads);
   });

@@ -15,14 +15,15 @@
 namespace ppo_fast {
 
 // N rows of D inputs, V outputs. Contiguous but for the rows of the weight. The weight is of the
-// dtype of the others, or in half precision where they are float.
+// dtype of the others, or in half precision or int8 where they are float.
 struct FewRowLinearArgs {
   Dtype dtype;
   Dtype weight_dtype;
-  const void* x;       // [N, D]
-  const void* weight;  // [V, D], rows weight_stride elements apart
-  const void* bias;    // [V], or null
-  void* y;             // out, [N, V]
+  const void* x;        // [N, D]
+  const void* weight;   // [V, D], rows weight_stride elements apart
+  const void* bias;     // [V], or null
+  const float* scales;  // [V], factors of the products of a weight in int8, else null
+  void* y;              // out, [N, V]
   std::int64_t num_rows;
   std::int64_t num_inputs;
   std::int64_t num_outputs;
@@ -40,6 +41,14 @@ constexpr std::int64_t kOutputsAtATime = 24;
 
 template <typename W>
 using Operand = typename Dot<W>::Operand;
+
+// Returns a product with row `output` of the weight, by whose scale one in int8 is multiplied.
+template <typename W>
+PPO_FAST_INLINE Compute<W> scaled(Compute<W> product, [[maybe_unused]] const float* scales,
+                                  [[maybe_unused]] std::int64_t output) {
+  if constexpr (std::is_same_v<W, Int8>) return product * scales[output];
+  return product;
+}
 
 // Returns nanoseconds: a multiplication takes 1/20, reading a weight 1/4.
 inline std::int64_t product_cost(std::int64_t num_weights, std::int64_t num_rows) {
@@ -139,7 +148,8 @@ void few_row_products(const FewRowLinearArgs& args, int num_threads) {
   const T* given = static_cast<const T*>(args.x);
   const Operand<W>* x = nullptr;
   std::vector<Operand<W>> converted;
-  if constexpr (std::is_same_v<T, W> && std::is_same_v<T, Operand<W>>) {
+  constexpr bool kRounds = !std::is_same_v<T, W> && !std::is_same_v<W, Int8>;
+  if constexpr (std::is_same_v<T, Operand<W>> && !kRounds) {
     x = given;
   } else {
     converted.resize(static_cast<std::size_t>(args.num_rows * count));
@@ -160,7 +170,7 @@ void few_row_products(const FewRowLinearArgs& args, int num_threads) {
     products(weight, args.weight_stride, x, args.num_rows, count, first, last,
              [&](std::int64_t row, std::int64_t v, Compute<W> product) {
                const Compute<W> shift = bias == nullptr ? Compute<W>(0) : widen(bias[v]);
-               narrow(product + shift, y + row * args.num_outputs + v);
+               narrow(scaled<W>(product, args.scales, v) + shift, y + row * args.num_outputs + v);
              });
   };
   run_loops(threads, Loop{blocks, kShare, block});
@@ -174,6 +184,7 @@ inline void few_row_linear(const FewRowLinearArgs& args, int num_threads) {
         return few_row_products<float, BFloat16>(args, num_threads);
       if (args.weight_dtype == Dtype::float16)
         return few_row_products<float, Float16>(args, num_threads);
+      if (args.weight_dtype == Dtype::int8) return few_row_products<float, Int8>(args, num_threads);
     }
     few_row_products<T, T>(args, num_threads);
   });

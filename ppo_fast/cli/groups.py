@@ -41,7 +41,8 @@ NAMED = {
         *("microbatch_tokens", "forward_batch_tokens", "padding_free"),
         *("trunk_dtype", "compute_dtype"),
         *("trained_weights", "gradient_checkpointing", "adamw"),
-        *("rollout_slots", "kv_cache_dtype", "cuda_graphs", "kept_rollout_bytes"),
+        *("rollout_slots", "rollout_weights", "kv_cache_dtype"),
+        *("cuda_graphs", "kept_rollout_bytes"),
         *("check_gradients_together", "undo_updates", "offload"),
     ),
     "output": (

@@ -101,7 +101,8 @@ class PPOConfig:
     """Weights of tokens, for what the sampler's distribution differs from the policy's: ratios of
     the two, cut to importance_range ("truncate", Yao et al. 2025), or 0 outside of it ("mask",
     IcePop), or 0 for sequences whose geometric mean is outside ("sequence-mask"), or each
-    sequence's product of ratios, cut ("sequence-truncate"). None: no weights."""
+    sequence's product of ratios, cut ("sequence-truncate"). None: no weights; with rollout_weights,
+    "truncate"."""
     importance_range: tuple[float, float] = allowed((0.0, 2.0), _is_range, "0 <= low < high")
     """Range of the ratios that importance cuts to or leaves standing."""
     value_clip: float | None = number(0.2, above=0, or_none=True)
@@ -300,6 +301,12 @@ class PPOConfig:
     distribution than the policy's, and old log-probs are computed anew. None: the dtype that steps
     compute in (on a CPU float32, with compute_dtype too). On a GPU it needs compute_dtype, and
     changes nothing."""
+    rollout_weights: Literal["int8"] | None = None
+    """Storage dtype of linear layers' weights in rollouts on the CPU, where few sequences take as
+    long as the weights take to be read. "int8": copies of a byte a weight, with a scale for each
+    output, are made for each rollout; the rest, and all of the update, stays in compute_dtype. What
+    responses are drawn from then differs from the policy: old log-probs are computed once more, and
+    importance corrects it. None: the policy's weights, or their copies in compute_dtype."""
     cuda_graphs: bool = True
     """On a GPU, capture decoding steps and replay them: a small model's kernels take less time than
     launching them one by one. Switched off, with a warning, where replaying changes a token."""
@@ -409,6 +416,14 @@ class PPOConfig:
     def estimator(self) -> Literal["k1", "abs", "k2", "k3", "k1+k2"]:
         """Return the KL estimator; where it is None, the one that ``kl_in`` implies."""
         return self.kl_estimator or ("k1" if self.kl_in == "reward" else "k1+k2")
+
+    def importance_kind(self) -> Importance | None:
+        """Return ``importance``; where it is None, the one that ``rollout_weights`` implies.
+
+        Ratios to the sampler have its distribution in them already.
+        """
+        implied = self.rollout_weights is not None and self.ratio_to == "old"
+        return self.importance or ("truncate" if implied else None)
 
 
 PPOConfig.__init__ = with_names_checked(PPOConfig.__init__)  # type: ignore[method-assign]

@@ -60,7 +60,8 @@ class MemoryPlan:
     optimizer: moments of all trained weights.
     trunk_states: trunk states of a batch.
     cache: keys and values of a rollout.
-    copies: copies of weights for a rollout: in compute_dtype; on the CPU with adapters merged.
+    copies: copies of weights for a rollout: in compute_dtype; on the CPU with adapters merged, and
+        in int8 (rollout_weights).
     kept_rollout: the part of cache and copies that stays during the update (kept_rollout_bytes).
     activations: what autograd keeps of one microbatch, without logits.
     logits: tiles of the LM head's logits that are kept for the backward pass.
@@ -163,6 +164,8 @@ def plan_memory(
         reference = None if adapter is not None else frozen_copy(policy, config)
         activations = kept_activations(policy, k, padded, packed_tokens, config)
         copies = _bytes(_copied(policy, config, device, packed))
+        if config.rollout_weights == "int8" and device == "cpu" and not packed:
+            copies += _int8_bytes(policy)
     trained = [*_trained(policy.parameters()), *valued]
     rounded = 2 * _count(trained) if config.trained_weights == "kahan" else 0
     moments = 2 * FLOAT * _count(trained) + rounded
@@ -363,3 +366,15 @@ def _copied(
     if device == "cpu" and not packed:
         merged = (adapted.layer.base_layer.weight for adapted in adapted_layers(policy))
         yield from (w if config.compute_dtype is None else w.bfloat16() for w in merged)
+
+
+def _int8_bytes(policy: Any) -> int:
+    """Return the bytes of linear layers in int8, of a Conv1D too where its layer is fused."""
+    adapted = {one.layer for one in adapted_layers(policy)}
+    adapters = {m for layer in adapted for m in layer.modules() if m is not layer.base_layer}
+    outputs = {
+        module: module.weight.shape[1 if isinstance(module, Conv1D) else 0]
+        for module in policy.modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module not in adapters
+    }
+    return sum(module.weight.numel() + FLOAT * count for module, count in outputs.items())

@@ -126,7 +126,7 @@ def _check(rollout: Rollout, config: PPOConfig) -> None:
 
 def _corrects(config: PPOConfig) -> bool:
     """Return whether the sampler's log-probs enter the loss."""
-    return config.ratio_to == "sampler" or config.importance is not None
+    return config.ratio_to == "sampler" or config.importance_kind() is not None
 
 
 def _sampling_metrics(
@@ -148,9 +148,9 @@ def _old_and_reference_logprobs(
 
     The third is whether the policy's were computed.
 
-    With another engine, truncated sampling, autocast, TF32, rounded trunk states or a rounded KV
-    cache, the log-probs of the rollout are not those that the update will compute, and are computed
-    once more.
+    With another engine, truncated sampling, autocast, TF32, weights in int8, rounded trunk states
+    or a rounded KV cache, the log-probs of the rollout are not those that the update will compute,
+    and are computed once more.
     """
     temperature, max_tokens = rollout.sampling.temperature, config.forward_batch_tokens
     tokens, trunk_states = rollout.tokens, rollout.trunk_states
@@ -175,8 +175,9 @@ def _old_and_reference_logprobs(
 
 
 def _rounds(config: PPOConfig) -> bool:
-    """Return whether decoding or the update reads activations that the other has not rounded."""
-    return config.trunk_dtype is not None or config.kv_cache_dtype is not None
+    """Return whether decoding or the update reads numbers that the other has not rounded."""
+    settings = (config.trunk_dtype, config.kv_cache_dtype, config.rollout_weights)
+    return any(setting is not None for setting in settings)
 
 
 def _weights(
@@ -185,10 +186,10 @@ def _weights(
     """Return the weights of tokens in the policy loss, and those that get the entropy bonus."""
     tokens, mask = rollout.tokens, rollout.tokens.response_mask
     weights, high_entropy = None, None
-    if config.importance is not None:
+    if (kind := config.importance_kind()) is not None:
         assert rollout.sampling_logprobs is not None
         log_ratios = old - rollout.sampling_logprobs
-        weights = importance_weights(log_ratios, mask, config.importance, config.importance_range)
+        weights = importance_weights(log_ratios, mask, kind, config.importance_range)
     if config.entropy_bonus_share == 1 and config.loss_token_share == 1:
         return weights, None
 

@@ -34,6 +34,7 @@ from ppo_fast.models.transformers_internals import (
 from ppo_fast.models.trunk import Split, run
 from ppo_fast.nonfinite import NotFiniteError, first_not_finite
 from ppo_fast.ops import (
+    QuantizedRows,
     TokenLogprobs,
     few_row_linear,
     linear_logprobs,
@@ -91,6 +92,8 @@ class LanguageModel:
         fused: whether log-probs are computed from hidden states and the LM head.
         reason: why (not).
         resting: those of its weights that rest in host memory; None: none do.
+        int8_head: a copy of the LM head's weight in int8, which ``next`` computes with during some
+            rollouts; None: it computes with the weight.
         fused_differs: whether the fused path is not taken because its logits would differ.
 
     Raises:
@@ -122,6 +125,7 @@ class LanguageModel:
         self.split = None if k is None else Split(self.body, k)
         self.fused_differs = False
         self.resting: Resting | None = None
+        self.int8_head: QuantizedRows | None = None
         with computing_in(compute_dtype, self.device):
             probed = probe(model)
         self.own_autocast, self.vocab_size = probed.autocast, probed.logits.shape[-1]
@@ -263,6 +267,10 @@ class LanguageModel:
         Rounded to bfloat16, a logit of 20 would put a probability 6% off.
         """
         weight, bias = self._head_weights()
+        if self.int8_head is not None:
+            numbers, scale = self.int8_head
+            products = few_row_linear(states.float(), numbers, scale=scale)
+            return products if bias is None else products + bias
         if states.dtype not in HALF and weight.dtype not in HALF:
             return few_row_linear(states, weight, bias)
         if states.is_cuda:

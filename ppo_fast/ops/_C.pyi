@@ -14,6 +14,7 @@ def few_row_linear(
     x: int,
     weight: int,
     bias: int,
+    scales: int,
     y: int,
     num_rows: int,
     num_inputs: int,
@@ -21,9 +22,21 @@ def few_row_linear(
     weight_stride: int,
     num_threads: int,
 ) -> None: ...
+def quantize_rows(
+    *,
+    dtype: int,
+    weight: int,
+    numbers: int,
+    scales: int,
+    num_rows: int,
+    num_inputs: int,
+    row_stride: int,
+    input_stride: int,
+    num_threads: int,
+) -> None: ...
 
 class DecodeLayer:
-    def __init__(self, weights_and_sizes: Mapping[str, float | tuple[int, int]]) -> None: ...
+    def __init__(self, weights_and_sizes: Mapping[str, float | tuple[int, int, int]]) -> None: ...
     def __call__(
         self,
         *,

@@ -10,6 +10,7 @@ from ppo_fast.ops.kl_estimate import kl_estimate
 from ppo_fast.ops.linear_logprobs import linear_logprobs
 from ppo_fast.ops.logprobs import TokenLogprobs, logprobs_from_logits
 from ppo_fast.ops.ppo_loss import PPOLoss, ppo_loss
+from ppo_fast.ops.quantize_rows import QuantizedRows, quantize_rows
 from ppo_fast.ops.sample_tokens import Sampled, sample_tokens
 from ppo_fast.ops.stats import ppo_metrics, value_metrics
 from ppo_fast.ops.value_loss import ValueLoss, value_loss
@@ -18,6 +19,7 @@ from ppo_fast.ops.whiten import whiten
 __all__ = [
     "GAE",
     "PPOLoss",
+    "QuantizedRows",
     "Sampled",
     "TokenLogprobs",
     "ValueLoss",
@@ -29,6 +31,7 @@ __all__ = [
     "logprobs_from_logits",
     "ppo_loss",
     "ppo_metrics",
+    "quantize_rows",
     "sample_tokens",
     "value_loss",
     "value_metrics",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,17 +28,17 @@ LONGEST = 64  # tokens; a wider window is not crossed
 
 
 @torch.no_grad()
-def check_agreement(policy: LanguageModel, pad_id: int) -> bool:
+def check_agreement(policy: LanguageModel, pad_id: int, *, int8: bool = False) -> bool:
     """Compare log-probs of a tiny rollout with those of passes as in the update.
 
     Rows are compared beside others, padded, and alone. They are longer than the windows of the
-    model's attention where these are small.
+    model's attention where these are small. With ``int8``, weights in int8 are tried after.
 
     Returns:
         Whether decoding can compute with ``WeightCopies``; if not, it needs autocast.
 
     Raises:
-        ValueError: they differ by more than rounding explains.
+        ValueError: they differ by more than rounding explains, or no weight can be in int8.
     """
     prompts = _prompts(policy)
     if not prompts:
@@ -80,17 +81,24 @@ def check_agreement(policy: LanguageModel, pad_id: int) -> bool:
                 f"they differ by {difference:.1e} of their size, so that what is sampled would not "
                 "be what is trained"
             )
+    if int8:
+        copies = WeightCopies(policy.compute_dtype, autocast=not copies_work)
+        _rollout(policy, prompts, pad_id, copies, int8=True)
     return copies_work
 
 
 def _rollout(
-    policy: LanguageModel, prompts: list[list[int]], pad_id: int, copies: WeightCopies
+    policy: LanguageModel,
+    prompts: list[list[int]],
+    pad_id: int,
+    copies: WeightCopies,
+    *,
+    int8: bool = False,
 ) -> Rollout:
+    arguments: dict[str, Any] = {"eos_ids": [], "pad_id": pad_id, "slots": 2, "int8": int8}
     seeds = torch.arange(len(prompts), device="cpu")
     with copies.in_use(policy.model), uncompiled(policy.model):
-        return decode(
-            policy, prompts, Sampling(NEW_TOKENS), seeds=seeds, eos_ids=[], pad_id=pad_id, slots=2
-        )
+        return decode(policy, prompts, Sampling(NEW_TOKENS), seeds=seeds, **arguments)
 
 
 def _prompts(policy: LanguageModel) -> list[list[int]]:

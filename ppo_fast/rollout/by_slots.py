@@ -24,6 +24,7 @@ from ppo_fast.rollout.slots import step_arguments
 from ppo_fast.rollout.speedups.cuda_graphs import Capture
 from ppo_fast.rollout.speedups.few_rows import few_row_products
 from ppo_fast.rollout.speedups.fused_layers import StepForward, fused_layers
+from ppo_fast.rollout.speedups.int8_products import int8_products
 from ppo_fast.rollout.speedups.slot_check import layers_can_be_fused, steps_can_attend
 from ppo_fast.rollout.speedups.step_attention import step_attention
 
@@ -35,6 +36,7 @@ def decode_by_slots(
     max_prompt_tokens: int,
     keep_states: bool,
     whole_trunk: bool,
+    int8: bool,
     capture: Capture | None,
     kept: KeptBuffers | None,
 ) -> Rollout:
@@ -51,7 +53,7 @@ def decode_by_slots(
         capacity=max(map(len, request.prompts)) + max(request.max_lengths),
         draws=max(request.max_lengths) + whole_trunk,  # the last draw is not used
     )
-    with _prepared(model) as (fused, attends, trunk_states):
+    with _prepared(model, int8=int8) as (fused, attends, trunk_states):
         step_is = recorded_with(model, request.sampling, attends=attends, **flags)
         buffers = kept.take(model, sizes, step_is, attends=attends)
         decoding = _Decoding(
@@ -88,18 +90,20 @@ class _Prepared(NamedTuple):
 
 
 @contextmanager
-def _prepared(model: LanguageModel) -> Iterator[_Prepared]:
+def _prepared(model: LanguageModel, *, int8: bool) -> Iterator[_Prepared]:
     """Within the block, the model takes every fast path that it qualifies for.
 
-    It looks for the layers that are in the model now: within ``_plain_layers``.
+    It looks for the layers that are in the model now: within ``_plain_layers``. Trunk states that
+    weights in int8 give are not the policy's, and are not recorded.
     """
     with (
-        fused_layers(model)
+        fused_layers(model, int8=int8)
         if layers_can_be_fused(model)
         else nullcontext[list[StepForward]]([]) as fused,
         step_attention(model) if steps_can_attend(model) else nullcontext() as attends,
+        int8_products(model, fused) if int8 else nullcontext(),
         few_row_products(model.model),
-        model.recording_trunk() as trunk_states,
+        nullcontext[list[Tensor]]([]) if int8 else model.recording_trunk() as trunk_states,
     ):
         all_fused = len(fused) == model.text_config.num_hidden_layers
         yield _Prepared(all_fused, attends is not None, trunk_states)

@@ -19,6 +19,8 @@ from ppo_fast.rollout.by_slots import decode_by_slots
 from ppo_fast.rollout.own_cache import decode_with_own_cache, own_cache
 from ppo_fast.rollout.request import Request
 from ppo_fast.rollout.speedups.cuda_graphs import Capture
+from ppo_fast.rollout.speedups.int8_check import check_int8
+from ppo_fast.rollout.speedups.int8_products import int8_products
 from ppo_fast.rollout.speedups.step_attention import masked_attention
 from ppo_fast.rollout.stops import Stops
 from ppo_fast.rollout.turns import Turns
@@ -42,6 +44,7 @@ def decode(
     ended: Callable[[int, list[int]], None] | None = None,
     keep_states: bool = False,
     whole_trunk: bool = False,
+    int8: bool = False,
     capture: Capture | None = None,
     kept: KeptBuffers | None = None,
 ) -> Rollout:
@@ -68,6 +71,9 @@ def decode(
         keep_states: whether the rollout gets ``states``.
         whole_trunk: whether ``trunk_states`` includes the state of each row's last token, which
             takes one more step per sequence.
+        int8: whether linear layers compute with copies of their weights in int8, made now, on the
+            CPU (int8_products.py). Then the log-probs are those of another distribution than the
+            policy's, and the rollout has neither states nor trunk states.
         capture: records steps, which are then replayed (cuda_graphs.py); None: steps are not
             recorded.
         kept: provides the buffers and recorded steps, and keeps them for the next rollout, if steps
@@ -78,8 +84,8 @@ def decode(
 
     Raises:
         ValueError: a stop token id beyond the vocabulary, stop strings without ``to_text``, a
-            model whose layers cannot be cached, or ``kv_cache_dtype`` of one that does not decode
-            by slots.
+            model whose layers cannot be cached, ``kv_cache_dtype`` of one that does not decode by
+            slots, or ``int8`` where no weight can be in int8.
         NotFiniteError: the model gave NaN or infinite logits.
     """
     _check_stop_token_ids(sampling, model.vocab_size)
@@ -95,20 +101,25 @@ def decode(
         ended=ended,
     )
     with _plain_layers(model):
-        if (own := own_cache(model)) is not None:
-            if model.kv_cache_dtype is not None:
-                raise ValueError(
-                    f"kv_cache_dtype: got {dtype_name(model.kv_cache_dtype)!r}, but "
-                    f"{type(model.model).__name__} does not decode by slots in one KV cache "
-                    f"({own.why_no_slots}); use None"
-                )
-            return decode_with_own_cache(model, request)
+        own = own_cache(model)
+        if own is not None and model.kv_cache_dtype is not None:
+            raise ValueError(
+                f"kv_cache_dtype: got {dtype_name(model.kv_cache_dtype)!r}, but "
+                f"{type(model.model).__name__} does not decode by slots in one KV cache "
+                f"({own.why_no_slots}); use None"
+            )
+        if int8:
+            check_int8(model)
+        if own is not None:
+            with int8_products(model) if int8 else nullcontext():
+                return decode_with_own_cache(model, request)
         return decode_by_slots(
             model,
             request,
             max_prompt_tokens=max_prompt_tokens,
-            keep_states=keep_states,
-            whole_trunk=whole_trunk and model.split is not None,
+            keep_states=keep_states and not int8,
+            whole_trunk=whole_trunk and model.split is not None and not int8,
+            int8=int8,
             capture=capture,
             kept=kept,
         )

@@ -34,6 +34,8 @@ class LocalEngine:
         to_text: ids -> text, for stop strings.
         keep_states: whether rollouts get ``states``, the inputs of the LM head.
         whole_trunk: whether rollouts get the trunk states of last tokens too.
+        int8: whether it decodes with copies of linear layers' weights in int8, made at every call;
+            see ``decode``.
         cuda_graphs: on a GPU, capture steps and replay them, if a check finds that no token
             changes.
         kept_bytes: max size of buffers that are kept for the next rollout, with the graphs captured
@@ -52,13 +54,14 @@ class LocalEngine:
         to_text: Callable[[list[int]], str] | None = None,
         keep_states: bool = False,
         whole_trunk: bool = False,
+        int8: bool = False,
         cuda_graphs: bool = True,
         kept_bytes: int = 0,
     ) -> None:
         self.model, self.eos_ids, self.pad_id = model, eos_ids, pad_id
         self.slots, self.max_prompt_tokens = slots, max_prompt_tokens
         self.to_text, self.cuda_graphs = to_text, cuda_graphs
-        self.keep_states, self.whole_trunk = keep_states, whole_trunk
+        self.keep_states, self.whole_trunk, self.int8 = keep_states, whole_trunk, int8
         self.kept = KeptBuffers(kept_bytes)
 
     def generate(
@@ -97,10 +100,11 @@ class LocalEngine:
             ended=ended,
             keep_states=self.keep_states,
             whole_trunk=self.whole_trunk,
+            int8=self.int8,
             capture=capture,
             kept=None if adapted_layers(self.model.model) else self.kept,
         )
-        log_fast_paths(self.model, cuda_graphs=self.cuda_graphs)
+        log_fast_paths(self.model, cuda_graphs=self.cuda_graphs, int8=self.int8)
         return rollout
 
     def sync_weights(self, model: nn.Module) -> None:
@@ -126,7 +130,7 @@ def make_local_engine(
 
     Args:
         policy, tokenizer: as the trainer's.
-        config: slots, budgets of tokens and of bytes, CUDA graphs.
+        config: slots, budgets of tokens and of bytes, weights of rollouts, CUDA graphs.
         keep_states, whole_trunk: as LocalEngine's.
     """
     return LocalEngine(
@@ -138,6 +142,7 @@ def make_local_engine(
         to_text=partial(tokenizer.decode, skip_special_tokens=False),
         keep_states=keep_states,
         whole_trunk=whole_trunk,
+        int8=config.rollout_weights == "int8",
         cuda_graphs=config.cuda_graphs,
         kept_bytes=kept_bytes(policy, config),
     )

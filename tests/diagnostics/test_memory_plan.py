@@ -30,7 +30,9 @@ from ppo_fast.diagnostics.memory_plan import (
     plans,
 )
 from ppo_fast.models.lora import with_lora
+from ppo_fast.ops import QuantizedRows
 from ppo_fast.rollout import slots
+from ppo_fast.rollout.speedups.step_forward import StepForward
 
 PROMPTS, SAMPLES = ["The film was"], 12
 NEW = 24
@@ -56,7 +58,8 @@ def measured(trainer, monkeypatch):
 
     def note(*_):
         # the parameters of before, whose data may be copies now, and those in the model now
-        copies.append(num_bytes([*policy, *trainer.policy_model.parameters()], own))
+        in_model = [*policy, *trainer.policy_model.parameters()]
+        copies.append(num_bytes([*in_model, *in_int8(trainer.policy_model)], own))
 
     caches = []
     start = slots._SlotLayer.lazy_initialization
@@ -110,6 +113,16 @@ def measured(trainer, monkeypatch):
     return found
 
 
+def in_int8(model):
+    """Yield the copies of weights in int8, and their scales, that forwards compute with now."""
+    for forward in (vars(module).get("forward") for module in model.modules()):
+        if isinstance(forward, StepForward):
+            copies = forward._matrices.values()
+        else:
+            copies = [x for x in getattr(forward, "args", ()) if isinstance(x, QuantizedRows)]
+        yield from (x for copy in copies if copy[1] is not None for x in copy)
+
+
 @contextmanager
 def noted_at_each_pass(model, note):
     handle = model.get_input_embeddings().register_forward_pre_hook(note)
@@ -129,8 +142,11 @@ HALF = {"compute_dtype": "bfloat16"}
 FORMS = {
     "float32": {},
     "rounded cache": {"kv_cache_dtype": "bfloat16"},
+    "int8 rollouts": {"rollout_weights": "int8"},
     "LoRA": {},
+    "LoRA, int8 rollouts": {"rollout_weights": "int8"},
     "bfloat16": HALF,
+    "bfloat16, int8 rollouts": HALF | {"rollout_weights": "int8"},
     "stochastic": HALF | {"trained_weights": "stochastic"},
     "kahan": HALF | {"trained_weights": "kahan"},
     "LoRA on bfloat16": HALF,

@@ -22,10 +22,11 @@ class CountTarget(nn.Module):
         return (input_ids == TARGET).sum(dim=1).float()
 
 
-def fraction_after_training(seed, *, shuffle=False):
-    """Return the share of TARGET among sampled tokens after training; ``shuffle``: with shuffled
-    advantages."""
-    config = PPOConfig(learning_rate=3e-3, critic="head", max_length=12, kl_penalty=0.01, seed=seed)
+def fraction_after_training(seed, *, shuffle=False, **options):
+    """Return the share of TARGET among sampled tokens after training with ``options``; ``shuffle``:
+    with shuffled advantages."""
+    settings = {"learning_rate": 3e-3, "critic": "head", "max_length": 12, "kl_penalty": 0.01}
+    config = PPOConfig(seed=seed, **settings, **options)
     model = tiny_model("llama", seed=seed)
     trainer = PPOTrainer(model, None, CountTarget(), tiny_tokenizer(), "cpu", config=config)
     generator = torch.Generator().manual_seed(seed)
@@ -46,6 +47,10 @@ def fraction_after_training(seed, *, shuffle=False):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_rewarded_token_becomes_frequent(seed):
     assert fraction_after_training(seed) >= 0.4
+
+
+def test_it_learns_from_responses_drawn_in_int8():
+    assert fraction_after_training(0, rollout_weights="int8") >= 0.4
 
 
 @pytest.mark.parametrize("seed", [0, 1])

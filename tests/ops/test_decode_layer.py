@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,11 +11,13 @@ from tiny_models import tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ppo_fast.models.language_model import LanguageModel
-from ppo_fast.ops import _C
+from ppo_fast.models.transformers_internals import Conv1D
+from ppo_fast.ops import _C, quantize_rows
 from ppo_fast.ops.backends import cpus
 from ppo_fast.rollout.slots import SlotCache, _SlotLayer, step_arguments
 from ppo_fast.rollout.speedups.few_rows import few_row_products
 from ppo_fast.rollout.speedups.fused_layers import fused_layers
+from ppo_fast.rollout.speedups.int8_products import int8_products
 
 
 def qwen3(**changes):
@@ -71,6 +75,19 @@ def with_exact_norms(model):
     return model
 
 
+def with_int8_weights(model):
+    """Round matrices to what they are in int8, with a scale for each output."""
+    for layer in model.model.layers if hasattr(model, "model") else model.transformer.h:
+        for module in layer.modules():
+            weight = getattr(module, "weight", None)
+            if weight is None or weight.dim() < 2:
+                continue
+            rows = weight.T if isinstance(module, Conv1D) else weight
+            numbers, scale = quantize_rows(rows.float(), impl="reference")
+            rows.data.copy_(numbers.double() * scale.double()[:, None])
+    return model
+
+
 # Each kind of layer; None: windows as the model's own config says.
 MODELS = [
     *((make, window) for make in (llama, qwen3) for window in (0, 6)),
@@ -102,9 +119,16 @@ def filled_cache(model, slots=5, capacity=40, stored=None):
 
 
 def three_models(make, window, dtype, wide):
-    """Return a model with weights in ``dtype``, and the same numbers in ``wide`` and in float64."""
-    model, own_model = LanguageModel(make().to(dtype)), LanguageModel(make().to(dtype).to(wide))
-    exact = LanguageModel(with_exact_norms(make().to(dtype).double()))
+    """Return a model with weights in ``dtype``, and the same numbers in ``wide`` and in float64.
+
+    For torch.int8 the first has weights in float32, and the others these rounded to int8's.
+    """
+    int8 = dtype == torch.int8
+    stored = torch.float32 if int8 else dtype
+    rounded = with_int8_weights if int8 else lambda model: model
+    model = LanguageModel(make().to(stored))
+    own_model = LanguageModel(rounded(make().to(stored)).to(wide))
+    exact = LanguageModel(with_exact_norms(rounded(make().to(stored).double())))
     for lm in (model, own_model, exact):
         if window:
             lm.text_config.layer_types = ["sliding_attention"] * 3
@@ -113,16 +137,18 @@ def three_models(make, window, dtype, wide):
     return model, own_model, exact
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8])
 @each_model
 @pytest.mark.parametrize("isa", _C.instruction_sets())
 @torch.no_grad()
 def test_fused_layers_equal_the_models_own(make, window, dtype, isa):
     """States, keys and values of rows at different positions have at most twice eager's error.
 
-    Eager computes with weights in bfloat16 as the update does: in float32, under autocast.
+    Eager computes with weights in bfloat16 as the update does: in float32, under autocast. With
+    weights in int8, the truth and eager have them rounded.
     """
-    wide = torch.float32 if dtype == torch.bfloat16 else dtype
+    int8 = dtype == torch.int8
+    wide = torch.float32 if dtype in (torch.bfloat16, torch.int8) else dtype
     model, own_model, exact = three_models(make, window, dtype, wide)
     torch.manual_seed(1)
     cache, lengths = filled_cache(model)
@@ -138,7 +164,7 @@ def test_fused_layers_equal_the_models_own(make, window, dtype, isa):
         cache._scratch = None
         arguments = step_arguments(lm, cache, tokens, lengths, int(lengths.max()) + 1)
         if patched:
-            with fused_layers(lm) as layers:
+            with fused_layers(lm, int8=int8) as layers:
                 states = lm.next(**arguments).states
             assert [layer.calls for layer in layers] == [1, 1, 1]
         else:
@@ -161,7 +187,7 @@ def test_fused_layers_equal_the_models_own(make, window, dtype, isa):
         assert (got.double() - expected).abs().max() <= budget
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @each_model
 @pytest.mark.parametrize("isa", _C.instruction_sets())
 @torch.no_grad()
@@ -185,7 +211,7 @@ def test_a_cache_in_bfloat16(monkeypatch, make, window, dtype, isa):
     default = _C.instruction_set()
     _C.use_instruction_set(isa)
     try:
-        with fused_layers(model) as layers:
+        with fused_layers(model, int8=dtype == torch.int8) as layers:
             found = step(model)
         assert [layer.calls for layer in layers] == [1, 1, 1]
     finally:
@@ -211,7 +237,7 @@ def test_a_cache_in_bfloat16(monkeypatch, make, window, dtype, isa):
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize(
     "make",
     # work for several threads
@@ -227,7 +253,8 @@ def test_a_cache_in_bfloat16(monkeypatch, make, window, dtype, isa):
 def test_a_rows_bits_depend_on_the_row_alone(monkeypatch, make, dtype, stored, isa):
     """The bits do not depend on the other rows or on the number of threads."""
     monkeypatch.setattr(cpus, "usable_cpus", lambda: 7)
-    model = LanguageModel(make().to(dtype))
+    int8 = dtype == torch.int8
+    model = LanguageModel(make().to(torch.float32 if int8 else dtype))
     tokens = torch.tensor([3, 300, 41, 41, 7])
 
     def step(rows, threads):
@@ -239,7 +266,11 @@ def test_a_rows_bits_depend_on_the_row_alone(monkeypatch, make, dtype, stored, i
         default = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            with fused_layers(model) as fused, few_row_products(model.model):
+            with (
+                fused_layers(model, int8=int8) as fused,
+                int8_products(model, fused) if int8 else nullcontext(),
+                few_row_products(model.model),
+            ):
                 assert len(fused) == 3
                 cache.slots = len(rows)
                 arguments = step_arguments(model, cache, tokens[rows], lengths[rows], 30)

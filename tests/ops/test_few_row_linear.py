@@ -11,7 +11,7 @@ from logprob_truth import assert_within_budget
 from runnable import implementations
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ppo_fast.ops import _C
+from ppo_fast.ops import _C, quantize_rows
 from ppo_fast.ops.few_row_linear import few_row_linear
 from ppo_fast.ops.few_row_linear.api import MOST_ROWS
 
@@ -137,8 +137,47 @@ def test_gradients_beside_a_weight_in_half_precision(impl):
         torch.testing.assert_close(grad.float(), other, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("isa", _C.instruction_sets())
+def test_a_weight_in_int8(impl, isa):
+    """It stands for its numbers times the scales of their rows; x is not rounded."""
+    if impl == "reference" and isa != _C.instruction_set():
+        pytest.skip("products of the BLAS")
+    # as above; and more outputs than a tile, so that each gets the scale of its own
+    for d, v, rows in (
+        (1, 3, 2),
+        (31, 41, 1),
+        (64, 100, 4),
+        (77, 100, 3),
+        (576, 50, 9),
+        (77, 0, 2),
+    ):
+        x, weight, bias = torch.randn(rows, d), torch.randn(v, d), torch.randn(v)
+        weight *= torch.logspace(-3, 3, v)[:, None]
+        numbers, scale = quantize_rows(weight)
+        padded = torch.randint(-127, 128, (v, d + 7), dtype=torch.int8)
+        for w, b in ((numbers, None), (numbers, bias), (padded[:, 3:-4], bias)):
+            with instruction_set(isa):
+                y = few_row_linear(x, w, b, scale=scale, impl=impl)
+            assert y.dtype == torch.float32
+            shift = torch.zeros(v) if b is None else b
+            true = x.double() @ (w.double() * scale.double()[:, None]).T + shift.double()
+            eager = F.linear(x, w.float()) * scale + shift
+            assert_within_budget(y, eager, true)
+
+
+def test_gradients_beside_a_weight_in_int8(impl):
+    x, bias = torch.randn(3, 40, requires_grad=True), torch.randn(41, requires_grad=True)
+    numbers, scale = quantize_rows(torch.randn(41, 40))
+    upstream = torch.randn(3, 41)
+    y = few_row_linear(x, numbers, bias, scale=scale, impl=impl)
+    grads = torch.autograd.grad(y, (x, bias), upstream)
+    expected = (upstream @ (numbers * scale[:, None]), upstream.sum(0))
+    for grad, other in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, other)
+
+
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-PAIRS = [*((d, d) for d in DTYPES), *((torch.float32, d) for d in DTYPES[2:])]
+PAIRS = [*((d, d) for d in DTYPES), *((torch.float32, d) for d in (*DTYPES[2:], torch.int8))]
 
 
 @pytest.mark.parametrize(("dtype", "of_weight"), PAIRS)
@@ -147,15 +186,19 @@ def test_a_rows_bits_depend_on_the_row_alone(impl, dtype, of_weight, isa):
     """The bits do not depend on the other rows, on their number, or on the number of threads."""
     if impl == "reference":
         pytest.skip("products of the BLAS")
-    x, weight = torch.randn(11, 77).to(dtype), torch.randn(100, 77).to(of_weight)
+    x, weight, scale = torch.randn(11, 77).to(dtype), torch.randn(100, 77), None
+    if of_weight == torch.int8:
+        weight, scale = quantize_rows(weight)
+    weight = weight.to(of_weight)
     threads = torch.get_num_threads()
     try:
         with instruction_set(isa):
-            expected = few_row_linear(x, weight, impl=impl)
+            expected = few_row_linear(x, weight, scale=scale, impl=impl)
             for rows in ([0], [10, 3], [4, 5, 6], list(range(11))[::-1]):
                 for count in (1, 2, 5):
                     torch.set_num_threads(count)
-                    assert torch.equal(few_row_linear(x[rows], weight, impl=impl), expected[rows])
+                    found = few_row_linear(x[rows], weight, scale=scale, impl=impl)
+                    assert torch.equal(found, expected[rows])
     finally:
         torch.set_num_threads(threads)
 
@@ -171,7 +214,9 @@ def test_raw_op(impl):
     if impl == "cpp":
         op = torch.ops.ppo_fast.few_row_linear_cpp.default
         for bias in (None, torch.randn(41)):
-            torch.library.opcheck(op, (torch.randn(2, 3, 8), torch.randn(41, 8), bias))
+            torch.library.opcheck(op, (torch.randn(2, 3, 8), torch.randn(41, 8), bias, None))
+        numbers, scale = quantize_rows(torch.randn(41, 8))
+        torch.library.opcheck(op, (torch.randn(2, 3, 8), numbers, None, scale))
 
 
 def test_auto_uses_the_blas_for_many_rows(impl, monkeypatch):
@@ -188,6 +233,29 @@ def test_auto_uses_the_blas_for_many_rows(impl, monkeypatch):
     assert len(calls) == 2
     assert few_row_linear(x, weight.bfloat16()).dtype == torch.float32
     assert len(calls) == 3, "the BLAS has no product of two dtypes"
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "scale", "error", "message"),
+    [
+        (
+            torch.float32,
+            torch.int8,
+            None,
+            ValueError,
+            "scale: got None with a weight in torch.int8",
+        ),
+        (torch.float32, torch.float32, 5, ValueError, "scale: got a tensor with a weight in"),
+        (torch.float32, torch.int8, 4, ValueError, r"scale: got torch.float32 \(4,\), expected"),
+        (torch.bfloat16, torch.int8, 5, TypeError, "weight: got torch.int8, expected torch.bfloat"),
+    ],
+)
+def test_scales_that_do_not_fit(impl, x, weight, scale, error, message):
+    scale = None if scale is None else torch.ones(scale)
+    with pytest.raises(error, match=message):
+        few_row_linear(
+            torch.zeros(2, 3, dtype=x), torch.zeros(5, 3, dtype=weight), scale=scale, impl=impl
+        )
 
 
 X, WEIGHT = torch.zeros(2, 3), torch.zeros(5, 3)

@@ -19,6 +19,7 @@ COMPILED: dict[str, tuple[Impl, ...]] = {
     "whiten": ("cpp", "triton"),
     "sample_tokens": ("cpp", "triton"),
     "few_row_linear": ("cpp",),
+    "quantize_rows": ("cpp",),
     "decode_attention": ("triton",),
 }
 

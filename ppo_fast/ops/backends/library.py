@@ -243,9 +243,19 @@ whiten_backward = _define(
 )
 
 few_row_linear = _define(
-    "few_row_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    "few_row_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? scale) -> Tensor",
     "few_row_linear/few_row_linear",
-    lambda x, weight, _: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    impls=("cpp",),
+)
+
+quantize_rows = _define(
+    "quantize_rows(Tensor weight) -> (Tensor numbers, Tensor scale)",
+    "quantize_rows/quantize_rows",
+    lambda weight: (
+        weight.new_empty(weight.shape, dtype=torch.int8),
+        weight.new_empty(weight.shape[:1], dtype=torch.float32),
+    ),
     impls=("cpp",),
 )
 

@@ -8,11 +8,16 @@ from torch import Tensor
 from ppo_fast.ops.gradient import without_autocast
 
 
-def few_row_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def few_row_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None
+) -> Tensor:
     """Compute ``x @ weight.T + bias``; on the CPU as the transposed product.
 
-    A float32 x is rounded to the dtype of a half-precision weight; their product is float32.
+    A float32 x is rounded to the dtype of a half-precision weight; their product is float32. An
+    int8 weight stands for ``weight * scale[:, None]``.
     """
+    if scale is not None:
+        weight = weight.to(x.dtype) * scale.to(x.dtype)[:, None]
     if x.dtype != weight.dtype:
         x, weight = x.to(weight.dtype).to(x.dtype), weight.to(x.dtype)
     with without_autocast(x.device):

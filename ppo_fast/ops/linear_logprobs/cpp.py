@@ -52,6 +52,7 @@ class _Head(NamedTuple):
             x=address(hidden),
             weight=address(self.weight[first:]),
             bias=0,
+            scales=0,
             y=address(out),
             num_rows=len(hidden),
             num_inputs=hidden.shape[1],

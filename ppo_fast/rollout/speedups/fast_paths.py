@@ -10,9 +10,14 @@ from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.rollout.own_cache import own_cache
 from ppo_fast.rollout.speedups.cuda_graph_check import why_no_graphs
 from ppo_fast.rollout.speedups.few_rows import why_no_few_row_products
+from ppo_fast.rollout.speedups.int8_check import check_int8
 from ppo_fast.rollout.speedups.slot_check import check_attention, check_layers
 
 logger = logging.getLogger(__name__)
+
+# Largest difference of logits, relative to the largest, that weights in int8 should make: with a
+# larger one, few samples count (effective_sample_size).
+MOST_INT8_DIFFERENCE = 0.3
 
 _said: WeakSet[LanguageModel] = WeakSet()
 
@@ -41,8 +46,13 @@ class FastPath(NamedTuple):
         return f"no {self.name} ({self.why_not}: {self.cost})"
 
 
-def fast_paths(model: LanguageModel, *, cuda_graphs: bool = True) -> list[FastPath]:
-    """Return a policy's fast paths, for log-probs and for decoding; run the checks not made yet."""
+def fast_paths(
+    model: LanguageModel, *, cuda_graphs: bool = True, int8: bool = False
+) -> list[FastPath]:
+    """Return a policy's fast paths, for log-probs and for decoding; run the checks not made yet.
+
+    ``int8`` says whether it decodes with weights in int8.
+    """
     head_fails = None if model.fused else model.reason
     no_trunk = "num_layers_unfrozen is None" if model.split is None else None
     paths = [
@@ -54,6 +64,8 @@ def fast_paths(model: LanguageModel, *, cuda_graphs: bool = True) -> list[FastPa
             "passes have padding, and compute a prompt for each of its samples",
         ),
     ]
+    if int8:
+        paths.append(_int8_path(model))
     if (own := own_cache(model)) is not None:
         cost = "only prompts of equal length are decoded together"
         cost += "" if own.why_all_rows is None else ", until the last response ends"
@@ -82,16 +94,22 @@ def fast_paths(model: LanguageModel, *, cuda_graphs: bool = True) -> list[FastPa
     ]
 
 
+def _int8_path(model: LanguageModel) -> FastPath:
+    share, difference = check_int8(model)
+    words = f"of {share:.0%} of the weights: logits differ by {difference:.1e}"
+    return FastPath("int8 rollouts", True, words, failed=difference > MOST_INT8_DIFFERENCE)
+
+
 def _path(name: str, why_not: str | None, cost: str, failed: bool = False) -> FastPath:
     return FastPath(name, why_not is None, why_not, cost, failed)
 
 
-def log_fast_paths(model: LanguageModel, *, cuda_graphs: bool = True) -> None:
+def log_fast_paths(model: LanguageModel, *, cuda_graphs: bool = True, int8: bool = False) -> None:
     """Log a model's fast paths in one line, once per model; as a warning if a comparison failed."""
     if model in _said:
         return
     _said.add(model)
-    paths = fast_paths(model, cuda_graphs=cuda_graphs)
+    paths = fast_paths(model, cuda_graphs=cuda_graphs, int8=int8)
     level = logging.WARNING if any(path.failed for path in paths) else logging.INFO
     name = type(model.model).__name__
     logger.log(level, "fast paths of %s: %s", name, ", ".join(map(str, paths)))

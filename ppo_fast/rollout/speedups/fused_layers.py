@@ -8,6 +8,7 @@ residual, rotate a part of a head or normalise in a way of their own do not qual
 Weights may be in bfloat16. What a product multiplies them with is then rounded to bfloat16, as
 under autocast in the update; sums, what passes from layer to layer, keys and values are float32.
 Keys and values alone are rounded to bfloat16 in a SlotCache of that dtype.
+Or copies of the weights in int8 are multiplied with what is float32 (int8_products.py).
 """
 
 from __future__ import annotations
@@ -53,15 +54,15 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 @contextmanager
-def fused_layers(model: LanguageModel) -> Iterator[list[StepForward]]:
+def fused_layers(model: LanguageModel, *, int8: bool = False) -> Iterator[list[StepForward]]:
     """Within the block, compute rows of a SlotCache by one C++ call per qualifying layer.
 
     Hooks on a layer stay in force. Yields the forwards of these layers; under autocast there are
-    none.
+    none. With ``int8``, they read copies of the layers' matrices in int8.
     """
     candidates = [] if why_no_layer_is_fused(model) else _layers(model)
     forwards = [
-        (layer, StepForward(layer, window))
+        (layer, StepForward(layer, window, int8=int8))
         for layer, window in candidates
         if why_not_fused(layer) is None
     ]

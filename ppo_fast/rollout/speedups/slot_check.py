@@ -81,10 +81,10 @@ def check_attention(model: LanguageModel) -> str | None:
 
 
 def _cannot_attend(model: LanguageModel) -> str | None:
-    rows, expected = _rows_and_logits(model)
+    rows, expected = rows_and_logits(model)
     with step_attention(model) as used:
         try:
-            found = _by_slots(model, rows, fused=False, attends=True)
+            found = logits_by_slots(model, rows, fused=False, attends=True)
         except NotImplementedError as error:
             return str(error)
     layers = model.text_config.num_hidden_layers
@@ -95,20 +95,20 @@ def _cannot_attend(model: LanguageModel) -> str | None:
     return None if fits else f"logits differ by {difference:.1e}"
 
 
-def _rows_and_logits(model: LanguageModel) -> tuple[list[tuple[int, ...]], Tensor]:
+def rows_and_logits(model: LanguageModel) -> tuple[list[tuple[int, ...]], Tensor]:
     """Return rows of tokens and the logits [n, V] after each, by a pass per row of the plain
     model."""
     rows = [tuple(token % model.vocab_size for token in row) for row in PROBE]
-    return rows, torch.cat([_whole_pass(model, row) for row in rows])
+    return rows, torch.cat([whole_pass(model, row) for row in rows])
 
 
 def _check(model: LanguageModel) -> FusedLayers:
-    rows, expected = _rows_and_logits(model)
+    rows, expected = rows_and_logits(model)
     if expected.isnan().any():
         raise nan_error(model)
     if not torch.isfinite(expected).all():
         return FusedLayers(0, "some logits are infinite, so that they cannot be compared")
-    found = _by_slots(model, rows, fused=False)
+    found = logits_by_slots(model, rows, fused=False)
     if found.isnan().any():
         raise nan_error(model)
     if not (difference := relative_difference(found, expected)) <= model.decoding_tolerance:
@@ -118,7 +118,7 @@ def _check(model: LanguageModel) -> FusedLayers:
             "not be samples from the distribution that is trained"
         )
     stored = model.kv_cache_dtype
-    rounded = None if stored is None else _by_slots(model, rows, fused=False, dtype=stored)
+    rounded = None if stored is None else logits_by_slots(model, rows, fused=False, dtype=stored)
     if rounded is not None and (why := _rounding_fails(model, rounded, found)) is not None:
         raise ValueError(f"policy_model: {why}")
     why_not = why_not_all_are_fused(model)
@@ -127,8 +127,10 @@ def _check(model: LanguageModel) -> FusedLayers:
             return FusedLayers(0, why_not)
         fused = len(layers) == model.text_config.num_hidden_layers
         try:
-            found = _by_slots(model, rows, fused=fused)
-            rounded = None if stored is None else _by_slots(model, rows, fused=fused, dtype=stored)
+            found = logits_by_slots(model, rows, fused=fused)
+            rounded = (
+                None if stored is None else logits_by_slots(model, rows, fused=fused, dtype=stored)
+            )
         except RuntimeError as error:  # a part in bfloat16 that cannot compute with float32
             if model.dtype not in HALF:
                 raise
@@ -146,10 +148,10 @@ def _check(model: LanguageModel) -> FusedLayers:
         return FusedLayers(0, f"with them, logits differ by {difference:.1e}", True)
     if (
         rounded is not None
-        and (reason := _rounding_fails(model, rounded, found)) is not None
+        and (why := _rounding_fails(model, rounded, found)) is not None
         and not _no_further_from_float32(model, rows, rounded, expected)
     ):
-        return FusedLayers(0, reason, True)
+        return FusedLayers(0, why, True)
     return FusedLayers(len(layers), why_not)
 
 
@@ -168,7 +170,7 @@ def _no_further_from_float32(
     try:
         for weight in half:
             weight.data = weight.data.float()
-        exact = torch.cat([_whole_pass(model, row) for row in rows])
+        exact = torch.cat([whole_pass(model, row) for row in rows])
     except RuntimeError:  # a buffer in half precision that cannot compute with float32
         return False
     finally:
@@ -190,12 +192,12 @@ def _rounding_fails(model: LanguageModel, rounded: Tensor, found: Tensor) -> str
     return f"with keys and values in {name}, logits differ by {difference:.1e}"
 
 
-def _whole_pass(model: LanguageModel, row: tuple[int, ...]) -> Tensor:
+def whole_pass(model: LanguageModel, row: tuple[int, ...]) -> Tensor:
     ids = torch.tensor([row], device=model.device)
     return output_of(model.model, input_ids=ids, use_cache=False).logits[:, -1]
 
 
-def _by_slots(
+def logits_by_slots(
     model: LanguageModel,
     rows: list[tuple[int, ...]],
     *,

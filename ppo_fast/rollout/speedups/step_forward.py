@@ -19,6 +19,7 @@ from ppo_fast.ops.backends.cpp_launch import (
     written,
 )
 from ppo_fast.ops.backends.cpus import num_threads
+from ppo_fast.ops.quantize_rows import quantize_rows
 from ppo_fast.rollout.slots import SlotCache
 
 # Dtypes of a layer's weights, and of what passes from layer to layer.
@@ -37,15 +38,23 @@ NORMS = ("attention", "mlp", "attention_out", "mlp_out", "q", "k")
 class StepForward:
     """Forward of a fused layer: the kernel for rows of a SlotCache, else the layer's own.
 
+    Args:
+        layer: a layer that qualifies (fused_layers.py).
+        window: that of its attention; 0: none.
+        int8: whether the kernel reads copies of the matrices in int8, made now; those of a layer in
+            float64 stay as they are.
+
     Attributes:
+        layer: see above.
+        int8_count: number of its weights in int8.
         calls: number of the kernel's calls.
         why_not: reason why a step last took the layer's own forward; None: none did.
     """
 
-    def __init__(self, layer: Any, window: int) -> None:
+    def __init__(self, layer: Any, window: int, *, int8: bool = False) -> None:
         from ppo_fast.ops import _C
 
-        self._layer, self._cache_argument = layer, cache_argument(layer)
+        self.layer, self._cache_argument = layer, cache_argument(layer)
         names = list(inspect.signature(type(layer).forward).parameters)
         # in the arguments after the layer and its input, for bodies that give it by place
         takes_cache = self._cache_argument in names
@@ -63,23 +72,29 @@ class StepForward:
         self._dtype = DTYPES[self._weight_dtype]
         # they must outlive the kernel
         self._matrices = _vouched_matrices(read, sizes, self._weight_dtype)
+        int8 = int8 and self._dtype == torch.float32
+        inputs_first = read.inputs_first and not int8
+        if int8:
+            self._matrices = _in_int8(self._matrices, inputs_first=read.inputs_first)
+        matrices = [m.weight for m in self._matrices.values() if m.weight is not None]
+        self.int8_count = sum(matrix.numel() for matrix in matrices) if int8 else 0
         self._vectors = _vouched_vectors(read, sizes, self._dtype)
         self._kernel = _C.DecodeLayer(
             {name: address(vector) for name, vector in self._vectors.items()}
             | {
-                name: (address(matrix), 0 if matrix is None else matrix.stride(0))
-                for name, matrix in self._matrices.items()
+                name: (address(weight), 0 if weight is None else weight.stride(0), address(scale))
+                for name, (weight, scale) in self._matrices.items()
             }
             | {f"{name}_eps": read.eps.get(f"{name}_eps", 0.0) for name in NORMS}
             | {
                 "dtype": DTYPE_CODES[self._dtype],
-                "weight_dtype": DTYPE_CODES[self._weight_dtype],
+                "weight_dtype": DTYPE_CODES[matrices[0].dtype],
                 "hidden_size": self._hidden_size,
                 "num_heads": self._q_size // size,
                 "num_kv_heads": self._kv_size // size,
                 "head_size": size,
                 "intermediate_size": self._inner,
-                "inputs_first": read.inputs_first,
+                "inputs_first": inputs_first,
                 "layer_norm": read.layer_norm,
                 "activation": ACTIVATIONS.index(read.activation),
                 "scaling": read.scaling,
@@ -107,7 +122,7 @@ class StepForward:
                 hidden_states = hidden_states.to(self._weight_dtype)
             if self._rotary:
                 kwargs["position_embeddings"] = position_embeddings
-            return type(self._layer).forward(self._layer, hidden_states, *args, **kwargs)
+            return type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)
         dtype, of_input = self._dtype, hidden_states.dtype
         tables = [table.to(dtype) for table in position_embeddings or ()] if self._rotary else []
         states = self._step(hidden_states.to(dtype), tables, cache, cache.lengths)
@@ -182,6 +197,13 @@ class StepForward:
         return y
 
 
+class _Matrix(NamedTuple):
+    """A weight as the kernel reads it, with a scale [outputs] if in int8; None: there is none."""
+
+    weight: Tensor | None
+    scale: Tensor | None = None
+
+
 class _Sizes(NamedTuple):
     """Sizes of a layer's states, queries, keys (or values), and of the MLP's inner activations."""
 
@@ -210,10 +232,8 @@ def _products(sizes: _Sizes) -> dict[str, tuple[int, int]]:
     return attention | {"o": (hidden, queries)} | mlp
 
 
-def _vouched_matrices(
-    read: LayerParts, sizes: _Sizes, dtype: torch.dtype
-) -> dict[str, Tensor | None]:
-    matrices: dict[str, Tensor | None] = {}
+def _vouched_matrices(read: LayerParts, sizes: _Sizes, dtype: torch.dtype) -> dict[str, _Matrix]:
+    matrices: dict[str, _Matrix] = {}
     for name, (outputs, inputs) in _products(sizes).items():
         matrix = read.weights.get(f"{name}_weight")
         if matrix is not None and matrix.stride(1) != 1:
@@ -222,8 +242,19 @@ def _vouched_matrices(
         got = None if matrix is None else (tuple(matrix.shape), matrix.dtype, matrix.is_cpu)
         if got not in (None, (shape, dtype, True)):
             raise ValueError(f"{name}_weight: got {got}, expected {dtype} {shape} on cpu")
-        matrices[f"{name}_weight"] = matrix
+        matrices[f"{name}_weight"] = _Matrix(matrix)
     return matrices
+
+
+def _in_int8(matrices: dict[str, _Matrix], *, inputs_first: bool) -> dict[str, _Matrix]:
+    """Return copies in int8, [outputs, inputs] however they are stored."""
+
+    def copy(weight: Tensor | None) -> _Matrix:
+        if weight is None:
+            return _Matrix(None)
+        return _Matrix(*quantize_rows(weight.T if inputs_first else weight))
+
+    return {name: copy(matrix.weight) for name, matrix in matrices.items()}
 
 
 def _vouched_vectors(
