@@ -36,8 +36,8 @@ class Work(NamedTuple):
 
 
 WORKS = {
-    "8 samples of each of 2 prompts of 512 tokens, 128 new, a value head": Work(
-        2, 8, (512, 512), (128, 128), "head"
+    "8 samples of each of 4 prompts of 512 tokens, 128 new, a value head": Work(
+        4, 8, (512, 512), (128, 128), "head"
     ),
     "prompts of 8 to 256 tokens, responses of 8 to 128, a value model": Work(
         32, 1, (8, 256), (8, 128), "model"
