@@ -165,13 +165,17 @@ def by_blocks(
         with without_autocast(query.device):
             q, k, v = query.float(), key.float(), value.float()
             return by_blocks(packed_pass, q, k, v, scaling, window).to(dtype)
-    for start, end, prefix in packed_pass.tokens.packing.blocks:
-        q, k, v = (x[:, :, start:end] for x in (query, key, value))
-        if prefix is not None:
-            first, last = prefix
-            k = torch.cat([key[:, :, first:last], k], dim=2)
-            v = torch.cat([value[:, :, first:last], v], dim=2)
-        masked = prefix is not None or 0 < window < k.shape[2]
+    blocks = packed_pass.tokens.packing.blocks
+    lengths = [block.end - block.start for block in blocks]
+    # the gradient of a slice is as large as what it is taken from; those of a split are put together
+    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
+    place = {(block.start, block.end): i for i, block in enumerate(blocks)}
+    for i, block in enumerate(blocks):
+        q, k, v, prefix = queries[i], keys[i], values[i], block.prefix
+        if prefix in place:
+            before = place[prefix]
+            k, v = torch.cat([keys[before], k], dim=2), torch.cat([values[before], v], dim=2)
+        masked = prefix in place or 0 < window < k.shape[2]
         mask = packed_pass.mask(q.shape[2], k.shape[2], window) if masked else None
         outs.append(_sdpa(q, k, v, mask, scaling))
     return torch.cat(outs, dim=2).transpose(1, 2)
