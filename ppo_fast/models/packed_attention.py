@@ -167,7 +167,7 @@ def by_blocks(
             return by_blocks(packed_pass, q, k, v, scaling, window).to(dtype)
     blocks = packed_pass.tokens.packing.blocks
     lengths = [block.end - block.start for block in blocks]
-    # the gradient of a slice is as large as what it is taken from; those of a split are put together
+    # a slice's gradient is as large as what it is taken from; those of a split are put together
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     place = {(block.start, block.end): i for i, block in enumerate(blocks)}
     for i, block in enumerate(blocks):
