@@ -13,7 +13,7 @@ LIBRARY, PACKAGE = os.path.dirname(os.__file__), str(Path(__file__).parent)
 
 
 class Parameters(NamedTuple):
-    """What a function can be given.
+    """Names of the arguments that a function takes.
 
     positional: names of parameters that can be given by position, in order.
     only_positional: those of them that cannot be given by name.

@@ -72,12 +72,23 @@ class PackedPass:
         return index.to(self.tokens.device)
 
     @cached_property
+    def lengths(self) -> list[int]:
+        """Number of tokens of each block."""
+        return [block.end - block.start for block in self.tokens.packing.blocks]
+
+    @cached_property
+    def prefixes(self) -> list[int | None]:
+        """Index of the block that is each block's prefix; None: it has none, or an empty one."""
+        blocks = self.tokens.packing.blocks
+        index = {(block.start, block.end): i for i, block in enumerate(blocks)}
+        return [None if block.prefix is None else index.get(block.prefix) for block in blocks]
+
+    @cached_property
     def row_ends(self) -> tuple[RowEnds, RowEnds]:
         """Where the queries and the keys of each block end, made once for all layers."""
-        blocks, device = self.tokens.packing.blocks, self.tokens.device
-        queries = [block.end - block.start for block in blocks]
-        prefixes = [b.prefix[1] - b.prefix[0] if b.prefix else 0 for b in blocks]
-        keys = [n + m for n, m in zip(queries, prefixes, strict=True)]
+        queries, device = self.lengths, self.tokens.device
+        before = [0 if prefix is None else queries[prefix] for prefix in self.prefixes]
+        keys = [n + m for n, m in zip(queries, before, strict=True)]
         return RowEnds.of(queries, device), RowEnds.of(keys, device)
 
     @cached_property
@@ -165,17 +176,13 @@ def by_blocks(
         with without_autocast(query.device):
             q, k, v = query.float(), key.float(), value.float()
             return by_blocks(packed_pass, q, k, v, scaling, window).to(dtype)
-    blocks = packed_pass.tokens.packing.blocks
-    lengths = [block.end - block.start for block in blocks]
     # a slice's gradient is as large as what it is taken from; those of a split are put together
-    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
-    place = {(block.start, block.end): i for i, block in enumerate(blocks)}
-    for i, block in enumerate(blocks):
-        q, k, v, prefix = queries[i], keys[i], values[i], block.prefix
-        if prefix in place:
-            before = place[prefix]
-            k, v = torch.cat([keys[before], k], dim=2), torch.cat([values[before], v], dim=2)
-        masked = prefix in place or 0 < window < k.shape[2]
+    queries, keys, values = (x.split(packed_pass.lengths, dim=2) for x in (query, key, value))
+    for q, k, v, prefix in zip(queries, keys, values, packed_pass.prefixes, strict=True):
+        if prefix is not None:
+            k = torch.cat([keys[prefix], k], dim=2)
+            v = torch.cat([values[prefix], v], dim=2)
+        masked = prefix is not None or 0 < window < k.shape[2]
         mask = packed_pass.mask(q.shape[2], k.shape[2], window) if masked else None
         outs.append(_sdpa(q, k, v, mask, scaling))
     return torch.cat(outs, dim=2).transpose(1, 2)

@@ -29,8 +29,8 @@ class Request(NamedTuple):
     slots: max sequences decoded at a time.
     pad_id: id at padded positions.
     turns: the turns of the sequences, and what the environment replies; None: there is one turn.
-    ended: called with the index and the ids of a sequence whose response has ended; None: nobody
-        asks.
+    ended: called with the index and the ids of a sequence whose response has ended; None: it
+        is not called.
     """
 
     prompts: list[PromptIds]

@@ -12,8 +12,8 @@ LOGGER = "ppo_fast"
 class EventLog(logging.Handler):
     """Gives warnings and errors that ``ppo_fast`` logs to a function, as lines of events.jsonl.
 
-    Where nobody set up logging, Python prints warnings on stderr; with this handler it would not,
-    so the handler does.
+    Without any handler, Python prints warnings on stderr. This handler ends that, so where there is
+    no other, it prints them itself.
 
     Args:
         write: takes {"time", "level", "source", "text"}.

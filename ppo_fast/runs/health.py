@@ -21,7 +21,7 @@ LAST = 10  # steps of the mean that is looked at
 
 
 class Range(NamedTuple):
-    """What is expected of a metric.
+    """A check that a metric stays in its expected range.
 
     metric: its name.
     steps: from which step on it is looked at.

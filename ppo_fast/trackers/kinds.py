@@ -39,7 +39,7 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True)
 class Kind:
-    """What differs between accelerate's trackers.
+    """How to call one of accelerate's trackers, where they differ.
 
     arguments: keyword arguments of the tracker's class for a run; empty: the project alone.
     identity: reads from a started tracker what ``TrackedRun.identity`` is.

@@ -32,7 +32,7 @@ double chained(int threads, std::int64_t count) {
   std::vector<double> a(count), b(count), c(count);
   run_loops(threads,
       Loop{count, 3, [&](std::int64_t i) { a[i] = 1.0 / (1 + i); }},
-      Loop{count, 1, [&](std::int64_t i) { b[i] = a[i] - a[count - 1 - i] / 3; }},
+      Loop{count, kShare, [&](std::int64_t i) { b[i] = a[i] - a[count - 1 - i] / 3; }},
       Loop{count, 2, [&](std::int64_t i) { c[i] = b[i] * b[(i * 7) % count]; }});
   double sum = 0;
   for (double x : c) sum = sum / 2 + x;

@@ -17,6 +17,10 @@ from ppo_fast.ops.few_row_linear.api import MOST_ROWS
 
 pytestmark = pytest.mark.parametrize("impl", implementations("few_row_linear"))
 
+# Inputs, outputs, rows: of tails alone, of whole steps alone, of both; of one tile of rows and of
+# several; of more outputs than a tile.
+SIZES = ((1, 3, 2), (31, 41, 1), (64, 100, 4), (77, 100, 3), (576, 50, 9), (77, 0, 2))
+
 
 @settings(max_examples=50)
 @given(
@@ -103,15 +107,7 @@ def test_a_weight_in_half_precision(impl, half, isa):
     """A float32 x is rounded to the weight's dtype; sums and y are float32."""
     if impl == "reference" and isa != _C.instruction_set():
         pytest.skip("products of the BLAS")
-    # of tails alone, of whole steps alone, of both; of one tile of rows and of several
-    for d, v, rows in (
-        (1, 3, 2),
-        (31, 41, 1),
-        (64, 100, 4),
-        (77, 100, 3),
-        (576, 50, 9),
-        (77, 0, 2),
-    ):
+    for d, v, rows in SIZES:
         x, weight, bias = torch.randn(rows, d), torch.randn(v, d).to(half), torch.randn(v)
         strided = torch.randn(v, d + 7).to(half)[:, 3:-4]
         for w, b in ((weight, None), (weight, bias), (strided, bias)):
@@ -142,15 +138,7 @@ def test_a_weight_in_int8(impl, isa):
     """It stands for its numbers times the scales of their rows; x is not rounded."""
     if impl == "reference" and isa != _C.instruction_set():
         pytest.skip("products of the BLAS")
-    # as above; and more outputs than a tile, so that each gets the scale of its own
-    for d, v, rows in (
-        (1, 3, 2),
-        (31, 41, 1),
-        (64, 100, 4),
-        (77, 100, 3),
-        (576, 50, 9),
-        (77, 0, 2),
-    ):
+    for d, v, rows in SIZES:
         x, weight, bias = torch.randn(rows, d), torch.randn(v, d), torch.randn(v)
         weight *= torch.logspace(-3, 3, v)[:, None]
         numbers, scale = quantize_rows(weight)

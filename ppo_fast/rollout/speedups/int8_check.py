@@ -24,7 +24,7 @@ from ppo_fast.rollout.speedups.step_forward import StepForward
 
 
 class Int8Weights(NamedTuple):
-    """What weights in int8 change.
+    """How many weights are in int8, and how far they move the logits.
 
     share: share of the model's weights that are in int8.
     difference: largest difference of logits, relative to the largest logit.
