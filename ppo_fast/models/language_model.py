@@ -22,8 +22,14 @@ from ppo_fast.models.offload import Resting
 from ppo_fast.models.parts import body_of
 from ppo_fast.models.passes import Flat, Passes
 from ppo_fast.models.patching import uncompiled
-from ppo_fast.models.precision import HALF, HALF_TOLERANCE, computing_in, tolerance
-from ppo_fast.models.probe import Probed, autocast_dtype, probe, probe_tokens, relative_difference
+from ppo_fast.models.precision import (
+    HALF,
+    HALF_TOLERANCE,
+    autocast_dtype,
+    computing_in,
+    tolerance,
+)
+from ppo_fast.models.probe import Probed, probe, probe_tokens, relative_difference
 from ppo_fast.models.transformers_internals import (
     attention_of,
     cache_argument,

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ppo_fast.data.tokens import Tokens
-from ppo_fast.models.precision import HALF
+from ppo_fast.models.precision import HALF, autocast_dtype
 from ppo_fast.models.transformers_internals import ATTENTION_EXTRAS, attention_set_to
 from ppo_fast.models.varlen_attention import RowEnds, varlen_attention
-from ppo_fast.ops.gradient import without_autocast
+from ppo_fast.ops.gradient import as_dtype, computed_in, without_autocast
 
 NAME = "ppo_fast_packed"
 
@@ -147,7 +147,22 @@ def _attention(
         raise NotImplementedError("packed attention takes no mask, and the model makes one")
     packed_pass.used.add(module)
     window = options.get("sliding_window") or 0
-    return _way(query)(packed_pass, query, key, value, scaling, window), None
+    dtype, computed = _dtypes(query)
+    with without_autocast(query.device):
+        query, key, value = (as_dtype(x, computed) for x in (query, key, value))
+        out = _way(query)(packed_pass, query, key, value, scaling, window)
+    return as_dtype(out, dtype), None
+
+
+def _dtypes(query: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """Return the dtype of this attention's output, and the one in which it is computed.
+
+    Under autocast, queries and keys are often in float32, since rotating them made them so; as
+    autocast would, half precision is chosen for them. On a CPU that is computed in float32:
+    PyTorch's backward pass is slower in bfloat16.
+    """
+    dtype = autocast_dtype(query.device.type) or query.dtype
+    return dtype, dtype if query.is_cuda else computed_in(dtype)
 
 
 def _way(query: Tensor) -> Way:
@@ -166,16 +181,8 @@ def by_blocks(
     scaling: float | None,
     window: int,
 ) -> Tensor:
-    """Compute attention [1, N, H, d] in one call a block.
-
-    On a CPU that of half precision is computed in float32: PyTorch's backward pass is slower in
-    bfloat16.
-    """
-    dtype, outs = query.dtype, []
-    if dtype in HALF:
-        with without_autocast(query.device):
-            q, k, v = query.float(), key.float(), value.float()
-            return by_blocks(packed_pass, q, k, v, scaling, window).to(dtype)
+    """Compute attention [1, N, H, d] in one call a block."""
+    outs = []
     # a slice's gradient is as large as what it is taken from; those of a split are put together
     queries, keys, values = (x.split(packed_pass.lengths, dim=2) for x in (query, key, value))
     for q, k, v, prefix in zip(queries, keys, values, packed_pass.prefixes, strict=True):

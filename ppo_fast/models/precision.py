@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ppo_fast.models.quantized import bits_of, packed_weights
 from ppo_fast.models.transformers_internals import Conv1D
+from ppo_fast.ops.gradient import without_autocast
 from ppo_fast.ops.validation import HALF as HALF
 
 # Largest difference that rounding explains between two ways to compute logits or states, relative
@@ -18,10 +19,41 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 TF32_TOLERANCE = 5e-3
 HALF_TOLERANCE = 3e-2
 
+# Max bytes of the copies in float32 by which ways to compute in half precision are judged.
+EXACT_BYTES = 2**31
+
 
 def computing_in(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[object]:
     """Within the block, autocast to ``dtype``; None: each product in the dtype of its operands."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """Return the dtype of the autocast that is in force on this kind of device, or None."""
+    if device == "meta":
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+@contextmanager
+def computing_in_float32(module: nn.Module) -> Iterator[None]:
+    """Within the block, autocast is off, and weights in half precision are copies in float32.
+
+    Raises:
+        RuntimeError: the copies would be larger than ``EXACT_BYTES``.
+    """
+    half = [weight for weight in module.parameters() if weight.dtype in HALF]
+    if sum(4 * weight.numel() for weight in half) > EXACT_BYTES:
+        raise RuntimeError("the model is too large for a copy in float32")
+    held = [weight.data for weight in half]
+    try:
+        for weight in half:
+            weight.data = weight.data.float()
+        with without_autocast(next(module.parameters()).device):
+            yield
+    finally:
+        for weight, data in zip(half, held, strict=True):
+            weight.data = data
 
 
 def uses_tf32(device: torch.device) -> bool:

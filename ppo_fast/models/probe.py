@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ppo_fast.data.tokens import Tokens
 from ppo_fast.models.parts import num_embeddings
 from ppo_fast.models.patching import uncompiled
-from ppo_fast.models.precision import HALF
+from ppo_fast.models.precision import HALF, autocast_dtype
 from ppo_fast.models.trunk import run
 
 
@@ -100,8 +100,3 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
     """Return the largest |difference| relative to the largest |expected|; 0 where all are 0."""
     difference, size = (found - expected).abs().max(), expected.abs().max()
     return float(difference / size) if size > 0 else float(difference)
-
-
-def autocast_dtype(device: str) -> torch.dtype | None:
-    """Return the dtype of the autocast that is in force, or None."""
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

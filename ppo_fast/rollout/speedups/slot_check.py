@@ -11,7 +11,7 @@ from torch import Tensor
 from ppo_fast.models.checks import dtype_name
 from ppo_fast.models.language_model import LanguageModel, nan_error
 from ppo_fast.models.patching import uncompiled
-from ppo_fast.models.precision import HALF
+from ppo_fast.models.precision import HALF, computing_in_float32
 from ppo_fast.models.probe import relative_difference
 from ppo_fast.models.transformers_internals import output_of
 from ppo_fast.rollout.prompts import Prompts
@@ -22,9 +22,6 @@ from ppo_fast.rollout.speedups.step_attention import step_attention
 # Lengths differ, so that every row is at a different position. Ids are those of no special tokens:
 # some models count positions without padding.
 PROBE = ((11, 15, 12, 17, 13), (14, 11, 16), (12, 18, 15, 11))
-
-# Max bytes of the copy in float32 that judges fused layers in half precision.
-EXACT_BYTES = 2**31
 
 # Devices on which steps attend by ``decode_attention``; the CPU has whole layers in C++ instead.
 ATTENDING_DEVICES = {"cuda"}
@@ -163,19 +160,13 @@ def _no_further_from_float32(
     It is not if the model is not in half precision, too large for a copy in float32, or fails with
     one.
     """
-    half = [weight for weight in model.model.parameters() if weight.dtype in HALF]
-    if model.dtype not in HALF or sum(4 * weight.numel() for weight in half) > EXACT_BYTES:
+    if model.dtype not in HALF:
         return False
-    held = [weight.data for weight in half]
     try:
-        for weight in half:
-            weight.data = weight.data.float()
-        exact = torch.cat([whole_pass(model, row) for row in rows])
-    except RuntimeError:  # a buffer in half precision that cannot compute with float32
+        with computing_in_float32(model.model):
+            exact = torch.cat([whole_pass(model, row) for row in rows])
+    except RuntimeError:  # as of a buffer in half precision that cannot compute with float32
         return False
-    finally:
-        for weight, data in zip(half, held, strict=True):
-            weight.data = data
     return relative_difference(found, exact) <= relative_difference(expected, exact)
 
 
