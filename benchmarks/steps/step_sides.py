@@ -80,6 +80,11 @@ def _all_weights(smollm2: Any, **changes: Any) -> Step:
     return Ours(smollm2, _prompts(4), _value_model(smollm2), **options).step
 
 
+def _head(smollm2: Any, **changes: Any) -> Step:
+    options = {"learning_rate": 1e-5, "max_length": 48, "critic": "head"} | changes
+    return Ours(smollm2, _prompts(4), **options).step
+
+
 def _sequential(smollm2: Any) -> Step:
     policy, value_model = copy.deepcopy(smollm2[0]), _value_model(smollm2)
     trainer = plain_ppo.SequentialPPO(policy, value_model, of_ids)
@@ -120,6 +125,10 @@ SIDES: dict[str, dict[str, Make]] = {
     "a PPO step in bfloat16: batch 4, 48 new tokens, 4 epochs, all weights, value model": {
         "ppo_fast": partial(_all_weights, compute_dtype="bfloat16"),
         "ours in float32": _all_weights,
+    },
+    "a PPO step in bfloat16: batch 4, 48 new tokens, 4 epochs, all weights, a value head": {
+        "ppo_fast": partial(_head, compute_dtype="bfloat16"),
+        "ours in float32": _head,
     },
     "a PPO step: batch 32, 24 new tokens, 4 epochs, k = 4, values from a top of their own": {
         "ppo_fast": _top,

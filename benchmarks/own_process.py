@@ -6,6 +6,7 @@ What one library sets for its process, as malloc's thresholds, is then not the o
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 import sys
 
@@ -13,7 +14,11 @@ READY = "ready"
 
 
 class OwnProcess:
-    """Makes the side SIDES[work][name] of ``module`` in a new process; ``step`` runs one there."""
+    """Makes the side SIDES[work][name] of ``module`` in a new process; ``step`` runs one there.
+
+    Attributes:
+        spent: seconds that its steps spent in each of their parts, of a side that counts them.
+    """
 
     def __init__(self, module: str, work: str, name: str) -> None:
         code = f"import sys; sys.path[:] = {sys.path!r}; import own_process; "
@@ -25,6 +30,7 @@ class OwnProcess:
             stderr=subprocess.DEVNULL,
             text=True,
         )
+        self.spent: dict[str, float] = {}
         self._wait(name)
 
     def step(self) -> None:
@@ -36,12 +42,13 @@ class OwnProcess:
     def end(self) -> None:
         """End the process."""
         self._process.kill()
-        self._process.wait()
+        self._process.communicate()  # it waits, and closes the pipes
 
     def _wait(self, what: str) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            if line.strip() == READY:
+            if line.startswith(READY):
+                self.spent = json.loads(line.removeprefix(READY))
                 return
         raise RuntimeError(f"{what}: the process ended with status {self._process.wait()}")
 
@@ -51,7 +58,8 @@ def serve(module: str, work: str, name: str) -> None:
     from ppo_fast.demo.smollm2 import load_smollm2
 
     step = importlib.import_module(module).SIDES[work][name](load_smollm2())
-    print(READY, flush=True)
+    spent = getattr(step.__self__, "spent", {})
+    print(READY, json.dumps(spent), flush=True)
     for _ in sys.stdin:
         step()
-        print(READY, flush=True)
+        print(READY, json.dumps(spent), flush=True)
