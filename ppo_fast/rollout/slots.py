@@ -47,11 +47,12 @@ class SlotCache(Cache):
         self.slots, self.capacity, self.attends, self.dtype = slots, capacity, attends, dtype
         self.lengths: Tensor | None = None  # [n] by row; None while padded prompts are computed
         self.row_slots: Tensor  # [n]
+        self.vouched: Any = None  # what fused layers have checked of these rows (step_forward.py)
         self._scratch: Tensor | None = None
 
     def begin_prompts(self) -> None:
         """Prepare for a pass over prompts [k, P], each of which attends to itself alone."""
-        self.lengths = None
+        self.lengths = self.vouched = None
         for layer in self.layers:
             layer.cells = None
 
@@ -94,7 +95,7 @@ class SlotCache(Cache):
         Token i goes to slot ``slots[i]``, after ``lengths[i]`` others. Only fused layers
         (fused_layers.py) can compute several tokens of one slot in a pass.
         """
-        self.row_slots, self.lengths = slots, lengths
+        self.row_slots, self.lengths, self.vouched = slots, lengths, None
 
     def nbytes(self) -> int:
         """Return the total size of keys and values in bytes."""

@@ -19,6 +19,7 @@ from ppo_fast.ops.backends.cpp_launch import (
     written,
 )
 from ppo_fast.ops.backends.cpus import num_threads
+from ppo_fast.ops.gradient import as_dtype
 from ppo_fast.ops.quantize_rows import quantize_rows
 from ppo_fast.rollout.slots import SlotCache
 
@@ -33,6 +34,23 @@ CACHED = {torch.float32: torch.bfloat16}
 # In the order of enum class Activation in csrc/kernels/decode_layer.hpp.
 ACTIVATIONS = ("silu", "gelu_tanh")
 NORMS = ("attention", "mlp", "attention_out", "mlp_out", "q", "k")
+
+
+class Rows(NamedTuple):
+    """What all layers of a step read of its n rows, vouched for once.
+
+    layers: size of heads, dtype and whether they rotate, of the layers that it was made for.
+    of: the cosines and sines that the layers were given.
+    cos, sin: [n, 1, size]; None: the layers do not rotate.
+    slots, lengths: [n] int64.
+    """
+
+    layers: tuple[int, torch.dtype, bool]
+    of: tuple[Tensor, Tensor] | None
+    cos: Tensor | None
+    sin: Tensor | None
+    slots: Tensor
+    lengths: Tensor
 
 
 class StepForward:
@@ -64,12 +82,15 @@ class StepForward:
         read = read_layer(layer)
         size, self._rotary = read.head_size, read.rotary
         self._index, self._head_size = read.cache_index, size
+        self._keys: Tensor | None = None  # those of the cache that was vouched for last
+        self._values: Tensor | None = None
         sizes = _sizes(read)
         self._hidden_size, self._q_size, self._kv_size, self._inner = sizes
         weight = read.weights["q_weight"]
         assert weight is not None
         self._weight_dtype = weight.dtype
         self._dtype = DTYPES[self._weight_dtype]
+        self._reads_rows = (size, self._dtype, self._rotary)
         # they must outlive the kernel
         self._matrices = _vouched_matrices(read, sizes, self._weight_dtype)
         int8 = int8 and self._dtype == torch.float32
@@ -123,11 +144,12 @@ class StepForward:
             if self._rotary:
                 kwargs["position_embeddings"] = position_embeddings
             return type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)
-        dtype, of_input = self._dtype, hidden_states.dtype
-        tables = [table.to(dtype) for table in position_embeddings or ()] if self._rotary else []
-        states = self._step(hidden_states.to(dtype), tables, cache, cache.lengths)
+        rows = cache.vouched
+        if rows is None or rows.of is not position_embeddings or rows.layers != self._reads_rows:
+            rows = cache.vouched = self._rows(position_embeddings, cache, cache.lengths)
+        states = self._step(as_dtype(hidden_states, self._dtype), rows, cache)
         self.calls += 1
-        return states.to(of_input)
+        return as_dtype(states, hidden_states.dtype)
 
     def _takes(
         self,
@@ -155,43 +177,48 @@ class StepForward:
             return True
         return False
 
-    def _step(
-        self,
-        hidden_states: Tensor,
-        tables: list[Tensor],
-        cache: SlotCache,
-        lengths: Tensor,
-    ) -> Tensor:
-        size, dtype, kv_heads = self._head_size, self._dtype, self._kv_size // self._head_size
-        rows, room = len(hidden_states), cache.layers[self._index]
-        x = vouched("hidden_states", hidden_states, (rows, 1, self._hidden_size), dtype)
-        if not room.is_initialized:
-            like = x.new_empty(1).expand(rows, kv_heads, 1, size)
-            room.lazy_initialization(like, like)
-        cells, stored = (cache.slots, cache.capacity, kv_heads, size), room.keys.dtype
+    def _rows(
+        self, position_embeddings: tuple[Tensor, Tensor] | None, cache: SlotCache, lengths: Tensor
+    ) -> Rows:
+        """Vouch for what all layers of a step read of its rows."""
+        count, size, dtype = len(lengths), self._head_size, self._dtype
         # the cosines and sines of a layer that rotates
+        tables = position_embeddings or () if self._rotary else ()
         angles = [
-            vouched(name, table.expand(rows, 1, -1), (rows, 1, size), dtype)
+            vouched(name, as_dtype(table, dtype).expand(count, 1, -1), (count, 1, size), dtype)
             for name, table in zip(("cos", "sin"), tables, strict=False)
         ]
-        cos, sin = map(address, angles or (None, None))
-        slots = vouched("slots", cache.row_slots, (rows,), torch.int64)
-        lengths = vouched("lengths", lengths, (rows,), torch.int64)
+        cos, sin = angles or (None, None)
+        slots = vouched("slots", cache.row_slots, (count,), torch.int64)
+        lengths = vouched("lengths", lengths, (count,), torch.int64)
+        return Rows(self._reads_rows, position_embeddings, cos, sin, slots, lengths)
+
+    def _step(self, hidden_states: Tensor, rows: Rows, cache: SlotCache) -> Tensor:
+        size, dtype, kv_heads = self._head_size, self._dtype, self._kv_size // self._head_size
+        count, room = len(rows.lengths), cache.layers[self._index]
+        x = vouched("hidden_states", hidden_states, (count, 1, self._hidden_size), dtype)
+        if not room.is_initialized:
+            like = x.new_empty(1).expand(count, kv_heads, 1, size)
+            room.lazy_initialization(like, like)
+        if room.keys is not self._keys or room.values is not self._values:
+            cells, stored = (cache.slots, cache.capacity, kv_heads, size), room.keys.dtype
+            self._keys = written("keys", room.keys, cells, stored)
+            self._values = written("values", room.values, cells, stored)
         y = torch.empty_like(x)
-        count = rows * (2 * self._hidden_size + 2 * (self._q_size + self._kv_size) + self._inner)
+        numbers = count * (2 * self._hidden_size + 2 * (self._q_size + self._kv_size) + self._inner)
         self._kernel(
             x=x.data_ptr(),
-            cos=cos,
-            sin=sin,
-            cache_dtype=DTYPE_CODES[stored],
-            keys=written("keys", room.keys, cells, stored).data_ptr(),
-            values=written("values", room.values, cells, stored).data_ptr(),
+            cos=address(rows.cos),
+            sin=address(rows.sin),
+            cache_dtype=DTYPE_CODES[room.keys.dtype],
+            keys=room.keys.data_ptr(),
+            values=room.values.data_ptr(),
             capacity=cache.capacity,
-            slots=slots.data_ptr(),
-            lengths=lengths.data_ptr(),
+            slots=rows.slots.data_ptr(),
+            lengths=rows.lengths.data_ptr(),
             y=y.data_ptr(),
-            scratch=cache.scratch(count, x).data_ptr(),
-            num_rows=rows,
+            scratch=cache.scratch(numbers, x).data_ptr(),
+            num_rows=count,
             num_threads=num_threads(),
         )
         return y
