@@ -11,11 +11,11 @@ import torch
 from tiny_models import PAD_ID, tiny_model
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
+from ppo_fast.models import precision
 from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.models.precision import WeightCopies
 from ppo_fast.ops import _C
 from ppo_fast.rollout import LocalEngine, Sampling
-from ppo_fast.rollout.speedups import slot_check
 from ppo_fast.rollout.speedups.fast_paths import fast_paths
 from ppo_fast.rollout.speedups.slot_check import check_layers
 
@@ -75,6 +75,17 @@ def test_the_kernel_runs_for_every_layer(family, kernel_calls):
     assert calls == dict.fromkeys(range(LAYERS), 1 + 4)
 
 
+def test_layers_of_two_kinds_rotate_by_their_own_tables():
+    """The layers of a step share what is checked of its rows, but not across kinds."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    model = model_of("gemma3_text", layer_types=kinds)
+    tables = [
+        model.model.rotary_emb(torch.ones(1), torch.tensor([[5]]), kind) for kind in kinds[:2]
+    ]
+    assert not torch.equal(tables[0][0], tables[1][0])
+    assert check_layers(LanguageModel(model)) == (LAYERS, None, False)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gemma2"])
 def test_copies_in_bfloat16_take_the_kernel_too(family, kernel_calls):
     """What is sampled agrees with the update, which computes in float32 under autocast."""
@@ -105,7 +116,7 @@ def test_fused_layers_of_a_deep_model_in_bfloat16_are_judged_by_float32(monkeypa
     dtypes = {name: p.dtype for name, p in raw.named_parameters()}
     assert check_layers(LanguageModel(raw)) == (24, None, False)
     assert dtypes == {name: p.dtype for name, p in raw.named_parameters()}
-    monkeypatch.setattr(slot_check, "EXACT_BYTES", 2**10)
+    monkeypatch.setattr(precision, "EXACT_BYTES", 2**10)
     too_large = check_layers(LanguageModel(raw))
     assert (too_large.number, too_large.failed) == (0, True)
     assert "logits differ by" in too_large.why_not

@@ -134,8 +134,8 @@ def test_fused_layers_that_read_other_keys_are_not_used(monkeypatch):
     """A kernel that goes wrong with a rounded cache alone is found before it decodes."""
     own = StepForward._step
 
-    def wrong(self, states, tables, cache, lengths):
-        found = own(self, states, tables, cache, lengths)
+    def wrong(self, states, rows, cache):
+        found = own(self, states, rows, cache)
         return found if cache.dtype is None else found + 1
 
     monkeypatch.setattr(StepForward, "_step", wrong)
