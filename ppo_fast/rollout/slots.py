@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.models.precision import autocast_dtype
 from ppo_fast.models.transformers_internals import (
     SLIDING,
     Cache,
@@ -134,8 +135,11 @@ class _SlotLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         """Take the keys and values of new tokens, and return all that these attend to.
 
-        The new ones are [n, heads, tokens, size]. What is returned has their dtype.
+        The new ones are [n, heads, tokens, size]. What is returned has their dtype; under autocast
+        its own, in which attention would compute: rotated keys are in float32, and values are not.
         """
+        if (dtype := autocast_dtype(key_states.device.type)) is not None:
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.cells is None:

@@ -10,8 +10,9 @@ from tiny_rollouts import sample, texts
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
 from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.models.precision import WeightCopies
 from ppo_fast.rollout import slots
-from ppo_fast.rollout.speedups import slot_check
+from ppo_fast.rollout.speedups import slot_check, step_attention
 from ppo_fast.rollout.speedups.cuda_graphs import as_it_is
 
 CPU = torch.device("cpu")
@@ -121,6 +122,24 @@ def test_a_model_loaded_with_flash_attention_decodes(attends, monkeypatch):
     assert other.model.config._attn_implementation == FLASH
 
 
+def test_steps_under_autocast_attend_in_its_dtype(monkeypatch):
+    """As models decode whose float32 buffers do not fit copies of their weights."""
+    dtypes, own = set(), step_attention.decode_attention
+
+    def watched(query, keys, values, *others, **options):
+        dtypes.update(x.dtype for x in (query, keys, values))
+        return own(query, keys, values, *others, **options)
+
+    monkeypatch.setattr(step_attention, "decode_attention", watched)
+    model = LanguageModel(tiny_model("llama", layers=3), compute_dtype=torch.bfloat16)
+    with WeightCopies(torch.bfloat16, autocast=True).in_use(model.model):
+        found = sample(model)
+        expected = without_it(model, monkeypatch)
+    assert dtypes == {torch.bfloat16}
+    first = (found.logprobs - expected.logprobs)[:, 0].abs().max()  # later tokens may differ
+    assert first <= 0.05
+
+
 def test_an_unsupported_model_is_refused_with_the_reason():
     model = LanguageModel(tiny_model("gemma2"))
     assert not slot_check.steps_can_attend(model)
@@ -128,7 +147,5 @@ def test_an_unsupported_model_is_refused_with_the_reason():
 
 
 def test_attention_with_wrong_numbers_is_not_used(monkeypatch):
-    from ppo_fast.rollout.speedups import step_attention
-
     monkeypatch.setattr(step_attention, "decode_attention", lambda query, *_, **__: query)
     assert not slot_check.steps_can_attend(LanguageModel(tiny_model("llama")))

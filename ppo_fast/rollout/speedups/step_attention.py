@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.models.transformers_internals import ATTENTION_EXTRAS, attention_of, attention_set_to
 from ppo_fast.ops import decode_attention
+from ppo_fast.ops.gradient import as_dtype
 
 NAME = "ppo_fast_steps"
 TAKING_MASKS = ("eager", "sdpa")
@@ -71,7 +72,7 @@ def _attention(
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, **options)
     used.add(module)
     out = decode_attention(
-        query[:, :, 0],
+        as_dtype(query[:, :, 0], key.dtype),  # under autocast, the cache is in its dtype
         key.transpose(1, 2),
         value.transpose(1, 2),
         lengths,
