@@ -17,7 +17,8 @@ from sides import ratios_to_ours
 HERE = Path(__file__).parent
 MARK = "<!-- From here on written by report.py. -->\n"
 TITLES = {  # of results/NAME.json
-    "cpu": "On the CPU",
+    "cpu": "Operations, on the CPU",
+    "steps": "Steps and decoding of SmolLM2-135M, on the CPU",
     "baselines": "Against TRL and torchrl",
     "trl_ppo": "Whole steps, against TRL's PPOTrainer",
 }
