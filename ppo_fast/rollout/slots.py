@@ -153,7 +153,7 @@ class _SlotLayer(DynamicLayer):
 
     def _written(self, room: Tensor, states: Tensor, rows: int, longest: int) -> Tensor:
         assert self.cells is not None
-        room.view(-1, *room.shape[2:]).index_copy_(0, self.cells, self._rounded(states[:, :, 0]))
+        room.view(-1, *room.shape[2:]).index_copy_(0, self.cells, states[:, :, 0].to(room.dtype))
         return room[:rows, :longest].transpose(1, 2).to(states.dtype)
 
     def _rounded(self, states: Tensor) -> Tensor:
