@@ -17,7 +17,7 @@ def test_step(turns, capsys, work):
     pytest.importorskip("ppo_fast.demo.smollm2").load_smollm2()
     sides = {name: OwnProcess("step_sides", work, name) for name in SIDES[work]}
     try:
-        turns(work, {name: side.step for name, side in sides.items()}, rounds=ROUNDS, warm=True)
+        turns(work, {name: side.step for name, side in sides.items()}, rounds=ROUNDS)
     finally:
         for side in sides.values():
             side.end()

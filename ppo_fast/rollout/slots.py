@@ -48,7 +48,7 @@ class SlotCache(Cache):
         self.slots, self.capacity, self.attends, self.dtype = slots, capacity, attends, dtype
         self.lengths: Tensor | None = None  # [n] by row; None while padded prompts are computed
         self.row_slots: Tensor  # [n]
-        self.vouched: Any = None  # what fused layers have checked of these rows (step_forward.py)
+        self.vouched: Any = None  # the step's tensors that fused layers have checked
         self._scratch: Tensor | None = None
 
     def begin_prompts(self) -> None:

@@ -20,7 +20,7 @@ def test_step(turns, work):
     # where a backward pass ends an optimizer's step changes the memory alone
     sides = {n: OwnProcess("whole_steps", work, n) for n in SIDES[work] if n != APART}
     try:
-        turns(work, {name: side.step for name, side in sides.items()}, rounds=ROUNDS, warm=True)
+        turns(work, {name: side.step for name, side in sides.items()}, rounds=ROUNDS)
     finally:
         for side in sides.values():
             side.end()

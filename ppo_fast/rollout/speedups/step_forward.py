@@ -37,10 +37,10 @@ NORMS = ("attention", "mlp", "attention_out", "mlp_out", "q", "k")
 
 
 class Rows(NamedTuple):
-    """What all layers of a step read of its n rows, vouched for once.
+    """Tensors of a step of n rows that every fused layer reads, checked by the first one.
 
-    layers: size of heads, dtype and whether they rotate, of the layers that it was made for.
-    of: the cosines and sines that the layers were given.
+    layers: size of heads, dtype, and whether they rotate, of the layers that they are checked for.
+    of: the cosines and sines as the body gave them to the layers.
     cos, sin: [n, 1, size]; None: the layers do not rotate.
     slots, lengths: [n] int64.
     """
@@ -180,7 +180,7 @@ class StepForward:
     def _rows(
         self, position_embeddings: tuple[Tensor, Tensor] | None, cache: SlotCache, lengths: Tensor
     ) -> Rows:
-        """Vouch for what all layers of a step read of its rows."""
+        """Check the tensors of a step that every layer reads."""
         count, size, dtype = len(lengths), self._head_size, self._dtype
         # the cosines and sines of a layer that rotates
         tables = position_embeddings or () if self._rotary else ()
