@@ -17,7 +17,8 @@ from ppo_fast.data.rollout import Rollout
 from ppo_fast.data.tokens import Tokens
 from ppo_fast.data.trunk_states import TrunkStates, join_trunk_states
 from ppo_fast.learning.importance import highest, importance_weights, mismatch_metrics
-from ppo_fast.models.language_model import LanguageModel, logprobs_of_both
+from ppo_fast.models.language_model import LanguageModel
+from ppo_fast.models.logprobs_of_both import logprobs_of_both
 from ppo_fast.models.precision import uses_tf32
 from ppo_fast.nonfinite import NotFiniteError
 from ppo_fast.ops import gae, kl_estimate, whiten
