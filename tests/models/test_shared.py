@@ -14,9 +14,7 @@ from tiny_trainer import PROMPTS, count_letters, without_times
 from ppo_fast import PPOConfig, PPOTrainer, RewardModel, ValueModel
 from ppo_fast.learning.make_experience import trunk_states_in_batches
 from ppo_fast.models import language_model
-from ppo_fast.models.language_model import (
-    LanguageModel,
-)
+from ppo_fast.models.language_model import LanguageModel
 from ppo_fast.models.logprobs_of_both import logprobs_of_both
 from ppo_fast.models.parts import layer_list
 from ppo_fast.models.trunk import top_modules
